@@ -1,0 +1,37 @@
+"""What the process prints: TensorRT-LLM's log lines on stdout, uvicorn's and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import suppress
+
+LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
+
+
+class Fatal(Exception):
+    """The server cannot start: printed as a Python exception's last line, exit code 1."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """Print a line at once; a reader that went away must not take the server down."""
+    with suppress(OSError):
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def log(letter: str, message: str) -> None:
+    """Print a line in TensorRT-LLM's own log format."""
+    say(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [TRT-LLM] [{letter}] {message}")
+
+
+def uvicorn(message: str, level: str = "INFO") -> None:
+    say(f"{level + ':':<9} {message}", error=True)
+
+
+def crash(error: Fatal) -> None:
+    """Imitate the end of a traceback."""
+    say(f"Traceback (most recent call last):\n{error.kind}: {error}", error=True)

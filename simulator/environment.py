@@ -1,0 +1,90 @@
+"""The simulator's own settings, all from `TRTLLM_SIM_*` environment variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from console import Fatal
+
+T = TypeVar("T")
+
+
+class FaultKind(NamedTuple):
+    required: int  # arguments that must be given
+    allowed: int  # arguments that may be given
+
+
+FAULTS = {
+    "exit-loading": FaultKind(1, 1),
+    "exit-serving": FaultKind(1, 2),
+    "kill-serving": FaultKind(0, 1),
+    "hang-loading": FaultKind(0, 0),
+    "503": FaultKind(0, 1),
+    "slow-health": FaultKind(1, 1),
+    "hang": FaultKind(0, 1),
+    "ignore-term": FaultKind(0, 0),
+    "log-flood": FaultKind(1, 1),
+    "binary-log": FaultKind(0, 0),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    gpus: int
+    load_seconds: float
+    ttft: float  # seconds, as all times below
+    prefill_per_token: float
+    itl: float
+    itl_per_running: float
+    output_tokens: tuple[int, int]
+    faults: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    def value(name: str, convert: Callable[[str], T], default: str) -> T:
+        text = env.get(f"TRTLLM_SIM_{name}") or default
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
+
+    return Settings(
+        gpus=int(value("GPUS", _not_negative, "8")),
+        load_seconds=value("LOAD_SECONDS", _not_negative, "2"),
+        ttft=value("TTFT_MS", _not_negative, "20") / 1e3,
+        prefill_per_token=value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6,
+        itl=value("ITL_MS", _not_negative, "5") / 1e3,
+        itl_per_running=value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6,
+        output_tokens=value("OUTPUT_TOKENS", _token_range, "32-256"),
+        faults=value("FAULT", _faults, ""),
+    )
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise ValueError("must be a number, not negative")
+    return number
+
+
+def _token_range(text: str) -> tuple[int, int]:
+    low, dash, high = text.partition("-")
+    bounds = int(low), int(high if dash else low)
+    if not 2 <= bounds[0] <= bounds[1]:
+        raise ValueError("must be LOW-HIGH or one number, at least 2")
+    return bounds
+
+
+def _faults(text: str) -> dict[str, tuple[float, ...]]:
+    return dict(_fault(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _fault(text: str) -> tuple[str, tuple[float, ...]]:
+    name, *arguments = text.split(":")
+    if name not in FAULTS:
+        raise ValueError(f"unknown fault {name!r}, known are {', '.join(FAULTS)}")
+    if not FAULTS[name].required <= len(arguments) <= FAULTS[name].allowed:
+        raise ValueError(f"{name}: wrong number of arguments")
+    return name, tuple(_not_negative(argument) for argument in arguments)
