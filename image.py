@@ -1,0 +1,380 @@
+"""The image on every node: what it is, whether a node has the right one, and how it gets there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from nodes import HOLD, TELL, Place, Told, die, held, last_words, run, say, script
+
+DEFAULT_TAG = "tensorrt-llm-serve:latest"
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+GET_ONE = (
+    "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
+    "--image nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
+)
+ECR = re.compile(r"^\d+\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?$")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image by the name `docker run` is given, and where it comes from if a node lacks it."""
+
+    tag: str
+    tarball: Path | None = None
+    codec: str = "none"
+    ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
+    layers: str = (
+        ""  # diff ids as JSON, where the id that a containerd store would show is not known
+    )
+    packed: int = 0  # bytes of the tarball
+    unpacked: int = 0  # bytes on disk; 0: not known
+    registry: str = ""
+
+    @property
+    def room(self) -> int:
+        """Free bytes a node needs: the daemon unpacks the tar beside its store, then the layers."""
+        return 2 * (self.unpacked or self.packed)
+
+    def is_held(self, identity: str, layers: str, store: str) -> bool:
+        """Whether what a node calls by our tag is this very image."""
+        if not identity or not self.ids or identity in self.ids:
+            return bool(identity)
+        return bool(self.layers) and "containerd" in store and layers == self.layers
+
+
+NONE = Image("")  # runtime bare needs none
+
+
+def find_image(asked: str, workspace: Path) -> Image:
+    """The image that --image names: a tarball, a registry reference or a local tag."""
+    if not asked:
+        tarball = newest_tarball(workspace)
+        return read_tarball(tarball) if tarball else Image(DEFAULT_TAG)
+    if asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~")):
+        return read_tarball(Path(asked).expanduser())
+    registry, slash, _ = asked.partition("/")
+    if slash and ("." in registry or ":" in registry or registry == "localhost"):
+        return Image(asked, registry=registry)
+    return Image(asked)
+
+
+def newest_tarball(workspace: Path) -> Path | None:
+    """The default tarball of the workspace; of several codecs the one written last."""
+    there = [workspace / f"tensorrt-llm-serve-latest{suffix}" for suffix in SUFFIXES]
+    return max((p for p in there if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def read_tarball(path: Path) -> Image:
+    """A tarball's tag and identity: from its sidecar, or else by reading it once."""
+    if not path.is_file():
+        die(f"there is no image tarball {path}", hint=GET_ONE)
+    path = path.resolve()
+    try:
+        codec, size = codec_of(path), path.stat().st_size
+    except OSError as error:
+        die(f"cannot read the image tarball {path}: {error.strerror}")
+    return read_sidecar(path, codec, size) or read_manifest(path, codec, size)
+
+
+def codec_of(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((codec for magic, codec in MAGIC.items() if start.startswith(magic)), "none")
+
+
+def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
+    """What save_image.py wrote beside the tarball; None where it does not belong to it."""
+    sidecar = tarball.with_name(tarball.name + ".json")
+    if not sidecar.exists():
+        return None
+    try:
+        image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec, size)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        say(f"image: {sidecar} cannot be used ({error!r}): reading the tarball itself")
+        return None
+    if image.packed != size:
+        say(f"image: {sidecar} describes another tarball (its size differs): reading this one")
+        return None
+    return image
+
+
+def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) -> Image:
+    """An Image from a sidecar's fields. KeyError, TypeError or ValueError where they are wrong."""
+    config, manifest = data["config_digest"], data["manifest_digest"]
+    ids = tuple(digest for digest in (config, manifest) if digest)
+    tag = data["tags"][0]
+    layers = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
+    if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
+        raise ValueError("no tag or no image id")
+    return Image(
+        tag,
+        tarball,
+        codec,
+        ids,
+        "" if manifest else layers,
+        int(data["packed_bytes"]),
+        int(data["unpacked_bytes"]),
+    )
+
+
+def read_manifest(tarball: Path, codec: str, size: int) -> Image:
+    """Read the tarball until its manifest, which Docker puts near the end: one pass."""
+    say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
+    unpack = unpacker(codec)
+    with (
+        tarball.open("rb") as file,
+        subprocess.Popen(
+            unpack, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as proc,
+    ):
+        assert proc.stdout and proc.stderr
+        try:
+            manifest = manifest_in(proc.stdout)
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            proc.stdout.close()
+            words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
+            die(
+                f"the image tarball {tarball} is truncated or corrupt: {words}",
+                hint="copy it again or make it anew with `make save`",
+            )
+        finally:
+            proc.kill()
+    try:
+        tag, config = manifest[0]["RepoTags"][0], manifest[0]["Config"]
+    except (LookupError, TypeError):
+        die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
+    digest = Path(config).name.removesuffix(".json")
+    return Image(tag, tarball, codec, (f"sha256:{digest}",), packed=size)
+
+
+def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
+    """manifest.json of a `docker save` stream. ValueError where the stream has none."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if member.name == "manifest.json" and (content := tar.extractfile(member)):
+                return list(json.loads(content.read()))
+    raise ValueError("no manifest.json in it: not made by docker save?")
+
+
+def unpacker(codec: str) -> list[str]:
+    """The command that unpacks a codec from stdin to stdout on this machine."""
+    choices = {"gz": ["pigz", "gzip"], "zst": ["zstd"], "none": ["cat"]}[codec]
+    found = next((name for name in choices if shutil.which(name)), None)
+    if not found:
+        die(f"{choices[-1]}: not found in PATH, and the image tarball needs it")
+    return [found] if found == "cat" else [found, "-dc"]
+
+
+# One load at a time on a node: /run is a directory that every user may lock and nobody has to make.
+# The shell shares its open tarball with the unpacker: the offset of that file is the progress.
+LOAD = (
+    TELL
+    + " "
+    + HOLD
+    + " "
+    + script(r"""
+    tarball=$1; tag=$2; ids=$3; layers=$4; codec=$5; exec 2>/dev/null;
+    known() {
+        set -- $(docker image inspect --format '{{.Id}} {{json .RootFS.Layers}}' "$tag");
+        id=$1;
+        case " $ids " in *" $id "*) [ -n "$id" ]; return ;; esac;
+        [ -n "$layers" ] && [ "$2" = "$layers" ] &&
+        docker info --format '{{.DriverStatus}}' | grep -q containerd;
+    };
+    exec 9</run;
+    flock --nonblock 9 || tell waiting "another image is being loaded";
+    trap 'exit 143' TERM INT HUP;
+    flock 9 & wait $!;
+    if known; then tell image "$id"; exit 0; fi;
+    exec 4<"$tarball" || { tell error "cannot read $tarball"; exit 1; };
+    case $codec in
+        zst) unpack="zstd -dc" ;;
+        gz) unpack="gzip -dc"; command -v pigz >/dev/null && unpack="pigz -dc" ;;
+        *) unpack=cat ;;
+    esac;
+    set -m;
+    {
+        words=$(exec 2>&1; $unpack <&4 | docker load;
+            case "${PIPESTATUS[*]}" in "0 0") ;; "0 "*|"141 "*) exit 1 ;; *) exit 2 ;; esac);
+        case $? in
+            0) ;;
+            1) tell error "docker load: $words"; exit 1 ;;
+            *) tell error "$tarball is truncated or corrupt: $words"; exit 1 ;;
+        esac;
+    } &
+    load=$!;
+    {
+        while sleep 1; do
+            tell progress "$(sed -n 's/^pos:[[:space:]]*//p' /proc/$$/fdinfo/4)";
+        done;
+    } &
+    ticker=$!;
+    trap 'kill -KILL -- -$load -$ticker; exit 143' TERM INT HUP;
+    wait $load; code=$?;
+    trap - TERM INT HUP;
+    kill -KILL -- -$ticker;
+    [ $code = 0 ] || exit $code;
+    if known; then tell image "$id"; exit 0; fi;
+    tell error "the tarball was loaded, but $tag is not the image that it should hold";
+    exit 1;
+""")
+)
+
+PULL = (
+    TELL
+    + " "
+    + HOLD
+    + " "
+    + script(r"""
+    ref=$1; exec 2>/dev/null; set -m;
+    {
+        words=$(docker pull --quiet "$ref" 2>&1) ||
+        { tell error "docker pull $ref: $words"; exit 1; };
+    } &
+    pull=$!;
+    forget() { [ -z "$DOCKER_CONFIG_OURS" ] || rm -rf "$DOCKER_CONFIG_OURS"; };
+    trap 'kill -KILL -- -$pull; forget; exit 143' TERM INT HUP;
+    wait $pull; code=$?;
+    forget;
+    [ $code = 0 ] || exit 1;
+    tell image "$(docker image inspect --format '{{.Id}}' "$ref")";
+""")
+)
+
+# ECR: the password comes as the first line of standard input, and is forgotten with the directory.
+ECR_LOGIN = (
+    TELL
+    + " "
+    + script(r"""
+    IFS= read -r password;
+    DOCKER_CONFIG_OURS=$(mktemp -d) && export DOCKER_CONFIG=$DOCKER_CONFIG_OURS;
+    words=$(printf %s "$password" | docker login --username AWS --password-stdin "$2" 2>&1) ||
+    { tell error "docker login $2: $words"; rm -rf "$DOCKER_CONFIG_OURS"; exit 1; };
+    unset password;
+""")
+    + " "
+)
+
+FORGET = (
+    TELL
+    + " "
+    + script(r"""
+    docker image inspect "$1" >/dev/null 2>&1 || exit 0;
+    words=$(docker image rm "$1" 2>&1) || tell kept "$words";
+""")
+)
+
+
+def provide_command(image: Image, place: Place) -> list[str]:
+    """The one command that brings the image to every node."""
+    if image.registry:
+        login = ECR_LOGIN if ECR.match(image.registry) else ""
+        return [*place.every, "bash", "-c", login + PULL, "pull", image.tag, image.registry]
+    return [
+        *place.every,
+        "bash",
+        "-c",
+        LOAD,
+        "load",
+        str(image.tarball),
+        image.tag,
+        " ".join(image.ids),
+        image.layers,
+        image.codec,
+    ]
+
+
+def forget_command(image: Image, place: Place) -> list[str]:
+    """The command that takes the tag off every node, so that it is loaded afresh."""
+    return [*place.every, "bash", "-c", FORGET, "forget", image.tag]
+
+
+def password_command(image: Image) -> list[str]:
+    """The command whose output is the registry's password; [] where none is needed."""
+    if not (region := ECR.match(image.registry)):
+        return []
+    return ["aws", "ecr", "get-login-password", "--region", region[1]]
+
+
+def is_pulled_anew(image: Image, identities: set[str]) -> bool:
+    """Whether a registry has to be asked although every node has the tag.
+
+    `latest` moves, and nodes that hold different images under one tag cannot both be right.
+    """
+    moving = image.tag.endswith(":latest") or ":" not in image.tag.rpartition("/")[2]
+    return bool(image.registry) and (moving or len(identities) > 1)
+
+
+def provide(image: Image, place: Place) -> None:
+    """Bring the image to every node at once; Failure naming the nodes where it did not work."""
+    command = provide_command(image, place)
+    secret = run(password_command(image)).strip() if password_command(image) else None
+    progress, errors, have, words = Progress(image.packed), {}, {}, []
+    with held(command, secret=secret) as step:
+        for told in step.told():
+            if told.key == "image":
+                have[told.node] = told.value
+                progress.done(told.node)
+            elif told.key == "error":
+                errors[told.node] = told.value
+            elif told.key:
+                progress.show(told)
+            else:
+                words.append(told.line)
+    if errors:
+        die("; ".join(f"{node}: {why}" for node, why in sorted(errors.items())), hint=advice(image))
+    if len(have) < place.size:
+        die(
+            f"the image reached {len(have)} of {place.size} nodes: "
+            f"{last_words(chr(10).join(words), 3)}"
+        )
+    if len(set(have.values())) > 1 and not image.layers:
+        die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
+
+
+def advice(image: Image) -> str:
+    if image.registry:
+        return "check the name, and `docker login` for a private registry; or use a tarball"
+    return (
+        "copy the tarball again or make it anew (`make save`); see the node's disk and Docker log"
+    )
+
+
+class Progress:
+    """How far each node is: bytes, MB/s, seconds; a line a node every few seconds."""
+
+    EVERY = 5.0
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start = time.monotonic()
+        self.shown: dict[str, float] = {}
+
+    def show(self, told: Told) -> None:
+        now = time.monotonic()
+        if told.key == "progress" and now - self.shown.get(told.node, self.start) < self.EVERY:
+            return
+        self.shown[told.node] = now
+        if told.key == "progress" and told.value.isdigit():
+            say(f"image: {told.node}: {rate(int(told.value), self.total, now - self.start)}")
+        else:
+            say(f"image: {told.node}: {told.key} {told.value}")
+
+    def done(self, node: str) -> None:
+        say(f"image: {node}: there after {time.monotonic() - self.start:.1f} s")
+
+
+def rate(done: int, total: int, seconds: float) -> str:
+    """`120 of 181 MB, 40 MB/s, 3 s`"""
+    done_mb, total_mb = done / 1e6, total / 1e6
+    return f"{done_mb:.0f} of {total_mb:.0f} MB, {done_mb / seconds:.0f} MB/s, {seconds:.0f} s"

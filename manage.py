@@ -1,0 +1,93 @@
+"""What runs from a workspace: its status, its end, its log. Read from the records in logs/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nodes import die, is_alive, run, say
+
+PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
+
+
+def act(args: argparse.Namespace) -> int:
+    logs = args.workspace / "logs"
+    if args.logs:
+        return follow_log(logs)
+    return stop(logs) if args.stop else status(logs)
+
+
+def records(logs: Path) -> Iterator[dict[str, Any]]:
+    """The launches that have a record, without those that are known to be gone."""
+    for path in sorted(logs.glob("run_*.json")):
+        try:
+            record = json.loads(path.read_text())
+            alive = is_alive(record["launcher"])
+        except (OSError, ValueError, KeyError, TypeError):
+            say(f"{path} cannot be read: left out")
+            continue
+        if alive is False:
+            path.unlink(missing_ok=True)  # its launcher was killed
+        else:
+            yield {**record, "alive": alive}
+
+
+def status(logs: Path) -> int:
+    """A line a launch on stdout: job, state, url, model. Exit code 1 when there is none."""
+    found = list(records(logs))
+    for record in found:
+        print(f"{record['job']}\t{health(record['url'])}\t{record['url']}\t{record['model']}")
+    if not found:
+        say(f"nothing runs from {logs.parent}")
+    return 0 if found else 1
+
+
+def health(url: str) -> str:
+    import requests
+
+    with requests.Session() as session:
+        session.trust_env = False
+        try:
+            code = session.get(f"{url}/health", timeout=5, allow_redirects=False).status_code
+        except requests.RequestException:
+            return "not ready"
+    return "ready" if code == 200 else f"unwell ({code})"
+
+
+def stop(logs: Path) -> int:
+    """Tell every launcher of this workspace to stop, and wait until it has cleaned up."""
+    found = list(records(logs))
+    for record in found:
+        tell(record)
+    deadline = time.monotonic() + PATIENCE
+    while any((logs / f"run_{record['job']}.json").exists() for record in found):
+        if time.monotonic() > deadline:
+            die(f"not stopped within {PATIENCE:g} s", hint="scancel the job")
+        time.sleep(0.1)
+    say(f"stopped {len(found)} server(s)" if found else f"nothing runs from {logs.parent}")
+    return 0
+
+
+def tell(record: dict[str, Any]) -> None:
+    """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job."""
+    where, pid, _ = record["launcher"].rsplit(":", 2)
+    if record["alive"]:
+        os.kill(int(pid), signal.SIGTERM)
+    elif str(record["job"]).isdigit():
+        run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
+    else:
+        die(f"the launcher runs on {where.partition('/')[0]}: stop it there")
+
+
+def follow_log(logs: Path) -> int:
+    """Become `tail -F` of the newest log."""
+    newest = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
+    if newest is None:
+        die(f"there is no log in {logs}")
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest)])

@@ -1,0 +1,261 @@
+"""Where commands run: on this machine, or on every node of a Slurm allocation.
+
+The place is a prefix (`[]` or `srun ...`), never a branch. What a node has to decide for itself is
+a constant shell script; values reach it as "$1", "$2", ..., so nothing is ever quoted twice. A
+script that has to outlive one question is *held*: it stops when its standard input closes. However
+this process ends, SIGKILL included, the kernel closes that pipe, and the node cleans up by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import sh
+
+# srun reads these from the environment of an allocation, and they bend a step that did not ask.
+LEAKS = (
+    "SLURM_CPU_BIND",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_DISTRIBUTION",
+    "SLURM_HINT",
+    "SLURM_TRES_PER_TASK",
+    "SLURM_STDINMODE",
+    "SLURM_STDOUTMODE",
+)
+
+
+class Failure(Exception):
+    """What failed, in one sentence, and what to do next. Ends the program with exit code 1."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def die(message: str, *, hint: str = "") -> NoReturn:
+    raise Failure(message, hint)
+
+
+def say(message: str) -> None:
+    """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+
+
+def script(text: str) -> str:
+    """A shell script on one line, so that a command can be printed on one; no comments in it."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command for the eye: the constant script is named, not printed (--dry-run prints it)."""
+    short = list(argv)
+    for i, word in enumerate(argv[:-1]):
+        if word == "-c" and len(argv[i + 1]) > 100:
+            short[i + 1] = "..."
+    return shlex.join(short)
+
+
+def last_words(text: str, lines: int = 1) -> str:
+    """The last lines that say something; Slurm's and Docker's own postscripts do not."""
+    noise = ("srun: ", "slurmstepd: ", "See 'docker", "Run 'docker", "salloc: ")
+    kept = [s.strip() for s in text.splitlines() if s.strip() and not s.startswith(noise)]
+    kept = kept or [s.strip() for s in text.splitlines() if s.strip()]
+    return " / ".join(kept[-lines:])
+
+
+def run(argv: Sequence[str], *, timeout: float = 60) -> str:
+    """Run a short command, return its stdout; Failure with the command's own last words.
+
+    Its process ends with ours: a signal that stops us stops it, too.
+    """
+    say(f"$ {shown(argv)}")
+    try:
+        process = sh.Command(argv[0])(
+            *argv[1:],
+            _bg=True,
+            _bg_exc=False,
+            _tty_out=False,
+            _in="",
+            _new_session=True,
+            _timeout=timeout,
+            _decode_errors="replace",
+        )
+    except sh.CommandNotFound:
+        die(f"{argv[0]}: not found in PATH")
+    try:
+        process.wait()
+    except sh.TimeoutException:
+        die(f"`{shown(argv)}` did not end within {timeout:g} s")
+    except sh.ErrorReturnCode as error:
+        words = last_words(error.stderr.decode(errors="replace"), 3)
+        die(f"`{shown(argv)}` ended with exit code {error.exit_code}: {words or 'no message'}")
+    except BaseException:
+        process.terminate()
+        raise
+    return str(process)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the nodes are: `job` and `size`, and how to run a command on all or on the first."""
+
+    job: str
+    size: int
+    every: tuple[str, ...]
+    head: tuple[str, ...]
+
+    @property
+    def slurm(self) -> bool:
+        return bool(self.every)
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """This machine, or the allocation that SLURM_JOB_ID names."""
+    if not (job := environ.get("SLURM_JOB_ID")):
+        return Place(f"local{os.getpid()}", 1, (), ())
+    size = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
+    leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
+    # --overlap: a step without it waits for the other steps to end. --relative: the first node.
+    step = [
+        *(["env", *leaks] if leaks else []),
+        "srun",
+        "--overlap",
+        "--export=ALL",
+        "--mpi=none",
+        "--cpu-bind=none",
+        "--ntasks-per-node=1",
+    ]
+    every = (*step, f"--nodes={size}", f"--ntasks={size}")
+    return Place(job, size, every, (*step, "--nodes=1", "--ntasks=1", "--relative=0"))
+
+
+# Every script begins by knowing its node's name and how to tell something about it.
+TELL = script(r"""
+    node=${SLURMD_NODENAME:-$(hostname)};
+    tell() { printf '%s\t%s\t%s\n' "$node" "$1" "$(printf %s "$2" | tr '\n\t' '  ')"; };
+""")
+
+# A held script: when standard input ends, it gets SIGTERM and does in its trap what has to be done.
+# Should the shell be gone by then, its number may be another's: the watcher asks whose child it is.
+HOLD = script(r"""
+    exec 3<&0 </dev/null;
+    {
+        while IFS= read -r _; do :; done;
+        read -r _ _ _ parent _ </proc/$BASHPID/stat;
+        [ "$parent" != $$ ] || kill -TERM $$;
+    } <&3 >/dev/null 2>&1 &
+    watch=$!;
+    exec 3<&-;
+    trap 'kill $watch 2>/dev/null' EXIT;
+""")
+
+
+class Told:
+    """What a node told: (node, key, value). Anything else it printed is talk."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line.rstrip("\n")
+        parts = self.line.split("\t")
+        self.node, self.key, self.value = parts if len(parts) == 3 else ("", "", "")
+
+
+class Step:
+    """A held command: a process of its own session whose node side ends when we do."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        output: int | IO[Any] = subprocess.PIPE,
+        secret: str | None = None,
+    ) -> None:
+        say(f"$ {shown(argv)}")
+        try:
+            self.process: subprocess.Popen[str] = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except OSError as error:
+            die(f"{argv[0]} cannot be run: {error.strerror}")
+        if secret is not None and self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(secret + "\n")
+                self.process.stdin.flush()
+
+    def told(self) -> Iterator[Told]:
+        """What the nodes tell, until the command ends."""
+        assert self.process.stdout is not None
+        yield from map(Told, self.process.stdout)
+        self.process.wait()
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self, seconds: float = 15) -> bool:
+        """Let go of the node's side and wait for it; False when it did not end in time."""
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return False
+        finally:
+            if self.process.stdout:
+                self.process.stdout.close()
+        return True
+
+
+@contextlib.contextmanager
+def held(argv: Sequence[str], secret: str | None = None) -> Iterator[Step]:
+    """A step for as long as the block lasts."""
+    step = Step(argv, secret=secret)
+    try:
+        yield step
+    finally:
+        step.stop()
+
+
+def process_start(pid: int) -> str:
+    """When a process began, in clock ticks since boot: its identity beside its pid; '' if gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def here() -> str:
+    """This host, this boot, this process table: where a process id means something."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def launcher() -> str:
+    """Who we are: host, pid and start of this process, to tell later whether we still live."""
+    return f"{here()}:{os.getpid()}:{process_start(os.getpid())}"
+
+
+def is_alive(who: str) -> bool | None:
+    """Whether the launcher of that name lives; None where only another host could tell."""
+    where, _, rest = who.partition(":")
+    pid, _, start = rest.partition(":")
+    if where != here() or not pid.isdigit():
+        return None
+    return process_start(int(pid)) == start != ""

@@ -1,0 +1,63 @@
+"""The one list of settings: flag > environment > .env > default. env.example shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variable, its default, and a line of what it is for."""
+
+    name: str
+    default: str
+    help: str
+
+
+SETTINGS = (
+    Setting("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: Hugging Face id or path"),
+    Setting(
+        "IMAGE",
+        "",
+        "image tarball, local tag or registry reference; default: the newest "
+        "tensorrt-llm-serve-latest.tar* of the workspace, else the local tag "
+        "tensorrt-llm-serve:latest",
+    ),
+    Setting("WORKSPACE", "", "where the default image and logs/ are; default: current directory"),
+    Setting("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
+    Setting("RUNTIME", "docker", "docker, or bare: trtllm-serve from the node's PATH"),
+    Setting("READY_TIMEOUT", "3600", "seconds until a server that is not ready has failed"),
+    Setting("PORT", "8000", "port of the server"),
+    Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's own --gpus words"),
+    Setting("PRIVILEGED", "0", "1: docker run --privileged"),
+    Setting(
+        "HF_HOME", "", "Hugging Face cache, seen by the containers; default: ~/.cache/huggingface"
+    ),
+    Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
+)
+
+# Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
+PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
+
+
+def load_env_files() -> list[str]:
+    """Read .env of the current directory, then beside the scripts; returns the names they set.
+
+    By explicit path: under sbatch the script that runs is a copy in a spool directory.
+    """
+    from dotenv import load_dotenv
+
+    before = set(os.environ)
+    for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parent)):
+        load_dotenv(directory / ".env")
+    return sorted(set(os.environ) - before)
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
+    """A setting's value below its flag. An empty variable counts as not set."""
+    environ = os.environ if environ is None else environ
+    default = next(s.default for s in SETTINGS if s.name == name)
+    return environ.get(name) or default

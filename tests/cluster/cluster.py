@@ -1,0 +1,592 @@
+#!/usr/bin/env python3
+"""A real Slurm + Docker cluster on one machine, in network namespaces; gone without a trace.
+
+Every node has its own host name, address, process table, /dev, /tmp and /run, its own slurmd and
+its own dockerd. One more machine, `ctl`, plays the login node: slurmctld and the tests' commands
+run there. /fsx is the file system that all of them share.
+
+    sudo tests/cluster/cluster.py                    # a shell on ctl; the cluster ends with it
+    sudo tests/cluster/cluster.py -n 4 -- sinfo -N   # one command
+
+Needs root. What is missing of Debian's packages is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SUBNET = "10.77.0"
+REGISTRY = f"{SUBNET}.1:5000"
+CLONE_NEWNS = 0x20000
+GPUS_PER_NODE = 8
+CPUS_PER_NODE = 16
+
+# Program that must be there -> Debian package that brings it.
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "srun": "slurm-client",
+    "munged": "munge",
+    "dockerd": "docker.io",
+    "docker-registry": "docker-registry",
+    "debootstrap": "debootstrap",
+    "pigz": "pigz",
+    "zstd": "zstd",
+    "ip": "iproute2",
+}
+
+# Debian's own programs first: what is installed beside them may be a client of another age.
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+SLURM_CONF = """\
+ClusterName=test
+SlurmctldHost=ctl
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={state}/munge.socket
+StateSaveLocation={state}/slurmctld
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmctldLogFile={state}/slurmctld.log
+SlurmdPidFile=/run/slurmd.pid
+SlurmdSpoolDir=/run/slurmd
+SlurmdLogFile={state}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+ReturnToService=2
+SlurmdTimeout=30
+MpiDefault=none
+NodeName={names} CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=YES:4 State=UP
+"""
+
+# The real NVIDIA hook would put the driver into the container; here it has only to exist.
+GPU_HOOK = """\
+#!/bin/sh
+cat >/dev/null
+exit 0
+"""
+
+# Where the machine may not raise limits (no CAP_SYS_RESOURCE), `--ulimit memlock=-1` fails in runc.
+# This runtime clamps what is asked for to what the machine has, and is runc otherwise.
+CLAMPED_RUNC = """\
+#!/bin/sh
+case " $* " in *" create "*|*" exec "*) python3 {state}/bin/clamp.py "$@" || exit 1 ;; esac
+exec /usr/sbin/runc "$@"
+"""
+
+CLAMP = """\
+import json, resource, sys
+from pathlib import Path
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
+
+bundle, process = option("--bundle"), option("--process")
+path = Path(process) if process else Path(bundle or ".") / "config.json"
+config = json.loads(path.read_text())
+spec = config if process else config["process"]
+for limit in spec.get("rlimits") or []:
+    ceiling = resource.getrlimit(getattr(resource, limit["type"]))[1]
+    if ceiling != resource.RLIM_INFINITY:
+        limit["hard"] = min(limit["hard"], ceiling)
+        limit["soft"] = min(limit["soft"], limit["hard"])
+allowed = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("CapBnd")), 16)
+if not allowed >> 24 & 1:
+    for names in (spec.get("capabilities") or {}).values():
+        if names and "CAP_SYS_RESOURCE" in names:
+            names.remove("CAP_SYS_RESOURCE")
+path.write_text(json.dumps(config))
+"""
+
+# A node's private parts. The holder runs this, then sleeps: the node lives as long as it does.
+NODE_SETUP = """\
+set -e
+hostname "$1"
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/lock /run/slurmd "$2/nodes/$1"
+mount --bind "$2/etc/hosts" /etc/hosts
+mount --bind "$2/etc/slurm" /etc/slurm
+if [ "$3" -gt 0 ]; then
+  mkdir /run/dev && cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty /run/dev
+  mount -t tmpfs -o mode=755 tmpfs /dev
+  cp -a /run/dev/. /dev && rm -r /run/dev
+  mkdir /dev/pts /dev/shm /dev/mqueue /dev/infiniband
+  mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts /dev/pts
+  mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+  ln -s pts/ptmx /dev/ptmx
+  ln -s /proc/self/fd /dev/fd; ln -s fd/0 /dev/stdin; ln -s fd/1 /dev/stdout; ln -s fd/2 /dev/stderr
+  for i in $(seq 0 $(($3 - 1))); do mknod -m 666 "/dev/nvidia$i" c 1 3; done
+  for i in 0 1 2 3; do mknod -m 666 "/dev/infiniband/uverbs$i" c 1 3; done
+  mknod -m 666 /dev/gdrdrv c 1 3
+fi
+: >"$2/nodes/$1/ready"
+exec sleep infinity
+"""
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not be brought up; the message says which part and why."""
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """Poll `condition` until it is true; ClusterError naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ClusterError(f"{what}: not within {seconds:g} s")
+        time.sleep(0.05)
+
+
+def missing_packages() -> list[str]:
+    """Debian packages of which a needed program is not installed."""
+    return sorted({deb for prog, deb in PACKAGES.items() if not shutil.which(prog, path=PATH)})
+
+
+def why_not() -> str | None:
+    """Why no cluster can be made on this machine; None where one can."""
+    if os.geteuid() != 0:
+        return "needs root (network namespaces, dockerd)"
+    if missing_packages() and not shutil.which("apt-get"):
+        return f"needs {', '.join(missing_packages())} and there is no apt-get"
+    return None
+
+
+def install_missing() -> None:
+    """Install what is missing, without starting any service on this machine."""
+    if not (packages := missing_packages()):
+        return
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        for command in (
+            ["apt-get", "update", "-qq"],
+            ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
+        ):
+            done = subprocess.run(command, env=env, text=True, capture_output=True)
+            if done.returncode:
+                raise ClusterError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    finally:
+        if ours:
+            policy.unlink()
+
+
+def root_tarball() -> Path:
+    """A minimal Debian with Python as a tarball; made once, kept in the user's cache."""
+    include = "python3,ca-certificates"
+    key = hashlib.sha256(f"bookworm {include} 1".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrt-llm-serve"
+    tarball = cache / f"rootfs-{key}.tar"
+    if not tarball.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rootfs-") as tmp:
+            _debootstrap(Path(tmp) / "root", include)
+            part = tarball.with_suffix(".part")
+            leave_out = (
+                "usr/share/doc",
+                "usr/share/locale",
+                "usr/share/man",
+                "var/cache",
+                "var/lib/apt",
+            )
+            subprocess.run(
+                [
+                    "tar",
+                    "-C",
+                    f"{tmp}/root",
+                    *(f"--exclude=./{d}/*" for d in leave_out),
+                    "-cf",
+                    str(part),
+                    ".",
+                ],
+                check=True,
+            )
+            part.rename(tarball)
+    return tarball
+
+
+def _debootstrap(root: Path, include: str) -> None:
+    command = ["debootstrap", "--variant=minbase", f"--include={include}", "bookworm", str(root)]
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise ClusterError(f"debootstrap failed:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+@dataclass
+class Machine:
+    """One host of the cluster: namespaces held open by a sleeping process."""
+
+    name: str
+    address: str
+    holder: subprocess.Popen[bytes]
+    namespaces: tuple[str, ...]
+    state: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def argv(self, command: Sequence[str], cwd: str = "/fsx") -> list[str]:
+        """The command line that runs `command` on this machine."""
+        enter = ["nsenter", f"--target={self.pid}", *self.namespaces, f"--wdns={cwd}"]
+        return [*enter, "--", *command]
+
+    @property
+    def pid(self) -> int:
+        """The sleeping process, inside the namespaces (the child of a forking unshare)."""
+        if "--pid" not in self.namespaces:
+            return self.holder.pid
+        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
+        return int(children.read_text().split()[0])
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
+
+    def popen(
+        self, *command: str, cwd: str = "/fsx", env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[Any]:
+        return subprocess.Popen(
+            self.argv(command, cwd), env={**self.environment(), **(env or {})}, **options
+        )
+
+    def run(
+        self,
+        *command: str,
+        cwd: str = "/fsx",
+        env: dict[str, str] | None = None,
+        check: bool = True,
+        timeout: float = 60,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command here to its end; its output is captured as text."""
+        options.setdefault("stdin", subprocess.DEVNULL)
+        done = subprocess.run(
+            self.argv(command, cwd),
+            env={**self.environment(), **(env or {})},
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            **options,
+        )
+        if check and done.returncode:
+            raise ClusterError(f"{self.name}: {command} -> {done.returncode}\n{done.stderr}")
+        return done
+
+    def start(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
+        """Start a daemon; its output goes to a file of the state directory."""
+        log = (self.state / f"{name}-{self.name}.out").open("ab")
+        with log:
+            self.daemons[name] = self.popen(
+                "setpriv",
+                "--pdeathsig=KILL",
+                *command,
+                cwd="/",
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self, name: str, signum: int = signal.SIGTERM) -> None:
+        """Signal a daemon of ours through its pid in our namespace, and wait for it."""
+        daemon = self.daemons.pop(name)
+        children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+        for pid in map(int, children if "--pid" in self.namespaces else [daemon.pid]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        try:
+            daemon.wait(15)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def docker(self, *command: str, **options: Any) -> str:
+        return self.run("docker", *command, **options).stdout.strip()
+
+    def start_dockerd(self, data_root: str | None = None) -> None:
+        """Start this node's Docker daemon and wait until it answers."""
+        data_root = data_root or str(self.state / "nodes" / self.name / "docker")
+        self.start(
+            "dockerd",
+            "dockerd",
+            "--iptables=false",
+            "--bridge=none",
+            f"--data-root={data_root}",
+            "--exec-root=/run/docker",
+            "--pidfile=/run/docker.pid",
+            "--host=unix:///run/docker.sock",
+            f"--insecure-registry={REGISTRY}",
+            f"--add-runtime=clamped={self.state}/bin/clamped-runc",
+            "--default-runtime=clamped",
+            env={"PATH": f"{self.state}/bin:{PATH}"},
+        )
+        wait_until(
+            lambda: self.run("docker", "version", check=False).returncode == 0,
+            30,
+            f"dockerd on {self.name}",
+        )
+
+    def start_slurmd(self) -> None:
+        self.start("slurmd", "slurmd", "-D", "-N", self.name)
+
+
+class Cluster:
+    """`with Cluster(2) as cluster:`; `cluster.ctl` is the login node, `cluster.nodes` the rest."""
+
+    def __init__(self, nodes: int = 2) -> None:
+        self.names = [f"n{i}" for i in range(1, nodes + 1)]
+        self.nodes: dict[str, Machine] = {}
+        self.made_fsx = False
+        self.lock = -1
+
+    def __enter__(self) -> Cluster:
+        install_missing()
+        sweep()
+        self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))
+        self.lock = take_lock(self.state)
+        try:
+            self._files()
+            self._share()
+            self._machines()
+            self._daemons()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _files(self) -> None:
+        for name in ("bin", "etc/slurm", "fsx", "slurmctld"):
+            (self.state / name).mkdir(parents=True)
+        addresses = {"ctl": 1} | {name: 10 + i for i, name in enumerate(self.names, 1)}
+        self.addresses = {name: f"{SUBNET}.{last}" for name, last in addresses.items()}
+        hosts = [f"{ip} {name}\n" for name, ip in self.addresses.items()]
+        (self.state / "etc/hosts").write_text("127.0.0.1 localhost\n" + "".join(hosts))
+        slurm_conf = SLURM_CONF.format(
+            state=self.state, names=",".join(self.names), cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE
+        )
+        (self.state / "etc/slurm/slurm.conf").write_text(slurm_conf)
+        gres = f"NodeName={','.join(self.names)} Name=gpu File=/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n"
+        (self.state / "etc/slurm/gres.conf").write_text(gres)
+        (self.state / "munge.key").write_bytes(os.urandom(128))
+        (self.state / "munge.key").chmod(0o400)
+        for name, text in {
+            "nvidia-container-runtime-hook": GPU_HOOK,
+            "clamped-runc": CLAMPED_RUNC,
+            "clamp.py": CLAMP,
+        }.items():
+            (self.state / "bin" / name).write_text(text.replace("{state}", str(self.state)))
+            (self.state / "bin" / name).chmod(0o755)
+
+    def _share(self) -> None:
+        """/fsx, in a mount namespace of this process; the machines inherit it."""
+        if not Path("/fsx").exists():
+            Path("/fsx").mkdir()
+            self.made_fsx = True
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+            raise ClusterError(f"unshare: {os.strerror(ctypes.get_errno())}")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        subprocess.run(["mount", "--bind", f"{self.state}/fsx", "/fsx"], check=True)
+
+    def _machines(self) -> None:
+        self.ctl = self._machine("ctl", ("--net", "--mount", "--uts"), gpus=0)
+        switch = ["ip", "link", "add", "br0", "type", "bridge"]
+        self.ctl.run(*switch)
+        self.ctl.run("ip", "addr", "add", f"{self.ctl.address}/24", "dev", "br0")
+        self.ctl.run("ip", "link", "set", "br0", "up")
+        self.ctl.run("ip", "link", "set", "lo", "up")
+        for name in self.names:
+            node = self._machine(name, ("--net", "--mount", "--uts", "--pid"), GPUS_PER_NODE)
+            self.nodes[name] = node
+            self._plug_in(node)
+
+    def _machine(self, name: str, namespaces: tuple[str, ...], gpus: int) -> Machine:
+        # A node is a process tree of its own: killing its first process ends all of it. The login
+        # node is not, so that a signal sent to a command there reaches the command itself.
+        forked = ["--fork", "--kill-child", "--mount-proc"] if "--pid" in namespaces else []
+        holder = subprocess.Popen(
+            [
+                "setpriv",
+                "--pdeathsig=KILL",
+                "unshare",
+                *namespaces,
+                *forked,
+                "--propagation=private",
+                "bash",
+                "-c",
+                NODE_SETUP,
+                "setup",
+                name,
+                str(self.state),
+                str(gpus),
+            ],
+            stdin=subprocess.DEVNULL,
+        )
+        machine = Machine(name, self.addresses[name], holder, namespaces, self.state)
+        ready = self.state / "nodes" / name / "ready"
+        wait_until(lambda: ready.exists() or holder.poll() is not None, 10, f"machine {name}")
+        if holder.poll() is not None:
+            raise ClusterError(f"machine {name} could not be set up")
+        return machine
+
+    def _plug_in(self, node: Machine) -> None:
+        peer = ["peer", "name", "eth0", "netns", str(node.pid)]
+        self.ctl.run("ip", "link", "add", f"to-{node.name}", "type", "veth", *peer)
+        self.ctl.run("ip", "link", "set", f"to-{node.name}", "master", "br0", "up")
+        node.run("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
+        node.run("ip", "link", "set", "eth0", "up")
+        node.run("ip", "link", "set", "lo", "up")
+        node.run("ip", "route", "add", "default", "via", self.ctl.address)
+
+    def _daemons(self) -> None:
+        self.ctl.start(
+            "munged",
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={self.state}/munge.key",
+            f"--socket={self.state}/munge.socket",
+            f"--pid-file={self.state}/munge.pid",
+            f"--log-file={self.state}/munge.log",
+            f"--seed-file={self.state}/munge.seed",
+        )
+        wait_until((self.state / "munge.socket").exists, 10, "munged")
+        self.ctl.start("slurmctld", "slurmctld", "-D")
+        for node in self.nodes.values():
+            node.start_slurmd()
+        for node in self.nodes.values():
+            node.start_dockerd()
+        wait_until(lambda: self.idle() == len(self.names), 30, "all nodes idle")
+
+    def idle(self) -> int:
+        """How many nodes are idle."""
+        states = self.ctl.run("sinfo", "-hN", "-o", "%t", check=False).stdout.split()
+        return states.count("idle")
+
+    def close(self) -> None:
+        """End every process, then remove every file. Mounts and links end with their namespaces."""
+        for node in self.nodes.values():
+            if node.holder.poll() is None and "dockerd" in node.daemons:
+                containers = node.run("docker", "ps", "-aq", check=False).stdout.split()
+                if containers:
+                    node.run("docker", "rm", "-f", *containers, check=False)
+                node.stop("dockerd")
+        machines = [*self.nodes.values(), *([self.ctl] if hasattr(self, "ctl") else [])]
+        for pid in processes_in_network_of([m.holder.pid for m in machines]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for machine in machines:
+            machine.holder.kill()
+            machine.holder.wait()
+            for daemon in machine.daemons.values():
+                daemon.wait()
+        subprocess.run(["umount", "--lazy", "/fsx"], capture_output=True)
+        shutil.rmtree(self.state, ignore_errors=True)
+        os.close(self.lock)
+        if self.made_fsx:
+            with contextlib.suppress(OSError):
+                Path("/fsx").rmdir()
+
+
+def take_lock(state: Path) -> int:
+    """A lock that says whose process still uses a state directory; the kernel drops it with us."""
+    descriptor = os.open(state / "lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def sweep() -> None:
+    """Remove what a cluster left whose process was killed."""
+    for state in Path("/var/tmp").glob("trtllm-cluster-*"):
+        with contextlib.suppress(OSError):
+            os.close(take_lock(state))
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def copy_repository(source: Path, target: Path) -> None:
+    """What git knows of a checkout, as a clone would have it, and its virtual environment."""
+    names = subprocess.run(
+        ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, names.split("\0")):
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+    if (source / ".venv").exists():
+        (target / ".venv").symlink_to(source / ".venv")
+
+
+def build_image(node: Machine, simulator: Path, tag: str, version: str = "1") -> None:
+    """An image with the simulator in place of the engine. `version` makes one unlike the others."""
+    if not node.run("docker", "image", "inspect", "base:1", check=False).stdout.strip("[]\n"):
+        path = f"ENV PATH=/opt/simulator:{PATH}"
+        node.docker("import", "--change", path, str(root_tarball()), "base:1")
+    with tempfile.TemporaryDirectory(dir=node.state) as context:
+        shutil.copytree(simulator, Path(context, "simulator"))
+        Path(context, "Dockerfile").write_text(
+            f"FROM base:1\nCOPY simulator /opt/simulator\nENV IMAGE_VERSION={version}\n"
+        )
+        node.docker("build", "--quiet", "--tag", tag, context)
+
+
+def processes_in_network_of(pids: Sequence[int]) -> Iterator[int]:
+    """Every process that shares a network namespace with one of `pids`, but not with us."""
+    networks = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            networks.add(Path(f"/proc/{pid}/ns/net").readlink())
+    networks.discard(Path("/proc/self/ns/net").readlink())
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and (entry / "ns/net").readlink() in networks:
+                yield int(entry.name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="A Slurm + Docker cluster for as long as a command runs."
+    )
+    parser.add_argument("-n", "--nodes", type=int, default=2)
+    parser.add_argument("command", nargs="*", default=["bash"], help="runs on the login node")
+    args = parser.parse_args(argv)
+    if reason := why_not():
+        raise SystemExit(f"cluster: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    started = time.monotonic()
+    with Cluster(args.nodes) as cluster:
+        print(
+            f"cluster: {args.nodes} nodes up in {time.monotonic() - started:.1f} s, "
+            f"login node is process {cluster.ctl.holder.pid}",
+            file=sys.stderr,
+        )
+        return cluster.ctl.popen(*args.command).wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
