@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nodes import HOLD, TELL, Place, Told, die, held, last_words, run, say, script
+from nodes import HOLD, TELL, Place, Told, by_node, die, held, last_words, run, say, script
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -202,6 +202,8 @@ LOAD = (
         gz) unpack="gzip -dc"; command -v pigz >/dev/null && unpack="pigz -dc" ;;
         *) unpack=cat ;;
     esac;
+    command -v ${unpack%% *} >/dev/null ||
+    { tell error "${unpack%% *}: not found in PATH, and $tarball needs it"; exit 1; };
     set -m;
     {
         words=$(exec 2>&1; $unpack <&4 | docker load;
@@ -332,7 +334,7 @@ def provide(image: Image, place: Place) -> None:
             else:
                 words.append(told.line)
     if errors:
-        die("; ".join(f"{node}: {why}" for node, why in sorted(errors.items())), hint=advice(image))
+        die(by_node(sorted(errors.items())), hint=advice(image))
     if len(have) < place.size:
         die(
             f"the image reached {len(have)} of {place.size} nodes: "

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,31 @@ def act(args: argparse.Namespace) -> int:
     return stop(logs) if args.stop else status(logs)
 
 
-def records(logs: Path) -> Iterator[dict[str, Any]]:
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A launch's record with `alive` added; None where it cannot be read."""
+    try:
+        record = json.loads(path.read_text())
+        return {**record, "alive": is_alive(record["launcher"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def sweep(logs: Path) -> None:
+    """Remove the records of launchers that were killed."""
+    for path in (*logs.glob("run_*.json"), logs / "endpoint.json"):
+        if (record := read_record(path)) and record["alive"] is False:
+            path.unlink(missing_ok=True)
+
+
+def records(logs: Path) -> list[dict[str, Any]]:
     """The launches that have a record, without those that are known to be gone."""
-    for path in sorted(logs.glob("run_*.json")):
-        try:
-            record = json.loads(path.read_text())
-            alive = is_alive(record["launcher"])
-        except (OSError, ValueError, KeyError, TypeError):
-            say(f"{path} cannot be read: left out")
-            continue
-        if alive is False:
-            path.unlink(missing_ok=True)  # its launcher was killed
-        else:
-            yield {**record, "alive": alive}
+    sweep(logs)
+    return [r for path in sorted(logs.glob("run_*.json")) if (r := read_record(path))]
 
 
 def status(logs: Path) -> int:
     """A line a launch on stdout: job, state, url, model. Exit code 1 when there is none."""
-    found = list(records(logs))
+    found = records(logs)
     for record in found:
         print(f"{record['job']}\t{health(record['url'])}\t{record['url']}\t{record['model']}")
     if not found:
@@ -62,7 +68,7 @@ def health(url: str) -> str:
 
 def stop(logs: Path) -> int:
     """Tell every launcher of this workspace to stop, and wait until it has cleaned up."""
-    found = list(records(logs))
+    found = records(logs)
     for record in found:
         tell(record)
     deadline = time.monotonic() + PATIENCE

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -106,6 +106,14 @@ def run(argv: Sequence[str], *, timeout: float = 60) -> str:
     return str(process)
 
 
+def by_node(what: Iterable[tuple[str, str]]) -> str:
+    """`n1, n2: the same; n3: another`: one sentence for all nodes that say it."""
+    nodes: dict[str, list[str]] = {}
+    for node, text in what:
+        nodes.setdefault(text, []).append(node)
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in nodes.items())
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the nodes are: `job` and `size`, and how to run a command on all or on the first."""
@@ -167,7 +175,7 @@ class Told:
     def __init__(self, line: str) -> None:
         self.line = line.rstrip("\n")
         parts = self.line.split("\t")
-        self.node, self.key, self.value = parts if len(parts) == 3 else ("", "", "")
+        self.node, self.key, self.value = map(str.strip, parts if len(parts) == 3 else ("",) * 3)
 
 
 class Step:

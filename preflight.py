@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from image import GET_ONE, Image, is_pulled_anew
-from nodes import TELL, Place, Told, die, is_alive, run, say, script
+from nodes import TELL, Place, Told, by_node, die, is_alive, run, say, script
 
 LABEL = "tensorrt-llm-serve"
 PATIENCE = 60.0  # seconds for all nodes together
@@ -261,7 +261,7 @@ def stop_if_bad(findings: Sequence[Finding]) -> None:
     """Failure with a sentence for every bad finding."""
     if bad := [finding for finding in findings if finding.state == "bad"]:
         hints = dict.fromkeys(finding.hint for finding in bad if finding.hint)
-        die("; ".join(f"{f.node}: {f.text}" for f in bad), hint="; ".join(hints))
+        die(by_node((f.node, f.text) for f in bad), hint="; ".join(hints))
 
 
 def table(findings: Sequence[Finding]) -> str:

@@ -80,6 +80,7 @@ from types import FrameType  # noqa: E402
 
 try:
     import image
+    import manage
     import parallelism
     import preflight
     import server
@@ -92,13 +93,16 @@ except ModuleNotFoundError as error:
     ) from None
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(BaseException):
     """A signal asked us to stop; like KeyboardInterrupt, so that every `finally` runs."""
 
 
 def on_signal(signum: int, _: FrameType | None) -> None:
     # The second one must not break the clean-up that the first has begun.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in SIGNALS:
         signal.signal(each, lambda *_: None)
     raise Stopped(signum)
 
@@ -204,7 +208,8 @@ def local_paths(model: str, serve_args: Sequence[str]) -> list[Path]:
 
 def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
     for path in paths:
-        if not any(path.resolve().is_relative_to(mount) for mount in mounts):
+        # As it is called and as it is: a link that leads in from outside is unknown inside.
+        if not all(any(p.is_relative_to(m) for m in mounts) for p in (path, path.resolve())):
             die(
                 f"{path} is not mounted into the container; these are: "
                 f"{', '.join(map(str, mounts))}",
@@ -316,7 +321,13 @@ def url_of(head: preflight.Node, place: Place, serve_args: Sequence[str]) -> str
     port = parallelism.value_of(serve_args, "--port")
     if host in ("0.0.0.0", "::"):
         host = address_of(head) if place.slurm else "127.0.0.1"
+    elif place.slurm and is_loopback(host) and head.name != socket.gethostname().split(".")[0]:
+        die(f"--host {host} cannot be reached from here: the server runs on {head.name}")
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def address_of(head: preflight.Node) -> str:
@@ -346,6 +357,7 @@ def serve(
             "log": str(log_path),
         },
     )
+    manage.sweep(logs)
     running = None
     try:
         running = server.launch(plan, nodes[0].name, url, log_path)
@@ -399,7 +411,7 @@ def stop_server(running: server.Server, plan: server.Plan) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     load_env_files()
     args, rest = parse(argv)
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and `&` want it
             signal.signal(each, on_signal)
     try:
@@ -410,15 +422,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             + (f"\n           next: {failure.hint}" if failure.hint else "")
         )
         return 1
+    except OSError as error:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return 1
     except Stopped as stopped:
+        # From here the interpreter takes handlers down: a late signal would be death by signal.
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
         return 128 + int(stopped.args[0])
 
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """The steps."""
     if args.status or args.stop or args.logs:
-        import manage
-
         return manage.act(args)
     place = find_place(os.environ)
     model, serve_args, port = engine_arguments(rest)

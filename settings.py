@@ -19,24 +19,18 @@ class Setting:
 
 SETTINGS = (
     Setting("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: Hugging Face id or path"),
-    Setting(
-        "IMAGE",
-        "",
-        "image tarball, local tag or registry reference; default: the newest "
-        "tensorrt-llm-serve-latest.tar* of the workspace, else the local tag "
-        "tensorrt-llm-serve:latest",
-    ),
-    Setting("WORKSPACE", "", "where the default image and logs/ are; default: current directory"),
+    Setting("IMAGE", "", "tarball, local tag or registry reference (default: see README)"),
+    Setting("WORKSPACE", "", "where the default image and logs/ are (default: current directory)"),
     Setting("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
     Setting("RUNTIME", "docker", "docker, or bare: trtllm-serve from the node's PATH"),
     Setting("READY_TIMEOUT", "3600", "seconds until a server that is not ready has failed"),
     Setting("PORT", "8000", "port of the server"),
-    Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's own --gpus words"),
+    Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
     Setting("PRIVILEGED", "0", "1: docker run --privileged"),
-    Setting(
-        "HF_HOME", "", "Hugging Face cache, seen by the containers; default: ~/.cache/huggingface"
-    ),
+    Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
     Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
+    Setting("HOST", "localhost", "server that test.py checks; counts in .env only"),
+    Setting("OPENAI_API_KEY", "", "bearer token that test.py sends; never printed"),
 )
 
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.

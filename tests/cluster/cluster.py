@@ -155,7 +155,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise ClusterError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def missing_packages() -> list[str]:
@@ -332,6 +332,7 @@ class Machine:
             "dockerd",
             "--iptables=false",
             "--bridge=none",
+            "--live-restore",
             f"--data-root={data_root}",
             "--exec-root=/run/docker",
             "--pidfile=/run/docker.pid",
@@ -493,7 +494,7 @@ class Cluster:
                 containers = node.run("docker", "ps", "-aq", check=False).stdout.split()
                 if containers:
                     node.run("docker", "rm", "-f", *containers, check=False)
-                node.stop("dockerd")
+                node.stop("dockerd", signal.SIGKILL)
         machines = [*self.nodes.values(), *([self.ctl] if hasattr(self, "ctl") else [])]
         for pid in processes_in_network_of([m.holder.pid for m in machines]):
             with contextlib.suppress(ProcessLookupError):
@@ -542,7 +543,9 @@ def copy_repository(source: Path, target: Path) -> None:
         (target / ".venv").symlink_to(source / ".venv")
 
 
-def build_image(node: Machine, simulator: Path, tag: str, version: str = "1") -> None:
+def build_image(
+    node: Machine, simulator: Path, tag: str, version: str = "1", ballast_mb: int = 0
+) -> None:
     """An image with the simulator in place of the engine. `version` makes one unlike the others."""
     if not node.run("docker", "image", "inspect", "base:1", check=False).stdout.strip("[]\n"):
         path = f"ENV PATH=/opt/simulator:{PATH}"
@@ -550,8 +553,10 @@ def build_image(node: Machine, simulator: Path, tag: str, version: str = "1") ->
     with tempfile.TemporaryDirectory(dir=node.state) as context:
         shutil.copytree(simulator, Path(context, "simulator"))
         Path(context, "Dockerfile").write_text(
-            f"FROM base:1\nCOPY simulator /opt/simulator\nENV IMAGE_VERSION={version}\n"
+            f"FROM base:1\nCOPY simulator ballast* /opt/simulator/\nENV IMAGE_VERSION={version}\n"
         )
+        if ballast_mb:
+            Path(context, "ballast").write_bytes(os.urandom(ballast_mb * 1_000_000))
         node.docker("build", "--quiet", "--tag", tag, context)
 
 

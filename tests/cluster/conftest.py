@@ -1,173 +1,36 @@
-"""The cluster for a test session, an image on it, and launches that must leave nothing behind."""
+"""The cluster for a test session, and launches that must leave nothing behind."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.cluster import (
-    Cluster,
-    Machine,
-    build_image,
-    copy_repository,
-    wait_until,
-    why_not,
-)
+from tests.cluster.cluster import Cluster, why_not
+from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strangers, traces
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = sys.executable
-TAG = "tensorrt-llm-serve:latest"
-TARBALL = Path("/fsx/images/tensorrt-llm-serve-latest.tar.gz")
-REPO = Path("/fsx/repo")
+Launcher = Callable[..., Launch]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes milliseconds comes before what takes a cluster."""
+    items.sort(key=lambda item: Path(__file__).parent in item.path.parents)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, each with somebody else's image and running container."""
+    """Two nodes with an image tarball, and on each a container of somebody else's."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
     with Cluster(nodes=2) as cluster:
-        copy_repository(ROOT, REPO)
-        build_image(cluster.nodes["n1"], REPO / "simulator", TAG)
-        cluster.nodes["n1"].docker("tag", TAG, "stranger:1")
-        cluster.nodes["n1"].run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", make(TARBALL))
-        cluster.nodes["n1"].run("sh", "-c", "docker save stranger:1 >/fsx/images/stranger.tar")
-        cluster.nodes["n2"].run("docker", "load", "-i", "/fsx/images/stranger.tar")
-        for node in cluster.nodes.values():
-            start_stranger(node)
-        cluster.nodes["n1"].docker("rmi", TAG)
+        prepare(cluster)
         yield cluster
-
-
-def make(path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return str(path)
-
-
-def start_stranger(node: Machine) -> None:
-    """A container of somebody else's, named as carelessly as people do."""
-    node.docker("run", "-d", "--name", "trtllm", "--net=host", "stranger:1", "sleep", "100000")
-
-
-def strangers(cluster: Cluster) -> list[str]:
-    """Identity and start of everything on the nodes that is not ours."""
-    form = "{{.ID}} {{.Names}} {{.CreatedAt}}"
-    return [
-        node.docker("ps", "--filter", "name=^trtllm$", "--format", form)
-        + node.docker("image", "inspect", "--format", "{{.Id}}", "stranger:1")
-        for node in cluster.nodes.values()
-    ]
-
-
-def ours(cluster: Cluster) -> list[str]:
-    """Our containers on all nodes, running or not."""
-    command = ("ps", "-aq", "--filter", "label=tensorrt-llm-serve.job")
-    return [line for n in cluster.nodes.values() for line in n.docker(*command).split()]
-
-
-def traces(cluster: Cluster, workspace: Path) -> list[str]:
-    """Whatever of ours is left on a node or in the workspace, in words."""
-    found = [f"container {name}" for name in ours(cluster)]
-    words = r"docker (run|load|pull|exec)|pigz -dc|zstd -dc|gzip -dc|trtllm-serve"
-    for node in cluster.nodes.values():
-        seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
-        found += [f"{node.name}: {line}" for line in seen if re.search(words, line)]
-    left = [
-        *workspace.rglob("run_*.json"),
-        *workspace.rglob("endpoint.json"),
-        *workspace.rglob("*.part"),
-    ]
-    return found + [str(path) for path in left]
-
-
-class Launch:
-    """One run of run_sbatch.py on the login node, its output in a file."""
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        workspace: Path,
-        command: list[str],
-        env: dict[str, str] | None = None,
-        cwd: str | None = None,
-    ) -> None:
-        self.cluster, self.workspace = cluster, workspace
-        self.path = workspace / f"output-{time.monotonic_ns()}"
-        with self.path.open("wb") as sink:
-            self.process = cluster.ctl.popen(
-                *command,
-                cwd=cwd or str(workspace),
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self.path.read_text(errors="replace")
-
-    def until(self, text: str, seconds: float = 30) -> float:
-        """Wait for a text in the output; returns the time it was seen."""
-        with contextlib.suppress(RuntimeError):
-            wait_until(
-                lambda: text in self.output or self.process.poll() is not None, seconds, text
-            )
-        assert text in self.output, self.output
-        return time.monotonic()
-
-    @property
-    def pid(self) -> int:
-        """The launcher's own process: salloc's child, or the process itself."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return int((children.split() or [str(self.process.pid)])[0])
-
-    @property
-    def job(self) -> str:
-        found = re.search(r"allocation (\d+)", self.output)
-        return found[1] if found else ""
-
-    def send(self, signum: int) -> None:
-        os.kill(self.pid, signum)
-
-    def code(self, seconds: float = 30) -> int:
-        """The exit code, once it has ended."""
-        try:
-            return int(self.process.wait(seconds))
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"did not end within {seconds:g} s:\n{self.output}")
-
-    def stop(self, signum: int = signal.SIGINT) -> int:
-        """Stop it as a user would; everything of it is gone from the nodes within 5 s."""
-        self.send(signum)
-        wait_until(lambda: self.process.poll() is not None, 5, f"the end\n{self.output}")
-        assert [
-            c
-            for n in self.cluster.nodes.values()
-            for c in n.docker(
-                "ps", "-aq", "--filter", f"label=tensorrt-llm-serve.job={self.job}"
-            ).split()
-        ] == []
-        return self.code()
-
-    def url(self) -> str:
-        return str(json.loads((self.workspace / "logs/endpoint.json").read_text())["url"])
-
-
-Launcher = Callable[..., Launch]
 
 
 @pytest.fixture
@@ -185,9 +48,7 @@ def launch(cluster: Cluster, workspace: Path) -> Iterator[Launcher]:
     before = strangers(cluster)
     launches: list[Launch] = []
 
-    def start(
-        *args: str, salloc: str = "-N2 --gpus-per-node=8 --exclusive", **options: Any
-    ) -> Launch:
+    def start(*args: str, salloc: str = WHOLE, **options: Any) -> Launch:
         command = [PYTHON, str(REPO / "run_sbatch.py"), *args]
         if salloc:
             command = ["salloc", *salloc.split(), *command]
@@ -203,11 +64,3 @@ def launch(cluster: Cluster, workspace: Path) -> Iterator[Launcher]:
         assert code is not None
     assert traces(cluster, workspace) == []
     assert strangers(cluster) == before
-
-
-def serve_args(*extra: str) -> list[str]:
-    return ["--image", str(TARBALL), "org/model", "--tp_size", "8", *extra]
-
-
-QUICK = {"TRTLLM_SIM_LOAD_SECONDS": "0.3"}
-SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}

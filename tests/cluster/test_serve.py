@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster, build_image, wait_until
-from tests.cluster.conftest import (
+from tests.cluster.conftest import Launcher
+from tests.cluster.launches import (
     PYTHON,
     QUICK,
     REPO,
     TAG,
     TARBALL,
-    Launcher,
+    forget_image,
     ours,
     serve_args,
     traces,
@@ -32,11 +33,6 @@ def smoke(cluster: Cluster, url: str) -> str:
     return cluster.ctl.run(
         PYTHON, str(REPO / "test.py"), "-H", host, "-p", port, check=False
     ).stdout
-
-
-def forget_image(cluster: Cluster) -> None:
-    for node in cluster.nodes.values():
-        node.run("docker", "rmi", TAG, check=False)
 
 
 def test_a_cold_start_ends_in_a_server_that_passes_the_api_checks(

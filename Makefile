@@ -1,0 +1,113 @@
+# TensorRT-LLM serving. `make` lists the targets.
+MAKEFLAGS     += --no-builtin-rules --warn-undefined-variables
+SHELL         := bash
+.SHELLFLAGS   := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+# What a user may give, on the command line or in the environment. Each is taken by its raw value,
+# so that make expands nothing in it, and reaches the recipes through the environment, so that the
+# shell does not either: MODEL='it'\''s a "test"; $(x)' arrives as it is. A variable that is not
+# given is not passed on: its default is the script's, below .env.
+GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
+GIVEN += FILE COMPRESS
+GIVEN += HOST
+# Shells that export HOST mean their own machine: only `make test HOST=...` counts.
+ifneq ($(origin HOST),command line)
+HOST :=
+endif
+define take
+ifneq ($$(value $(1)),)
+override $(1) := $$(value $(1))
+export $(1)
+endif
+endef
+$(foreach name,$(GIVEN),$(eval $(call take,$(name))))
+
+# $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
+flag = $(if $(value $(1)),$(2) "$$$(1)")
+# The one value that the shell splits into words: more arguments for trtllm-serve.
+EXTRA_ARGS ?=
+
+##@ Image
+.PHONY: docker
+docker: ## Build the image from the Dockerfile (IMAGE=)
+	docker build --tag "$${IMAGE:-tensorrt-llm-serve:latest}" .
+
+.PHONY: save
+save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|zst|none)
+	$(PY) save_image.py $(call flag,IMAGE,) $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
+
+.PHONY: load
+load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
+	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
+
+.PHONY: sqsh
+sqsh: ## Convert it for enroot (IMAGE= FILE=)
+	enroot import --output "$${FILE:-tensorrt-llm-serve-latest.sqsh}" "dockerd://$${IMAGE:-tensorrt-llm-serve:latest}"
+
+##@ Serve
+.PHONY: serve
+serve: $(READY) ## Serve a model here, or in the allocation (MODEL= TP= PORT= IMAGE= EXTRA_ARGS=)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS)
+
+.PHONY: stop
+stop: $(READY) ## Stop what was started from this workspace
+	$(PY) run_sbatch.py --stop
+
+.PHONY: status
+status: $(READY) ## Say what runs from this workspace
+	@$(PY) run_sbatch.py --status
+
+.PHONY: logs
+logs: $(READY) ## Follow the newest server log
+	@$(PY) run_sbatch.py --logs
+
+.PHONY: test
+test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
+	@$(PY) test.py $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model)
+
+.PHONY: demo
+demo: $(READY) ## Serve and check with the simulator: no GPU, no Docker, no cluster
+	$(PY) simulator/demo.py
+
+##@ Develop
+.PHONY: setup
+setup: $(READY) ## Make .venv (every target does so by itself)
+
+.PHONY: check
+check: $(READY) ## Lint, types, and all tests; as root also those on a real cluster
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
+	@$(VENV)/bin/mypy --no-error-summary
+	@$(VENV)/bin/hadolint Dockerfile
+	@$(PY) -m pytest
+
+.PHONY: cluster
+cluster: $(READY) ## A shell on the login node of a real two-node cluster (as root)
+	$(PY) -m tests.cluster.cluster
+
+.PHONY: bench-launch
+bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figures (as root)
+	$(PY) -m tests.cluster.bench_launch
+
+.PHONY: clean
+clean: ## Remove what the targets made here; logs/ and images stay
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv: apt-get install python3-venv (or your system's package)" >&2; exit 1; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@  # last, so that an interrupted install is made again
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	    /^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

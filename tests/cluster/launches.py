@@ -1,0 +1,166 @@
+"""Launches on the test cluster, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.cluster.cluster import (
+    Cluster,
+    ClusterError,
+    Machine,
+    build_image,
+    copy_repository,
+    wait_until,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+TAG = "tensorrt-llm-serve:latest"
+TARBALL = Path("/fsx/images/tensorrt-llm-serve-latest.tar.gz")
+REPO = Path("/fsx/repo")
+WHOLE = "-N2 --gpus-per-node=8 --exclusive"
+QUICK = {"TRTLLM_SIM_LOAD_SECONDS": "0.3"}
+SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}
+
+
+def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
+    """The repository and an image tarball on /fsx; on every node somebody else's container."""
+    copy_repository(ROOT, REPO)
+    first, second = cluster.nodes["n1"], cluster.nodes["n2"]
+    build_image(first, REPO / "simulator", TAG, ballast_mb=ballast_mb)
+    TARBALL.parent.mkdir()
+    first.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(TARBALL))
+    first.docker("tag", TAG, "stranger:1")
+    first.run("sh", "-c", "docker save stranger:1 >/fsx/images/stranger.tar")
+    second.run("docker", "load", "-i", "/fsx/images/stranger.tar")
+    for node in cluster.nodes.values():
+        start_stranger(node)
+    first.docker("rmi", TAG)
+
+
+def start_stranger(node: Machine) -> None:
+    """A container of somebody else's, named as carelessly as people do."""
+    node.docker("run", "-d", "--name", "trtllm", "--net=host", "stranger:1", "sleep", "100000")
+
+
+def strangers(cluster: Cluster) -> list[str]:
+    """Identity and start of everything on the nodes that is not ours."""
+    form = "{{.ID}} {{.Names}} {{.CreatedAt}}"
+    return [
+        node.docker("ps", "--filter", "name=^trtllm$", "--format", form)
+        + node.docker("image", "inspect", "--format", "{{.Id}}", "stranger:1")
+        for node in cluster.nodes.values()
+    ]
+
+
+def ours(cluster: Cluster) -> list[str]:
+    """Our containers on all nodes, running or not."""
+    command = ("ps", "-aq", "--filter", "label=tensorrt-llm-serve.job")
+    return [line for n in cluster.nodes.values() for line in n.docker(*command).split()]
+
+
+def forget_image(cluster: Cluster) -> None:
+    for node in cluster.nodes.values():
+        node.run("docker", "rmi", TAG, check=False)
+
+
+def traces(cluster: Cluster, workspace: Path) -> list[str]:
+    """Whatever of ours is left on a node or in the workspace, in words."""
+    found = [f"container {name}" for name in ours(cluster)]
+    words = r"docker (run|load|pull|exec)|pigz -dc|zstd -dc|gzip -dc|trtllm-serve"
+    for node in cluster.nodes.values():
+        seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
+        found += [f"{node.name}: {line}" for line in seen if re.search(words, line)]
+    left = [
+        *workspace.rglob("run_*.json"),
+        *workspace.rglob("endpoint.json"),
+        *workspace.rglob("*.part"),
+    ]
+    return found + [str(path) for path in left]
+
+
+class Launch:
+    """One run of run_sbatch.py on the login node, its output in a file."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        workspace: Path,
+        command: list[str],
+        env: dict[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> None:
+        self.cluster, self.workspace = cluster, workspace
+        self.path = workspace / f"output-{time.monotonic_ns()}"
+        with self.path.open("wb") as sink:
+            self.process = cluster.ctl.popen(
+                *command,
+                cwd=cwd or str(workspace),
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def until(self, text: str, seconds: float = 30) -> float:
+        """Wait for a text in the output; returns the time it was seen."""
+        with contextlib.suppress(RuntimeError):
+            wait_until(
+                lambda: text in self.output or self.process.poll() is not None, seconds, text
+            )
+        assert text in self.output, self.output
+        return time.monotonic()
+
+    @property
+    def pid(self) -> int:
+        """The launcher's own process: salloc's child, or the process itself."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int((children.split() or [str(self.process.pid)])[0])
+
+    @property
+    def job(self) -> str:
+        found = re.search(r"allocation (\d+)", self.output)
+        return found[1] if found else ""
+
+    def send(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def code(self, seconds: float = 30) -> int:
+        """The exit code, once it has ended."""
+        try:
+            return int(self.process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"no end within {seconds:g} s:\n{self.output}") from None
+
+    def stop(self, signum: int = signal.SIGINT) -> int:
+        """Stop it as a user would; everything of it is gone from the nodes within 5 s."""
+        self.send(signum)
+        wait_until(lambda: self.process.poll() is not None, 5, f"the end\n{self.output}")
+        assert [
+            c
+            for n in self.cluster.nodes.values()
+            for c in n.docker(
+                "ps", "-aq", "--filter", f"label=tensorrt-llm-serve.job={self.job}"
+            ).split()
+        ] == []
+        return self.code()
+
+    def url(self) -> str:
+        return str(json.loads((self.workspace / "logs/endpoint.json").read_text())["url"])
+
+
+def serve_args(*extra: str) -> list[str]:
+    return ["--image", str(TARBALL), "org/model", "--tp_size", "8", *extra]

@@ -1,0 +1,412 @@
+"""What goes wrong on the real cluster: one sentence, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import REGISTRY, Cluster, wait_until
+from tests.cluster.conftest import Launcher
+from tests.cluster.launches import (
+    PYTHON,
+    QUICK,
+    REPO,
+    SLOW,
+    TAG,
+    TARBALL,
+    Launch,
+    forget_image,
+    ours,
+    serve_args,
+    traces,
+)
+
+
+def sentence(output: str) -> str:
+    """The error that ended a launch."""
+    return output.partition("] ERROR ")[2]
+
+
+# --- asked for what cannot be -------------------------------------------------------------------
+
+
+def truncated(workspace: Path, *, sidecar: bool) -> list[str]:
+    """Two thirds of a tarball; with a sidecar that believes in it, so that the nodes find out."""
+    path = workspace / "cut.tar.gz"
+    whole = TARBALL.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    if sidecar:
+        facts = json.loads(Path(f"{TARBALL}.json").read_text())
+        facts["packed_bytes"] = path.stat().st_size
+        Path(f"{path}.json").write_text(json.dumps(facts))
+    return ["--image", str(path), "m"]
+
+
+def too_big(workspace: Path) -> list[str]:
+    path = workspace / "big.tar.gz"
+    shutil.copy2(TARBALL, path)
+    facts = json.loads(Path(f"{TARBALL}.json").read_text())
+    Path(f"{path}.json").write_text(json.dumps({**facts, "unpacked_bytes": 10**15}))
+    return ["--image", str(path), "m"]
+
+
+BAD_REQUESTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
+    "truncated tarball": (
+        lambda w: truncated(w, sidecar=True),
+        ["n1, n2: ", "cut.tar.gz is truncated or corrupt"],
+    ),
+    "truncated tarball without sidecar": (
+        lambda w: truncated(w, sidecar=False),
+        ["cut.tar.gz is truncated or corrupt"],
+    ),
+    "missing tarball": (
+        lambda w: ["--image", "/fsx/none.tar.gz", "m"],
+        ["there is no image tarball /fsx/none.tar.gz", "make docker"],
+    ),
+    "local tag that is nowhere": (
+        lambda w: ["--image", "never-built:1", "m"],
+        ["n1, n2: image never-built:1 is not there", "make load"],
+    ),
+    "disk too small": (too_big, ["n1, n2: disk too small", "2000000.0 GB"]),
+    "missing config file": (
+        lambda w: serve_args("--config", "none.yaml"),
+        ["none.yaml", "No such file"],
+    ),
+    "config that is no YAML": (
+        lambda w: serve_args("--config", str(REPO / "LICENSE")),
+        ["LICENSE is not"],
+    ),
+    "path that is not mounted": (
+        lambda w: ["--image", str(TARBALL), "/usr/lib"],
+        ["/usr/lib is not mounted into the container", "--container-mount"],
+    ),
+    "model path that is not there": (
+        lambda w: ["--image", str(TARBALL), "/fsx/no-model"],
+        ["n1, n2: /fsx/no-model is not there"],
+    ),
+    "container mount that is not there": (
+        lambda w: ["--container-mount", "/nowhere", *serve_args()],
+        ["/nowhere is not a directory"],
+    ),
+    "world larger than the allocation": (
+        lambda w: serve_args("--pp_size", "4"),
+        ["32 (tp 8 x pp 4 x cp 1)", "16 GPU(s)"],
+    ),
+    "world larger than a node": (
+        lambda w: serve_args("--pp_size", "2"),
+        ["16 (tp 8 x pp 2 x cp 1)", "n1 has 8 GPU(s)"],
+    ),
+    "unknown trtllm-serve flag": (
+        lambda w: serve_args("--no_such_flag", "1"),
+        ["n1: ", "exit code 2", "No such option: --no_such_flag"],
+    ),
+    "address that only the node itself reaches": (
+        lambda w: serve_args("--host", "127.0.0.1"),
+        ["--host 127.0.0.1 cannot be reached", "n1"],
+    ),
+    "port that is no port": (lambda w: serve_args("--port", "80000"), ["'80000'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_a_bad_request_ends_in_one_sentence(
+    case: str, cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    arguments, words = BAD_REQUESTS[case]
+    if "tarball" in case or "disk" in case:
+        forget_image(cluster)
+    started = launch(*arguments(workspace), env=QUICK)
+    assert started.code(15) == 1, started.output
+    for word in words:
+        assert word in sentence(started.output), started.output
+
+
+def test_a_taken_port_is_noticed_before_anything_heavy(cluster: Cluster, launch: Launcher) -> None:
+    holder = cluster.nodes["n1"].popen("python3", "-m", "http.server", "8000", cwd="/run")
+    try:
+        wait_until(lambda: "8000" in cluster.nodes["n1"].run("ss", "-ltn").stdout, 10, "holder")
+        started = launch(*serve_args(), env=QUICK)
+        assert started.code(10) == 1
+        assert 'n1: port 8000 is taken by "python3"' in sentence(started.output)
+        assert "SIMULATOR" not in started.output
+    finally:
+        cluster.nodes["n1"].run("pkill", "-f", "http.server")
+        holder.wait()
+
+
+def test_docker_down_on_one_node_names_the_node(cluster: Cluster, launch: Launcher) -> None:
+    cluster.nodes["n2"].stop("dockerd")
+    try:
+        started = launch(*serve_args(), env=QUICK)
+        assert started.code(15) == 1
+        text = sentence(started.output)
+        assert text.startswith("n2: Docker does not answer: Cannot connect"), text
+        assert "n1:" not in text
+    finally:
+        cluster.nodes["n2"].start_dockerd()
+
+
+# --- a registry ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def registry(cluster: Cluster) -> Iterator[str]:
+    """A Docker registry on the login node that holds one image."""
+    config = cluster.state / "registry.yml"
+    config.write_text(
+        "version: 0.1\nlog: {level: error}\nhttp: {addr: '0.0.0.0:5000'}\n"
+        f"storage: {{filesystem: {{rootdirectory: {cluster.state}/registry}}}}\n"
+    )
+    cluster.ctl.start("registry", "docker-registry", "serve", str(config))
+    node = cluster.nodes["n1"]
+    wait_until(
+        lambda: node.run("curl", "-fs", f"http://{REGISTRY}/v2/", check=False).returncode == 0,
+        10,
+        "registry",
+    )
+    node.docker("tag", "stranger:1", f"{REGISTRY}/serve:1")
+    node.docker("push", f"{REGISTRY}/serve:1")
+    node.docker("rmi", f"{REGISTRY}/serve:1")
+    yield REGISTRY
+    cluster.ctl.stop("registry")
+
+
+def test_an_image_of_a_registry_is_pulled_on_every_node(
+    cluster: Cluster, launch: Launcher, registry: str
+) -> None:
+    started = launch("--image", f"{registry}/serve:1", "m", env=QUICK)
+    started.until("READY")
+    assert started.output.count("there after") == 2
+    assert started.stop() == 130
+    for node in cluster.nodes.values():
+        node.docker("rmi", f"{registry}/serve:1")
+
+
+def test_a_tag_the_registry_does_not_have_names_the_node(launch: Launcher, registry: str) -> None:
+    started = launch("--image", f"{registry}/serve:none", "m", env=QUICK)
+    assert started.code(15) == 1
+    assert f"n1, n2: docker pull {registry}/serve:none" in sentence(started.output)
+    assert "manifest unknown" in sentence(started.output)
+
+
+# --- the engine fails ---------------------------------------------------------------------------
+
+ENGINE_FAULTS = {
+    "exit-loading:3": ("exit code 3", "before it was ready"),
+    "exit-serving:7:1": ("exit code 7", "while serving"),
+    "kill-serving:1": ("exit code 137 (killed", "while serving"),
+}
+
+
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_an_engine_that_ends_is_reported_with_code_and_log(
+    fault: str, launch: Launcher, workspace: Path
+) -> None:
+    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": fault})
+    assert started.code(15) == 1
+    text = sentence(started.output)
+    assert text.startswith("n1: trtllm-serve ended with"), started.output
+    for words in ENGINE_FAULTS[fault]:
+        assert words in text
+    log = next((workspace / "logs").glob("*.log"))
+    assert f"the last lines of {log}" in started.output and str(log) in text
+    assert log.stat().st_size > 0
+
+
+def test_an_engine_that_answers_503_for_ever_is_given_up(launch: Launcher) -> None:
+    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": "503:1"})
+    started.until("READY")
+    assert started.code(60) == 1
+    assert "n1: the server is up but no longer serves" in sentence(started.output)
+    assert "/health answered 503" in sentence(started.output)
+
+
+def test_an_engine_that_never_gets_ready_is_given_up_at_the_deadline(launch: Launcher) -> None:
+    env = {"TRTLLM_SIM_FAULT": "hang-loading"}
+    started = launch(*serve_args("--ready-timeout", "2"), env=env)
+    assert started.code(15) == 1
+    assert "n1: the server was not ready within 2 s" in sentence(started.output)
+
+
+# --- stopped, in every phase --------------------------------------------------------------------
+
+
+def in_preflight(cluster: Cluster, launch: Launcher) -> Launch:
+    """A preflight that takes long, because one Docker daemon does not answer."""
+    cluster.nodes["n2"].run("pkill", "-STOP", "dockerd")
+    started = launch(*serve_args(), env=SLOW)
+    started.until("... preflight")
+    time.sleep(0.3)
+    return started
+
+
+def in_load(cluster: Cluster, launch: Launcher) -> Launch:
+    forget_image(cluster)
+    started = launch(*serve_args(), env=SLOW)
+    started.until("... load")
+    time.sleep(0.2)
+    return started
+
+
+def in_engine_loading(cluster: Cluster, launch: Launcher) -> Launch:
+    started = launch(*serve_args(), env=SLOW)
+    started.until("SIMULATOR")
+    return started
+
+
+def in_serving(cluster: Cluster, launch: Launcher) -> Launch:
+    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": "ignore-term"})
+    started.until("READY")
+    return started
+
+
+PHASES = {
+    "preflight": in_preflight,
+    "load": in_load,
+    "loading": in_engine_loading,
+    "serving": in_serving,
+}
+
+
+def interrupt_twice(started: Launch) -> None:
+    started.send(signal.SIGINT)
+    time.sleep(0.05)
+    started.send(signal.SIGINT)
+
+
+def interrupt_group(started: Launch) -> None:
+    """^C at a terminal whose foreground job is `salloc python run_sbatch.py`."""
+    os.killpg(started.process.pid, signal.SIGINT)
+
+
+def cancel(started: Launch) -> None:
+    started.cluster.ctl.run("scancel", started.job)
+
+
+# How it is stopped -> the exit codes it may have: salloc answers for a revoked allocation, and
+# says 0 of a command that was killed.
+STOPS: dict[str, tuple[Callable[[Launch], None], set[int]]] = {
+    "SIGINT": (lambda s: s.send(signal.SIGINT), {130}),
+    "SIGTERM": (lambda s: s.send(signal.SIGTERM), {143}),
+    "SIGHUP": (lambda s: s.send(signal.SIGHUP), {129}),
+    "SIGINT twice": (interrupt_twice, {130}),
+    "^C of salloc": (interrupt_group, {1, 130}),
+    "scancel": (cancel, {1, 129, 137, 143}),
+    "SIGKILL": (lambda s: s.send(signal.SIGKILL), {0, 137}),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("how", STOPS)
+def test_however_it_is_stopped_no_container_is_left(
+    how: str, phase: str, cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    stop, codes = STOPS[how]
+    try:
+        started = PHASES[phase](cluster, launch)
+        stop(started)
+        assert started.code(10) in codes, started.output
+    finally:
+        cluster.nodes["n2"].run("pkill", "-CONT", "dockerd", check=False)
+    wait_until(lambda: ours(cluster) == [], 5, f"no container left\n{started.output}")
+    wait_until(lambda: not processes_left(cluster, workspace), 12, "no process left")
+    if how == "SIGKILL":
+        sweep(cluster, workspace)
+
+
+def processes_left(cluster: Cluster, workspace: Path) -> list[str]:
+    return [line for line in traces(cluster, workspace) if not line.startswith("/")]
+
+
+def sweep(cluster: Cluster, workspace: Path) -> None:
+    """What a killed launcher could not remove of its records, the next look does."""
+    status = (PYTHON, str(REPO / "run_sbatch.py"), "--status")
+    assert cluster.ctl.run(*status, cwd=str(workspace), check=False).returncode == 1
+
+
+def test_the_next_start_reaps_what_dead_launchers_left(cluster: Cluster, launch: Launcher) -> None:
+    node = cluster.nodes["n1"]
+    started = launch(*serve_args(), env=QUICK)
+    started.until("READY")
+    here = node.docker(
+        "inspect",
+        f"trtllm-{started.job}-n1",
+        "--format",
+        '{{index .Config.Labels "tensorrt-llm-serve.launcher"}}',
+    )
+    started.stop()
+    dead = f"{here.rsplit(':', 2)[0]}:{started.process.pid}:1"
+    cases = {
+        "gone": ("99999", dead, "root"),
+        "job-gone": ("99998", "other/x/y:1:1", "root"),
+        "not-ours": ("99999", dead, "somebody"),
+    }
+    for name, (job, launcher, user) in cases.items():
+        node.docker(
+            "run",
+            "-d",
+            "--name",
+            name,
+            "--net=host",
+            "--label",
+            f"tensorrt-llm-serve.job={job}",
+            "--label",
+            f"tensorrt-llm-serve.launcher={launcher}",
+            "--label",
+            f"tensorrt-llm-serve.user={user}",
+            "stranger:1",
+            "sleep",
+            "1000",
+        )
+    try:
+        started = launch(*serve_args(), env=QUICK)
+        started.until("READY")
+        assert "removing 2 container(s)" in started.output
+        names = node.docker("ps", "--format", "{{.Names}}").split()
+        assert "not-ours" in names and "gone" not in names and "job-gone" not in names
+        started.stop()
+    finally:
+        node.docker("rm", "-f", *cases, check=False)
+
+
+def test_a_second_launch_in_one_allocation_is_refused(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    started = launch(*serve_args(), env=QUICK)
+    started.until("READY")
+    variables = Path(f"/proc/{started.pid}/environ").read_bytes().split(b"\0")
+    slurm = dict(v.decode().partition("=")[::2] for v in variables if v.startswith(b"SLURM_"))
+    second = launch(*serve_args("--port", "8001"), salloc="", env=slurm)
+    assert second.code(10) == 1
+    assert f"already runs the container trtllm-{started.job}-n1" in sentence(second.output)
+    assert len(ours(cluster)) == 1
+    assert started.stop() == 130
+
+
+def test_the_log_of_every_end_is_kept(launch: Launcher, workspace: Path) -> None:
+    for fault in ("exit-loading:1", "exit-serving:1"):
+        launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": fault}).code()
+    assert len(list((workspace / "logs").glob("trtllm_server_*.log"))) == 2
+
+
+def test_another_image_of_the_same_tag_does_not_stop_force(
+    cluster: Cluster, launch: Launcher
+) -> None:
+    """--force while a stranger's container runs of the very image: it keeps running."""
+    node = cluster.nodes["n1"]
+    node.run("sh", "-c", f"pigz -dc {TARBALL} | docker load")
+    node.docker("run", "-d", "--name", "user-of-it", "--net=host", TAG, "sleep", "1000")
+    try:
+        started = launch(*serve_args("--force"), env=QUICK)
+        started.until("READY")
+        started.stop()
+        assert "user-of-it" in node.docker("ps", "--format", "{{.Names}}").split()
+    finally:
+        node.docker("rm", "-f", "user-of-it")

@@ -1,0 +1,585 @@
+"""Fakes at the boundary: `docker`, `srun` and the like on a PATH that holds nothing unexpected.
+
+Every fake writes down how it was called and refuses what it does not know with exit code 64. The
+fake docker has a state directory a node and starts containers as real Docker does: not as children
+of its client, so that one that is forgotten lives on. What is left of it at a test's end fails it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TAG = "tensorrt-llm-serve:latest"
+TOKEN = "hf_do_not_print_me"
+HOSTILE = ["a b", "it's", 'a"b', "$HOME $(id)", "a;b|c&d", "a,b", "*", "-x", "ünï", "a\\b", "a\nb"]
+
+# Real programs that the scripts may use. What is not in this list must not be needed.
+TOOLS = [
+    "awk",
+    "base64",
+    "bash",
+    "cat",
+    "cut",
+    "date",
+    "df",
+    "dirname",
+    "env",
+    "false",
+    "flock",
+    "grep",
+    "gzip",
+    "head",
+    "id",
+    "ip",
+    "kill",
+    "ls",
+    "mkdir",
+    "mktemp",
+    "pigz",
+    "printf",
+    "ps",
+    "readlink",
+    "rm",
+    "sed",
+    "seq",
+    "setsid",
+    "sh",
+    "sleep",
+    "sort",
+    "ss",
+    "tail",
+    "tee",
+    "timeout",
+    "tr",
+    "true",
+    "uname",
+    "wc",
+    "zstd",
+]
+
+COMMON = r"""
+import contextlib, fcntl, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+home = Path(os.environ["FAKE_HOME"])
+faults = json.loads((home / "faults.json").read_text())
+me, args = Path(sys.argv[0]).name, sys.argv[1:]
+with (home / "calls").open("a") as calls:
+    print(json.dumps([me, *args]), file=calls)
+
+def fail(text, code=1):
+    print(text, file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+def unknown():
+    fail(f"fake {me} does not know {args!r}", 64)
+"""
+
+DOCKER = r"""
+node = home / os.environ.get("SLURMD_NODENAME", "local")
+node.mkdir(exist_ok=True)
+lock = (node / "lock").open("w")
+
+@contextlib.contextmanager
+def locked():
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+    fcntl.flock(lock, fcntl.LOCK_UN)
+
+def images():
+    path = node / "images.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+def keep(known):
+    (node / "images.json").write_text(json.dumps(known))
+
+def container(name):
+    return node / f"container-{name}.json"
+
+def take_in(stream):
+    import io, tarfile
+    data = stream.read()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            [entry] = json.load(tar.extractfile("manifest.json"))
+    except (tarfile.TarError, KeyError, EOFError):
+        fail("Error processing tar file(exit status 1): unexpected EOF")
+    digest = "sha256:" + Path(entry["Config"]).name.removesuffix(".json")
+    known = images()
+    for tag in entry["RepoTags"]:
+        known[tag] = {"id": faults.get("loads", digest), "layers": faults.get("layers", [])}
+        print("Loaded image: " + tag)
+    keep(known)
+
+def run(name, rest):
+    words, flags = iter(rest), []
+    for word in words:
+        if not word.startswith("-"):
+            break
+        flags.append(word)
+        if word in ("--device", "--gpus"):
+            flags.append(next(words))
+        elif not word.startswith((
+            "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
+            "--workdir=", "--env=")) and word not in ("--rm", "--init", "--privileged"):
+            fail("unknown flag: " + word, 125)
+    else:
+        fail('"docker run" requires at least 1 argument.', 125)
+    engine = list(words)
+    if word not in images():
+        fail(f"docker: Error response from daemon: No such image: {word}.", 125)
+    labels = dict(f[len("--label="):].split("=", 1) for f in flags if f.startswith("--label="))
+    if engine[:1] == ["trtllm-serve"]:
+        engine = [sys.executable, os.environ["FAKE_SIMULATOR"], *engine[1:]]
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    time.sleep(faults.get("create_delay", 0))
+    with locked():
+        process = subprocess.Popen(engine, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
+        container(name).write_text(json.dumps({
+            "pid": process.pid, "name": name, "labels": labels, "flags": flags,
+            "environment": dict(os.environ)}))
+    code = process.wait()
+    with locked():
+        container(name).unlink(missing_ok=True)
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+def remove(name):
+    time.sleep(faults.get("rm_delay", 0))
+    with locked():
+        found = [p for p in node.glob("container-*.json")
+                 if name in (json.loads(p.read_text())["name"], p.stem[-12:])]
+        for path in found:
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.killpg(json.loads(path.read_text())["pid"], signal.SIGKILL)
+            path.unlink()
+    if not found:
+        fail("Error response from daemon: No such container: " + name)
+    print(name)
+
+if down := faults.get("down"):
+    if down is True or node.name in down:
+        fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
+
+LABEL = "tensorrt-llm-serve."
+match args:
+    case ["version", "--format", "{{.Server.Version}}"]:
+        print("27.0.1")
+    case ["info", "--format", "{{.DriverStatus}}"]:
+        print(faults.get("store", "[[Backing Filesystem extfs]]"))
+    case ["info", "--format", "{{.DockerRootDir}}"]:
+        print(home)
+    case ["image", "inspect", "--format", form, tag]:
+        if not (image := images().get(tag)):
+            fail("Error response from daemon: No such image: " + tag)
+        layers = json.dumps(image["layers"], separators=(",", ":"))
+        forms = {"{{.Id}}": image["id"],
+                 "{{.Id}} {{json .RootFS.Layers}}": f"{image['id']} {layers}"}
+        print(forms[form] if form in forms else unknown())
+    case ["image", "inspect", tag]:
+        if tag not in images():
+            fail("Error response from daemon: No such image: " + tag)
+        print("[]")
+    case ["image", "rm", tag]:
+        keep({name: image for name, image in images().items() if name != tag})
+    case ["ps", "--all", "--filter", f, "--format", form] if f == f"label={LABEL}job":
+        assert form == '{{.ID}} {{.Names}} ' + " ".join(
+            '{{.Label "%s%s"}}' % (LABEL, x) for x in ("job", "launcher", "user")), form
+        for path in sorted(node.glob("container-*.json")):
+            c = json.loads(path.read_text())
+            words = [c["labels"].get(LABEL + x, "") for x in ("job", "launcher", "user")]
+            print(path.stem[-12:], c["name"], *words)
+    case ["load"]:
+        if faults.get("full"):
+            fail("write /layer.tar: no space left on device")
+        time.sleep(faults.get("load_delay", 0))
+        take_in(sys.stdin.buffer)
+    case ["pull", "--quiet", reference]:
+        time.sleep(faults.get("pull_delay", 0))
+        if faults.get("no_manifest"):
+            fail("Error response from daemon: manifest unknown: manifest unknown")
+        keep({**images(), reference: {"id": faults.get("pulls", "sha256:abc"), "layers": []}})
+        print(reference)
+    case ["login", "--username", "AWS", "--password-stdin", host]:
+        password = sys.stdin.read()
+        time.sleep(faults.get("login_delay", 0))
+        config = Path(os.environ["DOCKER_CONFIG"])
+        (config / "config.json").write_text(password)
+        (home / "login").write_text(f"{host} {password} {config}")
+        if faults.get("denied"):
+            fail("Error response from daemon: login attempt failed with status: 400 Bad Request")
+        print("Login Succeeded")
+    case ["run", "--name", name, *rest]:
+        run(name, rest)
+    case ["rm", "--force", name]:
+        remove(name)
+    case ["inspect", name]:
+        time.sleep(faults.get("inspect_delay", 0))
+        if not container(name).exists():
+            fail("Error: No such object: " + name)
+        print("[]")
+    case _:
+        unknown()
+"""
+
+# Runs the rest of its arguments once a node, as srun does, and copies its input to all of them.
+SRUN = r"""
+import threading
+
+nodes = faults["nodes"]
+step = ["--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none", "--ntasks-per-node=1"]
+every = [*step, f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
+head = [*step, "--nodes=1", "--ntasks=1", "--relative=0"]
+if args[:len(head)] == head:
+    nodes, command = nodes[:1], args[len(head):]
+elif args[:len(every)] == every:
+    command = args[len(every):]
+else:
+    unknown()
+if not os.environ.get("SLURM_JOB_ID"):
+    fail("srun: error: Unable to allocate resources", 64)
+for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_PER_TASK"):
+    if leak in os.environ:
+        fail(f"srun: {leak} bends this step", 64)
+if faults.get("launch_failed"):
+    fail("srun: error: Task launch for StepId=77.0 failed on node n2: "
+         "Communication connection failure")
+tasks = []
+for i, node in enumerate(nodes):
+    if node not in faults.get("mute", []):
+        there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(i), "PMI_RANK": str(i),
+                 "SLURM_STEP_GPUS": "0,1,2,3,4,5,6,7"}
+        tasks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **there}))
+
+def feed():
+    while data := os.read(0, 65536):
+        for task in tasks:
+            with contextlib.suppress(OSError):
+                os.write(task.stdin.fileno(), data)
+    for task in tasks:
+        task.stdin.close()
+
+threading.Thread(target=feed, daemon=True).start()
+codes = [task.wait() for task in tasks]
+for node, code in zip(nodes, codes):
+    if code:
+        print(f"srun: error: {node}: task 0: Exited with exit code {code}", file=sys.stderr)
+raise SystemExit(max([c if c >= 0 else 128 - c for c in codes], default=0))
+"""
+
+SCONTROL = r"""
+match args:
+    case ["show", "job", job] if job == os.environ.get("SLURM_JOB_ID"):
+        print(faults["job"])
+    case _:
+        unknown()
+"""
+
+SQUEUE = r"""
+match args:
+    case ["--noheader", user, "--format=%A"] if user.startswith("--user="):
+        if "jobs" not in faults:
+            fail("slurm_load_jobs error: Unable to contact slurm controller")
+        print("\n".join(faults["jobs"]))
+    case _:
+        unknown()
+"""
+
+SCANCEL = r"""
+match args:
+    case ["--batch", "--signal=TERM", job]:
+        pass
+    case _:
+        unknown()
+"""
+
+AWS = r"""
+match args:
+    case ["ecr", "get-login-password", "--region", "us-west-2"]:
+        if faults.get("no_credentials"):
+            fail("Unable to locate credentials. You can configure credentials by aws configure", 253)
+        print("pass word$(id)'")
+    case _:
+        unknown()
+"""
+
+HOSTNAME = r"""
+match args:
+    case []:
+        print("local")
+    case ["-I"]:
+        print("127.0.0.1 fe80::1 ")
+    case _:
+        unknown()
+"""
+
+PROGRAMS = {
+    "docker": DOCKER,
+    "srun": SRUN,
+    "scontrol": SCONTROL,
+    "squeue": SQUEUE,
+    "scancel": SCANCEL,
+    "aws": AWS,
+    "hostname": HOSTNAME,
+}
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "") -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s: {what or condition}")
+        time.sleep(0.02)
+
+
+class Fakes:
+    """The fake programs, what they were asked, and what they hold."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.bin, tools = home, home / "bin", home / "tools"
+        for path in (self.bin, tools):
+            path.mkdir(parents=True)
+        for name in TOOLS:
+            if found := shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"):
+                (tools / name).symlink_to(found)
+        self.set()
+        for name, text in PROGRAMS.items():
+            self.program(name, COMMON + text)
+        self.path = f"{self.bin}:{tools}"
+
+    def program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(f"#!{sys.executable} -SE\n{text}")
+        (self.bin / name).chmod(0o755)
+
+    def set(self, **faults: object) -> None:
+        """What goes otherwise than well, and what Slurm knows."""
+        (self.home / "faults.json").write_text(
+            json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults})
+        )
+
+    def without(self, *names: str) -> None:
+        for name in names:
+            (self.bin / name).unlink()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {
+            "PATH": self.path,
+            "HOME": str(self.home),
+            "TMPDIR": str(self.temporary),
+            "FAKE_HOME": str(self.home),
+            "FAKE_SIMULATOR": str(ROOT / "simulator/trtllm-serve"),
+            "TRTLLM_SIM_LOAD_SECONDS": "0.2",
+            **more,
+        }
+
+    @property
+    def temporary(self) -> Path:
+        path = self.home / "tmp"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def calls(self, *words: str) -> list[list[str]]:
+        """Calls that begin with these words."""
+        path = self.home / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found: list[list[str]] = list(map(json.loads, lines))
+        return [call for call in found if call[: len(words)] == list(words)]
+
+    def containers(self) -> list[str]:
+        return sorted(
+            f"{path.parent.name}/{path.stem.removeprefix('container-')}"
+            for path in self.home.glob("*/container-*.json")
+        )
+
+    def container(self) -> dict[str, Any]:
+        """The one that runs."""
+        [path] = self.home.glob("*/container-*.json")
+        return dict(json.loads(path.read_text()))
+
+    def hold_image(
+        self, tag: str = TAG, identity: str = "sha256:abc", node: str = "local", **more: object
+    ) -> None:
+        path = self.home / node / "images.json"
+        path.parent.mkdir(exist_ok=True)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[tag] = {"id": identity, "layers": [], **more}
+        path.write_text(json.dumps(known))
+
+    def images(self, node: str = "local") -> dict[str, str]:
+        path = self.home / node / "images.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        return {tag: image["id"] for tag, image in known.items()}
+
+    def leave_container(
+        self, name: str, node: str = "local", pid: int | None = None, **labels: str
+    ) -> None:
+        """A container that somebody started earlier."""
+        path = self.home / node / f"container-{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        full = {f"tensorrt-llm-serve.{key}": value for key, value in labels.items()}
+        path.write_text(json.dumps({"pid": pid, "name": name, "labels": full, "flags": []}))
+
+    def processes(self) -> dict[int, str]:
+        """Everything alive that was started with our environment: pid, command."""
+        mark, found = f"FAKE_HOME={self.home}\0".encode(), {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                    found[int(entry.name)] = b" ".join(words).decode(errors="replace")[:200]
+        return {pid: command for pid, command in found.items() if pid != os.getpid()}
+
+    def nothing_is_left(self, seconds: float = 3) -> None:
+        wait_until(lambda: not self.processes(), seconds, f"processes left: {self.processes()}")
+        assert self.containers() == []
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Iterator[Fakes]:
+    """Fake programs; whatever was started with their environment has to end with the test."""
+    fakes = Fakes(tmp_path / "fakes")
+    yield fakes
+    deadline = time.monotonic() + 3
+    while (left := fakes.processes()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert left == {}
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """None of the settings, of Slurm's variables or of a developer's .env files; cwd is empty."""
+    import settings
+
+    before = dict(os.environ)
+    ours = {each.name for each in settings.SETTINGS}
+    for name in before:
+        if name in ours or name.startswith(("SLURM", *settings.PASSED_ON, "TENSORRT_LLM_SERVE")):
+            del os.environ[name]
+    monkeypatch.setattr(settings, "__file__", str(tmp_path / "scripts/settings.py"))
+    (tmp_path / "scripts").mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Script:
+    """A held script under bash, its standard input in our hands."""
+
+    def __init__(self, fakes: Fakes, command: list[str], **env: str) -> None:
+        self.fakes, self.output_path = fakes, fakes.home / f"output-{time.monotonic_ns()}"
+        with self.output_path.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                env=fakes.environment(**env),
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.output_path.read_text(errors="replace")
+
+    def type(self, text: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+
+    def until(self, condition: Callable[[], Any], seconds: float = 5) -> None:
+        wait_until(condition, seconds, self.output)
+
+    def until_said(self, text: str, seconds: float = 5) -> None:
+        self.until(lambda: text in self.output, seconds)
+
+    def code(self, seconds: float = 8) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"did not end within {seconds:g} s: {self.output}")
+
+
+@pytest.fixture
+def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
+    """Start a command with the fakes on its PATH."""
+    started: list[Script] = []
+
+    def start(command: list[str], **env: str) -> Script:
+        started.append(Script(fakes, command, **env))
+        return started[-1]
+
+    yield start
+    for each in started:
+        with contextlib.suppress(OSError):
+            each.close()
+        if each.process.poll() is None:
+            each.process.kill()
+        each.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def archive(tag: str | None = TAG, *, oci: bool = False, manifest: object = ...) -> bytes:
+    """A small tar as `docker save` writes it, the manifest near its end."""
+    config = json.dumps({"rootfs": {"diff_ids": ["sha256:1"]}}).encode()
+    digest = hashlib.sha256(config).hexdigest()
+    name = f"blobs/sha256/{digest}" if oci else f"{digest}.json"
+    if manifest is ...:
+        manifest = [{"Config": name, "RepoTags": [tag] if tag else None, "Layers": ["layer.tar"]}]
+    files = {"layer.tar": os.urandom(200_000), name: config}
+    if manifest is not None:
+        files["manifest.json"] = json.dumps(manifest).encode()
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for path, data in files.items():
+            info = tarfile.TarInfo(path)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def packed(data: bytes, codec: str) -> bytes:
+    """Packed by the real program."""
+    command = {"gz": ["gzip", "-c"], "zst": ["zstd", "-qc"], "none": ["cat"]}[codec]
+    return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+
+def config_digest(data: bytes) -> str:
+    """The image id that the tar's manifest names."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        content = tar.extractfile("manifest.json")
+        assert content
+        config = str(json.load(content)[0]["Config"])
+    return "sha256:" + Path(config).name.removesuffix(".json")

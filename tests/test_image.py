@@ -1,0 +1,692 @@
+"""Which image is meant, what a tarball holds, and how it gets onto a node."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import image
+from image import Image, find_image, is_pulled_anew, password_command, read_tarball
+from nodes import Failure, Place, Told
+from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+HERE = Place("local1", 1, (), ())
+DIGEST = "@sha256:" + "0" * 64
+ECR = "123456789012.dkr.ecr.us-west-2.amazonaws.com"
+SUFFIX = {"none": ".tar", "gz": ".tar.gz", "zst": ".tar.zst"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "registry"),
+    [
+        ("nvcr.io/nvidia/tensorrt-llm/release:1.1.0", "nvcr.io"),
+        ("nvcr.io/x" + DIGEST, "nvcr.io"),
+        ("localhost/x", "localhost"),
+        ("localhost:5000/x:1", "localhost:5000"),
+        ("registry:5000/x", "registry:5000"),
+        ("10.0.0.1:5000/a/b:c", "10.0.0.1:5000"),
+        ("[::1]:5000/a", "[::1]:5000"),
+        (f"{ECR}/a/b:c", ECR),
+        ("tensorrt-llm-serve:latest", ""),
+        ("tensorrt-llm-serve:1.1.0", ""),
+        ("mine:1.0" + DIGEST, ""),
+        ("team/mine", ""),
+        ("team/mine:1.0", ""),
+        ("tar", ""),
+        ("mine.tar:1", ""),
+        ("sha256:" + "0" * 64, ""),
+    ],
+)
+def test_what_is_no_path_is_a_registry_reference_or_a_tag(
+    tmp_path: Path, asked: str, registry: str
+) -> None:
+    assert find_image(asked, tmp_path) == Image(asked, registry=registry)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "x.tar",
+        "x.tar.gz",
+        "x.tgz",
+        "x.tar.zst",
+        "nvcr.io/x.tar",
+        "/x",
+        "./x",
+        "../x",
+        "~/x",
+        "/",
+        *(f"./{name}" for name in HOSTILE),
+        "./" + "n" * 300,
+        "~no-such-user/x",
+    ],
+)
+def test_what_is_a_path_has_to_be_a_file(tmp_path: Path, asked: str) -> None:
+    with pytest.raises(Failure, match=r"image tarball") as failure:
+        find_image(asked, tmp_path)
+    assert failure.value.hint == "" or "make" in failure.value.hint
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_reference_of_any_name_stays_as_it_is(tmp_path: Path, name: str) -> None:
+    assert find_image(name, tmp_path).tag == name
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_tarball_of_any_name_is_read(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.tar"
+    path.write_bytes(archive())
+    assert find_image(str(path), tmp_path).tarball == path
+    assert find_image(os.path.relpath(path), tmp_path).tag == TAG
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.tar").write_bytes(archive())
+    assert find_image("~/x.tar", tmp_path).tarball == tmp_path / "x.tar"
+
+
+def test_without_a_word_the_newest_tarball_of_the_workspace_is_meant(tmp_path: Path) -> None:
+    assert find_image("", tmp_path) == Image(TAG)
+    for age, codec in enumerate(["zst", "gz", "none"]):
+        path = tmp_path / f"tensorrt-llm-serve-latest{SUFFIX[codec]}"
+        path.write_bytes(packed(archive(), codec))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert find_image("", tmp_path).codec == "zst"
+    os.utime(tmp_path / "tensorrt-llm-serve-latest.tar.gz", (2e9, 2e9))
+    assert find_image("", tmp_path).codec == "gz"
+    (tmp_path / "tensorrt-llm-serve-latest.tgz").mkdir()
+    assert find_image("", tmp_path).codec == "gz"
+
+
+@pytest.mark.parametrize(
+    ("host", "region"),
+    [
+        (ECR, "us-west-2"),
+        ("1.dkr.ecr-fips.us-gov-west-1.amazonaws.com", "us-gov-west-1"),
+        ("1.dkr.ecr.cn-north-1.amazonaws.com.cn", "cn-north-1"),
+        ("public.ecr.aws", ""),
+        ("1.dkr.ecr.us-west-2.amazonaws.com.evil.org", ""),
+        ("x.dkr.ecr.us-west-2.amazonaws.com", ""),
+        ("1.dkr.ecr.us-west-2;id.amazonaws.com", ""),
+        ("1xdkr.ecr.us-west-2.amazonaws.com", ""),
+        ("", ""),
+    ],
+)
+def test_only_an_ecr_host_needs_its_password(host: str, region: str) -> None:
+    command = ["aws", "ecr", "get-login-password", "--region", region] if region else []
+    assert password_command(Image("x", registry=host)) == command
+
+
+# Whether a node has it
+
+
+IDS = ("sha256:config", "sha256:manifest")
+
+
+@pytest.mark.parametrize(
+    ("ids", "layers", "identity", "shown", "store", "held"),
+    [
+        ((), "", "", "", "", False),
+        ((), "", "sha256:any", "", "", True),
+        (IDS, "", "sha256:config", "", "overlay2", True),
+        (IDS, "", "sha256:manifest", "", "io.containerd", True),
+        (IDS, "", "sha256:other", '["a"]', "io.containerd", False),
+        (IDS, "", "", "", "", False),
+        (IDS[:1], '["a"]', "sha256:other", '["a"]', "driver-type io.containerd", True),
+        (IDS[:1], '["a"]', "sha256:other", '["b"]', "driver-type io.containerd", False),
+        (IDS[:1], '["a"]', "sha256:other", '["a"]', "overlay2", False),
+        (IDS[:1], '["a"]', "sha256:config", "", "overlay2", True),
+        (IDS[:1], "", "sha256:other", "", "driver-type io.containerd", False),
+        (IDS[:1], '["a"]', "", '["a"]', "driver-type io.containerd", False),
+    ],
+)
+def test_an_image_is_held_by_id_or_where_the_id_is_unknown_by_layers(
+    ids: tuple[str, ...], layers: str, identity: str, shown: str, store: str, held: bool
+) -> None:
+    assert Image("t", ids=ids, layers=layers).is_held(identity, shown, store) is held
+
+
+@pytest.mark.parametrize(
+    ("tag", "registry", "identities", "anew"),
+    [
+        ("r.io/x:latest", "r.io", {"a"}, True),
+        ("r.io/x", "r.io", {"a"}, True),
+        ("r.io:5000/x", "r.io:5000", {"a"}, True),
+        ("r.io/x:1.0", "r.io", {"a"}, False),
+        ("r.io/x:1.0", "r.io", {"a", "b"}, True),
+        ("r.io:5000/x:1", "r.io:5000", {"a"}, False),
+        ("r.io/x" + DIGEST, "r.io", {"a"}, False),
+        ("r.io/x:latest" + DIGEST, "r.io", {"a"}, False),
+        ("x:latest", "", {"a"}, False),
+        ("x:latest", "", {"a", "b"}, False),
+    ],
+)
+def test_a_moving_tag_is_asked_for_again(
+    tag: str, registry: str, identities: set[str], anew: bool
+) -> None:
+    assert is_pulled_anew(Image(tag, registry=registry), identities) is anew
+
+
+@pytest.mark.parametrize(
+    ("packed_size", "unpacked", "room"), [(0, 0, 0), (5, 0, 10), (5, 20, 40)]
+)
+def test_a_node_needs_room_for_the_tar_and_the_layers(
+    packed_size: int, unpacked: int, room: int
+) -> None:
+    assert Image("t", packed=packed_size, unpacked=unpacked).room == room
+
+
+# What a tarball holds
+
+
+@pytest.fixture
+def tarball(tmp_path: Path) -> Path:
+    path = tmp_path / "x.tar"
+    path.write_bytes(archive("inside:1"))
+    return path
+
+
+def sidecar(tarball: Path, **changes: Any) -> Path:
+    data = {
+        "tags": ["beside:1", "beside:2"],
+        "config_digest": "sha256:c",
+        "manifest_digest": "sha256:m",
+        "diff_ids": ["sha256:a", "sha256:b"],
+        "packed_bytes": tarball.stat().st_size,
+        "unpacked_bytes": 1000,
+        **changes,
+    }
+    path = Path(f"{tarball}.json")
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    return path
+
+
+def test_a_sidecar_spares_reading_the_tarball(tarball: Path) -> None:
+    size = tarball.stat().st_size
+    sidecar(tarball)
+    full = Image("beside:1", tarball, "none", ("sha256:c", "sha256:m"), "", size, 1000)
+    assert read_tarball(tarball) == full
+    sidecar(tarball, manifest_digest=None)
+    layers = '["sha256:a","sha256:b"]'
+    assert read_tarball(tarball) == Image(
+        "beside:1", tarball, "none", ("sha256:c",), layers, size, 1000
+    )
+
+
+WRONG: list[Any] = [..., None, 5, -5, 1.5, True, "text", "", [], [None], {}, {"a": 1}, [[]]]
+
+
+@pytest.mark.parametrize("key", ["tags", "packed_bytes", "unpacked_bytes", "diff_ids"])
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_a_wrong_field_means_reading_the_tarball(tarball: Path, key: str, wrong: Any) -> None:
+    """Or it means as much as before; never another image, nor a crash."""
+    sidecar(tarball, **{key: wrong})
+    found = read_tarball(tarball)
+    assert found.tag in ("inside:1", "beside:1")
+    assert found.packed == tarball.stat().st_size
+    assert isinstance(found.unpacked, int) and found.unpacked >= 0
+
+
+@pytest.mark.parametrize("wrong", [5, True, {}, {"a": 1}, [1], ["sha256:x"]], ids=repr)
+@pytest.mark.parametrize("key", ["config_digest", "manifest_digest"])
+def test_a_wrong_digest_means_reading_the_tarball(tarball: Path, key: str, wrong: Any) -> None:
+    sidecar(tarball, **{key: wrong})
+    found = read_tarball(tarball)
+    assert all(isinstance(each, str) for each in found.ids)
+    if wrong:
+        assert found.tag == "inside:1"
+
+
+def test_a_sidecar_without_any_digest_is_not_believed(tarball: Path) -> None:
+    sidecar(tarball, config_digest=None, manifest_digest="")
+    assert read_tarball(tarball).tag == "inside:1"
+
+
+@pytest.mark.parametrize("size", [1, 1e400, float("nan")])
+def test_a_sidecar_of_another_tarball_is_not_believed(
+    tarball: Path, size: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sidecar(tarball, packed_bytes=size)
+    assert read_tarball(tarball).tag == "inside:1"
+    assert "x.tar.json" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"5", b'"text"', b"\xff\xfe"]
+)
+def test_a_garbage_sidecar_means_reading_the_tarball(tarball: Path, text: bytes) -> None:
+    Path(f"{tarball}.json").write_bytes(text)
+    assert read_tarball(tarball).tag == "inside:1"
+
+
+def test_a_directory_in_the_sidecars_place_means_reading_the_tarball(tarball: Path) -> None:
+    Path(f"{tarball}.json").mkdir()
+    assert read_tarball(tarball).tag == "inside:1"
+
+
+@pytest.mark.parametrize("codec", SUFFIX)
+@pytest.mark.parametrize("oci", [False, True])
+def test_a_bare_tarball_tells_its_tag_and_id(tmp_path: Path, codec: str, oci: bool) -> None:
+    data = archive("team/x:1", oci=oci)
+    path = tmp_path / "misnamed.tar"
+    path.write_bytes(packed(data, codec))
+    size = path.stat().st_size
+    assert read_tarball(path) == Image(
+        "team/x:1", path, codec, (config_digest(data),), packed=size
+    )
+
+
+@pytest.mark.parametrize("codec", SUFFIX)
+@pytest.mark.parametrize("spoil", ["half", "few", "garbage", "empty"])
+def test_a_spoiled_tarball_is_told_in_a_sentence(tmp_path: Path, codec: str, spoil: str) -> None:
+    data = packed(archive(), codec)
+    path = tmp_path / f"x{SUFFIX[codec]}"
+    spoiled = {
+        "half": data[: len(data) // 2],
+        "few": data[:20],
+        "garbage": data[:4] + os.urandom(5000),
+        "empty": b"",
+    }
+    path.write_bytes(spoiled[spoil])
+    with pytest.raises(Failure, match=r"is truncated or corrupt: .") as failure:
+        read_tarball(path)
+    assert "\n" not in failure.value.message
+    assert "make save" in failure.value.hint
+
+
+@pytest.mark.parametrize("manifest", [None, 5, "x", {"a": 1}, [], [5], [None], [{}], [[]]], ids=repr)
+def test_a_tar_that_no_docker_made_is_told(tmp_path: Path, manifest: object) -> None:
+    (tmp_path / "x.tar").write_bytes(archive(manifest=manifest))
+    with pytest.raises(Failure, match=r"names no tag|truncated or corrupt"):
+        read_tarball(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"Config": "a.json", "RepoTags": None},
+        {"Config": "a.json", "RepoTags": []},
+        {"Config": "a.json"},
+        {"RepoTags": ["a:1"]},
+        {"Config": 5, "RepoTags": ["a:1"]},
+        {"Config": None, "RepoTags": ["a:1"]},
+        {"Config": "a.json", "RepoTags": [5]},
+        {"Config": "a.json", "RepoTags": [None]},
+    ],
+    ids=repr,
+)
+def test_an_image_saved_without_its_tag_is_told(tmp_path: Path, entry: Mapping[str, Any]) -> None:
+    (tmp_path / "x.tar").write_bytes(archive(manifest=[entry]))
+    with pytest.raises(Failure, match="names no tag"):
+        read_tarball(tmp_path / "x.tar")
+
+
+def test_a_codec_that_this_machine_cannot_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for codec in ("gz", "zst"):
+        (tmp_path / f"x{SUFFIX[codec]}").write_bytes(packed(archive(), codec))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for codec, program in (("gz", "gzip"), ("zst", "zstd")):
+        with pytest.raises(Failure, match=f"{program}: not found in PATH"):
+            read_tarball(tmp_path / f"x{SUFFIX[codec]}")
+
+
+def test_reading_leaves_no_process(fakes: Fakes, tmp_path: Path) -> None:
+    os.environ.update(fakes.environment())
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(packed(archive(), "gz"))
+    read_tarball(path)
+    assert fakes.processes() == {}
+
+
+# The scripts that a node runs
+
+
+@pytest.fixture(params=SUFFIX)
+def codec(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def image_file(path: Path, codec: str = "gz", data: bytes | None = None) -> Image:
+    data = archive() if data is None else data
+    path.write_bytes(packed(data, codec))
+    return Image(TAG, path, codec, (config_digest(data),), packed=path.stat().st_size)
+
+
+def load(script: Callable[..., Script], found: Image, **env: str) -> Script:
+    return script(image.provide_command(found, HERE), **env)
+
+
+def told(script: Script, key: str) -> list[str]:
+    return [t.value for t in map(Told, script.output.splitlines()) if t.key == key]
+
+
+def test_a_tarball_is_loaded(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, codec: str
+) -> None:
+    found = image_file(tmp_path / "a b's $x", codec)
+    loading = load(script, found)
+    assert loading.code() == 0
+    assert told(loading, "image") == list(found.ids)
+    assert fakes.images() == {TAG: found.ids[0]}
+    fakes.nothing_is_left()
+
+
+def test_gzip_does_where_there_is_no_pigz(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    (fakes.home / "tools/pigz").unlink(missing_ok=True)
+    loading = load(script, image_file(tmp_path / "x"))
+    assert (loading.code(), len(fakes.images())) == (0, 1)
+
+
+def test_an_image_that_is_known_is_not_loaded(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    found = image_file(tmp_path / "x")
+    fakes.hold_image(identity=found.ids[0])
+    loading = load(script, found)
+    assert loading.code() == 0
+    assert told(loading, "image") == list(found.ids)
+    assert fakes.calls("docker", "load") == []
+
+
+@pytest.mark.parametrize(("store", "loads"), [("io.containerd", 0), ("overlay2", 1)])
+def test_layers_tell_an_image_only_in_a_containerd_store(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, store: str, loads: int
+) -> None:
+    data = archive()
+    (tmp_path / "x").write_bytes(data)
+    found = Image(TAG, tmp_path / "x", "none", (config_digest(data),), '["sha256:1"]')
+    fakes.set(store=f"[[driver-type {store}]]")
+    fakes.hold_image(identity="sha256:other", layers=["sha256:1"])
+    assert load(script, found).code() == 0
+    assert len(fakes.calls("docker", "load")) == loads
+
+
+def test_another_image_of_that_tag_is_replaced(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    found = image_file(tmp_path / "x")
+    fakes.hold_image(identity="sha256:old")
+    assert load(script, found).code() == 0
+    assert fakes.images() == {TAG: found.ids[0]}
+
+
+def test_what_turns_out_to_be_another_image_is_an_error(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    fakes.set(loads="sha256:other")
+    loading = load(script, image_file(tmp_path / "x"))
+    assert loading.code() == 1
+    assert "is not the image that it should hold" in told(loading, "error")[0]
+
+
+def test_a_load_that_fails_is_told_in_dockers_words(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, codec: str
+) -> None:
+    fakes.set(full=True)
+    big = archive(manifest=[{"Config": "x.json", "RepoTags": [TAG], "Layers": []}])
+    loading = load(script, image_file(tmp_path / "x", codec, big * 3))
+    assert loading.code() == 1
+    assert told(loading, "error") == ["docker load: write /layer.tar: no space left on device"]
+    fakes.nothing_is_left()
+
+
+@pytest.mark.parametrize("codec", ["gz", "zst"])
+@pytest.mark.parametrize("spoil", ["end", "most", "start", "middle"])
+def test_a_tarball_that_does_not_unpack_is_blamed(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, codec: str, spoil: str
+) -> None:
+    found = image_file(tmp_path / "x", codec)
+    assert found.tarball
+    data = found.tarball.read_bytes()
+    middle = data[:100_000] + os.urandom(2000) + data[102_000:]  # only the checksum tells
+    spoiled = {"end": data[:-3000], "most": data[:10], "start": data[5:], "middle": middle}
+    found.tarball.write_bytes(spoiled[spoil])
+    loading = load(script, found)
+    assert loading.code() == 1
+    assert f"{tmp_path}/x is truncated or corrupt: " in told(loading, "error")[0]
+    assert fakes.images() == {}
+    fakes.nothing_is_left()
+
+
+def test_a_truncated_plain_tar_is_an_error_of_docker(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    found = image_file(tmp_path / "x", "none")
+    assert found.tarball
+    found.tarball.write_bytes(found.tarball.read_bytes()[:100_000])
+    loading = load(script, found)
+    assert loading.code() == 1
+    assert "unexpected EOF" in told(loading, "error")[0]
+
+
+def test_a_tarball_that_the_node_does_not_see_is_told(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    loading = load(script, Image(TAG, tmp_path / "it's not", "gz", ("sha256:x",)))
+    assert loading.code() == 1
+    assert told(loading, "error") == [f"cannot read {tmp_path}/it's not"]
+    fakes.nothing_is_left()
+
+
+def test_progress_is_told_and_the_end_of_input_kills_the_load(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    fakes.set(load_delay=60)
+    loading = load(script, image_file(tmp_path / "x"))
+    loading.until(lambda: told(loading, "progress"))
+    assert 0 < int(told(loading, "progress")[0]) <= (tmp_path / "x").stat().st_size
+    loading.close()
+    assert loading.code(3) == 143
+    assert fakes.images() == {}
+    fakes.nothing_is_left()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_kills_the_load(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, signum: int
+) -> None:
+    fakes.set(load_delay=60)
+    loading = load(script, image_file(tmp_path / "x"))
+    loading.until(lambda: fakes.calls("docker", "load"))
+    loading.process.send_signal(signum)
+    assert loading.code(3) == 143
+    loading.close()
+    fakes.nothing_is_left()
+
+
+@pytest.mark.parametrize("proceed", [True, False])
+def test_loads_on_a_node_wait_for_each_other(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, proceed: bool
+) -> None:
+    found = image_file(tmp_path / "x")
+    lock = os.open("/run", os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        loading = load(script, found)
+        loading.until(lambda: told(loading, "waiting"))
+        assert fakes.calls("docker", "load") == []
+        if not proceed:
+            loading.close()
+            assert loading.code(3) == 143
+            fakes.nothing_is_left()
+            return
+    finally:
+        os.close(lock)
+    assert loading.code() == 0
+    assert fakes.images() == {TAG: found.ids[0]}
+
+
+PUBLIC = Image("nvcr.io/x:1", registry="nvcr.io")
+PRIVATE = Image(f"{ECR}/x:1", registry=ECR)
+PASSWORD = "pass word$(id)'"
+
+
+def test_an_image_is_pulled(fakes: Fakes, script: Callable[..., Script]) -> None:
+    pulling = load(script, PUBLIC)
+    assert pulling.code() == 0
+    assert told(pulling, "image") == ["sha256:abc"]
+    assert fakes.calls("docker", "login") == []
+    fakes.nothing_is_left()
+
+
+def test_a_pull_that_fails_is_told(fakes: Fakes, script: Callable[..., Script]) -> None:
+    fakes.set(no_manifest=True)
+    pulling = load(script, PUBLIC)
+    assert pulling.code() == 1
+    assert "docker pull nvcr.io/x:1: Error response" in told(pulling, "error")[0]
+    assert "manifest unknown" in told(pulling, "error")[0]
+    fakes.nothing_is_left()
+
+
+def test_the_end_of_input_kills_a_pull(fakes: Fakes, script: Callable[..., Script]) -> None:
+    fakes.set(pull_delay=60)
+    pulling = load(script, PUBLIC)
+    pulling.until(lambda: fakes.calls("docker", "pull"))
+    pulling.close()
+    assert pulling.code(3) == 143
+    fakes.nothing_is_left()
+
+
+def log_in(fakes: Fakes, script: Callable[..., Script], **faults: Any) -> Script:
+    fakes.set(**faults)
+    pulling = load(script, PRIVATE)
+    pulling.type(PASSWORD + "\n")
+    return pulling
+
+
+@pytest.mark.parametrize("faults", [{}, {"no_manifest": True}, {"denied": True}], ids=repr)
+def test_a_password_is_in_no_argument_and_in_no_file_that_stays(
+    fakes: Fakes, script: Callable[..., Script], faults: dict[str, Any]
+) -> None:
+    pulling = log_in(fakes, script, **faults)
+    assert pulling.code() == (1 if faults else 0), pulling.output
+    login = (fakes.home / "login").read_text()
+    assert login.startswith(f"{ECR} {PASSWORD} {fakes.temporary}/")
+    assert list(fakes.temporary.iterdir()) == []
+    assert "pass word" not in json.dumps(fakes.calls()) + pulling.output
+    assert (fakes.calls("docker", "pull") == []) is ("denied" in faults)
+    fakes.nothing_is_left()
+
+
+def test_a_denied_login_is_told(fakes: Fakes, script: Callable[..., Script]) -> None:
+    pulling = log_in(fakes, script, denied=True)
+    assert pulling.code() == 1
+    assert told(pulling, "error")[0].startswith(f"docker login {ECR}: Error response from daemon")
+
+
+@pytest.mark.parametrize("moment", ["login", "pull"])
+def test_the_end_of_input_leaves_no_password(
+    fakes: Fakes, script: Callable[..., Script], moment: str
+) -> None:
+    pulling = log_in(fakes, script, login_delay=0.2, pull_delay=60)
+    pulling.until(lambda: fakes.calls("docker", moment))
+    pulling.close()
+    assert pulling.code(3) in (1, 143)
+    fakes.nothing_is_left()
+    assert list(fakes.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("tag", [TAG, "a/b:c", "it's"])
+def test_forgetting_takes_only_that_tag(fakes: Fakes, tag: str) -> None:
+    fakes.hold_image(tag)
+    fakes.hold_image("strangers:1")
+    for _ in range(2):
+        command = image.forget_command(Image(tag), HERE)
+        done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "")
+    assert list(fakes.images()) == ["strangers:1"]
+
+
+# The launcher's side
+
+
+@pytest.fixture
+def on_path(fakes: Fakes) -> Fakes:
+    os.environ.update(fakes.environment())
+    return fakes
+
+
+def test_providing_says_when_it_is_there(
+    on_path: Fakes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image.provide(image_file(tmp_path / "x"), HERE)
+    assert "image: local: there after 0." in capfd.readouterr().err
+
+
+def test_providing_names_the_node_where_it_failed(on_path: Fakes, tmp_path: Path) -> None:
+    on_path.set(full=True)
+    with pytest.raises(Failure, match="^local: docker load: .*no space left") as failure:
+        image.provide(image_file(tmp_path / "x"), HERE)
+    assert "make save" in failure.value.hint
+
+
+def test_a_node_that_says_nothing_has_no_image(on_path: Fakes, tmp_path: Path) -> None:
+    on_path.program("bash", "print('out of memory'); raise SystemExit(1)")
+    with pytest.raises(Failure, match="reached 0 of 1 nodes: out of memory"):
+        image.provide(image_file(tmp_path / "x"), HERE)
+
+
+def test_a_password_that_aws_does_not_give_is_told_in_its_words(on_path: Fakes) -> None:
+    on_path.set(no_credentials=True)
+    with pytest.raises(Failure, match=r"aws ecr .* exit code 253: Unable to locate credentials"):
+        image.provide(PRIVATE, HERE)
+
+
+def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[str]) -> None:
+    image.provide(PRIVATE, HERE)
+    assert f"{ECR} {PASSWORD} " in (on_path.home / "login").read_text()
+    out, err = capfd.readouterr()
+    assert "pass word" not in out + err
+    assert on_path.images() == {PRIVATE.tag: "sha256:abc"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "layers", "fails"),
+    [(("a", "a"), "", False), (("a", "b"), "", True), (("a", "b"), "[]", False)],
+)
+def test_nodes_with_different_images_cannot_both_be_right(
+    on_path: Fakes, ids: tuple[str, str], layers: str, fails: bool
+) -> None:
+    lines = "".join(f"n{i}\timage\t{each}\n" for i, each in enumerate(ids))
+    on_path.program("bash", f"print({lines!r})")
+    try:
+        image.provide(Image("x:1", layers=layers), Place("1", 2, (), ()))
+    except Failure as failure:
+        assert fails and "the nodes hold different images under x:1" in failure.message
+    else:
+        assert not fails
+
+
+def test_progress_is_a_line_a_node_now_and_then(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("image.time.monotonic", lambda: clock[0])
+    progress = image.Progress(181_000_000)
+    for second in range(1, 13):
+        clock[0] = second
+        progress.show(Told(f"n1\tprogress\t{second * 10_000_000}"))
+    progress.show(Told("n1\twaiting\tanother image is being loaded"))
+    progress.done("n1")
+    lines = [line.partition("] ")[2] for line in capfd.readouterr().err.splitlines()]
+    assert lines == [
+        "image: n1: 50 of 181 MB, 10 MB/s, 5 s",
+        "image: n1: 100 of 181 MB, 10 MB/s, 10 s",
+        "image: n1: waiting another image is being loaded",
+        "image: n1: there after 12.0 s",
+    ]

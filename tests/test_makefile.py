@@ -1,0 +1,118 @@
+"""The Makefile: every value reaches the script as it was given, and only what was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOSTILE = [
+    "a b",
+    "it's",
+    'a "test"',
+    "$(x)",
+    "$HOME",
+    "$$",
+    "`id`",
+    "a;b",
+    "#no",
+    "a\\b",
+    "ünï",
+    "*",
+]
+RECORDER = """#!/usr/bin/env python3
+import json, sys
+print(json.dumps(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Makefile with a virtual environment whose Python only tells its arguments."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    for name in (".venv/bin/python", "bin/docker", "bin/enroot"):
+        program = tmp_path / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(RECORDER)
+        program.chmod(0o755)
+    (tmp_path / ".venv/.ready").touch()
+    return tmp_path
+
+
+def make(checkout: Path, *words: str, **environ: str) -> list[str]:
+    """What the one command of a target was given."""
+    env = {"PATH": f"{checkout}/bin:{os.environ['PATH']}", **environ}
+    done = subprocess.run(["make", "-s", "-C", str(checkout), *words],
+                          env=env, capture_output=True, text=True, check=True)  # fmt: skip
+    assert "warning" not in done.stderr, done.stderr
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_values_arrive_intact_from_the_command_line(checkout: Path, value: str) -> None:
+    assert make(checkout, "serve", f"MODEL={value}", f"TP={value}") == [
+        "run_sbatch.py", value, "--tp_size", value]  # fmt: skip
+    assert make(checkout, "test", f"HOST={value}") == ["test.py", "--host", value]
+    assert make(checkout, "docker", f"IMAGE={value}") == ["build", "--tag", value, "."]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_values_arrive_intact_from_the_environment(checkout: Path, value: str) -> None:
+    assert make(checkout, "serve", MODEL=value) == ["run_sbatch.py", value]
+    assert make(checkout, "save", IMAGE=value, FILE=value) == [
+        "save_image.py", value, "--output", value]  # fmt: skip
+
+
+TARGETS = {
+    "serve": ["run_sbatch.py"],
+    "stop": ["run_sbatch.py", "--stop"],
+    "status": ["run_sbatch.py", "--status"],
+    "logs": ["run_sbatch.py", "--logs"],
+    "test": ["test.py"],
+    "save": ["save_image.py"],
+    "load": ["save_image.py", "--load", "tensorrt-llm-serve-latest.tar.gz"],
+    "docker": ["build", "--tag", "tensorrt-llm-serve:latest", "."],
+    "sqsh": ["import", "--output", "tensorrt-llm-serve-latest.sqsh",
+             "dockerd://tensorrt-llm-serve:latest"],
+    "demo": ["simulator/demo.py"],
+    "bench-launch": ["-m", "tests.cluster.bench_launch"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_was_not_given_is_left_to_the_script(checkout: Path, target: str) -> None:
+    assert make(checkout, target, HOST="x86_64-conda-linux-gnu") == TARGETS[target]
+    assert make(checkout, target, "MODEL=", "TP=", "PORT=", "IMAGE=") == TARGETS[target]
+
+
+def test_settings_without_a_flag_reach_the_script_through_the_environment(checkout: Path) -> None:
+    (checkout / ".venv/bin/python").write_text(
+        '#!/bin/sh\nprintf \'["%s","%s","%s"]\' "$GPUS" "$PORT" "$IMAGE"\n'
+    )
+    assert make(checkout, "serve", "GPUS=none", "PORT=81", "IMAGE=$(x)") == ["none", "81", "$(x)"]
+
+
+def test_extra_args_are_words_of_the_shell(checkout: Path) -> None:
+    words = make(checkout, "serve", "MODEL=m", "EXTRA_ARGS=--a 1 --b 'c d'")
+    assert words == ["run_sbatch.py", "m", "--a", "1", "--b", "c d"]
+
+
+def test_help_lists_every_target(checkout: Path) -> None:
+    done = subprocess.run(["make", "-C", str(checkout)], capture_output=True, text=True, check=True)
+    text = (ROOT / "Makefile").read_text()
+    for line in text.splitlines():
+        if line.startswith(".PHONY: "):
+            assert f"  {line.split()[1]} " in done.stdout
+
+
+def test_the_environment_is_made_anew_when_its_list_changes(checkout: Path) -> None:
+    os.utime(checkout / ".venv/.ready", (1, 1))
+    dry = subprocess.run(["make", "-n", "-C", str(checkout), "serve"],
+                         capture_output=True, text=True, check=True)  # fmt: skip
+    assert "-m venv .venv" in dry.stdout

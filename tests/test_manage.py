@@ -1,0 +1,182 @@
+"""Status, stop and log of what runs from a workspace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import manage
+from nodes import Failure, here, launcher, process_start
+from tests.conftest import Fakes
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+DEAD = f"{here()}:999999999:1"
+ELSEWHERE = "login1/boot/1:5:6"
+URL = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    path = tmp_path / "work/logs"
+    path.mkdir()
+    return path
+
+
+def record(logs: Path, job: str, who: str, **changes: Any) -> Path:
+    path = logs / f"run_{job}.json"
+    data = {"job": job, "launcher": who, "url": URL, "model": "m", "log": "l", **changes}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+    return path
+
+
+@pytest.fixture
+def child(logs: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher that removes its record when it is told to stop."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_): pathlib.Path(sys.argv[1]).unlink(); sys.exit(143)\n"
+        "signal.signal(15, stop); print('up', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-SEc", code, str(logs / "run_local5.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def name_of(process: subprocess.Popen[bytes]) -> str:
+    return f"{here()}:{process.pid}:{process_start(process.pid)}"
+
+
+def test_nothing_runs_from_an_empty_workspace(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert manage.status(tmp_path / "logs") == 1
+    assert manage.stop(tmp_path / "logs") == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count(f"nothing runs from {tmp_path}") == 2
+
+
+def test_a_line_a_launch(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record(logs, "local5", launcher(), model="a b")
+    record(logs, "77", ELSEWHERE)
+    assert manage.status(logs) == 0
+    assert capfd.readouterr().out == f"77\tnot ready\t{URL}\tm\nlocal5\tnot ready\t{URL}\ta b\n"
+
+
+def test_the_record_of_a_dead_launcher_is_swept_away(logs: Path) -> None:
+    path = record(logs, "local5", DEAD)
+    assert manage.status(logs) == 1
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "5", "null", '"x"', "{}", '{"launcher": 5}', '{"launcher": null}', "\udcff"],
+)
+def test_a_garbage_record_is_left_out(
+    logs: Path, text: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (logs / "run_1.json").write_bytes(text.encode(errors="surrogateescape"))
+    record(logs, "local5", launcher())
+    assert manage.status(logs) == 0
+    assert manage.status(logs) == 0
+    out, err = capfd.readouterr()
+    assert out.count("local5\t") == 2
+    assert f"{logs}/run_1.json" in err
+
+
+@pytest.mark.parametrize("key", ["job", "url", "model"])
+@pytest.mark.parametrize("who", [launcher(), ELSEWHERE])
+def test_an_incomplete_record_is_left_out(logs: Path, key: str, who: str) -> None:
+    record(logs, "77", who, **{key: ...})
+    assert manage.status(logs) == 1
+
+
+def test_a_launcher_that_lives_here_is_told_and_waited_for(
+    logs: Path, child: subprocess.Popen[bytes]
+) -> None:
+    record(logs, "local5", name_of(child))
+    assert manage.stop(logs) == 0
+    assert child.wait(5) == 143
+
+
+def test_a_launcher_that_ends_in_that_very_moment_is_no_error(
+    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = record(logs, "local5", name_of(child))
+
+    def kill(pid: int, signum: int) -> None:
+        assert (pid, signum) == (child.pid, signal.SIGTERM)
+        path.unlink()
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert manage.stop(logs) == 0
+
+
+def test_somebody_elses_launcher_is_named(
+    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(logs, "local5", name_of(child))
+
+    def kill(pid: int, signum: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", kill)
+    with pytest.raises(Failure, match="local5"):
+        manage.stop(logs)
+
+
+def test_a_job_elsewhere_is_told_by_slurm(
+    logs: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ.update(fakes.environment())
+    path = record(logs, "77", ELSEWHERE)
+    monkeypatch.setattr(manage, "PATIENCE", 0.2)
+    with pytest.raises(Failure, match=r"not stopped within 0\.2 s"):
+        manage.stop(logs)
+    assert fakes.calls("scancel") == [["scancel", "--batch", "--signal=TERM", "77"]]
+    assert path.exists()
+
+
+def test_a_local_launcher_elsewhere_has_to_be_stopped_there(logs: Path) -> None:
+    record(logs, "local5", ELSEWHERE)
+    with pytest.raises(Failure, match="runs on login1: stop it there"):
+        manage.stop(logs)
+
+
+@pytest.mark.parametrize("job", ["77; rm -rf /", "--help", "-1", "²"])
+def test_only_a_number_is_a_job(logs: Path, job: str) -> None:
+    (logs / "run_x.json").write_text(json.dumps({"job": job, "launcher": ELSEWHERE, "url": URL, "model": "m"}))
+    with pytest.raises(Failure, match="stop it there"):
+        manage.stop(logs)
+
+
+def test_the_newest_log_is_followed(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, name in enumerate(["trtllm_server_2.log", "trtllm_server_1.log"]):
+        (logs / name).write_text("x")
+        os.utime(logs / name, (1e9 - age, 1e9 - age))
+    called: list[list[str]] = []
+    monkeypatch.setattr(os, "execvp", lambda _, argv: called.append(argv))
+    manage.act(argparse.Namespace(workspace=logs.parent, logs=True, stop=False))
+    assert called == [["tail", "-n", "100", "-F", str(logs / "trtllm_server_2.log")]]
+
+
+def test_without_a_log_there_is_nothing_to_follow(logs: Path) -> None:
+    with pytest.raises(Failure, match="there is no log in"):
+        manage.follow_log(logs)

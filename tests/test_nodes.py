@@ -1,0 +1,371 @@
+"""Where commands run, what nodes tell, and who is still alive; settings, too."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nodes
+from nodes import (
+    HOLD,
+    LEAKS,
+    TELL,
+    Failure,
+    Step,
+    Told,
+    find_place,
+    here,
+    is_alive,
+    last_words,
+    launcher,
+    process_start,
+    shown,
+)
+from settings import SETTINGS, load_env_files, setting
+from tests.conftest import HOSTILE, Fakes, Script, wait_until
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "words"),
+    [
+        ("", 1, ""),
+        (" \n\n", 1, ""),
+        ("one\ntwo\n", 1, "two"),
+        ("one\n two \n\n", 2, "one / two"),
+        ("one", 3, "one"),
+        ("docker: no such image.\nSee 'docker run --help'.\n", 1, "docker: no such image."),
+        ("docker: no.\n\nRun 'docker run --help' for more information\n", 1, "docker: no."),
+        ("why\nsrun: error: n1: task 0: Exited with exit code 1\n", 1, "why"),
+        ("why\nslurmstepd: error: *** STEP 1.0 ***\nsalloc: Relinquishing\n", 1, "why"),
+        ("srun: error: Unable to create step\n", 1, "srun: error: Unable to create step"),
+    ],
+)
+def test_the_last_words_are_not_slurms_postscript(text: str, lines: int, words: str) -> None:
+    assert last_words(text, lines) == words
+
+
+def test_a_long_script_is_named_and_a_short_one_shown() -> None:
+    assert shown(["bash", "-c", "x" * 200, "name", "a b"]) == "bash -c ... name 'a b'"
+    assert shown(["bash", "-c", "exit 1"]) == "bash -c 'exit 1'"
+    assert shown(["bash", "-c"]) == "bash -c"
+
+
+def test_showing_a_command_does_not_change_it() -> None:
+    command = ["bash", "-c", "x" * 200]
+    shown(command)
+    assert command[2] == "x" * 200
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_shown_command_is_what_a_shell_would_take(name: str) -> None:
+    assert shlex.split(shown(["docker", "run", name])) == ["docker", "run", name]
+
+
+def test_a_script_is_one_line_that_says_the_same() -> None:
+    text = nodes.script("\n  a=1;\n\n  if true; then\n    echo $a;\n  fi;\n")
+    assert text == "a=1; if true; then echo $a; fi;"
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("n1\tgpus\t8\n", ("n1", "gpus", "8")),
+        ("n1\tgpus\t\n", ("n1", "gpus", "")),
+        ("n1\terror\t a  b \n", ("n1", "error", "a  b")),
+        ("talk\n", ("", "", "")),
+        ("n1\tgpus\n", ("", "", "")),
+        ("n1\ta\tb\tc\n", ("", "", "")),
+        ("", ("", "", "")),
+    ],
+)
+def test_what_is_not_three_columns_is_talk(line: str, parts: tuple[str, str, str]) -> None:
+    told = Told(line)
+    assert (told.node, told.key, told.value) == parts
+    assert told.line == line.rstrip("\n")
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, "a\tb", "%s%n", "\\n", ""])
+def test_a_node_tells_any_value_on_one_line(fakes: Fakes, value: str) -> None:
+    command = ["bash", "-c", TELL + ' tell key "$1"', "tell", value]
+    done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
+    told = Told(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert (told.node, told.key) == ("local", "key")
+    assert told.value == value.replace("\n", " ").replace("\t", " ").strip()
+
+
+def test_without_slurm_commands_run_here() -> None:
+    place = find_place({})
+    assert (place.size, place.every, place.head) == (1, (), ())
+    assert place.job == f"local{os.getpid()}"
+    assert not place.slurm
+    assert not find_place({"SLURM_JOB_ID": ""}).slurm
+
+
+@pytest.mark.parametrize(
+    ("environ", "size"),
+    [({}, 1), ({"SLURM_NNODES": "3"}, 3), ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "3"}, 2)],
+)
+def test_in_an_allocation_srun_is_the_prefix(environ: dict[str, str], size: int) -> None:
+    place = find_place({"SLURM_JOB_ID": "77", **environ})
+    assert (place.job, place.size, place.slurm) == ("77", size, True)
+    flags = [
+        "srun",
+        "--overlap",
+        "--export=ALL",
+        "--mpi=none",
+        "--cpu-bind=none",
+        "--ntasks-per-node=1",
+    ]
+    assert list(place.every) == [*flags, f"--nodes={size}", f"--ntasks={size}"]
+    assert list(place.head) == [*flags, "--nodes=1", "--ntasks=1", "--relative=0"]
+
+
+def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
+    environ = {"SLURM_JOB_ID": "1", **dict.fromkeys(LEAKS, "x"), "SLURM_CPUS_ON_NODE": "8"}
+    for prefix in (find_place(environ).every, find_place(environ).head):
+        before = prefix[: prefix.index("srun")]
+        assert before[0] == "env"
+        assert set(before[1:]) == {"-u", *LEAKS}
+    assert find_place({"SLURM_JOB_ID": "1", "SLURM_HINT": "x"}).every[:4] == (
+        "env",
+        "-u",
+        "SLURM_HINT",
+        "srun",
+    )
+
+
+def test_run_returns_what_a_command_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert nodes.run(["sh", "-c", "cat; echo out; echo err >&2"]) == "out\n"
+    err = capfd.readouterr().err
+    assert "] $ sh -c 'cat; echo out" in err
+
+
+def test_a_failed_command_is_told_with_its_code_and_words() -> None:
+    with pytest.raises(Failure, match="exit code 3: why$"):
+        nodes.run(["sh", "-c", "echo why >&2; exit 3"])
+    with pytest.raises(Failure, match="exit code 3: no message$"):
+        nodes.run(["sh", "-c", "exit 3"])
+    with pytest.raises(Failure, match="no-such-program: not found in PATH"):
+        nodes.run(["no-such-program"])
+
+
+def test_output_that_is_not_utf8_breaks_nothing() -> None:
+    assert nodes.run(["sh", "-c", r"printf 'a\377b'"]) == "a\ufffdb"
+    with pytest.raises(Failure, match="exit code 1: a\ufffdb"):
+        nodes.run(["sh", "-c", r"printf 'a\377b' >&2; exit 1"])
+
+
+def test_a_command_that_does_not_end_is_ended(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    with pytest.raises(Failure, match=r"did not end within 0\.2 s"):
+        nodes.run(["sleep", "60"], timeout=0.2)
+    fakes.nothing_is_left()
+
+
+def test_a_stop_in_the_middle_ends_the_command_too(fakes: Fakes) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    os.environ.update(fakes.environment())
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            nodes.run(["sleep", "60"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    fakes.nothing_is_left()
+
+
+def test_talk_to_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        nodes.say("lost")
+    with Path(os.devnull).open("w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stderr", closed)
+    nodes.say("lost")
+
+
+def test_a_dead_process_has_no_start_and_a_living_one_keeps_its() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        start = process_start(child.pid)
+        assert start.isdigit()
+        who = f"{here()}:{child.pid}:{start}"
+        assert is_alive(who) is True
+        assert is_alive(f"{here()}:{child.pid}:{int(start) + 1}") is False  # the number was reused
+    finally:
+        child.kill()
+        child.wait()
+    assert process_start(child.pid) == ""
+    assert is_alive(who) is False
+
+
+def test_a_name_with_brackets_and_spaces_does_not_hide_the_start(tmp_path: Path) -> None:
+    odd = tmp_path / "a) (b 1 2"
+    odd.symlink_to("/bin/sleep")
+    child = subprocess.Popen([odd, "60"])
+    try:
+        wait_until(lambda: "a)" in Path(f"/proc/{child.pid}/comm").read_text())
+        start = process_start(child.pid)
+        ticks = int(Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19])
+        assert int(start) >= ticks
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_zombie_is_not_alive() -> None:
+    child = subprocess.Popen(["true"])
+    who = f"{here()}:{child.pid}:{process_start(child.pid)}"
+    wait_until(lambda: ") Z" in Path(f"/proc/{child.pid}/stat").read_text())
+    assert is_alive(who) is False
+    child.wait()
+
+
+def test_this_process_is_its_own_living_launcher() -> None:
+    assert is_alive(launcher()) is True
+
+
+@pytest.mark.parametrize(
+    "who", ["", ":", "elsewhere/boot/1:1:1", "::", "x", "HERE", "HERE:", "HERE:x:1"]
+)
+def test_nobody_is_called_dead_on_thin_evidence(who: str) -> None:
+    assert is_alive(who.replace("HERE", here())) is None
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM])
+def test_a_held_script_ends_with_its_standard_input(
+    script: Callable[..., Script], fakes: Fakes, signum: int | None
+) -> None:
+    text = HOLD + " trap 'echo told; exit 143' TERM; echo up; sleep 60 & wait $!; kill $!"
+    held = script(["bash", "-c", text.replace("told;", "told; kill %%;")])
+    held.until_said("up")
+    held.type("not the end\n")
+    if signum is None:
+        held.close()
+    else:
+        held.process.send_signal(signum)
+    assert held.code() == 143
+    assert held.output == "up\ntold\n"
+    if signum is not None:
+        held.close()
+    fakes.nothing_is_left()
+
+
+def test_a_held_script_that_ends_by_itself_leaves_no_watcher(
+    script: Callable[..., Script], fakes: Fakes
+) -> None:
+    assert script(["bash", "-c", HOLD + " exit 5"]).code() == 5
+    fakes.nothing_is_left()
+
+
+def test_a_step_gives_its_secret_first_and_ends_when_let_go(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    step = Step(["sh", "-c", "read -r x; printf 'n\\tk\\t%s\\n' \"$x\"; cat"], secret="a b")
+    told = next(step.told())
+    assert (told.node, told.key, told.value) == ("n", "k", "a b")
+    assert step.poll() is None
+    assert step.stop() is True
+    assert step.poll() == 0
+    assert step.stop() is True  # twice is no more than once
+
+
+def test_a_step_that_does_not_end_is_killed(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    step = Step(["sh", "-c", "exec sleep 60"])
+    assert step.stop(0.1) is False
+    assert step.poll() == -signal.SIGKILL
+
+
+def test_a_step_that_cannot_be_run_is_told() -> None:
+    with pytest.raises(Failure, match="no-such-program cannot be run"):
+        Step(["no-such-program"])
+
+
+def test_a_step_that_ends_at_once_does_not_choke_on_its_secret() -> None:
+    for _ in range(5):
+        step = Step(["true"], secret="x" * 100_000)
+        step.stop()
+
+
+def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_path: Path) -> None:
+    """The kernel closes the pipe, whatever ended us."""
+    code = (
+        "import sys, time; from nodes import HOLD, Step\n"
+        "Step(['bash', '-c', HOLD + 'trap \"exit 143\" TERM; sleep 60 & wait'])\n"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=fakes.environment(PYTHONPATH=str(Path(nodes.__file__).parent)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout and process.stdout.readline() == b"up\n"
+    process.stdout.close()
+    process.kill()
+    process.wait()
+    wait_until(lambda: not [c for c in fakes.processes().values() if c.startswith("bash")], 3)
+    for pid, command in fakes.processes().items():
+        assert command.startswith("sleep")  # the fixture's own sloppy child
+        os.kill(pid, signal.SIGKILL)
+
+
+# Settings
+
+
+def test_flag_beats_environment_beats_dotenv_here_beats_dotenv_there(tmp_path: Path) -> None:
+    there, cwd = tmp_path / "scripts/.env", tmp_path / "work/.env"
+    there.write_text("MODEL=there\nPORT=1\nIMAGE=there\nHF_HOME=there\n")
+    cwd.write_text("MODEL=cwd\nPORT=2\n")
+    os.environ["MODEL"] = "environment"
+    assert load_env_files() == ["HF_HOME", "IMAGE", "PORT"]
+    assert [setting(n) for n in ("MODEL", "PORT", "IMAGE", "GPUS")] == [
+        "environment",
+        "2",
+        "there",
+        "auto",
+    ]
+
+
+@pytest.mark.parametrize("name", [each.name for each in SETTINGS])
+def test_an_empty_variable_counts_as_not_set(name: str) -> None:
+    default = next(each.default for each in SETTINGS if each.name == name)
+    assert setting(name, {}) == setting(name, {name: ""}) == default
+    assert setting(name, {name: "x y"}) == "x y"
+
+
+def test_an_empty_variable_does_not_hide_the_env_file(tmp_path: Path) -> None:
+    (tmp_path / "work/.env").write_text("MODEL=cwd\nPORT=\n")
+    (tmp_path / "scripts/.env").write_text("PORT=8123\n")
+    os.environ["MODEL"] = ""
+    load_env_files()
+    assert (setting("MODEL"), setting("PORT")) == ("cwd", "8123")
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", 'a"b', "$HOME", "a;b|c", "*", "-x", "ünï", "#"])
+def test_a_hostile_value_in_an_env_file_stays_as_it_is(tmp_path: Path, value: str) -> None:
+    quoted = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    (tmp_path / "work/.env").write_text(f"# a comment\nexport MODEL={quoted}\n")
+    load_env_files()
+    assert setting("MODEL") == value
+
+
+def test_without_env_files_nothing_changes() -> None:
+    before = json.dumps(dict(os.environ))
+    assert load_env_files() == []
+    assert json.dumps(dict(os.environ)) == before

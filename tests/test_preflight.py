@@ -1,0 +1,387 @@
+"""What nodes tell about themselves, and what is made of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import preflight
+from image import NONE, Image
+from nodes import Failure, Place, Told, here, launcher
+from preflight import Finding, Node, Wanted, gather, judge, must_provide, orphans, ours_already
+from tests.conftest import HOSTILE, TAG, Fakes, free_port
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+HERE = Place("local1", 1, (), ())
+TARBALL = Image(TAG, Path("/x.tar"), "gz", ("sha256:c",), "", 3_000_000_000, 20_000_000_000)
+GOOD = {
+    "rank": "0",
+    "gpus": "8",
+    "docker": "27.0.1",
+    "image": "sha256:c []",
+    "free": "100000000000",
+    "store": "overlay2",
+}
+
+
+def wanted(image: Image = TARBALL, runtime: str = "docker", gpus: str = "auto") -> Wanted:
+    return Wanted(runtime, image, 8000, gpus, ())
+
+
+def told(text: str) -> list[Node]:
+    return gather(map(Told, text.replace(" | ", "\t").splitlines()))
+
+
+def node(name: str = "n1", **changes: str | None) -> Node:
+    return Node(name, {k: v for k, v in {**GOOD, **changes}.items() if v is not None})
+
+
+def states(findings: list[Finding]) -> dict[str, tuple[str, str]]:
+    return {f.check: (f.state, f.text) for f in findings}
+
+
+def test_nodes_are_gathered_head_first() -> None:
+    nodes = told(
+        "n2 | rank | 1\nsome talk\nn10 | rank | 2\nn1 | gpus | 8\nn2 | container | a b\n"
+        "n1 | rank | 0\nn2 | container | c d\nn1 | unseen | /a b\nn1 | unseen | /c\n"
+    )
+    assert [n.name for n in nodes] == ["n1", "n2", "n10"]
+    assert nodes[0].facts == {"gpus": "8", "rank": "0"}
+    assert nodes[0].unseen == ["/a b", "/c"]
+    assert nodes[1].containers == ["a b", "c d"]
+
+
+@pytest.mark.parametrize("text", ["", "talk\n", "a | b\n", "\t\n"])
+def test_talk_makes_no_node(text: str) -> None:
+    assert told(text) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "allocated", "count"),
+    [("8", "", 8), ("8", "0,1,2", 3), ("8", None, 8), ("", "", 0), ("0", "", 0), ("x", "", 0)]
+    + [("8", "5", 1), (None, None, 0), ("0", "0,1", 2), ("-1", "", 0)],
+)
+def test_the_gpus_of_the_allocation_count(
+    gpus: str | None, allocated: str | None, count: int
+) -> None:
+    assert node(gpus=gpus, allocated=allocated).gpus == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "state", "text"),
+    [
+        ({}, "docker", "ok", "27.0.1"),
+        ({}, "image", "ok", "present"),
+        ({}, "gpus", "ok", "8"),
+        ({}, "port", "ok", "8000 free"),
+        ({}, "devices", "ok", "0 EFA"),
+        ({"efa": "4", "gdrdrv": "1"}, "devices", "ok", "4 EFA, gdrdrv"),
+        ({"no-docker": "no socket"}, "docker", "bad", "Docker does not answer: no socket"),
+        ({"image": ""}, "image", "note", "load"),
+        ({"image": None}, "image", "note", "load"),
+        ({"image": "sha256:x []"}, "image", "note", f"load (another {TAG} is there)"),
+        ({"image": ""}, "disk", "ok", "100.0 GB free"),
+        (
+            {"image": "", "free": "39999999999"},
+            "disk",
+            "bad",
+            f"disk too small: 40.0 GB free for Docker, 40.0 GB needed to load {TAG}",
+        ),
+        ({"image": "", "free": "40000000000"}, "disk", "ok", "40.0 GB free"),
+        ({"image": "", "free": ""}, "disk", "bad", "disk too small: 0.0 GB free"),
+        ({"gpus": "0"}, "gpus", "bad", "no GPU found"),
+        ({"taken": ""}, "port", "bad", "port 8000 is taken"),
+        ({"taken": '"nginx",pid=1'}, "port", "bad", 'port 8000 is taken by "nginx",pid=1'),
+    ],
+)
+def test_every_check_of_the_head_node(
+    changes: dict[str, str | None], check: str, state: str, text: str
+) -> None:
+    found = states(judge([node(**changes)], wanted()))[check]
+    assert found[0] == state
+    assert found[1].startswith(text)
+
+
+def test_a_full_disk_does_not_matter_where_the_image_is() -> None:
+    assert "disk" not in states(judge([node(free="0")], wanted()))
+
+
+def test_the_port_and_gpus_of_other_nodes_do_not_matter() -> None:
+    findings = judge([node(), node("n2", gpus="0", taken="")], wanted())
+    assert [f for f in findings if f.state == "bad"] == []
+
+
+def test_nothing_is_said_of_an_image_where_docker_does_not_answer() -> None:
+    found = states(judge([node(**{"no-docker": "x", "image": None})], wanted()))
+    assert "image" not in found and "disk" not in found
+
+
+def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
+    found = states(judge([node(gpus="0")], wanted(gpus="none")))
+    assert found["gpus"] == ("ok", "not asked for")
+
+
+def test_a_local_tag_that_is_missing_cannot_be_helped() -> None:
+    [bad] = [f for f in judge([node(image="")], wanted(Image("mine:1"))) if f.state == "bad"]
+    assert bad.text == "image mine:1 is not there"
+    assert "make docker" in bad.hint
+
+
+def test_a_registry_image_that_is_missing_is_pulled() -> None:
+    found = states(judge([node(image="")], wanted(Image("r.io/x:1", registry="r.io"))))
+    assert found["image"] == ("note", "pull")
+    assert found["disk"][0] == "ok"
+
+
+def test_runtime_bare_wants_the_engine_and_no_docker() -> None:
+    found = states(judge([node(engine="/bin/trtllm-serve")], wanted(NONE, "bare")))
+    assert found["engine"] == ("ok", "/bin/trtllm-serve")
+    assert not {"docker", "image", "disk"} & set(found)
+    for engine in ("", None):
+        found = states(judge([node(engine=engine)], wanted(NONE, "bare")))
+        assert found["engine"] == ("bad", "trtllm-serve: not found in PATH")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_path_that_a_node_does_not_see_is_bad(name: str) -> None:
+    bare = node()
+    bare.unseen = [f"/{name}"]
+    found = states(judge([bare], wanted()))
+    assert found["paths"] == ("bad", f"/{name} is not there, or not readable")
+
+
+def test_all_that_is_bad_is_said_at_once_and_each_hint_once() -> None:
+    findings = judge([node(image="", free="1"), node("n2", image="", free="1", taken="")], wanted())
+    with pytest.raises(Failure) as failure:
+        preflight.stop_if_bad(findings)
+    assert failure.value.message.startswith("n1, n2: disk too small")
+    assert failure.value.hint.count("docker image prune") == 1
+    preflight.stop_if_bad([f for f in findings if f.state != "bad"])
+    preflight.stop_if_bad([])
+
+
+def test_the_table_has_a_row_a_node_and_a_column_a_check() -> None:
+    findings = [
+        Finding("n1", "docker", "ok", "27.0"),
+        Finding("n1", "image", "note", "load"),
+        Finding("n2", "docker", "bad", "Docker does not answer"),
+        Finding("n2", "paths", "bad", "/a is not there"),
+        Finding("n2", "paths", "bad", "/b is not there"),
+    ]
+    assert preflight.table(findings).splitlines() == [
+        "node  docker                    image   paths",
+        "n1    27.0                      * load  -",
+        "n2    ! Docker does not answer  -       ! /a is not there ! /b is not there",
+    ]
+    assert preflight.table([]) == "node"
+
+
+@pytest.mark.parametrize(
+    ("image", "identities", "must"),
+    [
+        (TARBALL, ["sha256:c", "sha256:c"], False),
+        (TARBALL, ["sha256:c", ""], True),
+        (TARBALL, ["sha256:c", "sha256:x"], True),
+        (Image("mine:1"), ["sha256:a", "sha256:b"], False),
+        (Image("r.io/x:1", registry="r.io"), ["a", "a"], False),
+        (Image("r.io/x:1", registry="r.io"), ["a", "b"], True),
+        (Image("r.io/x:latest", registry="r.io"), ["a", "a"], True),
+    ],
+)
+def test_an_image_is_brought_where_one_node_lacks_it(
+    image: Image, identities: list[str], must: bool
+) -> None:
+    assert must_provide([node(f"n{i}", image=x) for i, x in enumerate(identities)], image) is must
+
+
+DEAD = f"{here()}:999999999:1"
+
+
+@pytest.mark.parametrize(
+    ("line", "jobs", "gone"),
+    [
+        ("id name 66 elsewhere/b/1:1:1 me", {"77"}, True),
+        ("id name 66 elsewhere/b/1:1:1 me", {"66"}, False),
+        ("id name 66 elsewhere/b/1:1:1 me", None, False),
+        ("id name 66 elsewhere/b/1:1:1 me", set(), True),
+        ("id name 66 elsewhere/b/1:1:1 other", {"77"}, False),
+        (f"id name local5 {DEAD} me", None, True),
+        (f"id name local5 {DEAD} other", None, False),
+        (f"id name 66 {DEAD} me", {"66"}, True),
+        ("id name local5 LAUNCHER me", set(), False),
+        ("id name local5 elsewhere/b/1:1:1 me", set(), False),
+        ("id name   me", set(), False),
+        ("id name 66  me", {"77"}, True),
+        ("id", {"77"}, False),
+        ("", {"77"}, False),
+    ],
+)
+def test_only_my_containers_whose_launcher_is_gone_are_orphans(
+    line: str, jobs: set[str] | None, gone: bool
+) -> None:
+    bare = node()
+    bare.containers = [line.replace("LAUNCHER", launcher())]
+    assert orphans([bare], HERE, "me", jobs) == (["id"] if gone else [])
+
+
+def test_a_container_of_this_very_job_is_named_unless_it_goes_anyway() -> None:
+    one, two = node(), node("n2")
+    one.containers = ["a trtllm-66-n1 66 x me", "b"]
+    two.containers = ["c trtllm-local1-n2 local1 x me"]
+    assert ours_already([one, two], HERE, []) == "trtllm-local1-n2"
+    assert ours_already([one, two], HERE, ["c"]) == ""
+    assert ours_already([one], HERE, []) == ""
+
+
+def test_slurm_is_asked_for_my_jobs(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    fakes.set(jobs=["66", "77"])
+    assert preflight.jobs_of("me") == {"66", "77"}
+    assert fakes.calls("squeue") == [["squeue", "--noheader", "--user=me", "--format=%A"]]
+    fakes.set(jobs=[])
+    assert preflight.jobs_of("me") == set()
+
+
+def test_a_silent_slurm_means_that_nobody_can_say(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    fakes.program("squeue", "raise SystemExit('Unable to contact slurm controller')")
+    assert preflight.jobs_of("me") is None
+    fakes.without("squeue")
+    assert preflight.jobs_of("me") is None
+
+
+# The script that a node runs
+
+
+def ask(fakes: Fakes, want: Wanted, **env: str) -> Node:
+    done = subprocess.run(
+        preflight.preflight_command(want, HERE),
+        env=fakes.environment(**env),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    [found] = told(done.stdout)
+    return found
+
+
+def test_a_node_tells_what_it_has(fakes: Fakes) -> None:
+    fakes.hold_image(identity="sha256:c", layers=["sha256:1", "sha256:2"])
+    fakes.leave_container("x", job="66", launcher="l:1:2", user="me")
+    fakes.leave_container("strangers")
+    found = ask(fakes, wanted(), SLURM_STEP_GPUS="0,1", SLURM_NODEID="3")
+    facts = found.facts
+    assert found.name == "local"
+    assert facts["image"] == 'sha256:c ["sha256:1","sha256:2"]'
+    assert facts["docker"] == "27.0.1"
+    assert facts["addresses"] == "127.0.0.1 fe80::1"
+    assert (facts["allocated"], facts["rank"]) == ("0,1", "3")
+    assert found.number("free") > 0
+    assert found.containers[-1] == "container-x x 66 l:1:2 me"
+
+
+def test_a_node_tells_that_docker_is_down(fakes: Fakes) -> None:
+    fakes.set(down=True)
+    assert "Cannot connect to the Docker daemon" in ask(fakes, wanted()).facts["no-docker"]
+    fakes.without("docker")
+    facts = ask(fakes, wanted()).facts
+    assert facts["no-docker"] == "docker: not found in PATH"
+    assert "image" not in facts
+
+
+def test_a_node_without_the_image_says_so(fakes: Fakes) -> None:
+    assert ask(fakes, wanted()).facts["image"] == ""
+
+
+def test_gpus_are_counted_by_nvidia_smi_where_there_are_no_devices(fakes: Fakes) -> None:
+    if list(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has GPUs")
+    assert ask(fakes, wanted()).gpus == 0
+    fakes.program("nvidia-smi", "print('GPU 0: H100\\n  MIG\\nGPU 1: H100')")
+    assert ask(fakes, wanted()).gpus == 2
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0"])
+def test_a_port_that_somebody_listens_on_is_taken(fakes: Fakes, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        listener = socket.create_server((address, 0), family=family)
+    except OSError:
+        pytest.skip(f"no {address} here")
+    with listener:
+        port = listener.getsockname()[1]
+        facts = ask(fakes, Wanted("docker", TARBALL, port, "auto", ())).facts
+        assert f"pid={os.getpid()}" in facts["taken"]
+        with socket.create_connection((address, port)):
+            other = free_port()
+            assert "taken" not in ask(fakes, Wanted("docker", TARBALL, other, "", ())).facts
+    assert "taken" not in ask(fakes, Wanted("docker", TARBALL, port, "auto", ())).facts
+
+
+def test_a_taken_port_is_seen_without_ss(fakes: Fakes) -> None:
+    (fakes.home / "tools/ss").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        want = Wanted("docker", TARBALL, listener.getsockname()[1], "auto", ())
+        assert ask(fakes, want).facts["taken"] == ""
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_paths_of_any_name_are_looked_for(fakes: Fakes, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    paths = (str(tmp_path / name), str(tmp_path / f"no {name}"))
+    found = ask(fakes, Wanted("bare", NONE, 8000, "auto", paths))
+    assert found.unseen == [paths[1].replace("\n", " ")]
+
+
+def test_runtime_bare_does_not_ask_docker(fakes: Fakes) -> None:
+    facts = ask(fakes, wanted(NONE, "bare")).facts
+    assert facts["engine"] == ""
+    fakes.program("trtllm-serve", "")
+    assert ask(fakes, wanted(NONE, "bare")).facts["engine"] == str(fakes.bin / "trtllm-serve")
+    assert fakes.calls("docker") == []
+
+
+def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
+    place = Place("77", 2, (), ())
+    with pytest.raises(Failure, match="1 of 2 nodes did not answer; these did: local"):
+        preflight.ask_nodes(wanted(), place)
+    monkeypatch.setattr(preflight, "PATIENCE", 0.3)
+    with pytest.raises(Failure, match=r"did not end within 0\.3 s"):
+        preflight.ask_nodes(wanted(), slow())
+
+
+def slow() -> Place:
+    """A node that never answers."""
+    return Place("77", 1, ("sh", "-c", "exec sleep 60", "srun"), ())
+
+
+def test_reaping_removes_orphans_and_no_others(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    fakes.leave_container("gone", job="66", launcher=DEAD, user="me")
+    fakes.leave_container("alive", job="local9", launcher=launcher(), user="me")
+    fakes.leave_container("theirs", job="66", launcher=DEAD, user="them")
+    nodes = preflight.ask_nodes(wanted(), HERE)
+    assert preflight.reap(nodes, HERE, "me") is True
+    assert fakes.containers() == ["local/alive", "local/theirs"]
+    assert preflight.reap(preflight.ask_nodes(wanted(), HERE), HERE, "me") is False
+
+
+def test_a_second_launch_in_the_same_job_is_refused(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    fakes.leave_container("trtllm-local1-x", job="local1", launcher=launcher(), user="me")
+    with pytest.raises(Failure, match="already runs the container trtllm-local1-x"):
+        preflight.reap(preflight.ask_nodes(wanted(), HERE), HERE, "me")
+
+
+def test_where_nothing_runs_slurm_is_not_asked(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    assert preflight.reap([node()], HERE, "me") is False
+    assert fakes.calls("squeue") == []
