@@ -155,6 +155,7 @@ def docker_arguments(plan: Plan, environ: Mapping[str, str]) -> list[str]:
     names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *passed_on(environ)]
     return [
         "--rm",
+        "--pull=never",                             # a tag nobody has is an error, not a download
         "--init",                                   # forwards signals, whatever the engine ignores
         f"--label={LABEL}.job={plan.place.job}",
         f"--label={LABEL}.launcher={launcher()}",

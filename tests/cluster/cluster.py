@@ -37,19 +37,23 @@ CLONE_NEWNS = 0x20000
 GPUS_PER_NODE = 8
 CPUS_PER_NODE = 16
 
-# Program that must be there -> Debian package that brings it.
-PACKAGES = {
-    "slurmctld": "slurmctld",
-    "slurmd": "slurmd",
-    "srun": "slurm-client",
-    "munged": "munge",
-    "dockerd": "docker.io",
-    "docker-registry": "docker-registry",
-    "debootstrap": "debootstrap",
-    "pigz": "pigz",
-    "zstd": "zstd",
-    "ip": "iproute2",
-}
+# slurm's pmix plug-in opens libpmix.so by that name, which only the -dev package has.
+PACKAGES = (
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "munge",
+    "libpmix2",
+    "libpmix-dev",
+    "docker.io",
+    "docker-registry",
+    "debootstrap",
+    "pigz",
+    "zstd",
+    "iproute2",
+    "procps",
+    "util-linux",
+)
 
 # Debian's own programs first: what is installed beside them may be a client of another age.
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -159,16 +163,19 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
 
 
 def missing_packages() -> list[str]:
-    """Debian packages of which a needed program is not installed."""
-    return sorted({deb for prog, deb in PACKAGES.items() if not shutil.which(prog, path=PATH)})
+    """The Debian packages that are not installed."""
+    query = ["dpkg-query", "--show", "--showformat=${Package} ${Status}\\n", *PACKAGES]
+    shown = subprocess.run(query, text=True, capture_output=True).stdout
+    installed = {line.split()[0] for line in shown.splitlines() if line.endswith(" installed")}
+    return [package for package in PACKAGES if package not in installed]
 
 
 def why_not() -> str | None:
     """Why no cluster can be made on this machine; None where one can."""
     if os.geteuid() != 0:
         return "needs root (network namespaces, dockerd)"
-    if missing_packages() and not shutil.which("apt-get"):
-        return f"needs {', '.join(missing_packages())} and there is no apt-get"
+    if not shutil.which("apt-get"):
+        return "needs Debian (its Slurm, Docker and debootstrap packages)"
     return None
 
 
@@ -196,8 +203,8 @@ def install_missing() -> None:
 
 
 def root_tarball() -> Path:
-    """A minimal Debian with Python as a tarball; made once, kept in the user's cache."""
-    include = "python3,ca-certificates"
+    """A minimal Debian with Python and MPI as a tarball; made once, kept in the user's cache."""
+    include = "python3,python3-mpi4py,openmpi-bin,libpmix2,curl"
     key = hashlib.sha256(f"bookworm {include} 1".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrt-llm-serve"
     tarball = cache / f"rootfs-{key}.tar"

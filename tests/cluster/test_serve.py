@@ -229,7 +229,9 @@ def test_dry_run_prints_what_runs_and_runs_nothing(
     ask, load, serve, remove = lines
     # Every line, pasted into a shell of the allocation, does what the launcher does with it.
     script = workspace / "pasted.sh"
-    script.write_text(f"{ask}\n{load} < <(sleep 20)\n{serve} < <(sleep 3)\n{remove}\n")
+    script.write_text(
+        f"{ask}\n{load} < <(exec sleep 20 >&- 2>&-)\n{serve} < <(exec sleep 3 >&- 2>&-)\n{remove}\n"
+    )
     shell = subprocess.Popen(
         cluster.ctl.argv(
             ["salloc", "-N2", "--gpus-per-node=8", "--exclusive", "bash", str(script)],
