@@ -1,0 +1,298 @@
+"""What one answer was, read from its raw bytes and their arrival times after it has ended.
+
+While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes. All
+else happens when the load generator has nothing better to do.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+STREAM_END = (
+    b"data: [DONE]\n\n\r\n0\r\n\r\n"  # no JSON text holds a raw line end: this is never content
+)
+COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string quotes are escaped
+TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
+NO_ANSWER = "the connection closed before the answer began"
+BROKEN_OFF = "the connection closed in the middle of the answer"
+ERROR_LENGTH = 300
+
+Json = Any
+
+
+class Malformed(Exception):
+    """The server did not speak HTTP, or broke off in the middle."""
+
+
+class Head(NamedTuple):
+    """The part of a response's header that decides where the body ends."""
+
+    status: int
+    end: int
+    chunked: bool
+    length: int | None
+    close: bool
+    event_stream: bool
+
+
+def parse_head(raw: bytes | bytearray, start: int = 0) -> Head | None:
+    end = raw.find(b"\r\n\r\n", start)
+    if end < 0:
+        return None
+    text = raw[start:end].decode("latin-1")
+    if not (line := re.match(r"HTTP/1\.(\d) (\d{3})", text)):
+        raise Malformed(f"not an HTTP response: {text[:60]!r}")
+    if line[2].startswith("1"):  # 100 Continue and its like come before the answer
+        return parse_head(raw, end + 4)
+    fields = {
+        k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
+    }
+    connection = fields.get("connection", "").lower()
+    return Head(
+        status=int(line[2]),
+        end=end + 4,
+        chunked="chunked" in fields.get("transfer-encoding", "").lower(),
+        length=int(fields["content-length"]) if "content-length" in fields else None,
+        close=connection == "close" or (line[1] == "0" and connection != "keep-alive"),
+        event_stream="event-stream" in fields.get("content-type", ""),
+    )
+
+
+class Reply:
+    """The bytes of one answer as they came: `ends[i]` bytes had arrived at `stamps[i]`."""
+
+    __slots__ = ("ends", "head", "raw", "seen", "stamps", "walked")
+
+    def __init__(self) -> None:
+        self.raw = bytearray()
+        self.ends = array("q")
+        self.stamps = array("q")  # arrival of each read's last packet, ns since 1970
+        self.seen = array("q")  # when the client got round to it
+        self.head: Head | None = None
+        self.walked = 0
+
+    def add(self, data: bytes, stamp: int, seen: int) -> bool:
+        """Keep what came; true when it was the end of the answer."""
+        self.raw += data
+        self.ends.append(len(self.raw))
+        self.stamps.append(stamp)
+        self.seen.append(seen)
+        return self.complete()
+
+    def complete(self) -> bool:
+        head = self.head
+        if head is None:
+            head = self.head = parse_head(self.raw)
+            if head is None:
+                return False
+            self.walked = head.end
+        if head.chunked:
+            return self.raw.endswith(b"\r\n\r\n") and (
+                self.raw.endswith(STREAM_END) or self._at_last_chunk()
+            )
+        return head.length is not None and len(self.raw) >= head.end + head.length
+
+    def _at_last_chunk(self) -> bool:
+        for at, size in chunks(self.raw, self.walked):
+            if size == 0:
+                return True
+            self.walked = at + size + 2
+        return False
+
+
+def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
+    """Where each whole chunk's data begins, and its size; the last one has size 0."""
+    while (eol := raw.find(b"\r\n", at)) >= 0:
+        try:
+            size = int(raw[at:eol].partition(b";")[0], 16)
+        except ValueError:
+            raise Malformed(f"bad chunk size {bytes(raw[at:eol][:20])!r}") from None
+        if eol + 4 + size > len(raw):
+            return
+        yield eol + 2, size
+        if size == 0:
+            return
+        at = eol + 4 + size
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one request turned out to be. Times are ns since 1970, on the client's clock."""
+
+    index: int
+    intended: int
+    sent: int
+    first: int = 0
+    last: int = 0
+    gaps: array[float] = field(default_factory=lambda: array("f"))  # ms between token events
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    events: int = 0
+    merged: int = 0  # events that one read brought together, so their times are one
+    has_text: bool = False
+    streamed: bool = True
+    model: str = ""
+    error: str = ""
+    retried: bool = False
+
+
+class Body(NamedTuple):
+    """A body without its transfer encoding, and how to find its bytes in the raw answer again."""
+
+    data: bytes
+    ends: list[int]  # where each chunk ends in `data`
+    shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
+
+    def raw_offset(self, offset: int) -> int:
+        return offset + self.shifts[bisect_left(self.ends, offset)]
+
+
+def read_body(raw: bytearray, head: Head) -> Body:
+    if not head.chunked:
+        data = bytes(raw[head.end :])
+        if head.length is not None and len(data) < head.length:
+            raise Malformed(BROKEN_OFF)
+        return Body(data, [len(data)], [head.end])
+    pieces: list[bytearray] = []
+    ends, shifts, length, size = [], [], 0, -1
+    for at, size in chunks(raw, head.end):
+        pieces.append(raw[at : at + size])
+        shifts.append(at - length)
+        length += size
+        ends.append(length)
+    if size != 0:
+        raise Malformed(BROKEN_OFF)
+    return Body(b"".join(pieces), ends, shifts)
+
+
+class Event(NamedTuple):
+    """One server-sent event: where it ends in the body, and its text, unread."""
+
+    end: int
+    text: bytes
+
+    def read(self) -> Json:
+        lines = self.text.replace(b"\r", b"").split(b"\n")
+        data = b"".join(line[5:] for line in lines if line.startswith(b"data:")).strip()
+        return json.loads(data) if data and data != b"[DONE]" else None
+
+
+def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
+    """The events that carry choices, and the others, told apart without decoding them."""
+    separator = b"\r\n\r\n" if b"\r\n" in data[: data.find(b"\n") + 1] else b"\n\n"
+    tokens, others, end = [], [], 0
+    for text in data.split(separator):
+        end += len(text)
+        if COMPACT in text or SPACED in text:
+            tokens.append(Event(end, text))
+        elif text:
+            others.append(Event(end, text))
+        end += len(separator)
+    return tokens, others
+
+
+def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
+    """Fill in what the server answered; a problem becomes `outcome.error`."""
+    try:
+        _read(reply, outcome, chat)
+    except Malformed as e:
+        outcome.error = outcome.error or str(e)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        outcome.error = outcome.error or f"unreadable answer: {e!r}"[:ERROR_LENGTH]
+    return outcome
+
+
+def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
+    if reply.head is None:
+        raise Malformed(NO_ANSWER)
+    if reply.head.status != 200:
+        message = error_message(bytes(reply.raw[reply.head.end :]))
+        raise Malformed(f"HTTP {reply.head.status}: {message}")
+    body = read_body(reply.raw, reply.head)
+    if reply.head.event_stream:
+        _read_stream(reply, body, outcome, chat)
+    else:
+        _read_document(reply, body, outcome)
+
+
+def _read_document(reply: Reply, body: Body, outcome: Outcome) -> None:
+    """The server did not stream: everything arrives at the end."""
+    document = json.loads(body.data)
+    outcome.streamed = False
+    outcome.events = 1
+    outcome.has_text = says(document)
+    outcome.first = outcome.last = reply.stamps[-1]
+    _note(document, outcome)
+
+
+def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
+    tokens, others = split_events(body.data)
+    done = False
+    for event in others:
+        done = done or b"[DONE]" in event.text
+        _note(event.read(), outcome)
+    if not done:
+        raise Malformed("the stream ended without [DONE]")
+    if not tokens:
+        raise Malformed("the stream held no token")
+    _note(tokens[-1].read(), outcome)
+    spoken = next((i for i, e in enumerate(tokens) if says(e.read())), None)
+    outcome.has_text = spoken is not None
+    # A chat stream begins with the role alone, which is no token, nor is an event that only says why
+    # the answer ended. An empty text in a completion is one: half a character, a special token.
+    first = (spoken or 0) if chat else 0
+    last = len(tokens) - 1
+    if last > first and not says(tokens[last].read()):
+        last -= 1
+    _time(reply, [body.raw_offset(e.end) for e in tokens], outcome, first, last)
+
+
+def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: int) -> None:
+    reads = [bisect_left(reply.ends, offset) for offset in offsets]
+    times = [reply.stamps[read] for read in reads]
+    outcome.first, outcome.last = times[first], times[-1]
+    counted = times[first : last + 1]
+    outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(counted))
+    outcome.events = len(counted)
+    outcome.merged = len(counted) - len(set(reads[first : last + 1]))
+
+
+def _note(document: Json, outcome: Outcome) -> None:
+    """Keep the usage, the model's name and any error a document or event holds."""
+    if not isinstance(document, dict):
+        return
+    if document.get("error") or document.get("object") == "error":
+        raise Malformed(f"error from the server: {error_message(json.dumps(document).encode())}")
+    outcome.model = document.get("model") or outcome.model
+    if usage := document.get("usage"):
+        outcome.prompt_tokens = usage.get("prompt_tokens")
+        outcome.output_tokens = usage.get("completion_tokens")
+
+
+def says(document: Json) -> bool:
+    """Does this answer, or piece of one, carry any output?"""
+    for choice in document.get("choices") or ():
+        holder = choice.get("delta") or choice.get("message") or choice
+        if any(holder.get(key) for key in TEXT_KEYS):
+            return True
+    return False
+
+
+def error_message(body: bytes) -> str:
+    """The words of an error answer: flat as TensorRT-LLM's, nested as OpenAI's, or any text."""
+    text = body.decode("utf-8", "replace").strip()
+    start, end = text.find("{"), text.rfind("}")  # chunk sizes may stand around it
+    try:
+        document = json.loads(text[start : end + 1])
+        found = document.get("error") or document.get("message") or document.get("detail") or text
+        text = found.get("message", text) if isinstance(found, dict) else str(found)
+    except ValueError:
+        pass
+    return " ".join(text.split())[:ERROR_LENGTH] or "(empty body)"
