@@ -1,7 +1,7 @@
 """One connection of the load generator, and the request that is on it.
 
-When its socket is ready the loop calls its current step: connected, handshake, idle, flush or receive.
-While a request is measured only `receive` runs: it notes the bytes and the kernel's time stamp.
+When its socket is ready the loop calls its current step: connected, handshake, idle, flush or
+receive. While a request is measured only `receive` runs: it notes bytes and the kernel's stamp.
 """
 
 from __future__ import annotations

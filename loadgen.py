@@ -1,13 +1,13 @@
 """Put a load on an OpenAI-compatible server and measure when each token came.
 
-One epoll loop sends requests and keeps what comes back, as bytes, with the *kernel's* arrival times
-(SO_TIMESTAMPING), so that a client which is late to read is not a server which was late to answer.
-Answers are understood (response.py) when they are whole and the loop has nothing to do. Linux and the
-standard library only.
+One epoll loop sends requests and keeps what comes back, as bytes, with the *kernel's* arrival
+times (SO_TIMESTAMPING): a client that is late to read must not look like a server that was late to
+answer. Answers are understood (response.py) when they are whole and the loop has nothing to do.
+Linux and the standard library only.
 
-Closed loop: `streams` requests are in flight, a new one follows each that ends; a latency counts from
-the moment its request was sent. Open loop (a finite `rate`): requests go out at their own times, however
-the server does; a latency counts from the moment its request was *meant* to go out.
+Closed loop: `streams` requests are in flight, a new one follows each that ends; a latency counts
+from the moment its request was sent. Open loop (a finite `rate`): requests go out at their own
+times, however the server does; a latency counts from when its request was *meant* to go out.
 
     target = Target("localhost", 8000)
     result = measure(Load(target, "/v1/completions", body=lambda i: b"{...}", count=100, streams=4))
@@ -352,8 +352,8 @@ def measure_here(
     loop = Loop(load, progress, shard, shards)
     try:
         loop.connect()
-        start = go()
         with undisturbed():
+            start = go()
             offset, cpu = clock_offset(), time.process_time()
             time.sleep(max(0.0, (start - time.time_ns()) / SECOND))
             loop.run(start)

@@ -1,7 +1,7 @@
 """What one answer was, read from its raw bytes and their arrival times after it has ended.
 
-While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes. All
-else happens when the load generator has nothing better to do.
+While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes.
+All else happens when the load generator has nothing better to do.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
     _note(tokens[-1].read(), outcome)
     spoken = next((i for i, e in enumerate(tokens) if says(e.read())), None)
     outcome.has_text = spoken is not None
-    # A chat stream begins with the role alone, which is no token, nor is an event that only says why
-    # the answer ended. An empty text in a completion is one: half a character, a special token.
+    # A chat stream begins with the role alone, which is no token, nor is an event that only says
+    # why the answer ended. An empty text in a completion is one: half a character, say.
     first = (spoken or 0) if chat else 0
     last = len(tokens) - 1
     if last > first and not says(tokens[last].read()):

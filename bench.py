@@ -1,0 +1,327 @@
+#!/usr/bin/env python3
+"""Measure a running server: throughput, TTFT, ITL and latency, over a matrix of loads.
+
+Every run is checked: requests that failed, outputs that are empty or of another length, another
+model, or a client that could not keep up make it invalid, in every output and in the exit code.
+
+Examples:
+    python bench.py                                        # the server that run_sbatch.py started
+    python bench.py -H 10.0.128.193 -t throughput,prefill
+    python bench.py -H 10.0.128.193 -i tensorrt-llm-serve:latest   # by NVIDIA's own client
+    python bench.py -t concurrency --concurrency 1,8,32 --repeat 3 --goodput ttft:200 tpot:30
+    python bench.py -t sweep --goodput ttft:500            # where is the knee?
+    python bench.py -o results/monday --resume             # go on where it was stopped
+
+The last line on stdout is one JSON document; `report.py` compares two result folders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import container
+import endpoint
+import report
+from clients import BenchmarkServing, Builtin, Client, Options, Record, nothing
+from console import Failure, say
+from endpoint import Endpoint
+from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
+from sweep import stop_reason, sweep
+
+GOODPUT_NAMES = ("ttft", "tpot", "e2el")
+RESULTS = "results"
+
+
+class Bench:
+    """Runs cases one after the other, keeps each result the moment it is there."""
+
+    def __init__(
+        self, server: Endpoint, client: Client, folder: Path, metadata: Record, resume: bool
+    ) -> None:
+        self.server, self.client, self.folder = server, client, folder
+        self.metadata, self.resume = metadata, resume
+        self.records: list[Record] = []
+
+    def run(self, case: Case) -> Record:
+        path = self.folder / f"{case.name}.json"
+        record = self.earlier(path) if self.resume else None
+        if record is None:
+            record = self.measure(case)
+            write_json(path, record)
+        self.records.append(record)
+        say(report.one_line(record))
+        return record
+
+    def earlier(self, path: Path) -> Record | None:
+        """A valid result of the same thing; an invalid one is worth another try."""
+        try:
+            record: Record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+        same = (
+            record["model_id"] == self.server.asked
+            and record["metadata"]["client"] == self.client.name
+        )
+        return record if record["valid"] and same else None
+
+    def measure(self, case: Case) -> Record:
+        try:
+            before = endpoint.identity(self.server)
+            found = self.client(case, self.folder)
+            problems = [*found["problems"], *endpoint.changes(self.server, before)]
+        except Failure as e:  # this run's own; the others are worth having
+            found = nothing(case, " ".join(filter(None, (e.message, e.hint))))
+            problems = found["problems"]
+        rate = case.rate if math.isfinite(case.rate) else "inf"
+        return {
+            "date": time.strftime("%Y%m%d-%H%M%S"),
+            "model_id": self.server.asked,
+            **{"request_rate": rate, "max_concurrency": case.concurrency},
+            **found,
+            "valid": not problems,
+            "problems": problems,
+            "case": case.facts(),
+            "metadata": self.metadata,
+        }
+
+
+def write_json(path: Path, data: Any) -> None:  # noqa: ANN401
+    """All of it or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=2, default=str) + "\n")
+    part.replace(path)
+
+
+def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
+    """Every case of the matrix, then the sweep; its knee."""
+    for case in cases(types, change):
+        bench.run(case)
+    if SWEEP.type not in types:
+        return None
+    found, knee = sweep(change, bench.run, by_rate)
+    say(f"sweep: {stop_reason(found, by_rate) or 'the end of the range'}; the knee: "
+        + (report.one_line(knee) if knee else "none, the first step was too much"))  # fmt: skip
+    return knee
+
+
+def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
+    """Write what there is, show it, and say how it went."""
+    report.write(bench.folder, bench.records)
+    print(report.table(bench.records))
+    invalid = [r["case"]["name"] for r in bench.records if not r["valid"]]
+    print(json.dumps(
+        {
+            "valid": not invalid and not stopped and bool(bench.records),
+            "stopped": stopped,
+            "folder": str(bench.folder),
+            "model": bench.server.asked,
+            "client": bench.client.name,
+            "invalid": invalid,
+            "knee": knee and knee["case"]["name"],
+            "runs": [report.brief(r) for r in bench.records],
+        }
+    ))  # fmt: skip
+    return 1 if invalid or not bench.records else 0
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    found = tuple(int(word) for word in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: all have to be 1 or more")
+    return found
+
+
+def streams(text: str) -> tuple[int | None, ...]:
+    return tuple(None if w in ("unlimited", "inf") else numbers(w)[0] for w in text.split(","))
+
+
+def rates(text: str) -> tuple[float, ...]:
+    found = tuple(float(word) for word in text.split(","))
+    if not all(rate > 0 for rate in found):
+        raise argparse.ArgumentTypeError(
+            f"{text}: a rate is requests a second, more than 0, or inf"
+        )
+    return found
+
+
+def types(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if wrong := [t for t in found if t not in (*TYPES, SWEEP.type, "all")]:
+        known = ", ".join((*TYPES, SWEEP.type))
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {known}")
+    return TYPES if "all" in found else found
+
+
+def limit(text: str) -> tuple[str, float]:
+    name, _, ms = text.partition(":")
+    if name not in GOODPUT_NAMES:
+        raise argparse.ArgumentTypeError(
+            f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
+        )
+    return name, float(ms)
+
+
+def count(text: str) -> int:
+    return numbers(text)[0]
+
+
+def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
+    rows = "\n".join(f"  {row.type:12} {row.about}" for row in (*MATRIX, SWEEP))
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(),
+        epilog=f"types:\n{rows}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL; default: the "
+        "server of logs/endpoint.json, else localhost")  # fmt: skip
+    add("-p", "--port", type=count, default=environ.get("PORT"), help="default: 8000")
+    add("--insecure", action="store_true", help="do not check an https server's certificate")
+    add("-m", "--model", default=environ.get("MODEL", ""), help="default: what the server serves")
+    add("-t", "--type", type=types, default=environ.get("BENCH_TYPE") or "all",
+        help="comma-separated; default: all but sweep")  # fmt: skip
+    add("-o", "--output", type=Path, help=f"result folder; default: {RESULTS}/DATE-TIME")
+    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="image of --client trtllm")
+    add("--client", choices=("builtin", "trtllm"), help="default: trtllm with -i or where "
+        "tensorrt_llm is installed, else builtin")  # fmt: skip
+    group = parser.add_argument_group("the load (replaces the type's own)").add_argument
+    group("--num-prompts", type=count, help="requests a run")
+    group("--concurrency", type=streams, default=(), help="1,8,32 or unlimited")
+    group("--input-len", type=numbers, default=(), help="tokens: 128,512")
+    group("--output-len", type=numbers, default=(), help="tokens: 1,256")
+    group("--request-rate", type=rates, default=(math.inf,), help="requests a second: 1,2,4")
+    group("--burstiness", type=float, default=1.0, help="1: Poisson; less: bursts; more: evener")
+    group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
+    group(
+        "--backend", choices=("openai", "openai-chat"), default="openai", help="completions or chat"
+    )
+    group("--sharegpt", type=Path, default=Path(environ.get("SHAREGPT_PATH") or "ShareGPT.json"),
+          help="the data set; downloaded when missing")  # fmt: skip
+    group("--tokenizer", default="", help="of --client trtllm; default: the model's own")
+    group = parser.add_argument_group("the measurement").add_argument
+    group("--repeat", type=count, default=1, help="runs of each load; the report has their spread")
+    group("--warmup", type=int, help="unmeasured requests before each run; default: up to 16")
+    group("--seed", type=int, default=0)
+    group("--goodput", type=limit, nargs="+", default=[], metavar="NAME:MS",
+          help="count the requests within these limits: ttft:200 tpot:30 e2el:5000")  # fmt: skip
+    group("--timeout", type=float, default=600.0, help="seconds a request may take")
+    group("--shards", type=int, default=0, help="client processes; default: what the load needs")
+    group("--save-detailed", action="store_true", help="every request's numbers, too")
+    group("--resume", action="store_true", help="skip runs whose valid result is in -o")
+    args = parser.parse_args(argv)
+    if args.resume and not args.output:
+        parser.error("--resume needs -o, the folder to go on in")
+    return args
+
+
+def overrides(args: argparse.Namespace) -> Overrides:
+    return Overrides(
+        args.num_prompts,
+        args.concurrency,
+        args.input_len,
+        args.output_len,
+        args.request_rate,
+        args.repeat,
+    )
+
+
+def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
+    return Options(
+        args.backend, args.seed, args.warmup, args.burstiness, args.timeout, dict(args.goodput),
+        args.shards, args.save_detailed, args.sharegpt, args.image, args.tokenizer, environ,
+    )  # fmt: skip
+
+
+def choose_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
+    trtllm = args.client == "trtllm" or (
+        args.client is None and (bool(args.image) or container.is_installed())
+    )
+    return (BenchmarkServing if trtllm else Builtin)(server, options(args, environ))
+
+
+def result_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.output or Path(RESULTS) / time.strftime("%Y%m%d-%H%M%S")
+    if not args.resume and any(folder.glob("*.json")):
+        raise Failure(
+            f"{folder} holds results already", "--resume goes on; or name another with -o"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: Mapping[str, str],
+          argv: Iterable[str]) -> Record:  # fmt: skip
+    return {
+        "url": server.url,
+        "served_model": server.model,
+        "server_version": endpoint.version(server),
+        "client": client.name,
+        "backend": args.backend,
+        "image": args.image or None,
+        "image_id": container.image_id(args.image, environ),
+        "gpus": container.gpu_names(environ),
+        "burstiness": args.burstiness,
+        "seed": args.seed,
+        "goodput": dict(args.goodput),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["bench.py", *argv]),
+    }
+
+
+def on_signal(signum: int, _: FrameType | None) -> NoReturn:
+    """TERM and HUP end as ^C does: what is finished is kept."""
+    raise SystemExit(128 + signum)
+
+
+def bench(argv: Sequence[str] | None = None) -> int:
+    environ = endpoint.environment()
+    args = parse(argv, environ)
+    server = endpoint.find_endpoint(
+        args.host, args.port, args.model, environ, verify=not args.insecure
+    )
+    client = choose_client(args, server, environ)
+    folder = result_folder(args)
+    metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)
+    say(f"{server.url} serves {server.model}; measured by {client.name}, results in {folder}")
+    work = Bench(server, client, folder, metadata, args.resume)
+    try:
+        knee = run_all(work, args.type, overrides(args), args.sweep_by == "rate")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        say("\nstopped: what is finished is kept")
+        finish(work, None, stopped=True)
+        raise stop
+    return finish(work, knee, stopped=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGHUP, on_signal)
+    try:
+        return bench(argv)
+    except Failure as e:
+        say(f"bench.py: {e.message}" + (f"\n  {e.hint}" if e.hint else ""))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

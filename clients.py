@@ -1,0 +1,306 @@
+"""The two measuring clients: ours, and NVIDIA's benchmark_serving.
+
+A case goes in, a record comes out: the names of benchmark_serving's result files, `valid` and
+`problems`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import container
+import sharegpt
+from console import LiveLine, say
+from endpoint import Endpoint
+from loadgen import Load, LoadError, Result, measure
+from matrix import Case
+from metrics import PERCENTILES, Wanted, summarise
+from prompts import Prompts, RandomPrompts, Requests
+
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")
+WARM_UP_TOKENS = 32
+WARM_UP_STREAMS = 16
+REFUSALS = ("HTTP 400", "HTTP 422")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every run."""
+
+    backend: str = "openai"  # or openai-chat, as in benchmark_serving
+    seed: int = 0
+    warmup: int | None = None
+    burstiness: float = 1.0
+    timeout: float = 600.0
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    shards: int = 0
+    detailed: bool = False
+    sharegpt: Path = Path("ShareGPT_V3_unfiltered_cleaned_split.json")
+    image: str = ""
+    tokenizer: str = ""
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def chat(self) -> bool:
+        return self.backend == "openai-chat"
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+
+class Client(Protocol):
+    name: str
+
+    def __call__(self, case: Case, folder: Path) -> Record: ...
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class Builtin:
+    """loadgen.py: no container, no tokenizer, no GPU on the client."""
+
+    name = "builtin"
+
+    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+        self.endpoint, self.options = endpoint, options
+        self.ignore_eos = True
+        self.notes: list[str] = []
+
+    def __call__(self, case: Case, folder: Path) -> Record:
+        load, wanted = self.load_for(case), self.wanted(case)
+        try:
+            load = self.warm_up(load)
+            line = LiveLine(case.name, case.num_prompts)
+            try:
+                result = measure(load, line)
+            finally:
+                line.clear()
+        except LoadError as e:
+            return nothing(case, str(e))
+        wanted = replace(wanted, exact=self.ignore_eos and wanted.exact)
+        record = summarise(load, result, wanted, self.options.goodput)
+        record["notes"] = [*self.notes, *notes_for(case, record)]
+        return record | (details(load, result) if self.options.detailed else {})
+
+    def load_for(self, case: Case) -> Load:
+        options = self.options
+        requests = Requests(
+            self.endpoint.model, self.prompts(case), options.chat, ignore_eos=self.ignore_eos
+        )
+        return Load(
+            self.endpoint.target,
+            self.endpoint.prefix + options.path,
+            requests,
+            case.num_prompts,
+            case.concurrency,
+            rate=case.rate,
+            burstiness=options.burstiness,
+            timeout=options.timeout,
+            seed=options.seed,
+            chat=options.chat,
+            shards=options.shards,
+        )
+
+    def prompts(self, case: Case) -> Prompts:
+        options = self.options
+        if case.input_len is None or case.output_len is None:
+            return sharegpt.pick(options.sharegpt, case.num_prompts, options.seed)
+        seed = f"{options.seed}/{case.name}"  # a repeat must not find the last one's prefix cache
+        return RandomPrompts(case.input_len, case.output_len, seed, options.chat)
+
+    def wanted(self, case: Case) -> Wanted:
+        text = self.options.chat or case.input_len is None
+        return Wanted(self.endpoint.model, case.output_len, None if text else case.input_len)
+
+    def warm_up(self, load: Load) -> Load:
+        """Unmeasured requests with prompts of their own; they also show what the server refuses."""
+        count = self.options.warmup
+        if count is None:
+            count = min(load.width, WARM_UP_STREAMS)
+        assert isinstance(load.body, Requests)
+        result = measure(self.warm_up_load(load, max(count, 1))) if count else Result([])
+        refused = next((o.error for o in result.outcomes if "ignore_eos" in o.error), "")
+        if self.ignore_eos and refused.startswith(REFUSALS):
+            self.ignore_eos = False
+            self.notes.append(f"the server refuses ignore_eos: outputs may end early ({refused})")
+            say(self.notes[-1])
+            return self.warm_up(replace(load, body=replace(load.body, ignore_eos=False)))
+        return load
+
+    def warm_up_load(self, load: Load, count: int) -> Load:
+        assert isinstance(load.body, Requests)
+        prompts = load.body.prompts
+        if isinstance(prompts, RandomPrompts):
+            prompts = replace(prompts, seed=f"warm-up {prompts.seed}")
+        body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
+        streams = min(count, load.width, WARM_UP_STREAMS)
+        return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
+
+
+def notes_for(case: Case, record: Record) -> list[str]:
+    notes, client = [], record["client"]
+    if case.input_len is None:
+        notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
+                     "token counts are the server's")  # fmt: skip
+    if client["tokens_per_event"] > 1.05:
+        notes.append(f"an event carried {client['tokens_per_event']:.1f} tokens on average: "
+                     "ITL is the time between events")  # fmt: skip
+    if client["stamps"] != "kernel":
+        notes.append("https: times were taken by the client, not by the kernel")
+    if client["retried"]:
+        notes.append(f"{client['retried']} requests were sent again: the server had closed the "
+                     "idle connection")  # fmt: skip
+    return notes
+
+
+def details(load: Load, result: Result) -> Record:
+    """One value a request, as --save-detailed of benchmark_serving; seconds."""
+    outcomes = result.outcomes
+    start = [o.intended if load.open_loop else o.sent for o in outcomes]
+    return {
+        "input_lens": [o.prompt_tokens or 0 for o in outcomes],
+        "output_lens": [o.output_tokens or 0 for o in outcomes],
+        "ttfts": [
+            (o.first - t) / 1e9 if o.first else 0.0 for o, t in zip(outcomes, start, strict=True)
+        ],
+        "e2els": [
+            (o.last - t) / 1e9 if o.last else 0.0 for o, t in zip(outcomes, start, strict=True)
+        ],
+        "itls": [[round(g / 1e3, 7) for g in o.gaps] for o in outcomes],
+        "errors": [o.error for o in outcomes],
+    }
+
+
+# --- NVIDIA's -------------------------------------------------------------------------------------
+
+
+class BenchmarkServing:
+    """TensorRT-LLM's own client, in its container or where it is installed."""
+
+    name = "trtllm"
+
+    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+        self.endpoint, self.options = endpoint, options
+
+    def __call__(self, case: Case, folder: Path) -> Record:
+        options = self.options
+        if case.input_len is None and not options.sharegpt.exists():
+            sharegpt.download(sharegpt.URL, options.sharegpt)
+        file = folder.resolve() / f".{case.name}.benchmark_serving.json"
+        file.unlink(missing_ok=True)
+        command = [
+            *container.prefix(options.image, self.mounts(folder), options.environ),
+            *benchmark_serving(case, self.endpoint, options, file),
+        ]
+        status = container.run(command, options.environ)
+        if not file.exists():
+            return nothing(case, f"benchmark_serving wrote no result (exit code {status})")
+        record: Record = json.loads(file.read_text())
+        file.unlink()
+        return judge(case, record, options.detailed)
+
+    def mounts(self, folder: Path) -> list[Path]:
+        model = Path(self.options.tokenizer or self.endpoint.asked)
+        paths = [folder.resolve()]
+        paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
+        return paths + ([model.resolve()] if model.is_dir() else [])
+
+
+def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:
+    """Its arguments, all of which 1.1.0 has."""
+    served = endpoint.model if endpoint.model != endpoint.asked else ""
+    target = endpoint.target
+    plain = not target.tls and not endpoint.prefix
+    limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
+    return [
+        "python3", "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
+        "--backend", options.backend,
+        *(["--host", target.host, "--port", str(target.port)] if plain
+          else ["--base-url", endpoint.url]),
+        "--model", endpoint.asked,
+        *(["--served-model-name", served] if served else []),
+        *(["--tokenizer", options.tokenizer] if options.tokenizer else []),
+        *data_set(case, options),
+        "--num-prompts", str(case.num_prompts),
+        *(["--max-concurrency", str(case.concurrency)] if case.concurrency else []),
+        *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
+          if math.isfinite(case.rate) else []),
+        "--ignore-eos",
+        "--seed", str(options.seed + case.repeat - 1),
+        "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
+        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
+        *(["--goodput", *limits] if limits else []),
+        "--save-result", "--save-detailed",
+        "--result-dir", str(file.parent),
+        "--result-filename", file.name,
+    ]  # fmt: skip
+
+
+def data_set(case: Case, options: Options) -> list[str]:
+    """Without --random-ids it takes its texts from ShareGPT; as text, lengths would drift."""
+    if case.input_len is None:
+        return ["--dataset-name", "sharegpt", "--dataset-path", str(options.sharegpt.resolve())]
+    return [
+        "--dataset-name", "random",
+        "--random-ids", "--tokenize-on-client",
+        "--random-input-len", str(case.input_len),
+        "--random-output-len", str(case.output_len),
+        "--random-range-ratio", "0.0",
+        "--random-prefix-len", "0",
+    ]  # fmt: skip
+
+
+def judge(case: Case, record: Record, detailed: bool) -> Record:
+    """Its exit status says nothing: it ends well when every request failed."""
+    errors = [e for e in record.get("errors", []) if e]
+    outputs = [n for n, e in zip_lists(record, "output_lens", "errors") if not e]
+    missing = case.num_prompts - record.get("completed", 0)
+    problems = []
+    if missing:
+        cause = f": {errors[0].strip().splitlines()[-1]}" if errors else ""
+        problems.append(f"{missing} of {case.num_prompts} requests failed{cause}")
+    if empty := sum(not n for n in outputs):
+        problems.append(f"{empty} outputs are empty")
+    problems += wrong_lengths(case, record, outputs)
+    if not detailed:
+        for key in DETAILS:
+            record.pop(key, None)
+    record.pop("generated_texts", None)
+    record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
+    share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
+    record["goodput_share"] = share if record["request_goodput"] is not None else None
+    return record | {"valid": not problems, "problems": problems, "notes": [], "client": {}}
+
+
+def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:
+    left = record.get(first, [])
+    return list(zip(left, record.get(second) or [""] * len(left), strict=False))
+
+
+def wrong_lengths(case: Case, record: Record, outputs: list[int]) -> list[str]:
+    if case.output_len is None or not record.get("completed"):
+        return []
+    found = []
+    if wrong := [n for n in outputs if n and n != case.output_len]:
+        found.append(
+            f"{len(wrong)} outputs are not {case.output_len} tokens long (one has {wrong[0]})"
+        )
+    asked = record["completed"] * (case.input_len or 0)
+    if record["total_input_tokens"] != asked:
+        found.append(f"the prompts had {record['total_input_tokens']} tokens, not {asked}")
+    return found
+
+
+def nothing(case: Case, why: str) -> Record:
+    """The record of a run that measured nothing."""
+    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
+            "notes": [], "client": {}}  # fmt: skip

@@ -1,0 +1,50 @@
+"""What the benchmark says on the way: talk on stderr, failures with a hint, one live line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import NoReturn, TextIO
+
+
+class Failure(Exception):
+    """What failed, in one sentence, and what to do next. Ends the program with exit code 1."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def die(message: str, *, hint: str = "") -> NoReturn:
+    raise Failure(message, hint)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def colour(text: str, code: str, stream: TextIO) -> str:
+    plain = not stream.isatty() or bool(os.environ.get("NO_COLOR"))
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+class LiveLine:
+    """Requests done, tokens a second and the time left, on one line of a terminal."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.start = label, total, time.monotonic()
+
+    def __call__(self, done: int, failed: int, tokens: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        took = time.monotonic() - self.start
+        left = f"{took / done * (self.total - done):.0f} s left" if done else "waiting"
+        wrong = colour(f", {failed} failed", "31", sys.stderr) if failed else ""
+        rate = tokens / took if took else 0.0
+        words = f"{self.label}: {done}/{self.total}{wrong}, {rate:,.0f} tokens/s, {left}"
+        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,248 @@
+"""From what each request was to the numbers of a run, and whether they can be believed.
+
+The names are those of benchmark_serving's result files, so that what reads them reads ours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loadgen import Load, Result
+from response import Outcome
+
+PERCENTILES = (90, 95, 99)
+METRICS = ("ttft", "tpot", "itl", "e2el")
+SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
+CLOCK_STEP_MS = 1.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run has to be to count."""
+
+    model: str
+    output_len: int | None  # None: each request has its own
+    input_len: int | None = None  # None: only the server knows
+    exact: bool = True  # ignore_eos was accepted, so outputs cannot end early
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request's latencies in ms, from when it was sent (or, in an open loop, due)."""
+
+    ttft: float
+    e2el: float
+    tokens: int
+
+    @property
+    def tpot(self) -> float | None:
+        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+
+
+def timing(outcome: Outcome, open_loop: bool) -> Timing:
+    start = outcome.intended if open_loop else outcome.sent
+    ttft, e2el = (outcome.first - start) / 1e6, (outcome.last - start) / 1e6
+    return Timing(ttft, e2el, outcome.output_tokens or 0)
+
+
+def summarise(
+    load: Load, result: Result, wanted: Wanted, goodput: Mapping[str, float]
+) -> dict[str, Any]:
+    """The numbers of a run. Failed requests make it invalid and are in none of its latencies."""
+    good = [o for o in result.outcomes if not o.error]
+    timings = [timing(o, load.open_loop) for o in good]
+    duration = span(good)
+    tokens_in = sum(o.prompt_tokens or 0 for o in good)
+    tokens_out = sum(o.output_tokens or 0 for o in good)
+    problems = find_problems(load, result, wanted)
+    return {
+        "num_prompts": load.count,
+        "completed": len(good),
+        "valid": not problems,
+        "problems": problems,
+        "duration": duration,
+        "total_input_tokens": tokens_in,
+        "total_output_tokens": tokens_out,
+        "request_throughput": len(good) / duration,
+        "request_goodput": goodput_of(timings, goodput) / duration if goodput else None,
+        "goodput_share": goodput_of(timings, goodput) / load.count if goodput else None,
+        "output_throughput": tokens_out / duration,
+        "total_token_throughput": (tokens_in + tokens_out) / duration,
+        "user_throughput": mean(t.tokens / t.e2el * 1e3 for t in timings if t.e2el > 0),
+        **describe("ttft", [t.ttft for t in timings]),
+        **describe("tpot", [t.tpot for t in timings if t.tpot is not None]),
+        **describe("itl", gaps(good)),
+        **describe("e2el", [t.e2el for t in timings]),
+        "client": client_facts(load, result, good),
+    }
+
+
+def span(good: Sequence[Outcome]) -> float:
+    """Seconds from the first request to the last token."""
+    if not good:
+        return math.inf
+    return max((max(o.last for o in good) - min(o.sent for o in good)) / 1e9, 1e-9)
+
+
+def gaps(good: Iterable[Outcome]) -> array[float]:
+    together = array("f")
+    for outcome in good:
+        together.extend(outcome.gaps)
+    return together
+
+
+def describe(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        keys = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
+        return {f"{key}_{name}_ms": None for key in keys}
+    ordered = sorted(values)
+    return {
+        f"mean_{name}_ms": mean(ordered),
+        f"median_{name}_ms": percentile(ordered, 50),
+        f"std_{name}_ms": deviation(ordered),
+        **{f"p{p}_{name}_ms": percentile(ordered, p) for p in PERCENTILES},
+    }
+
+
+def percentile(ordered: Sequence[float], p: float) -> float:
+    """Between the two nearest values, as numpy does."""
+    position = (len(ordered) - 1) * p / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found) if found else 0.0
+
+
+def deviation(values: Sequence[float]) -> float:
+    middle = mean(values)
+    return math.sqrt(mean((v - middle) ** 2 for v in values))
+
+
+def goodput_of(timings: Iterable[Timing], limits: Mapping[str, float]) -> int:
+    """How many requests were within every limit."""
+    return sum(all((getattr(t, k) or 0.0) <= ms for k, ms in limits.items()) for t in timings)
+
+
+# --- can it be believed? --------------------------------------------------------------------------
+
+
+def find_problems(load: Load, result: Result, wanted: Wanted) -> list[str]:
+    good = [o for o in result.outcomes if not o.error]
+    return [
+        *failures(load, result.outcomes),
+        *odd_outputs(good, wanted),
+        *other_models(good, wanted.model),
+        *slow_client(load, result, good),
+    ]
+
+
+def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
+    errors = Counter(o.error for o in outcomes if o.error)
+    if not errors:
+        return []
+    cause, _ = errors.most_common(1)[0]
+    return [f"{errors.total()} of {load.count} requests failed: {cause}"]
+
+
+def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    return [
+        *count("have no text", [o for o in good if not o.has_text]),
+        *count("came without usage", [o for o in good if o.output_tokens is None]),
+        *count("came in one piece, not streamed", [o for o in good if not o.streamed]),
+        *wrong_length("output", [o.output_tokens for o in good], wanted.output_len, wanted.exact),
+        *wrong_length("prompt", [o.prompt_tokens for o in good], wanted.input_len, True),
+    ]
+
+
+def count(what: str, outcomes: Sequence[Outcome]) -> list[str]:
+    return [f"{len(outcomes)} answers {what}"] if outcomes else []
+
+
+def wrong_length(
+    what: str, lengths: Iterable[int | None], wanted: int | None, exact: bool
+) -> list[str]:
+    if wanted is None:
+        return []
+    wrong = [n for n in lengths if n is not None and (n != wanted if exact else n > wanted)]
+    if not wrong:
+        return []
+    return [f"{len(wrong)} {what}s are not {wanted} tokens long (one has {wrong[0]})"]
+
+
+def other_models(good: Sequence[Outcome], model: str) -> list[str]:
+    others = sorted({o.model for o in good if o.model and o.model != model})
+    return [f"answers came from {', '.join(others)}, not from {model}"] if others else []
+
+
+def slow_client(load: Load, result: Result, good: Sequence[Outcome]) -> list[str]:
+    """A client that cannot keep up measures itself."""
+    found, facts = [], client_facts(load, result, good)
+    queueing = load.open_loop and load.streams is not None  # then waiting was asked for
+    if facts["late_share"] > SLOW_CLIENT and not queueing:
+        found.append(f"the client held requests back for {facts['late_share']:.0%} of their time")
+    gap = mean(g for o in good for g in o.gaps)
+    if facts["merged_share"] > SLOW_CLIENT and gap and facts["p99_read_lag_ms"] > gap:
+        found.append(
+            f"the client read {facts['merged_share']:.0%} of the events together with others"
+        )
+    if not result.kernel_stamps and result.cpu > 0.9:
+        found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
+    if abs(result.clock_step) > CLOCK_STEP_MS:
+        found.append(f"the clock was set by {result.clock_step:.1f} ms during the run")
+    return found
+
+
+def client_facts(load: Load, result: Result, good: Sequence[Outcome]) -> dict[str, Any]:
+    """What the load generator knows of itself."""
+    events = sum(o.events for o in good)
+    late = [max(o.sent - o.intended, 0) / 1e6 for o in good]
+    served = math.fsum(timing(o, False).e2el for o in good)
+    tokens = sum(o.output_tokens or 0 for o in good)
+    return {
+        "offered_rate": offered_rate(load, result.outcomes),
+        "stamps": "kernel" if result.kernel_stamps else "user space",
+        "shards": result.shards,
+        "cpu": round(result.cpu, 3),
+        "mean_late_ms": mean(late),
+        "max_late_ms": max(late, default=0.0),
+        "late_share": math.fsum(late) / served if served else 0.0,
+        "p99_read_lag_ms": lag(result.lags, 0.99),
+        "max_read_lag_ms": max(result.lags, default=0) / 10,
+        "merged_share": sum(o.merged for o in good) / events if events else 0.0,
+        "tokens_per_event": tokens / events if events else 0.0,
+        "retried": sum(o.retried for o in result.outcomes),
+        "clock_step_ms": round(result.clock_step, 3),
+    }
+
+
+def offered_rate(load: Load, outcomes: Sequence[Outcome]) -> float | None:
+    if not load.open_loop or len(outcomes) < 2:
+        return None
+    due = [o.intended for o in outcomes]
+    return (len(due) - 1) * 1e9 / max(max(due) - min(due), 1)
+
+
+def lag(lags: Counter[int], share: float) -> float:
+    """How late the client read, in ms. Negative: the packet came while it was reading."""
+    wanted, seen = share * lags.total(), 0
+    for step in sorted(lags):
+        seen += lags[step]
+        if seen >= wanted:
+            return max(step, 0) / 10
+    return 0.0
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation between repeats, as a share of their mean."""
+    middle = mean(values)
+    return statistics.stdev(values) / middle if len(values) > 1 and middle else 0.0

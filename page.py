@@ -1,0 +1,136 @@
+"""report.html: one file that opens from a disk and reads on a telephone."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any, Protocol
+
+from charts import Chart, Picture
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:hover { background: var(--soft); }
+small { opacity: .7; }
+.bad { color: var(--bad); font-weight: 600; }
+figure { margin: 1rem 0; } figure img { width: 100%; max-width: 45rem; height: auto; display: block;
+  background: #fff; border-radius: .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; } dt { opacity: .7; }
+"""
+
+
+class Group(Protocol):
+    """A load, averaged over its repeats (report.Group)."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def records(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def valid(self) -> bool: ...
+    @property
+    def problems(self) -> list[str]: ...
+    def value(self, key: str) -> float | None: ...
+    def spread(self, key: str) -> float: ...
+
+
+class Column(Protocol):
+    @property
+    def key(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def digits(self) -> int: ...
+
+
+def html(
+    groups: Sequence[Group],
+    columns: Sequence[Column],
+    drawn: Sequence[Chart],
+    pictures: Sequence[Picture],
+) -> str:
+    title = f"Benchmark of {model_of(groups)}"
+    figures = "".join(figure(c, p) for c, p in zip(drawn, pictures, strict=False))
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+<h1>{escape(title)}</h1>
+{verdict(groups)}
+<div class="wide"><table>
+<thead>{header(columns)}</thead>
+<tbody>{"".join(row(g, columns) for g in groups)}</tbody>
+</table></div>
+{figures}
+{notes(groups)}
+<h2>How it was measured</h2>
+<dl>{"".join(fact(k, v) for k, v in metadata(groups).items())}</dl>
+</html>
+"""
+
+
+def model_of(groups: Sequence[Group]) -> str:
+    return str(groups[0].records[0]["model_id"]) if groups else "nothing"
+
+
+def metadata(groups: Sequence[Group]) -> dict[str, Any]:
+    return dict(groups[0].records[0].get("metadata", {})) if groups else {}
+
+
+def verdict(groups: Sequence[Group]) -> str:
+    wrong = [g for g in groups if not g.valid]
+    if not wrong:
+        return f"<p>{len(groups)} loads, every run valid.</p>"
+    rows = "".join(f"<li><b>{escape(g.label)}</b>: {escape(p)}" for g in wrong for p in g.problems)
+    return f'<p class="bad">{len(wrong)} of {len(groups)} loads are invalid:</p><ul>{rows}</ul>'
+
+
+def header(columns: Iterable[Column]) -> str:
+    return "<tr><th>load" + "".join(f"<th>{escape(c.title)}" for c in columns)
+
+
+def row(group: Group, columns: Iterable[Column]) -> str:
+    mark = "" if group.valid else ' <span class="bad">invalid</span>'
+    cells = "".join(f"<td>{cell(group, c)}" for c in columns)
+    return f"<tr><td>{escape(group.label)}{mark}{cells}\n"
+
+
+def cell(group: Group, column: Column) -> str:
+    value = group.value(column.key)
+    if value is None:
+        return "&ndash;"
+    around = f" <small>±{group.spread(column.key):.1%}</small>" if len(group.records) > 1 else ""
+    return f"{value:,.{column.digits}f}{around}"
+
+
+def figure(chart: Chart, picture: Picture) -> str:
+    data = b64encode(picture.svg).decode()
+    return (
+        f'<figure id="{escape(chart.name)}"><h2>{escape(chart.title)}</h2>'
+        f'<img alt="{escape(chart.title)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
+    )
+
+
+def notes(groups: Iterable[Group]) -> str:
+    found = dict.fromkeys(n for g in groups for r in g.records for n in r.get("notes", ()))
+    return f"<ul>{''.join(f'<li>{escape(n)}' for n in found)}</ul>" if found else ""
+
+
+def fact(name: str, value: Any) -> str:  # noqa: ANN401
+    if value in (None, "", [], {}):
+        return ""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"<dt>{escape(name.replace('_', ' '))}<dd>{escape(text)}"
