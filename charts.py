@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from console import say
 
 Points = list[tuple[float, float]]
-COLOURS = ("#2f6fb2", "#d1603d", "#3d9970")
+SHORT = {"input_len": "in", "output_len": "out", "concurrency": "c", "rate": "rate"}
 
 
 class Group(Protocol):
@@ -30,7 +30,7 @@ class Chart:
     x: str
     y: str
     series: dict[str, Points] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()  # of the first series' points
+    labels: tuple[str, ...] = ()  # of all points, in order
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,49 @@ def all_charts(groups: Sequence[Group]) -> list[Chart]:
 def against(
     name: str, title: str, groups: Sequence[Group], type_: str, length: str, x: str, metric: str
 ) -> Chart:
-    """A latency over a length: mean, median and p99."""
-    mine = sorted((g for g in groups if usable(g, type_)), key=lambda g: g.case[length])
-    series = {
-        kind: points(mine, lambda g: g.case[length], lambda g, k=kind: g.value(f"{k}_{metric}_ms"))
-        for kind in ("mean", "median", "p99")
-    }
-    series = {kind: found for kind, found in series.items() if found}
+    """A latency over a length, mean and p99."""
+    series: dict[str, Points] = {}
+    for label, mine in families(groups, type_, length).items():
+        mine.sort(key=lambda g: g.case[length])
+        for kind in ("mean", "p99"):
+            key = f"{kind}_{metric}_ms"
+            found = points(mine, lambda g: g.case[length], lambda g, key=key: g.value(key))
+            if found:
+                series[f"{kind}{label}"] = found
     return Chart(name, title, x, f"{metric.upper()}, ms", series)
 
 
 def load_curve(name: str, title: str, groups: Sequence[Group], type_: str) -> Chart:
-    mine = [g for g in groups if usable(g, type_)]
-    found = points(mine, lambda g: g.value("mean_e2el_ms"), lambda g: g.value("output_throughput"))
-    labels = tuple(step_of(g) for g in mine)
-    series = {"output tokens/s": found} if found else {}
-    return Chart(name, title, "mean end-to-end latency, ms", "output tokens/s", series, labels)
-
-
-def step_of(group: Group) -> str:
-    streams = group.case["concurrency"]
-    return (
-        f"c={streams}" if streams else str(group.case["label"].rpartition("rate")[2].split("-")[0])
+    """Each point a step of load: further up more work done, further right a longer wait."""
+    series, labels = {}, []
+    for label, mine in families(groups, type_, "concurrency", "rate").items():
+        latency, work = (
+            (lambda g: g.value("mean_e2el_ms")),
+            (lambda g: g.value("output_throughput")),
+        )
+        if found := points(mine, latency, work):
+            series[f"throughput{label}"] = found
+            labels += [step_of(g) for g in mine]
+    return Chart(
+        name, title, "mean end-to-end latency, ms", "output tokens/s", series, tuple(labels)
     )
 
 
-def usable(group: Group, type_: str) -> bool:
-    """An invalid run is in no plot."""
-    return group.valid and group.case["type"] == type_
+def families(groups: Sequence[Group], type_: str, *running: str) -> dict[str, list[Group]]:
+    """The valid loads of a type, a family for all that differ only in what runs along the axis."""
+    mine = [g for g in groups if g.valid and g.case["type"] == type_]
+    rest = [k for k in ("input_len", "output_len", "concurrency", "rate") if k not in running]
+    differing = [k for k in rest if len({g.case[k] for g in mine}) > 1]
+    found: dict[str, list[Group]] = {}
+    for group in mine:
+        label = "".join(f", {SHORT[k]} {group.case[k] or 'unlimited'}" for k in differing)
+        found.setdefault(label, []).append(group)
+    return found
+
+
+def step_of(group: Group) -> str:
+    streams, rate = group.case["concurrency"], group.case["rate"]
+    return f"{rate:g}/s" if rate != "inf" and not streams else f"c={streams or 'unlimited'}"
 
 
 def points(groups: Sequence[Group], x: Any, y: Any) -> Points:  # noqa: ANN401
@@ -96,18 +111,19 @@ def draw(charts: Sequence[Chart]) -> list[Picture]:
     except ImportError:
         say("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
-    return [render(chart, Figure(figsize=(7, 4.2), layout="constrained")) for chart in charts]
+    return [render(chart, Figure(figsize=(6, 3.8), layout="constrained")) for chart in charts]
 
 
 def render(chart: Chart, figure: Any) -> Picture:  # noqa: ANN401
     axes = figure.subplots()
-    for (label, found), colour in zip(chart.series.items(), COLOURS, strict=False):
-        axes.plot(*zip(*found, strict=True), marker="o", label=label, color=colour)
-    first = next(iter(chart.series.values()))
-    for label, point in zip(chart.labels, first, strict=False):
-        axes.annotate(label, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
+    everything = [point for found in chart.series.values() for point in found]
+    for label, found in chart.series.items():
+        axes.plot(*zip(*found, strict=True), marker="o", label=label)
+    for text, point in zip(chart.labels, everything, strict=False):
+        axes.annotate(text, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
-    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1.1 * max(x for x, _ in everything) or 1)
+    axes.set_ylim(0, 1.1 * max(y for _, y in everything) or 1)
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -66,9 +66,9 @@ class Case:
         return self.label if self.repeat == 1 else f"{self.label}-r{self.repeat}"
 
     def facts(self) -> dict[str, Any]:
-        facts = asdict(self)
-        del facts["num_prompts"], facts["rate"]
-        return {"name": self.name, "label": self.label, **facts}
+        """For a result file; JSON has no infinity."""
+        rate = self.rate if math.isfinite(self.rate) else "inf"
+        return {"name": self.name, "label": self.label, **asdict(self), "rate": rate}
 
 
 @dataclass(frozen=True)

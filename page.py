@@ -18,7 +18,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: Canvas; }
 tbody tr:hover { background: var(--soft); }
 small { opacity: .7; }
 .bad { color: var(--bad); font-weight: 600; }
@@ -119,7 +120,7 @@ def cell(group: Group, column: Column) -> str:
 def figure(chart: Chart, picture: Picture) -> str:
     data = b64encode(picture.svg).decode()
     return (
-        f'<figure id="{escape(chart.name)}"><h2>{escape(chart.title)}</h2>'
+        f'<figure id="{escape(chart.name)}">'
         f'<img alt="{escape(chart.title)}" src="data:image/svg+xml;base64,{data}"></figure>\n'
     )
 
