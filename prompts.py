@@ -9,20 +9,7 @@ from typing import Any, Protocol
 
 # Ids that every vocabulary has, above the special tokens that most begin with.
 FIRST_ID, LAST_ID = 1000, 20_000
-WORDS = (
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "thing",
-    "world",
-    "life",
-    "hand",
-    "part",
-    "child",
-    "eye",
-)
+WORDS = ("time", "year", "people", "way", "day", "thing", "world", "life", "hand", "part", "child")
 
 
 class Prompts(Protocol):

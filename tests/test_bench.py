@@ -1,0 +1,762 @@
+"""bench.py from the command line to the exit code, by both clients; its parts by table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench
+import clients
+import container
+import endpoint
+import metrics
+import sharegpt
+from console import Failure
+from endpoint import Endpoint, base_url, choose
+from loadgen import Load, Result, Target
+from matrix import MATRIX, Case, Overrides, cases
+from metrics import Wanted, find_problems, goodput_of, percentile, summarise
+from prompts import RandomPrompts, Requests
+from response import Outcome
+from sweep import stop_reason, sweep
+from tests.loopback import (
+    MODEL,
+    Answer,
+    Request,
+    model_server,
+    obedient,
+    serving,
+    stream,
+)
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = ROOT / "tests" / "stand_in"
+QUICK = ("--num-prompts", "4", "--concurrency", "2", "--warmup", "1", "--output-len", "4")
+MS = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No settings of the developer's, no results in the repository."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "HOST",
+        "PORT",
+        "MODEL",
+        "WORKSPACE",
+        "SLURM_JOB_ID",
+        "BENCH_TYPE",
+        "OPENAI_API_KEY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(container, "gpu_names", lambda _: [])
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Run:
+    """What bench.py made of a server that answers like this."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], answer: Answer, *args: str) -> None:
+        with serving(model_server(answer)) as server:
+            self.code = bench.main(["-p", str(server.port), "-o", "out", *args])
+        self.server = server
+        captured = capsys.readouterr()
+        self.stdout, self.stderr = captured.out, captured.err
+        lines = self.stdout.splitlines()
+        self.last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+
+    def record(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(Path("out", f"{name}.json").read_text())
+        return found
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+
+def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK)
+    assert run.code == 0, run.stdout
+    name = "throughput-in512-out4-c2"
+    record = run.record(name)
+    assert record["valid"]
+    assert record["completed"] == record["num_prompts"] == 4
+    assert (record["total_input_tokens"], record["total_output_tokens"]) == (4 * 512, 4 * 4)
+    assert 30 <= record["mean_ttft_ms"] < 60
+    assert record["metadata"]["server_version"] == "1.1.0"
+    assert (run.last["valid"], run.last["model"]) == (True, MODEL)
+    assert run.last["runs"][0]["name"] == name
+    assert name in run.stdout
+    for file in ("summary.json", "summary.csv", "report.html"):
+        assert name in Path("out", file).read_text()
+
+
+def test_requests_have_only_fields_that_every_server_knows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK)
+    body = next(r.body for r in run.server.requests if r.body)
+    assert set(body) == {
+        "model", "prompt", "max_tokens", "temperature", "stream", "stream_options", "ignore_eos",
+    }  # fmt: skip
+    assert body["stream_options"] == {"include_usage": True}
+
+
+def test_the_warm_up_is_not_counted_and_has_prompts_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--warmup", "2")
+    prompts = [tuple(r.body["prompt"]) for r in run.server.requests if r.body]
+    assert len(prompts) == 2 + 4
+    assert len(set(prompts)) == 6
+
+
+def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--backend", "openai-chat")
+    assert run.code == 0, run.stdout
+    request = next(r for r in run.server.requests if r.body)
+    assert "/v1/chat/completions" in request.line
+    assert request.body["max_completion_tokens"] == 4
+
+
+def test_repeats_have_their_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--repeat", "2")
+    assert [r["name"][-3:] for r in run.last["runs"]] == ["-c2", "-r2"]
+    assert "±" in run.stdout
+    first, second = (
+        {tuple(r.body["prompt"]) for r in part} for part in halves(run.server.requests)
+    )
+    assert not first & second  # the second must not meet the first one's prefix cache
+
+
+def halves(requests: list[Request]) -> tuple[list[Request], list[Request]]:
+    measured = [r for r in requests if r.body]
+    return measured[: len(measured) // 2], measured[len(measured) // 2 :]
+
+
+def test_resume_makes_only_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    Run(capsys, obedient, "-t", "throughput", *QUICK)
+    again = Run(
+        capsys, obedient, "-t", "throughput,latency", *QUICK, "--resume", "--input-len", "512"
+    )
+    assert len(again.last["runs"]) == 2
+    assert len([r for r in again.server.requests if r.body]) == 1 + 4
+
+
+def test_earlier_results_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    Run(capsys, obedient, "-t", "throughput", *QUICK)
+    again = Run(capsys, obedient, "-t", "throughput", *QUICK)
+    assert again.code == 1
+    assert "--resume" in again.stderr
+
+
+def test_goodput(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--goodput", "ttft:1", "e2el:5000")
+    record = run.record("throughput-in512-out4-c2")
+    assert (record["request_goodput"], record["goodput_share"]) == (0, 0)
+
+
+def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--save-detailed")
+    record = run.record("throughput-in512-out4-c2")
+    assert record["output_lens"] == [4] * 4
+    assert [len(gaps) for gaps in record["itls"]] == [3] * 4
+    assert all(0.03 <= ttft < 0.1 for ttft in record["ttfts"])
+
+
+# --- what makes a run invalid ---------------------------------------------------------------------
+
+
+def fails_once(request: Request) -> None:
+    if request.number == 6:  # after /v1/models, /version and the warm-up
+        request.document({"object": "error", "message": "no room"}, "400 Bad Request")
+    else:
+        obedient(request)
+
+
+def is_short(request: Request) -> None:
+    time.sleep(0.03)
+    request.send(stream(3, prompt=512))
+
+
+def is_empty(request: Request) -> None:
+    time.sleep(0.03)
+    request.send(stream(4, prompt=512, text=""))
+
+
+def is_another(request: Request) -> None:
+    time.sleep(0.03)
+    request.send(stream(4, prompt=512).replace(MODEL.encode(), b"other-mode"))
+
+
+def cuts_the_prompt(request: Request) -> None:
+    time.sleep(0.03)
+    request.send(stream(4, prompt=500))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (fails_once, "1 of 4 requests failed: HTTP 400: no room"),
+        (is_short, "4 outputs are not 4 tokens long (one has 3)"),
+        (is_empty, "4 answers have no text"),
+        (is_another, "answers came from other-mode"),
+        (cuts_the_prompt, "4 prompts are not 512 tokens long (one has 500)"),
+    ],
+)
+def test_an_invalid_run_is_marked_everywhere(
+    capsys: pytest.CaptureFixture[str], answer: Answer, words: str
+) -> None:
+    run = Run(capsys, answer, "-t", "throughput", *QUICK)
+    assert run.code == 1
+    assert not run.last["valid"]
+    assert run.last["invalid"] == ["throughput-in512-out4-c2"]
+    assert words in run.record("throughput-in512-out4-c2")["problems"][0]
+    assert words in run.stdout
+    assert words in run.stderr
+    for file in ("summary.json", "summary.csv", "report.html"):
+        assert words in Path("out", file).read_text()
+
+
+def test_the_other_runs_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(request: Request) -> None:
+        wrong = len(request.body["prompt"]) == 128
+        request.document({}, "500 Oops") if wrong else obedient(request)
+
+    run = Run(capsys, answer, "-t", "latency", *QUICK)
+    assert [r["valid"] for r in run.last["runs"]] == [False, True]
+
+
+def test_a_server_that_is_gone_is_one_invalid_run_after_the_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(request: Request) -> None:
+        if len(request.body["prompt"]) == 512:
+            raise OSError  # closes the connection
+        obedient(request)
+
+    run = Run(capsys, answer, "-t", "latency", *QUICK)
+    assert [r["valid"] for r in run.last["runs"]] == [True, False]
+
+
+def test_a_server_that_starts_anew_under_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([{"model": [MODEL], "started": "9:00"}, {"model": [MODEL], "started": "9:05"}])
+    monkeypatch.setattr(endpoint, "identity", lambda _: next(seen))
+    server = Endpoint("http://x:1", MODEL, MODEL)
+    before = endpoint.identity(server)
+    assert endpoint.changes(server, before) == ["the server was restarted during the run"]
+
+
+def test_a_server_with_another_model_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "models", lambda _: ["another"])
+    (problem,) = endpoint.changes(Endpoint("http://x:1", MODEL, MODEL), {})
+    assert problem == f"the server now serves another, not {MODEL}"
+
+
+def outcome(**facts: Any) -> Outcome:  # noqa: ANN401
+    usual = {"first": 50 * MS, "last": 90 * MS, "output_tokens": 5, "prompt_tokens": 4, "events": 5,
+             "has_text": True, "model": MODEL}  # fmt: skip
+    return Outcome(**{"index": 0, "intended": 0, "sent": 0, **usual, **facts})
+
+
+def problems(load: Load, result: Result) -> list[str]:
+    return find_problems(load, result, Wanted(MODEL, 5, 4))
+
+
+LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (Result([outcome(sent=20 * MS)]), "held requests back"),
+        (Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({90: 1})), "late to read"),
+        (Result([outcome()], kernel_stamps=False, cpu=0.99), "99% of a core"),
+        (Result([outcome()], clock_step=-30.0), "the clock was set by -30.0 ms"),
+        (Result([outcome(output_tokens=None)]), "without usage"),
+        (Result([outcome(streamed=False)]), "not streamed"),
+    ],
+)
+def test_a_client_that_distorts_is_seen(result: Result, words: str) -> None:
+    assert words in "\n".join(problems(LOAD, result))
+
+
+def test_a_good_run_has_no_problems() -> None:
+    assert problems(LOAD, Result([outcome()])) == []
+
+
+def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
+    result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}))
+    assert problems(LOAD, result) == []
+
+
+# --- strict servers -------------------------------------------------------------------------------
+
+
+def test_ignore_eos_is_dropped_only_when_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    def strict(request: Request) -> None:
+        if "ignore_eos" in request.body:
+            message = "extra_forbidden: ignore_eos"
+            request.document({"error": {"message": message}}, "400 Bad Request")
+        else:
+            obedient(request)
+
+    run = Run(capsys, strict, "-t", "throughput", *QUICK)
+    assert run.code == 0, run.stdout
+    assert "refuses ignore_eos" in run.stderr
+    assert "refuses ignore_eos" in run.stdout
+    assert "refuses ignore_eos" in Path("out/report.html").read_text()
+
+
+# --- finding the server ---------------------------------------------------------------------------
+
+
+def test_the_launchers_record_names_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(model_server(obedient)) as server:
+        Path("logs").mkdir()
+        record = {"url": f"http://127.0.0.1:{server.port}", "model": MODEL, "started": "9:00"}
+        Path("logs/endpoint.json").write_text(json.dumps(record))
+        assert bench.main(["-o", "out", "-t", "throughput", *QUICK]) == 0
+    assert f":{server.port} serves {MODEL}" in capsys.readouterr().err
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["-p", "1", "-o", "out"]) == 1
+    assert "no server answers at http://localhost:1" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_another_model_than_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, obedient, "-m", "another/model")
+    assert run.code == 1
+    assert f"serves {MODEL}, not another/model" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("localhost", None, "http://localhost:8000"),
+        ("10.0.0.1", 9000, "http://10.0.0.1:9000"),
+        ("node:9001", None, "http://node:9001"),
+        ("fe80::1", 8000, "http://[fe80::1]:8000"),
+        ("https://api.example.com/base/v1/", None, "https://api.example.com/base"),
+        ("http://node", 81, "http://node:81"),
+    ],
+)
+def test_urls(host: str, port: int | None, url: str) -> None:
+    assert base_url(host, port) == url
+
+
+@pytest.mark.parametrize("host", ["ftp://x", "http://", "host:port"])
+def test_what_is_no_url(host: str) -> None:
+    with pytest.raises(Failure):
+        base_url(host, None)
+
+
+def test_a_directory_is_served_under_its_name() -> None:
+    assert choose("/models/Qwen", ["Qwen"], "") == "Qwen"
+    assert choose("", ["first", "second"], "") == "first"
+    with pytest.raises(Failure):
+        choose("org/Qwen", ["Qwen"], "")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-t", "nonsense"], ["--concurrency", "0"], ["--goodput", "itl:3"], ["--resume"],
+        ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
+    ],
+)  # fmt: skip
+def test_usage_errors(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench.main(args)
+    assert stop.value.code == 2
+
+
+def test_flags_win_over_the_environment_which_wins_over_env_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(".env").write_text("PORT=1\nBENCH_TYPE=latency\nHOST=from-file\n")
+    monkeypatch.setenv("PORT", "2")
+    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
+    args = bench.parse([], endpoint.environment())
+    assert (args.port, args.type, args.host) == (2, ("latency",), "from-file")
+    assert bench.parse(["-p", "3"], endpoint.environment()).port == 3
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> None:
+    def answer(request: Request) -> None:
+        if len(request.body["prompt"]) == 512:
+            process.send_signal(number)
+            time.sleep(5)
+        else:
+            obedient(request)
+
+    with serving(model_server(answer)) as server:
+        command = [sys.executable, str(ROOT / "bench.py"), "-p", str(server.port), "-o", "out"]
+        process = subprocess.Popen(
+            [*command, "-t", "latency", *QUICK],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    last = json.loads(stdout.splitlines()[-1])
+    assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
+    assert (last["stopped"], last["valid"]) == (True, False)
+    assert Path("out/summary.json").exists()
+
+
+# --- the matrix and the sweep ---------------------------------------------------------------------
+
+
+def test_the_matrix() -> None:
+    found = list(cases([row.type for row in MATRIX], Overrides()))
+    assert [c.name for c in found] == [
+        "throughput-in512-out256-unlimited",
+        *(f"prefill-in{n}-out1-c4" for n in (128, 512, 1024, 2048, 4096)),
+        *(f"decode-in128-out{n}-c4" for n in (128, 256, 512, 1024)),
+        "latency-in128-out128-c1",
+        "latency-in512-out256-c1",
+        *(f"concurrency-in512-out256-c{n}" for n in (1, 4, 16, 64, 256)),
+        "sharegpt-unlimited",
+        "sharegpt-c4",
+    ]
+    assert [c.num_prompts for c in found if c.type == "concurrency"] == [5, 20, 80, 320, 1280]
+    assert {c.num_prompts for c in found if c.type != "concurrency"} == {100}
+
+
+def test_overrides_change_the_table() -> None:
+    change = Overrides(7, (1, None), (10,), (20, 30), (math.inf, 2.5), repeat=2)
+    found = list(cases(["prefill"], change))
+    assert len(found) == 2 * 2 * 2 * 2
+    assert found[0] == Case("prefill", 10, 20, 7, 1)
+    assert found[-1].name == "prefill-in10-out30-rate2.5-unlimited-r2"
+
+
+def record(throughput: float, **facts: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {"valid": True, "output_throughput": throughput, "request_throughput": 1.0,
+            "duration": 10.0, "completed": 10, "mean_e2el_ms": 0.0, "request_rate": "inf",
+            **facts}  # fmt: skip
+
+
+def test_the_sweep_stops_where_more_load_brings_no_more() -> None:
+    speed = {1: 100, 2: 190, 4: 350, 8: 360, 16: 365}
+    found, knee = sweep(Overrides(), lambda c: record(speed[c.concurrency or 0]), False)
+    assert len(found) == 4
+    assert knee is not None
+    assert knee["output_throughput"] == 350
+    assert stop_reason(found, False) == "twice the streams brought +3% throughput"
+
+
+def test_the_sweep_stops_where_the_limits_break() -> None:
+    def run(case: Case) -> dict[str, Any]:
+        streams = case.concurrency or 0
+        return record(100 * streams, goodput_share=1.0 if streams < 8 else 0.9)
+
+    found, knee = sweep(Overrides(), run, False)
+    assert knee is not None
+    assert (len(found), knee["output_throughput"]) == (4, 400)
+
+
+def test_a_sweep_by_rate_stops_where_the_server_falls_behind() -> None:
+    def run(case: Case) -> dict[str, Any]:
+        done = min(case.rate, 5.0)
+        return record(done, request_rate=case.rate, duration=10 / done)
+
+    found, knee = sweep(Overrides(), run, True)
+    assert [r["request_rate"] for r in found] == [1, 2, 4, 8]
+    assert knee is not None
+    assert knee["request_rate"] == 4
+
+
+def test_a_sweep_whose_first_step_is_invalid_has_no_knee() -> None:
+    found, knee = sweep(Overrides(), lambda _: record(1, valid=False), False)
+    assert (len(found), knee) == (1, None)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_run() -> None:
+    outcomes = [
+        outcome(first=50 * MS, last=90 * MS, gaps=[10.0] * 4),
+        outcome(sent=100 * MS, intended=100 * MS, first=160 * MS, last=200 * MS, gaps=[10.0] * 4),
+    ]
+    load = Load(Target("h", 1), "/", lambda i: b"", 2)
+    found = summarise(load, Result(outcomes), Wanted(MODEL, 5, 4), {"ttft": 55})
+    assert found["valid"]
+    assert (found["duration"], found["total_input_tokens"], found["total_output_tokens"]) == (
+        0.2,
+        8,
+        10,
+    )
+    assert (found["request_throughput"], found["output_throughput"]) == (10, 50)
+    assert (found["mean_ttft_ms"], found["mean_tpot_ms"], found["mean_e2el_ms"]) == (55, 10, 95)
+    assert found["p99_itl_ms"] == 10
+    assert (found["request_goodput"], found["goodput_share"]) == (5, 0.5)
+
+
+def test_an_open_loop_counts_from_the_intended_time() -> None:
+    load = Load(Target("h", 1), "/", lambda i: b"", 1, rate=1.0)
+    found = summarise(load, Result([outcome(sent=30 * MS)]), Wanted(MODEL, 5), {})
+    assert found["mean_ttft_ms"] == 50
+
+
+@pytest.mark.parametrize(("p", "value"), [(0, 1), (50, 2.5), (90, 3.7), (100, 4)])
+def test_percentiles_are_numpys(p: float, value: float) -> None:
+    assert percentile([1, 2, 3, 4], p) == pytest.approx(value)
+
+
+def test_nothing_completed_has_no_numbers_and_no_crash() -> None:
+    failed = Result([outcome(error="HTTP 500: no")])
+    found = summarise(LOAD, failed, Wanted(MODEL, 5), {"ttft": 1})
+    assert (found["valid"], found["completed"], found["mean_ttft_ms"]) == (False, 0, None)
+
+
+def test_a_goodput_of_everything() -> None:
+    timings = [metrics.Timing(10, 100, 10), metrics.Timing(30, 100, 1)]
+    assert goodput_of(timings, {"ttft": 20}) == 1
+    assert goodput_of(timings, {"tpot": 9.9, "e2el": 100}) == 1
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def test_random_prompts_are_exact_repeatable_and_all_different() -> None:
+    prompts = RandomPrompts(64, 8, "seed")
+    found = [prompts(i) for i in range(20)]
+    assert found == [RandomPrompts(64, 8, "seed")(i) for i in range(20)]
+    assert len({tuple(p) for p, _ in found}) == 20
+    assert {len(p) for p, _ in found} == {64}
+    assert prompts(0) != RandomPrompts(64, 8, "other")(0)
+
+
+def test_a_warm_up_writes_less() -> None:
+    body = json.loads(Requests("m", RandomPrompts(1, 500, "s"), longest=32)(0))
+    assert body["max_tokens"] == 32
+
+
+def conversation(prompt: str, answer: str) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]}
+
+
+def write_sharegpt(path: Path, *more: dict[str, Any]) -> None:
+    usable = [conversation(f"question number {n} " * 3, "answer " * 10) for n in range(20)]
+    unusable = [conversation("a", "answer " * 10), conversation("x" * 5000, "answer " * 10),
+                conversation("question " * 10, "b"), {"conversations": []}]  # fmt: skip
+    path.write_text(json.dumps([*unusable, *usable, *more]))
+
+
+def test_sharegpt_is_filtered_and_picked_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharegpt, "PIECE", 100)  # objects cross the pieces
+    path = Path("share.json")
+    write_sharegpt(path)
+    found = sharegpt.pick(path, 8, seed=1)
+    assert len(set(found.turns)) == 8
+    assert all(prompt.startswith("question number") for prompt, _ in found.turns)
+    assert found == sharegpt.pick(path, 8, seed=1)
+    assert found != sharegpt.pick(path, 8, seed=2)
+
+
+def test_fewer_conversations_than_requests_are_used_again() -> None:
+    write_sharegpt(Path("share.json"))
+    found = sharegpt.pick(Path("share.json"), 100, 0)
+    assert found(0) == found(20)
+
+
+def test_a_sharegpt_file_that_was_cut_off_is_an_error() -> None:
+    path = Path("share.json")
+    write_sharegpt(path)
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(Failure, match="not whole"):
+        sharegpt.pick(path, 5, 0)
+
+
+def test_a_sharegpt_run_says_whose_lengths_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    write_sharegpt(Path("share.json"))
+    run = Run(capsys, obedient, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
+    assert run.code == 0, run.stdout
+    assert "no tokenizer on the client" in run.stdout
+
+
+def test_a_download_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = b"0123456789" * 10
+    asked: list[str] = []
+
+    def answer(request: Request) -> None:
+        asked.append(request.fields.get("range", ""))
+        rest = whole[int(asked[-1].removeprefix("bytes=").rstrip("-") or 0) :]
+        request.send(
+            b"HTTP/1.1 206 Partial Content\r\nContent-Length: %d\r\n\r\n" % len(rest) + rest
+        )
+
+    Path("data.json.part").write_bytes(whole[:37])
+    with serving(answer) as server:
+        sharegpt.download(f"http://127.0.0.1:{server.port}/data", Path("data.json"))
+    assert asked == ["bytes=37-"]
+    assert Path("data.json").read_bytes() == whole
+    assert not Path("data.json.part").exists()
+
+
+def test_a_download_that_fails_keeps_what_came() -> None:
+    def answer(request: Request) -> None:
+        request.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n0123456789")
+        raise OSError
+
+    with serving(answer) as server, pytest.raises(Failure):
+        sharegpt.download(f"http://127.0.0.1:{server.port}/data", Path("data.json"))
+    assert not Path("data.json").exists()
+
+
+# --- NVIDIA's client ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-LLM is here: the stand-in that knows no flag which 1.1.0 does not have."""
+    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    monkeypatch.setattr(container, "is_installed", lambda: True)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    "more",
+    [
+        (), ("--request-rate", "5", "--burstiness", "0.5"), ("--goodput", "ttft:200", "e2el:500"),
+        ("--backend", "openai-chat"), ("--tokenizer", "a b;c"),
+    ],
+)  # fmt: skip
+def test_benchmark_serving_takes_our_arguments(
+    capfd: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    run = Run(capfd, obedient, "-t", "throughput,latency", *QUICK, *more)
+    assert run.code == 0, run.stderr
+    record = run.record(run.last["runs"][0]["name"])
+    assert (record["metadata"]["client"], record["completed"]) == ("trtllm", 4)
+    assert record["mean_e2el_ms"] == 10
+    assert not {"generated_texts", "output_lens", "request_goodput:"} & set(record)
+
+
+@pytest.mark.usefixtures("installed")
+def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> None:
+    write_sharegpt(Path("share gpt.json"))
+    run = Run(capfd, obedient, "-t", "sharegpt", *QUICK, "--sharegpt", "share gpt.json")
+    assert run.code == 0, run.stderr
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("fail=1", "1 of 4 requests failed: ValueError: bad request"),
+        ("fail=4", "4 of 4 requests failed"),
+        ("empty=2", "2 outputs are empty"),
+        ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
+        ("silent=1", "benchmark_serving wrote no result (exit code 0)"),
+    ],
+)
+def test_its_exit_status_is_not_trusted(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str, words: str
+) -> None:
+    monkeypatch.setenv("STAND_IN", fault)
+    run = Run(capfd, obedient, "-t", "throughput", *QUICK)
+    assert run.code == 1
+    assert words in run.record("throughput-in512-out4-c2")["problems"][0]
+
+
+def test_its_command_line() -> None:
+    server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
+    case = Case("decode", 128, 256, 100, 4, repeat=2)
+    command = clients.benchmark_serving(case, server, clients.Options(seed=5), Path("/out/x.json"))
+    assert command == [
+        "python3", "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
+        "--backend", "openai",
+        "--host", "10.0.0.1", "--port", "8000",
+        "--model", "/models/Qwen",
+        "--served-model-name", "Qwen",
+        "--dataset-name", "random",
+        "--random-ids", "--tokenize-on-client",
+        "--random-input-len", "128",
+        "--random-output-len", "256",
+        "--random-range-ratio", "0.0",
+        "--random-prefix-len", "0",
+        "--num-prompts", "100",
+        "--max-concurrency", "4",
+        "--ignore-eos",
+        "--seed", "6",
+        "--percentile-metrics", "ttft,tpot,itl,e2el",
+        "--metric-percentiles", "90,95,99",
+        "--save-result", "--save-detailed",
+        "--result-dir", "/out",
+        "--result-filename", "x.json",
+    ]  # fmt: skip
+
+
+def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(container, "is_installed", lambda: False)
+    environ = {"HF_HOME": "/cache", "HF_TOKEN": "secret", "OPENAI_API_KEY": "key", "OTHER": "x"}
+    here = container.prefix("image:1", [Path("/a b")], environ)
+    assert here == [
+        "docker", "run", "--rm", "--init", f"--name=trtllm-bench-{os.getpid()}",
+        "--net=host", "--ipc=host", "--volume=/a b:/a b", "--volume=/cache:/cache",
+        "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
+    ]  # fmt: skip
+    there = container.prefix("image:1", [Path("/a b")], {**environ, "SLURM_JOB_ID": "7"})
+    assert there[0] == "srun"
+    assert there[there.index("docker") :] == here
+
+
+def test_where_tensorrt_llm_is_installed_there_is_no_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(container, "is_installed", lambda: True)
+    assert container.prefix("", [], {}) == []
+    assert container.prefix("image:1", [], {})[0] == "docker"
+
+
+def test_through_docker(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A docker that runs what follows the image, and knows no other command than `run`."""
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = run ] || exit 1\n'
+        'while [ "$1" != image:1 ]; do shift; done\n'
+        'shift; exec "$@"\n'
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{docker.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    run = Run(capfd, obedient, "-t", "throughput", *QUICK, "-i", "image:1")
+    assert run.code == 0, run.stderr
+    assert run.last["client"] == "trtllm"
+    assert "$ docker run --rm" in run.stderr

@@ -1,0 +1,351 @@
+"""The load generator against servers of every nastiness, on the loopback."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import socket
+import ssl
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from loadgen import Load, LoadError, Result, Target, arrivals, measure
+from response import BROKEN_OFF, NO_ANSWER, Outcome
+from tests.loopback import (
+    DONE,
+    HEAD,
+    LAST,
+    Answer,
+    Request,
+    Server,
+    chunk,
+    event,
+    obedient,
+    serving,
+    stream,
+    token,
+    usage,
+)
+
+MS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Body:
+    """Asks for three tokens; picklable, for shards."""
+
+    size: int = 4
+
+    def __call__(self, index: int) -> bytes:
+        return json.dumps({"prompt": [index] * self.size, "max_tokens": 3}).encode()
+
+
+def load_on(
+    server: Server, count: int = 1, streams: int | None = 1, body: Body = Body(), **more: object
+) -> Result:
+    load = Load(Target("127.0.0.1", server.port), "/v1/completions", body, count, streams)
+    return measure(replace(load, **more))  # type: ignore[arg-type]
+
+
+def put(server_does: Answer, count: int = 1, **more: object) -> list[Outcome]:
+    with serving(server_does) as server:
+        return load_on(server, count, **more).outcomes  # type: ignore[arg-type]
+
+
+def answer_with(*pieces: bytes, pause: float = 0.0) -> Answer:
+    return lambda request: request.send(*pieces, pause=pause)
+
+
+def usual(request: Request) -> None:
+    request.send(stream())
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+def test_times_of_a_stream() -> None:
+    def slow(request: Request) -> None:
+        time.sleep(0.05)
+        request.send(HEAD + chunk(token()), chunk(token()), chunk(token()), pause=0.02)
+        request.send(chunk(usage(4, 3)) + chunk(DONE) + LAST)
+
+    (out,) = put(slow)
+    assert not out.error
+    assert 50 <= (out.first - out.sent) / MS < 70
+    assert all(19 < gap < 40 for gap in out.gaps)
+    assert (out.output_tokens, out.events) == (3, 3)
+
+
+def test_the_clients_own_delay_is_not_the_servers() -> None:
+    """It looks up four times a second, and oversleeps as the tokens come: the kernel does not."""
+
+    def answer(request: Request) -> None:
+        time.sleep(0.3)
+        request.send(stream())
+
+    def oversleep(*_: int) -> None:
+        if server.requests:
+            time.sleep(0.2)
+
+    with serving(answer) as server:
+        load = Load(Target("127.0.0.1", server.port), "/v1/completions", Body(), 1, 1)
+        result = measure(load, oversleep)
+    (out,) = result.outcomes
+    assert 300 <= (out.first - out.sent) / MS < 340
+    assert max(result.lags) / 10 > 100  # and it says how late it was
+
+
+def test_a_closed_loop_keeps_its_number_of_streams() -> None:
+    with serving(lambda r: obedient(r, 0.01)) as server:
+        result = load_on(server, 20, 4)
+    assert server.most_in_flight == 4
+    assert server.connections == 4
+    assert sorted(o.index for o in result.outcomes) == list(range(20))
+
+
+def test_connections_are_open_before_the_clock_starts() -> None:
+    with serving(usual) as server:
+        result = load_on(server, 8, 8)
+    assert server.connections == 8
+    assert max((o.sent - o.intended) / MS for o in result.outcomes) < 50
+
+
+def test_garbage_collection_is_on_again_afterwards() -> None:
+    seen: list[bool] = []
+
+    def answer(request: Request) -> None:
+        seen.append(gc.isenabled())
+        usual(request)
+
+    with serving(answer) as server:
+        load_on(server)
+    assert (seen, gc.isenabled()) == ([False], True)
+
+
+# --- bodies and connections -----------------------------------------------------------------------
+
+
+def test_a_body_that_ends_with_its_connection() -> None:
+    def answer(request: Request) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+        request.send(head + token() + usage(1, 1) + DONE)
+        request.socket.shutdown(socket.SHUT_RDWR)
+
+    assert [(o.error, o.output_tokens) for o in put(answer, 2)] == [("", 1)] * 2
+
+
+def test_a_server_that_says_it_closes_is_connected_to_again() -> None:
+    def answer(request: Request) -> None:
+        request.send(
+            HEAD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + stream()[len(HEAD) :]
+        )
+        request.socket.shutdown(socket.SHUT_RDWR)
+
+    with serving(answer) as server:
+        outcomes = load_on(server, 3).outcomes
+    assert [(o.error, o.retried) for o in outcomes] == [("", False)] * 3
+    assert server.connections == 3
+
+
+def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
+    def answer(request: Request) -> None:
+        if request.on_connection == 2:  # the request had been on its way when the server closed
+            request.socket.shutdown(socket.SHUT_RDWR)
+        else:
+            time.sleep(0.02)
+            request.send(stream())
+
+    outcomes = put(answer, 3)
+    assert [(o.error, o.output_tokens) for o in outcomes] == [("", 3)] * 3
+    assert [o.retried for o in outcomes] == [False, True, True]
+    assert all((o.first - o.sent) / MS < 60 for o in outcomes)
+
+
+def test_a_fresh_connection_that_breaks_is_not_tried_again() -> None:
+    outcomes = put(lambda r: r.socket.shutdown(socket.SHUT_RDWR), 2)
+    assert [(o.error, o.retried) for o in outcomes] == [(NO_ANSWER, False)] * 2
+
+
+def test_a_request_larger_than_the_socket_takes() -> None:
+    (out,) = put(lambda r: obedient(r, 0), body=Body(2_000_000))
+    assert (out.error, out.prompt_tokens) == ("", 2_000_000)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_one_failure_leaves_the_others() -> None:
+    def answer(request: Request) -> None:
+        if request.number == 2:
+            request.document({"object": "error", "message": "no room"}, "400 Bad Request")
+        else:
+            request.send(stream())
+
+    outcomes = put(answer, 4)
+    assert [o.error for o in outcomes] == ["", "HTTP 400: no room", "", ""]
+
+
+def test_an_error_in_the_stream() -> None:
+    (out,) = put(answer_with(HEAD + chunk(token()) + chunk(event({"error": "engine died"})) + LAST))
+    assert "engine died" in out.error
+
+
+def test_a_stream_that_breaks_off() -> None:
+    def answer(request: Request) -> None:
+        request.send(HEAD + chunk(token()))
+        request.socket.shutdown(socket.SHUT_RDWR)
+
+    assert [o.error for o in put(answer, 2)] == [BROKEN_OFF] * 2
+
+
+def test_a_connection_reset_in_the_stream() -> None:
+    def answer(request: Request) -> None:
+        request.send(HEAD + chunk(token()))
+        time.sleep(0.02)
+        request.reset()
+
+    (out,) = put(answer)
+    assert "reset" in out.error or out.error == BROKEN_OFF
+
+
+def test_what_is_not_http() -> None:
+    (out,) = put(answer_with(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"))
+    assert "not an HTTP response" in out.error
+
+
+def test_a_request_that_takes_too_long_fails_and_the_rest_goes_on() -> None:
+    def answer(request: Request) -> None:
+        if request.number == 1:
+            time.sleep(1.5)
+        request.send(stream())
+
+    outcomes = put(answer, 3, timeout=0.3)
+    assert [bool(o.error) for o in outcomes] == [True, False, False]
+    assert "within 0.3 s" in outcomes[0].error
+
+
+def test_nobody_listens() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(LoadError, match="refused"):
+        measure(Load(Target("127.0.0.1", port), "/", Body(), 1))
+
+
+def test_no_such_host() -> None:
+    with pytest.raises(LoadError, match="resolve"):
+        measure(Load(Target("no-such-host.invalid", 1), "/", Body(), 1))
+
+
+# --- open loop ------------------------------------------------------------------------------------
+
+
+def open_load(count: int, rate: float, **more: float) -> Load:
+    return Load(Target("127.0.0.1", 1), "/", Body(), count, rate=rate, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (4.0, 0.5), (0.25, 2.0)])
+def test_arrivals_are_gamma_distributed(burstiness: float, variation: float) -> None:
+    due = list(arrivals(open_load(20_000, 100, burstiness=burstiness), 0, 1, 0))
+    gaps = [(b - a) / 1e9 for a, b in pairwise(due)]
+    middle = statistics.fmean(gaps)
+    assert middle == pytest.approx(0.01, rel=0.06)
+    assert statistics.stdev(gaps) / middle == pytest.approx(variation, rel=0.06)
+
+
+def test_shards_share_one_schedule() -> None:
+    load = open_load(10, 50)
+    whole = list(arrivals(load, 0, 1, 7))
+    assert (
+        sorted([*arrivals(load, 0, 3, 7), *arrivals(load, 1, 3, 7), *arrivals(load, 2, 3, 7)])
+        == whole
+    )
+    assert whole[0] == 7
+
+
+def test_an_open_loop_sends_at_its_own_times() -> None:
+    with serving(lambda r: obedient(r, 0.2)) as server:
+        result = load_on(server, 30, None, rate=200.0)
+    late = [(o.sent - o.intended) / MS for o in result.outcomes]
+    assert not any(o.error for o in result.outcomes)
+    assert server.most_in_flight > 15  # it did not wait for answers
+    assert statistics.median(late) < 2
+
+
+def test_at_its_limit_of_streams_an_open_loop_is_late_and_says_so() -> None:
+    with serving(lambda r: obedient(r, 0.05)) as server:
+        result = load_on(server, 6, 1, rate=1000.0)
+    assert server.most_in_flight == 1
+    last = max(result.outcomes, key=lambda o: o.index)
+    assert (last.sent - last.intended) / MS > 150
+
+
+def test_an_open_loop_outlives_idle_connections_that_close() -> None:
+    def answer(request: Request) -> None:
+        request.send(stream())
+        request.socket.shutdown(socket.SHUT_RDWR)
+
+    with serving(answer) as server:
+        result = load_on(server, 20, None, rate=100.0)
+    assert [o.error for o in result.outcomes] == [""] * 20
+
+
+# --- processes, TLS -------------------------------------------------------------------------------
+
+
+def test_shards_add_up() -> None:
+    with serving(lambda r: obedient(r, 0.01)) as server:
+        result = load_on(server, 10, 4, shards=2)
+    assert result.shards == 2
+    assert [o.index for o in result.outcomes] == list(range(10))
+    assert not any(o.error for o in result.outcomes)
+    assert server.connections == 4
+
+
+def test_a_shard_that_cannot_connect_is_an_error_here() -> None:
+    with pytest.raises(LoadError, match="refused"):
+        measure(Load(Target("127.0.0.1", 1), "/", Body(), 2, 2, shards=2))
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> ssl.SSLContext:
+    if not shutil.which("openssl"):
+        assert not os.environ.get("CI"), "openssl is needed in CI"
+        pytest.skip("openssl is not installed")
+    key, pem = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", pem], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+    return context
+
+
+def test_https_works_and_says_whose_times_it_has(certificate: ssl.SSLContext) -> None:
+    with serving(lambda r: obedient(r, 0.03), certificate) as server:
+        target = Target("127.0.0.1", server.port, tls=True, verify=False)
+        result = measure(Load(target, "/v1/completions", Body(), 4, 2))
+    assert [o.error for o in result.outcomes] == [""] * 4
+    assert not result.kernel_stamps
+    assert all(30 <= (o.first - o.sent) / MS < 60 for o in result.outcomes)
+
+
+def test_an_untrusted_certificate_is_refused(certificate: ssl.SSLContext) -> None:
+    with serving(usual, certificate) as server, pytest.raises(LoadError, match="TLS"):
+        measure(Load(Target("127.0.0.1", server.port, tls=True), "/", Body(), 1))
+
+
+def test_the_key_is_sent_and_no_more_than_needed() -> None:
+    with serving(usual) as server:
+        target = Target("127.0.0.1", server.port, api_key="secret")
+        measure(Load(target, "/v1/completions", Body(), 1))
+    fields = server.requests[0].fields
+    assert fields["authorization"] == "Bearer secret"
+    assert set(fields) == {"host", "authorization", "accept", "content-type", "content-length"}

@@ -1,0 +1,230 @@
+"""report.py: tables, files, plots, the page in a real browser, two folders side by side."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import report
+from matrix import Case
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:  # noqa: ANN401
+    names = (f"{kind}_{metric}_ms" for metric in ("ttft", "tpot", "itl", "e2el")
+             for kind in ("mean", "median", "std", "p90", "p95", "p99"))  # fmt: skip
+    return {
+        "date": "20261124-101500", "model_id": "org/model", "valid": True, "problems": [],
+        "notes": [], "request_throughput": 2.5, "output_throughput": 640.0, "duration": 4.0,
+        **dict.fromkeys(names, value),
+        "case": case.facts(),
+        "metadata": {"url": "http://h:1", "command": "bench.py"},
+        **facts,
+    }  # fmt: skip
+
+
+def everything() -> list[dict[str, Any]]:
+    """A run of each kind that has a plot."""
+    return [
+        *(record(Case("prefill", n, 1, 10, 4), n / 10) for n in (128, 512, 4096)),
+        *(record(Case("decode", 128, n, 10, 4), 11.0) for n in (128, 1024)),
+        *(record(Case("concurrency", 512, 256, 10, c), 10.0 * c) for c in (1, 4, 16)),
+        *(record(Case("sweep", 512, 256, 10, c), 10.0 * c) for c in (1, 2)),
+    ]
+
+
+def bad(case: Case) -> dict[str, Any]:
+    return record(case, valid=False, problems=["1 of 10 requests failed: <b>HTTP 500</b>"])
+
+
+def put(folder: Path, *records: dict[str, Any]) -> Path:
+    folder.mkdir()
+    for one in records:
+        (folder / f"{one['case']['name']}.json").write_text(json.dumps(one))
+    return folder
+
+
+LATENCY = Case("latency", 128, 128, 100, 1)
+SECOND = Case("latency", 128, 128, 100, 1, repeat=2)
+
+
+def test_the_table() -> None:
+    text = report.table([record(LATENCY), bad(Case("latency", 512, 256, 100, 1))])
+    assert text.splitlines() == [
+        "                         req/s  out tok/s  TTFT ms   p99  TPOT ms  ITL ms    p99  E2EL ms",
+        "latency-in128-out128-c1  2.50        640     10.0  10.0    10.00   10.00  10.00       10",
+        "latency-in512-out256-c1  2.50        640     10.0  10.0    10.00   10.00  10.00       10"
+        "  INVALID",
+        "INVALID latency-in512-out256-c1: 1 of 10 requests failed: <b>HTTP 500</b>",
+    ]
+
+
+def test_repeats_are_one_row_with_their_spread() -> None:
+    text = report.table([record(LATENCY, 9.0), record(SECOND, 11.0)])
+    assert text.count("latency-in128") == 1
+    assert "10.0 ±14.1%" in text
+
+
+def test_one_bad_repeat_makes_the_row_invalid() -> None:
+    assert "INVALID" in report.table([record(LATENCY), bad(SECOND)])
+
+
+def test_a_run_that_measured_nothing_has_no_numbers() -> None:
+    empty = {k: v for k, v in bad(LATENCY).items() if not k.endswith(("_ms", "throughput"))}
+    assert " - " in report.table([empty])
+    assert report.brief(empty)["mean_ttft_ms"] is None
+
+
+def test_the_csv_holds_every_run(tmp_path: Path) -> None:
+    report.write(tmp_path, [record(LATENCY), bad(SECOND)])
+    rows = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [(r["name"], r["valid"], r["repeat"]) for r in rows] == [
+        ("latency-in128-out128-c1", "True", "1"),
+        ("latency-in128-out128-c1-r2", "False", "2"),
+    ]
+    assert rows[1]["problems"] == "1 of 10 requests failed: <b>HTTP 500</b>"
+
+
+def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
+    report.write(tmp_path, [record(LATENCY, ttfts=[0.1] * 10_000)])
+    (found,) = json.loads((tmp_path / "summary.json").read_text())
+    assert "ttfts" not in found
+    assert found["mean_ttft_ms"] == 10
+
+
+def test_every_plot_is_a_png_and_in_the_page(tmp_path: Path) -> None:
+    report.write(tmp_path, everything())
+    page = (tmp_path / "report.html").read_text()
+    for name in ("ttft_input", "itl_output", "throughput_latency", "sweep"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f'<figure id="{name}"' in page
+
+
+def test_invalid_runs_are_in_no_plot(tmp_path: Path) -> None:
+    report.write(tmp_path, [bad(Case("prefill", 128, 1, 10, 4))])
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_matplotlib_there_are_no_plots_but_all_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **more: Any) -> Any:  # noqa: ANN401
+        if name.startswith("matplotlib"):
+            raise ImportError
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    report.write(tmp_path, everything())
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert "prefill-in128-out1-c4" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    report.write(tmp_path, [*everything(), bad(LATENCY)])
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>HTTP 500" not in page
+    assert "&lt;b&gt;HTTP 500" in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,12})', page)
+    assert sources
+    assert all(source.startswith("data:") for source in sources)
+    HTMLParser().feed(page)
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        assert not os.environ.get("CI"), "a Chromium is needed in CI"
+        pytest.skip("no Chromium is installed")
+    return found
+
+
+# What a reader would see: pictures that are there, nothing wider than the screen, no errors.
+PROBE = """<script>
+const errors = [];
+addEventListener("error", e => errors.push(String(e.message || e.target.src)), true);
+addEventListener("load", () => {
+  const images = [...document.images].map(i => i.naturalWidth > 0 && i.width <= innerWidth);
+  const facts = {errors, images, wide: document.documentElement.scrollWidth > innerWidth};
+  document.body.setAttribute("data-facts", JSON.stringify(facts));
+});
+</script>"""
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None:
+    report.write(tmp_path, [*everything(), bad(LATENCY)])
+    page = (tmp_path / "report.html").read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("<title>", PROBE + "<title>"))
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
+        "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    match = re.search(r'data-facts="([^"]*)"', done.stdout)
+    assert match, done.stderr[-2000:]
+    facts = json.loads(match[1].replace("&quot;", '"'))
+    assert facts == {"errors": [], "images": [True] * 4, "wide": False}
+    assert "CONSOLE" not in done.stderr
+
+
+# --- from the command line, and two folders -------------------------------------------------------
+
+
+def test_a_report_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = put(tmp_path / "a", *everything())
+    assert report.main([str(folder)]) == 0
+    assert "prefill-in128-out1-c4" in capsys.readouterr().out
+    assert (folder / "report.html").exists()
+    assert report.main([str(folder)]) == 0  # its own summary is no run
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = put(tmp_path / "a", record(LATENCY, 10.0), record(Case("decode", 1, 2, 3, 4)))
+    b = put(
+        tmp_path / "b",
+        record(LATENCY, 12.0, output_throughput=700.0),
+        bad(Case("prefill", 1, 1, 1, 1)),
+    )
+    assert report.main(["compare", str(a), str(b)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "latency-in128-out128-c1 mean_ttft_ms 10.0 12.0 +20.0% - WORSE" in lines
+    assert "latency-in128-out128-c1 output_throughput 640 700 +9.4% - better" in lines
+    assert "latency-in128-out128-c1 request_throughput 2.50 2.50 +0.0% -" in lines
+    assert "only before: decode-in1-out2-c4" in lines
+    assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
+
+
+def test_a_change_within_the_spread_is_no_change() -> None:
+    before = [record(LATENCY, 8.0), record(SECOND, 12.0)]
+    after = [record(LATENCY, 9.0), record(SECOND, 13.0)]
+    verdicts = {c.column.key: c.verdict for c in report.compare(before, after)}
+    assert verdicts["mean_ttft_ms"] == ""
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
+def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(words) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["compare", "one"], ["one", "two"], []])
+def test_usage(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.main(words)
+    assert stop.value.code == 2

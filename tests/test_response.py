@@ -1,0 +1,193 @@
+"""Reading one answer: framing, events, times. Pure functions, every cut of the bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from response import Malformed, Outcome, Reply, error_message, parse_head, read_reply
+from tests.loopback import DONE, HEAD, LAST, chunk, delta, event, stream, token, usage
+
+MS = 1_000_000
+
+
+def reply_of(*pieces: bytes) -> Reply:
+    """A reply whose n-th piece came at n ms; it must be whole at the last piece only."""
+    reply = Reply()
+    for n, piece in enumerate(pieces):
+        whole = reply.add(piece, n * MS, n * MS)
+        assert whole == (n == len(pieces) - 1)
+    return reply
+
+
+def read(*pieces: bytes, chat: bool = False) -> Outcome:
+    return read_reply(reply_of(*pieces), Outcome(0, 0, 0), chat)
+
+
+def test_times_are_those_of_each_events_packet() -> None:
+    out = read(
+        HEAD, *(chunk(e) for e in (token(), token(), token(), usage(4, 3))), chunk(DONE) + LAST
+    )
+    assert (out.first, out.last, list(out.gaps)) == (1 * MS, 3 * MS, [1.0, 1.0])
+    assert (out.prompt_tokens, out.output_tokens, out.events) == (4, 3, 3)
+    assert not out.error
+    assert out.has_text
+
+
+@pytest.mark.parametrize("cut", range(1, len(stream())))
+def test_an_answer_is_whole_at_its_last_byte_wherever_it_is_cut(cut: int) -> None:
+    whole = stream()
+    out = read(whole[:cut], whole[cut:])
+    assert (out.error, out.output_tokens, out.events) == ("", 3, 3)
+
+
+def test_byte_by_byte() -> None:
+    out = read(*(bytes([b]) for b in stream()))
+    assert (out.error, out.output_tokens) == ("", 3)
+    assert out.first < out.last
+
+
+def test_an_event_counts_when_its_last_byte_is_there() -> None:
+    half, rest = chunk(token())[:30], chunk(token())[30:]
+    out = read(HEAD + half, rest, chunk(usage(1, 1)) + chunk(DONE) + LAST)
+    assert out.first == 1 * MS
+
+
+def test_an_event_may_be_spread_over_chunks() -> None:
+    text = token()
+    out = read(HEAD, chunk(text[:20]), chunk(text[20:] + usage(1, 1)), chunk(DONE) + LAST)
+    assert (out.error, out.first, out.output_tokens) == ("", 2 * MS, 1)
+
+
+def test_several_tokens_in_a_chunk_are_counted_by_usage() -> None:
+    out = read(
+        HEAD + chunk(token(" a b c d")), chunk(token(" e") + usage(2, 5)), chunk(DONE) + LAST
+    )
+    assert (out.events, out.output_tokens) == (2, 5)
+
+
+def test_events_that_one_read_brought_are_counted() -> None:
+    out = read(HEAD + chunk(token()) + chunk(token()), chunk(token()), chunk(DONE) + LAST)
+    assert (out.events, out.merged, list(out.gaps)) == (3, 1, [0.0, 1.0])
+
+
+def test_a_body_with_content_length() -> None:
+    body = token() + token() + usage(1, 2) + DONE
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+    )
+    out = read(head, body[:90], body[90:])
+    assert (out.error, out.output_tokens) == ("", 2)
+
+
+def test_crlf_events_and_pings() -> None:
+    events = [e.replace(b"\n", b"\r\n") for e in (token(), token(), usage(1, 2), DONE)]
+    out = read(HEAD + chunk(b": ping\r\n\r\n"), *(chunk(e) for e in events), LAST)
+    assert (out.error, out.events, out.output_tokens) == ("", 2, 2)
+
+
+def test_what_looks_like_the_end_in_the_middle_of_a_chunk_is_not() -> None:
+    text = b": 0\r\n\r\n" + (token() + usage(1, 1) + DONE).replace(b"\n", b"\r\n")
+    raw = HEAD + chunk(text)
+    at = raw.index(b": 0\r\n\r\n") + 7
+    out = read(raw[:at], raw[at:] + LAST)
+    assert (out.error, out.output_tokens) == ("", 1)
+
+
+def test_trailers_and_chunk_extensions() -> None:
+    body = token() + usage(1, 1) + DONE
+    out = read(HEAD, b"%x;name=value\r\n%s\r\n" % (len(body), body), b"0\r\nX-Trailer: 1\r\n\r\n")
+    assert (out.error, out.output_tokens) == ("", 1)
+
+
+def test_interim_responses_are_stepped_over() -> None:
+    out = read(b"HTTP/1.1 100 Continue\r\n\r\n", stream())
+    assert (out.error, out.output_tokens) == ("", 3)
+
+
+def test_a_chats_role_is_no_token() -> None:
+    out = read(
+        HEAD + chunk(delta(role="assistant", content="")),
+        chunk(delta(content="a")),
+        chunk(delta(content="b")),
+        chunk(delta(finish="stop")),
+        chunk(usage(3, 2)) + chunk(DONE) + LAST,
+        chat=True,
+    )
+    assert (out.first, out.last, list(out.gaps), out.events) == (1 * MS, 3 * MS, [1.0], 2)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_is_output_too(key: str) -> None:
+    out = read(
+        HEAD + chunk(delta(role="assistant")),
+        chunk(delta(**{key: "hm"})),
+        chunk(usage(3, 1)) + chunk(DONE) + LAST,
+        chat=True,
+    )
+    assert (out.first, out.has_text) == (1 * MS, True)
+
+
+def test_an_empty_text_in_a_completion_is_a_token() -> None:
+    out = read(HEAD + chunk(token("")), chunk(token("é")), chunk(usage(1, 2)) + chunk(DONE) + LAST)
+    assert (out.first, out.events, out.has_text) == (0, 2, True)
+
+
+def test_an_output_without_any_text_is_seen() -> None:
+    assert not read(stream(text="")).has_text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        ((HEAD + chunk(event({"error": {"message": "out of memory"}})) + LAST,), "memory"),
+        ((HEAD + chunk(event({"object": "error", "message": "bad luck"})) + LAST,), "bad luck"),
+        ((HEAD + chunk(token()), LAST), "without [DONE]"),
+        ((HEAD + chunk(DONE) + LAST,), "no token"),
+        ((HEAD + chunk(b"data: {broken\n\n" + DONE) + LAST,), "unreadable"),
+    ],
+)  # fmt: skip
+def test_errors_in_the_stream(pieces: tuple[bytes, ...], words: str) -> None:
+    assert words in read(*pieces).error
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"object":"error","message":"flat words","code":400}', "flat words"),
+        (b'{"error":{"message":"nested words"}}', "nested words"),
+        (b'{"detail":"Not Found"}', "Not Found"),
+        (b"<h1>Bad gateway</h1>", "<h1>Bad gateway</h1>"),
+        (b"", "(empty body)"),
+    ],
+)  # fmt: skip
+def test_the_words_of_an_error(body: bytes, words: str) -> None:
+    head = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: %d\r\n\r\n" % len(body)
+    assert error_message(body) == words
+    assert read(head + body).error == f"HTTP 502: {words}"
+
+
+def test_an_answer_that_breaks_off_is_an_error() -> None:
+    reply = Reply()
+    assert not reply.add(stream()[:-40], 0, 0)
+    assert "in the middle" in read_reply(reply, Outcome(0, 0, 0), False).error
+
+
+def test_a_document_instead_of_a_stream() -> None:
+    body = (
+        b'{"model":"m","choices":[{"text":"hi"}],"usage":{"prompt_tokens":1,"completion_tokens":2}}'
+    )
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    out = read(head % len(body), body)
+    assert (out.streamed, out.output_tokens, out.first) == (False, 2, 1 * MS)
+
+
+@pytest.mark.parametrize("raw", [b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/2 200\r\n\r\n"])
+def test_what_is_not_http_is_refused(raw: bytes) -> None:
+    with pytest.raises(Malformed):
+        parse_head(raw)
+
+
+def test_a_bad_chunk_size_is_refused() -> None:
+    with pytest.raises(Malformed):
+        Reply().add(HEAD + b"zz\r\nabc\r\n\r\n", 0, 0)
