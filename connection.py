@@ -194,8 +194,22 @@ class Stream:
 
     def idle(self, now: int) -> None:
         """The server closed the connection between two requests, or spoke unasked: leave it."""
+        if self.only_tls_spoke():
+            return
         self.close()
         self.loop.lost(self, "the server closed the connection")
+
+    def only_tls_spoke(self) -> bool:
+        """Session tickets come when the handshake is over, and are nothing to us."""
+        if not isinstance(self.sock, ssl.SSLSocket):
+            return False
+        try:
+            self.sock.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def broken(self, why: str, retry: bool = True) -> None:
         """The connection is at its end; an empty `why` means that the server closed it."""

@@ -74,11 +74,11 @@ def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> It
         raise
 
 
-def run(command: Sequence[str], environ: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environ: Mapping[str, str], hint: str = "") -> int:
     """Show a command and run it, its output on stderr; its exit status."""
     say(f"$ {shlex.join(command)}")
     if not shutil.which(command[0]):
-        die(f"{command[0]}: not found in PATH", hint="use --client builtin, which needs nothing")
+        die(f"{command[0]}: not found in PATH", hint=hint)
     with removed_afterwards(command, environ):
         return subprocess.run(command, stdout=sys.stderr, env={**os.environ, **environ}).returncode
 

@@ -63,8 +63,8 @@ def test_the_table() -> None:
     text = report.table([record(LATENCY), bad(Case("latency", 512, 256, 100, 1))])
     assert text.splitlines() == [
         "                         req/s  out tok/s  TTFT ms   p99  TPOT ms  ITL ms    p99  E2EL ms",
-        "latency-in128-out128-c1  2.50        640     10.0  10.0    10.00   10.00  10.00       10",
-        "latency-in512-out256-c1  2.50        640     10.0  10.0    10.00   10.00  10.00       10"
+        "latency-in128-out128-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10",
+        "latency-in512-out256-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10"
         "  INVALID",
         "INVALID latency-in512-out256-c1: 1 of 10 requests failed: <b>HTTP 500</b>",
     ]

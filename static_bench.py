@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Measure the engine alone, without a server: the real `trtllm-bench throughput`.
+
+The requests are synthetic: TensorRT-LLM's own prepare_dataset.py writes them, as trtllm-bench 1.1.0
+has no data set of its own (`--dataset-type synthetic` does not exist). Needs a GPU.
+
+Examples:
+    python static_bench.py -m Qwen/Qwen2.5-7B-Instruct
+    python static_bench.py -m Qwen/Qwen2.5-72B-Instruct --tp 8 --num-requests 1000 --concurrency 64
+
+What is not an option here goes to `trtllm-bench ... throughput` untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import container
+from console import Failure, die, say
+from endpoint import environment
+
+PREPARE = "/app/tensorrt_llm/benchmarks/cpp/prepare_dataset.py"  # in NVIDIA's image
+# fmt: off
+SCRIPT = (
+    'set -eu; prepare=$1; model=$2; requests=$3; input=$4; output=$5; tp=$6; folder=$7; shift 7; '
+    'python3 "$prepare" --tokenizer "$model" --stdout token-norm-dist --num-requests="$requests" '
+    '--input-mean="$input" --output-mean="$output" --input-stdev=0 --output-stdev=0 '
+    '> "$folder/dataset.jsonl"; '
+    'exec trtllm-bench --model "$model" throughput --dataset "$folder/dataset.jsonl" '
+    '--backend pytorch --tp "$tp" --num_requests "$requests" '
+    '--report_json "$folder/report.json" "$@"'
+)
+# fmt: on
+
+
+def command(args: argparse.Namespace, more: Sequence[str], folder: Path) -> list[str]:
+    values = (args.prepare_dataset, args.model, args.num_requests, args.input_len, args.output_len,
+              args.tp, folder)  # fmt: skip
+    return ["bash", "-c", SCRIPT, "static-bench", *map(str, values), *more]
+
+
+def parse(
+    argv: Sequence[str] | None, environ: dict[str, str]
+) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="static_bench.py [options] [TRTLLM_BENCH_ARGS...]",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    model = environ.get("MODEL", "Qwen/Qwen2.5-7B-Instruct")
+    add("-m", "--model", default=model, help="Hugging Face id or path; default: %(default)s")
+    add("--tp", type=int, default=int(environ.get("TP", "1")), help="GPUs; default: %(default)s")
+    add("--num-requests", type=int, default=100, help="default: %(default)s")
+    add("--input-len", type=int, default=128, help="tokens; default: %(default)s")
+    add("--output-len", type=int, default=128, help="tokens; default: %(default)s")
+    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="default: none where "
+        f"tensorrt_llm is installed, else {container.DEFAULT_IMAGE}")  # fmt: skip
+    add("-o", "--output", type=Path, help="folder of the report; default: results/static-DATE-TIME")
+    add("--prepare-dataset", default=PREPARE, help="where that script is; default: %(default)s")
+    return parser.parse_known_args(argv)
+
+
+def static_bench(argv: Sequence[str] | None) -> int:
+    environ = environment()
+    args, more = parse(argv, environ)
+    folder = (args.output or Path("results") / time.strftime("static-%Y%m%d-%H%M%S")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Path(args.model).resolve()
+    mounts = [folder, *([model] if model.is_dir() else [])]
+    prefix = container.prefix(args.image, mounts, environ, gpus=environ.get("GPUS", "all"))
+    status = container.run([*prefix, *command(args, more, folder)], environ)
+    report = folder / "report.json"
+    if status or not report.exists():
+        die(f"trtllm-bench ended with exit code {status}" + ("" if status else " and no report"))
+    print(report.read_text())
+    say(f"report and data set: {folder}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        return static_bench(argv)
+    except Failure as e:
+        say(f"static_bench.py: {e.message}" + (f"\n  {e.hint}" if e.hint else ""))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

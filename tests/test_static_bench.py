@@ -1,0 +1,75 @@
+"""static_bench.py against executables that refuse what TensorRT-LLM 1.1.0 does not have."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import container
+import static_bench
+
+PREPARE = """
+import sys
+want = ["--tokenizer", "a model", "--stdout", "token-norm-dist", "--num-requests=5",
+        "--input-mean=128", "--output-mean=128", "--input-stdev=0", "--output-stdev=0"]
+assert sys.argv[1:] == want, sys.argv
+for i in range(5):
+    print('{"task_id": %d, "input_ids": [1], "output_tokens": 128}' % i)
+"""
+TRTLLM_BENCH = """#!/usr/bin/env python3
+import argparse, json, os
+p = argparse.ArgumentParser(allow_abbrev=False)
+p.add_argument("--model", required=True)
+sub = p.add_subparsers(required=True).add_parser("throughput", allow_abbrev=False)
+for flag in ("dataset", "backend", "tp", "num_requests", "report_json", "concurrency"):
+    sub.add_argument("--" + flag)
+args = p.parse_args()
+assert len(open(args.dataset).readlines()) == int(args.num_requests)
+if not os.environ.get("BROKEN"):
+    json.dump({"tp": args.tp, "concurrency": args.concurrency}, open(args.report_json, "w"))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(container, "is_installed", lambda: True)
+    program = tmp_path / "bin" / "trtllm-bench"
+    program.parent.mkdir()
+    program.write_text(TRTLLM_BENCH)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    prepare = tmp_path / "prepare.py"
+    prepare.write_text(PREPARE)
+    common = ["-m", "a model", "--num-requests", "5", "-o", str(tmp_path / "the out")]
+    return [*common, "--prepare-dataset", str(prepare)]
+
+
+def test_the_report_is_what_it_prints(
+    installed: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert static_bench.main([*installed, "--tp", "2", "--concurrency", "64"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"tp": "2", "concurrency": "64"}
+
+
+def test_no_report_is_a_failure(
+    installed: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BROKEN", "1")
+    assert static_bench.main(installed) == 1
+    assert "no report" in capfd.readouterr().err
+
+
+def test_its_own_failure_is_one(installed: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert static_bench.main([*installed, "--dataset-type", "synthetic"]) == 1
+    assert "exit code 2" in capfd.readouterr().err
+
+
+def test_in_the_container_it_gets_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "is_installed", lambda: False)
+    prefix = container.prefix("", [Path("/out")], {}, gpus="all")
+    assert {"--gpus=all", "--ulimit=memlock=-1", "--volume=/out:/out"} <= set(prefix)
+    assert prefix[-1] == container.DEFAULT_IMAGE
