@@ -87,7 +87,11 @@ class Bench:
         return {
             "date": time.strftime("%Y%m%d-%H%M%S"),
             "model_id": self.server.asked,
-            **{"request_rate": rate, "max_concurrency": case.concurrency},
+            "tokenizer_id": None,
+            "backend": self.metadata["backend"],
+            "request_rate": rate,
+            "burstiness": self.metadata["burstiness"],
+            "max_concurrency": case.concurrency,
             **found,
             "valid": not problems,
             "problems": problems,

@@ -62,6 +62,10 @@ def summarise(
     tokens_in = sum(o.prompt_tokens or 0 for o in good)
     tokens_out = sum(o.output_tokens or 0 for o in good)
     problems = find_problems(load, result, wanted)
+
+    def per_second(count: float) -> float:
+        return count / duration if duration else 0.0
+
     return {
         "num_prompts": load.count,
         "completed": len(good),
@@ -70,25 +74,25 @@ def summarise(
         "duration": duration,
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
-        "request_throughput": len(good) / duration,
-        "request_goodput": goodput_of(timings, goodput) / duration if goodput else None,
+        "request_throughput": per_second(len(good)),
+        "request_goodput": per_second(goodput_of(timings, goodput)) if goodput else None,
         "goodput_share": goodput_of(timings, goodput) / load.count if goodput else None,
-        "output_throughput": tokens_out / duration,
-        "total_token_throughput": (tokens_in + tokens_out) / duration,
+        "output_throughput": per_second(tokens_out),
+        "total_token_throughput": per_second(tokens_in + tokens_out),
         "user_throughput": mean(t.tokens / t.e2el * 1e3 for t in timings if t.e2el > 0),
         **describe("ttft", [t.ttft for t in timings]),
         **describe("tpot", [t.tpot for t in timings if t.tpot is not None]),
         **describe("itl", gaps(good)),
         **describe("e2el", [t.e2el for t in timings]),
-        "client": client_facts(load, result, good),
+        "client": client_facts(load, result, good) | {"problems": slow_client(load, result, good)},
     }
 
 
 def span(good: Sequence[Outcome]) -> float:
     """Seconds from the first request to the last token."""
     if not good:
-        return math.inf
-    return max((max(o.last for o in good) - min(o.sent for o in good)) / 1e9, 1e-9)
+        return 0.0
+    return (max(o.last for o in good) - min(o.sent for o in good)) / 1e9
 
 
 def gaps(good: Iterable[Outcome]) -> array[float]:

@@ -26,7 +26,7 @@ PIECE = 1 << 20
 LONGEST = 64 << 20  # characters of one conversation; more is no conversation
 
 
-def pick(path: Path, count: int, seed: int) -> Conversations:
+def pick(path: Path, count: int, seed: int | str) -> Conversations:
     """`count` conversations picked at random, with the rules of benchmark_serving."""
     if not path.exists():
         download(URL, path)

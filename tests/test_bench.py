@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import metrics
 import sharegpt
 from console import Failure
 from endpoint import Endpoint, base_url, choose
-from loadgen import Load, Result, Target
+from loadgen import Load, Result, Target, measure
 from matrix import MATRIX, Case, Overrides, cases
 from metrics import Wanted, find_problems, goodput_of, percentile, summarise
 from prompts import RandomPrompts, Requests
@@ -303,6 +304,28 @@ def test_a_good_run_has_no_problems() -> None:
     assert problems(LOAD, Result([outcome()])) == []
 
 
+def test_a_client_that_was_held_up_measures_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    def held_up(load: Load, *more: Any) -> Result:  # noqa: ANN401
+        result = measure(load, *more)
+        seen.append(load.body(0))
+        return replace(result, clock_step=100.0) if len(seen) == 2 else result  # 1: the warm-up
+
+    monkeypatch.setattr(clients, "measure", held_up)
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK)
+    assert run.code == 0, run.stdout
+    assert "was measured 2 times" in run.stdout
+    assert len(set(seen)) == 4  # with other prompts: the first ones are in the server's cache
+
+
+def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, is_short, "-t", "throughput", *QUICK)
+    assert len([r for r in run.server.requests if r.body]) == 1 + 4
+
+
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []
@@ -535,6 +558,7 @@ def test_percentiles_are_numpys(p: float, value: float) -> None:
 def test_nothing_completed_has_no_numbers_and_no_crash() -> None:
     failed = Result([outcome(error="HTTP 500: no")])
     found = summarise(LOAD, failed, Wanted(MODEL, 5), {"ttft": 1})
+    json.dumps(found, allow_nan=False)
     assert (found["valid"], found["completed"], found["mean_ttft_ms"]) == (False, 0, None)
 
 
@@ -601,6 +625,8 @@ def test_a_sharegpt_run_says_whose_lengths_it_has(capsys: pytest.CaptureFixture[
     write_sharegpt(Path("share.json"))
     run = Run(capsys, obedient, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
     assert run.code == 0, run.stdout
+    prompts = [r.body["prompt"] for r in run.server.requests if r.body]
+    assert len(set(prompts)) == len(prompts) == 1 + 4  # the warm-up has its own
     assert "no tokenizer on the client" in run.stdout
 
 
