@@ -81,7 +81,7 @@ class Bench:
             found = self.client(case, self.folder)
             problems = [*found["problems"], *endpoint.changes(self.server, before)]
         except Failure as e:  # this run's own; the others are worth having
-            found = nothing(case, " ".join(filter(None, (e.message, e.hint))))
+            found = nothing(case, e.message)
             problems = found["problems"]
         rate = case.rate if math.isfinite(case.rate) else "inf"
         return {

@@ -99,7 +99,7 @@ class Stream:
     # sending
 
     def send(self, index: int, request: bytes, intended: int) -> None:
-        self.request = request
+        self.request, self.reply = request, Reply()
         self.outcome = Outcome(index, intended, 0)
         if self.sock:
             self.transmit()
@@ -108,7 +108,6 @@ class Stream:
 
     def transmit(self) -> None:
         assert self.sock and self.outcome
-        self.reply = Reply()
         self.loop.ready[self.fd] = self.loop.receiver(self)
         sent = time.time_ns()
         if self.outcome.retried:  # what the broken connection cost is not the server's latency
@@ -125,7 +124,7 @@ class Stream:
             self.loop.watch(self, self.flush, select.EPOLLIN | select.EPOLLOUT, known=True)
 
     def flush(self, now: int) -> None:
-        """Send the rest of a long request; an answer may come before (an error, say)."""
+        """Send the rest of a long request, and look for an answer: an error may come before."""
         assert self.sock and self.unsent is not None
         try:
             self.unsent = self.unsent[self.sock.send(self.unsent) :]
@@ -136,6 +135,8 @@ class Stream:
         if not self.unsent:
             self.unsent = None
             self.loop.watch(self, self.loop.receiver(self), select.EPOLLIN, known=True)
+        else:
+            self.loop.receiver(self)(now)
 
     # receiving
 
@@ -177,9 +178,7 @@ class Stream:
     def done(self, stamp: int) -> None:
         assert self.reply.head
         self.served += 1
-        if (
-            self.reply.head.close or self.unsent is not None
-        ):  # it may answer an error before it has read all
+        if self.reply.head.close or self.unsent is not None:
             self.close()
         else:
             self.loop.ready[self.fd] = self.idle

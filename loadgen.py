@@ -29,11 +29,11 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from connection import SECOND, Step, Stream
+from connection import CONNECT_TIMEOUT, SECOND, Step, Stream
 from response import Outcome, Reply, read_reply
 
 CONNECTS_AT_ONCE = 64  # a server's listen queue can be short
@@ -132,6 +132,7 @@ class Loop:
         self.streams: set[Stream] = set()
         self.spare: list[Stream] = []  # connected, without a request
         self.running = False
+        self.refused = False  # a spare connection was; from then on only requests open them
         self.due: int | None = None  # open loop: when the next request is meant to go out
         self.requests: deque[bytes] = deque()  # written ahead of time
         self.written = self.next = self.finished = self.failed = self.tokens = 0
@@ -180,8 +181,10 @@ class Loop:
             raise LoadError(f"cannot connect to {target.host}:{target.port}: {why}")
         if self.load.open_loop:
             self.streams.discard(stream)
-            with suppress(ValueError):
+            if stream in self.spare:
                 self.spare.remove(stream)
+            else:
+                self.refused = True
 
     def ended(self, stream: Stream, outcome: Outcome, when: int) -> None:
         self.unread.append((outcome, stream.reply))
@@ -225,7 +228,7 @@ class Loop:
             stream = self.spare.pop() if self.spare else self.new_stream()
             due, self.due = self.due, next(self.arrivals, None)
             self.dispatch(stream, due)
-        if self.load.open_loop and self.due and not self.failed:
+        if self.load.open_loop and self.due and not self.refused:
             self.keep_spares()
 
     def keep_spares(self) -> None:
@@ -317,10 +320,18 @@ def gap_of(load: Load, rng: random.Random) -> float:
 
 
 def resolve(target: Target) -> Address:
+    """The first of a name's addresses where something listens: localhost often has two."""
     try:
-        return socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
     except OSError as e:
         raise LoadError(f"cannot resolve {target.host}: {e.strerror}") from None
+    return next((a for a in found if len(found) == 1 or is_open(a)), found[0])
+
+
+def is_open(address: Address) -> bool:
+    with socket.socket(*address[:3]) as sock:
+        sock.settimeout(CONNECT_TIMEOUT)
+        return sock.connect_ex(address[4]) == 0
 
 
 def tls_context(target: Target) -> ssl.SSLContext:

@@ -95,7 +95,7 @@ def download(url: str, path: Path) -> None:
                 keep(answer, part, have if answer.status_code == 206 else 0)
             digests = [h.headers.get("X-Linked-Etag", "") for h in answer.history]
     except requests.RequestException as e:
-        die(f"cannot download {url}: {e}", hint="run it again to go on, or set SHAREGPT_PATH")
+        die(f"cannot download {url} (SHAREGPT_PATH names a local copy): {e}")
     digest = next((d.strip('"') for d in digests if len(d) == 66), "")  # the host's own sha256
     if digest and sha256(part) != digest:
         part.unlink()

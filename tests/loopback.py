@@ -59,6 +59,7 @@ Answer = Callable[[Request], None]
 @dataclass
 class Server:
     answer: Answer
+    listener: socket.socket
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     port: int = 0
@@ -102,8 +103,8 @@ class Server:
 
 @contextmanager
 def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    server = Server(answer)
     with socket.socket() as listener:
+        server = Server(answer, listener)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
@@ -113,7 +114,8 @@ def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[Serve
         try:
             yield server
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # a test may have closed it
+                listener.shutdown(socket.SHUT_RDWR)
             accepting.join(5)
             for connection in server.sockets:
                 with suppress(OSError):

@@ -10,6 +10,7 @@ import socket
 import ssl
 import statistics
 import subprocess
+import threading
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -179,6 +180,38 @@ def test_a_request_larger_than_the_socket_takes() -> None:
     assert (out.error, out.prompt_tokens) == ("", 2_000_000)
 
 
+def test_an_answer_may_come_before_the_request_is_read() -> None:
+    """As a server's that refuses a long prompt by its header."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+                done.wait(10)
+
+        done = threading.Event()
+        threading.Thread(target=refuse, daemon=True).start()
+        target = Target("127.0.0.1", listener.getsockname()[1])
+        (out,) = measure(Load(target, "/", Body(3_000_000), 1, timeout=3)).outcomes
+        done.set()
+    assert out.error == "HTTP 413: (empty body)"
+
+
+def test_of_a_names_addresses_the_one_that_answers_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving(usual) as server:
+        refusing, right = ((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+                           for port in (1, server.port))  # fmt: skip
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [refusing, right])
+        (out,) = measure(Load(Target("localhost", server.port), "/", Body(), 1)).outcomes
+    assert not out.error
+
+
 # --- failures -------------------------------------------------------------------------------------
 
 
@@ -230,6 +263,18 @@ def test_a_request_that_takes_too_long_fails_and_the_rest_goes_on() -> None:
     outcomes = put(answer, 3, timeout=0.3)
     assert [bool(o.error) for o in outcomes] == [True, False, False]
     assert "within 0.3 s" in outcomes[0].error
+
+
+def test_a_server_that_is_gone_between_two_requests() -> None:
+    def answer(request: Request) -> None:
+        server.listener.shutdown(socket.SHUT_RDWR)
+        request.send(stream())
+        request.socket.shutdown(socket.SHUT_RDWR)
+
+    with serving(answer) as server:
+        first, second = load_on(server, 2).outcomes
+    assert (first.error, first.output_tokens) == ("", 3)
+    assert ("refused" in second.error, second.output_tokens) == (True, None)
 
 
 def test_nobody_listens() -> None:
