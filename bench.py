@@ -167,7 +167,7 @@ def types(text: str) -> tuple[str, ...]:
     if wrong := [t for t in found if t not in (*TYPES, SWEEP.type, "all")]:
         known = ", ".join((*TYPES, SWEEP.type))
         raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {known}")
-    return TYPES if "all" in found else found
+    return tuple(t for word in found for t in (TYPES if word == "all" else (word,)))
 
 
 def limit(text: str) -> tuple[str, float]:

@@ -59,6 +59,7 @@ def html(
     columns: Sequence[Column],
     drawn: Sequence[Chart],
     pictures: Sequence[Picture],
+    notes: Sequence[str],
 ) -> str:
     title = f"Benchmark of {model_of(groups)}"
     figures = "".join(figure(c, p) for c, p in zip(drawn, pictures, strict=False))
@@ -76,7 +77,7 @@ def html(
 <tbody>{"".join(row(g, columns) for g in groups)}</tbody>
 </table></div>
 {figures}
-{notes(groups)}
+{listed(notes)}
 <h2>How it was measured</h2>
 <dl>{"".join(fact(k, v) for k, v in metadata(groups).items())}</dl>
 </html>
@@ -125,9 +126,9 @@ def figure(chart: Chart, picture: Picture) -> str:
     )
 
 
-def notes(groups: Iterable[Group]) -> str:
-    found = dict.fromkeys(n for g in groups for r in g.records for n in r.get("notes", ()))
-    return f"<ul>{''.join(f'<li>{escape(n)}' for n in found)}</ul>" if found else ""
+def listed(notes: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(note)}" for note in notes)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def fact(name: str, value: Any) -> str:  # noqa: ANN401

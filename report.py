@@ -49,6 +49,7 @@ COLUMNS = (
     Column("p99_itl_ms", "p99", 2),
     Column("mean_e2el_ms", "E2EL ms", 0),
 )
+GOODPUT = Column("request_goodput", "good req/s", 2, more_is_better=True)
 CSV_FIELDS = (
     "name", "type", "input_len", "output_len", "concurrency", "request_rate", "repeat",
     "num_prompts", "completed", "valid", "duration",
@@ -104,12 +105,28 @@ def groups(records: Iterable[Record]) -> list[Group]:
 
 def table(records: Sequence[Record]) -> str:
     """A row a load; repeats are averaged, with their spread."""
-    found = groups(records)
-    rows = [[g.label, *(cell(g, c) for c in COLUMNS), "" if g.valid else "INVALID"] for g in found]
-    lines = columns_of([["", *(c.title for c in COLUMNS), ""], *rows])
+    found, columns = groups(records), columns_for(records)
+    rows = [[g.label, *(cell(g, c) for c in columns), "" if g.valid else "INVALID"] for g in found]
+    lines = columns_of([["", *(c.title for c in columns), ""], *rows])
     lines += [f"INVALID {g.label}: {problem}" for g in found for problem in g.problems]
-    notes = dict.fromkeys(note for r in records for note in r.get("notes", ()))
-    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in notes(records))])
+
+
+def columns_for(records: Iterable[Record]) -> tuple[Column, ...]:
+    limited = any(r.get(GOODPUT.key) is not None for r in records)
+    return (*COLUMNS, GOODPUT) if limited else COLUMNS
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """What every reader should know, and once is enough."""
+    found = list(dict.fromkeys(note for r in records for note in r.get("notes", ())))
+    clients = [r["client"] for r in records if r.get("client")]
+    if clients:
+        held, lag = (max(c[k] for c in clients) for k in ("late_share", "p99_read_lag_ms"))
+        found.append(f"the client's own delay: requests held back for at most {held:.1%} of their "
+                     f"time; p99 of reads at most {lag:.1f} ms late (kernel stamps undo that)"
+                     )  # fmt: skip
+    return found
 
 
 def cell(group: Group, column: Column) -> str:
@@ -164,7 +181,10 @@ def write(folder: Path, records: Sequence[Record]) -> None:
     pictures = charts.draw(drawn)
     for chart, picture in zip(drawn, pictures, strict=False):
         (folder / f"{chart.name}.png").write_bytes(picture.png)
-    save(folder / "report.html", page.html(groups(records), COLUMNS, drawn, pictures))
+    save(
+        folder / "report.html",
+        page.html(groups(records), columns_for(records), drawn, pictures, notes(records)),
+    )
 
 
 def save(path: Path, text: str) -> None:

@@ -76,6 +76,19 @@ def test_repeats_are_one_row_with_their_spread() -> None:
     assert "10.0 ±14.1%" in text
 
 
+def test_goodput_has_a_column_when_it_was_asked_for() -> None:
+    assert "good req/s" not in report.table([record(LATENCY, request_goodput=None)])
+    assert "good req/s" in report.table([record(LATENCY, request_goodput=1.25)])
+
+
+def test_the_clients_own_delay_is_told(tmp_path: Path) -> None:
+    facts = {"late_share": 0.012, "p99_read_lag_ms": 0.4}
+    report.write(tmp_path, [record(LATENCY, client=facts)])
+    words = "held back for at most 1.2% of their time"
+    assert words in report.table([record(LATENCY, client=facts)])
+    assert words in (tmp_path / "report.html").read_text()
+
+
 def test_one_bad_repeat_makes_the_row_invalid() -> None:
     assert "INVALID" in report.table([record(LATENCY), bad(SECOND)])
 
