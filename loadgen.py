@@ -31,6 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from connection import CONNECT_TIMEOUT, SECOND, Step, Stream
@@ -102,6 +103,7 @@ class Result:
     clock_step: float = 0.0  # ms that the wall clock moved against the monotonic one
     lags: Counter[int] = field(default_factory=Counter)  # reads by their lateness, in 0.1 ms
     cpu: float = 0.0  # the busiest process: share of a core
+    waited: float = 0.0  # ms in which it was ready to run and others had its core
 
 
 Progress = Callable[[int, int, int], None]  # requests done, requests failed, tokens received
@@ -365,7 +367,7 @@ def measure_here(
         loop.connect()
         with undisturbed():
             start = go()
-            offset, cpu = clock_offset(), time.process_time()
+            offset, cpu, waited = clock_offset(), time.process_time(), time_without_core()
             time.sleep(max(0.0, (start - time.time_ns()) / SECOND))
             loop.run(start)
         return Result(
@@ -374,6 +376,7 @@ def measure_here(
             clock_step=(clock_offset() - offset) / 1e6,
             lags=loop.lags,
             cpu=(time.process_time() - cpu) * SECOND / max(time.time_ns() - start, 1),
+            waited=(time_without_core() - waited) / 1e6,
         )
     finally:
         loop.close()
@@ -382,6 +385,14 @@ def measure_here(
 def clock_offset() -> int:
     """Arrival stamps are wall-clock time: when that steps, they are wrong."""
     return time.time_ns() - time.monotonic_ns()
+
+
+def time_without_core() -> int:
+    """ns that this process was ready to run and did not; 0 where the kernel does not tell."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 @contextmanager
@@ -484,4 +495,5 @@ def merged(results: list[Result]) -> Result:
         clock_step=max((r.clock_step for r in results), key=abs),
         lags=sum((r.lags for r in results), Counter()),
         cpu=max(r.cpu for r in results),
+        waited=max(r.waited for r in results),
     )

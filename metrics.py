@@ -196,9 +196,11 @@ def slow_client(load: Load, result: Result, good: Sequence[Outcome]) -> list[str
     if facts["late_share"] > SLOW_CLIENT and not queueing:
         found.append(f"the client held requests back for {facts['late_share']:.0%} of their time")
     gap = mean(g for o in good for g in o.gaps)
-    if facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > gap / 4 > 0:
-        share = f"{facts['merged_share']:.0%} of the events"
-        found.append(f"the client was so late to read that {share} have another one's time")
+    behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > gap / 2 > 0
+    held_up = facts["blurred_share"] > BLURRED and result.waited > gap
+    if behind or held_up:
+        share = facts["merged_share"] if behind else facts["blurred_share"]
+        found.append(f"the client read so late that {share:.0%} of the events have another's time")
     if not result.kernel_stamps and result.cpu > 0.9:
         found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
     if abs(result.clock_step) > CLOCK_STEP_MS:
@@ -222,7 +224,9 @@ def client_facts(load: Load, result: Result, good: Sequence[Outcome]) -> dict[st
         "late_share": math.fsum(late) / served if served else 0.0,
         "p99_read_lag_ms": lag(result.lags, 0.99),
         "max_read_lag_ms": max(result.lags, default=0) / 10,
+        "waited_for_core_ms": round(result.waited, 3),
         "merged_share": sum(o.merged for o in good) / events if events else 0.0,
+        "blurred_share": sum(o.blurred for o in good) / events if events else 0.0,
         "tokens_per_event": tokens / events if events else 0.0,
         "retried": sum(o.retried for o in result.outcomes),
         "clock_step_ms": round(result.clock_step, 3),

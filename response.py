@@ -10,7 +10,8 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ STREAM_END = (
 COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string quotes are escaped
 TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
 NO_ANSWER = "the connection closed before the answer began"
+LATE = 1.5  # times the usual pace
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
 
@@ -135,7 +137,8 @@ class Outcome:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     events: int = 0
-    merged: int = 0  # events that one read brought together, so their times are one
+    merged: int = 0  # events that came with another in one read, so their times are one
+    blurred: int = 0  # those of them that had waited for each other: somebody was late
     has_text: bool = False
     streamed: bool = True
     model: str = ""
@@ -261,7 +264,21 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: 
     counted = times[first : last + 1]
     outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(counted))
     outcome.events = len(counted)
-    outcome.merged = len(counted) - len(set(reads[first : last + 1]))
+    brought = Counter(reads[first : last + 1])  # events a read
+    outcome.merged = len(counted) - len(brought)
+    if outcome.merged:
+        outcome.blurred = count_blurred(brought, reply.stamps)
+
+
+def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
+    """Events in reads that came later after the last one than usual.
+
+    A server that sends its events in pairs sends the pairs at its usual pace. When several came at
+    once *and* after a longer time, they were sent one by one, and only the last one's time is known.
+    """
+    steps = [(stamps[b] - stamps[a], brought[b]) for a, b in pairwise(sorted(brought))]
+    usual = sorted(wait for wait, _ in steps)[len(steps) // 2] if steps else 0
+    return sum(events - 1 for wait, events in steps if wait > LATE * usual)
 
 
 def _note(document: Json, outcome: Outcome) -> None:

@@ -289,7 +289,8 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
     ("result", "words"),
     [
         (Result([outcome(sent=20 * MS)]), "held requests back"),
-        (Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({90: 1})), "late to read"),
+        (Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({90: 1})), "read so late"),
+        (Result([outcome(gaps=[20.0, 0.0], merged=1, blurred=1)], waited=50.0), "read so late"),
         (Result([outcome()], kernel_stamps=False, cpu=0.99), "99% of a core"),
         (Result([outcome()], clock_step=-30.0), "the clock was set by -30.0 ms"),
         (Result([outcome(output_tokens=None)]), "without usage"),
@@ -327,7 +328,12 @@ def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture
 
 
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
-    result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}))
+    result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}), waited=50.0)
+    assert problems(LOAD, result) == []
+
+
+def test_a_server_that_stalls_is_not_the_clients_fault() -> None:
+    result = Result([outcome(gaps=[90.0, 0.0], merged=1, blurred=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []
 
 

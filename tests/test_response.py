@@ -70,6 +70,22 @@ def test_events_that_one_read_brought_are_counted() -> None:
     assert (out.events, out.merged, list(out.gaps)) == (3, 1, [0.0, 1.0])
 
 
+def test_events_sent_in_pairs_are_merged_but_not_blurred() -> None:
+    pair = chunk(token()) + chunk(token())
+    out = read(HEAD + pair, pair, pair, pair, chunk(usage(1, 8)) + chunk(DONE) + LAST)
+    assert (out.merged, out.blurred) == (4, 0)
+
+
+def test_events_that_waited_for_each_other_are_blurred() -> None:
+    reply = Reply()
+    times = (0, 10, 20, 30, 70, 80)
+    for at in times:
+        reply.add((HEAD if at == 0 else b"") + chunk(token()) * (4 if at == 70 else 1), at * MS, 0)
+    reply.add(chunk(usage(1, 9)) + chunk(DONE) + LAST, 80 * MS, 0)
+    out = read_reply(reply, Outcome(0, 0, 0), False)
+    assert (out.events, out.merged, out.blurred) == (9, 3, 3)
+
+
 def test_a_body_with_content_length() -> None:
     body = token() + token() + usage(1, 2) + DONE
     head = (
