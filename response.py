@@ -273,8 +273,8 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: 
 def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
     """Events in reads that came later after the last one than usual.
 
-    A server that sends its events in pairs sends the pairs at its usual pace. When several came at
-    once *and* after a longer time, they were sent one by one, and only the last one's time is known.
+    A server that sends its events in pairs sends pairs at its usual pace. When several came at
+    once *and* after a longer time, they were sent singly, and only the last one's time is known.
     """
     steps = [(stamps[b] - stamps[a], brought[b]) for a, b in pairwise(sorted(brought))]
     usual = sorted(wait for wait, _ in steps)[len(steps) // 2] if steps else 0
