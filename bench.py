@@ -34,9 +34,9 @@ import container
 import endpoint
 import report
 from clients import BenchmarkServing, Builtin, Client, Options, Record, nothing
-from console import Failure, say
 from endpoint import Endpoint
 from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
+from nodes import Failure, say
 from sweep import stop_reason, sweep
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
@@ -200,7 +200,8 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
     add("-t", "--type", type=types, default=environ.get("BENCH_TYPE") or "all",
         help="comma-separated; default: all but sweep")  # fmt: skip
     add("-o", "--output", type=Path, help=f"result folder; default: {RESULTS}/DATE-TIME")
-    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="image of --client trtllm")
+    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="of --client trtllm: "
+        "tarball, tag or registry reference; default: as of run_sbatch.py")  # fmt: skip
     add("--client", choices=("builtin", "trtllm"), help="default: trtllm with -i or where "
         "tensorrt_llm is installed, else builtin")  # fmt: skip
     group = parser.add_argument_group("the load (replaces the type's own)").add_argument
@@ -252,10 +253,12 @@ def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
 
 
 def choose_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
-    trtllm = args.client == "trtllm" or (
-        args.client is None and (bool(args.image) or container.is_installed())
-    )
-    return (BenchmarkServing if trtllm else Builtin)(server, options(args, environ))
+    installed = container.is_installed()
+    if args.client == "builtin" or not (args.client or args.image or installed):
+        return Builtin(server, options(args, environ))
+    if args.image or not installed:
+        args.image = container.provide_image(args.image, environ)
+    return BenchmarkServing(server, options(args, environ))
 
 
 def result_folder(args: argparse.Namespace) -> Path:
@@ -306,24 +309,28 @@ def bench(argv: Sequence[str] | None = None) -> int:
     try:
         knee = run_all(work, args.type, overrides(args), args.sweep_by == "rate")
     except (KeyboardInterrupt, SystemExit) as stop:
-        say("\nstopped: what is finished is kept")
+        say("stopped: what is finished is kept")
         finish(work, None, stopped=True)
         raise stop
     return finish(work, knee, stopped=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGHUP, on_signal)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(each, on_signal)
     try:
         return bench(argv)
-    except Failure as e:
-        say(f"bench.py: {e.message}" + (f"\n  {e.hint}" if e.hint else ""))
+    except Failure as failure:
+        say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
 
 

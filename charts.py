@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from console import say
+from nodes import say
 
 Points = list[tuple[float, float]]
 SHORT = {"input_len": "in", "output_len": "out", "concurrency": "c", "rate": "rate"}

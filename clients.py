@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import container
 import sharegpt
-from console import LiveLine, say
 from endpoint import Endpoint
+from live import LiveLine
 from loadgen import Load, LoadError, Result, measure
 from matrix import Case
 from metrics import PERCENTILES, Wanted, summarise
-from prompts import Conversations, Prompts, RandomPrompts, Requests
+from nodes import say
+from payload import Conversations, Prompts, RandomPrompts, Requests
 
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's

@@ -13,27 +13,33 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from console import die, say
+import image
+from nodes import Place, die, find_place, say
+from server import mount_flag
 
-DEFAULT_IMAGE = "tensorrt-llm-serve:latest"
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY")
 
 
-def is_installed(environ: Mapping[str, str] = os.environ) -> bool:
+def is_installed() -> bool:
     """Is TensorRT-LLM here, without a container?"""
     return importlib.util.find_spec("tensorrt_llm") is not None
 
 
-def node(environ: Mapping[str, str]) -> list[str]:
-    """Nothing here; inside an allocation its first node, beside the server's own step."""
-    if not environ.get("SLURM_JOB_ID"):
-        return []
-    return [
-        "srun", "--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none",
-        "--nodes=1", "--ntasks=1", "--relative=0",
-    ]  # fmt: skip
+def node(environ: Mapping[str, str]) -> Place:
+    """This machine; inside an allocation its first node, beside the server's own step."""
+    place = find_place(environ)
+    return replace(place, size=1, every=place.head)
+
+
+def provide_image(asked: str, environ: Mapping[str, str]) -> str:
+    """Bring the image there if it is not, as run_sbatch.py does; its tag."""
+    found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
+    if found.tarball or (found.registry and not image_id(found.tag, environ)):
+        image.provide(found, node(environ))
+    return found.tag
 
 
 def name() -> str:
@@ -41,24 +47,23 @@ def name() -> str:
 
 
 def prefix(
-    image: str, mounts: Sequence[Path], environ: Mapping[str, str], gpus: str = ""
+    tag: str, mounts: Sequence[Path], environ: Mapping[str, str], gpus: str = ""
 ) -> list[str]:
-    """Puts a command into a container that sees the mounts; [] where TensorRT-LLM is installed."""
-    if not image and is_installed():
+    """Puts a command into a container that sees the mounts; [] for no tag: it runs as it is."""
+    if not tag:
         return []
     cache = environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
-    paths = dict.fromkeys([*map(str, mounts), cache])
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
     return [
-        *node(environ),
+        *node(environ).head,
         "docker", "run", "--rm", "--init",
         f"--name={name()}",
         "--net=host", "--ipc=host",
         *([f"--gpus={gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"] if gpus else []),
-        *(f"--volume={path}:{path}" for path in paths),
+        *map(mount_flag, dict.fromkeys([*map(str, mounts), cache])),
         f"--env=HF_HOME={cache}",
         *(f"--env={n}" for n in names),  # names only: an argv is there for all to read
-        image or DEFAULT_IMAGE,
+        tag,
     ]  # fmt: skip
 
 
@@ -69,7 +74,7 @@ def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> It
         yield
     except BaseException:
         if "docker" in command:
-            remove = [*node(environ), "docker", "rm", "--force", name()]
+            remove = [*node(environ).head, "docker", "rm", "--force", name()]
             subprocess.run(remove, capture_output=True, timeout=30, check=False)
         raise
 
@@ -83,16 +88,16 @@ def run(command: Sequence[str], environ: Mapping[str, str], hint: str = "") -> i
         return subprocess.run(command, stdout=sys.stderr, env={**os.environ, **environ}).returncode
 
 
-def image_id(image: str, environ: Mapping[str, str]) -> str | None:
-    if not image:
+def image_id(tag: str, environ: Mapping[str, str]) -> str | None:
+    if not tag:
         return None
-    ask = [*node(environ), "docker", "image", "inspect", "--format={{.Id}}", image]
+    ask = [*node(environ).head, "docker", "image", "inspect", "--format={{.Id}}", tag]
     return output(ask)
 
 
 def gpu_names(environ: Mapping[str, str]) -> list[str]:
     """Of this machine or the allocation's first node; a server elsewhere keeps its own secret."""
-    ask = [*node(environ), "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    ask = [*node(environ).head, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return (output(ask) or "").splitlines()
 
 

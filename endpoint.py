@@ -12,8 +12,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import requests
 
-from console import Failure, die
 from loadgen import Target
+from nodes import Failure, die
 
 TIMEOUT = 10.0
 DEFAULT_PORT = 8000
@@ -80,7 +80,8 @@ def base_url(host: str, port: int | None) -> str:
 
 def choose(model: str, served: list[str], url: str) -> str:
     """TensorRT-LLM serves a directory under its last part, and answers to any name at all."""
-    names = [model, PurePath(model).name] if model.startswith(("/", ".", "~")) else [model]
+    is_path = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    names = [model, PurePath(model).name] if is_path else [model]
     for name in names if model else served:
         if name in served:
             return name

@@ -22,8 +22,9 @@ from typing import Any
 import charts
 import page
 from clients import DETAILS
-from console import Failure, colour, die, say
+from live import colour
 from metrics import spread
+from nodes import Failure, die, say
 
 Record = dict[str, Any]
 SUMMARY = ("summary.json", "summary.csv")
@@ -305,8 +306,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(Path(words[0]), records)
             print(table(records))
             say(f"{words[0]}/report.html")
-    except Failure as e:
-        say(f"report.py: {e.message}")
+    except Failure as failure:
+        say(f"ERROR {failure.message}")
+        return 1
+    except OSError as error:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         return 1
     return 0
 

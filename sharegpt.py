@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from console import LiveLine, die, say
-from prompts import Conversations
+from live import LiveLine
+from nodes import die, say
+from payload import Conversations
 
 URL = (
     "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main/"

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import container
-from console import Failure, die, say
 from endpoint import environment
+from nodes import Failure, die, say
 
 PREPARE = "/app/tensorrt_llm/benchmarks/cpp/prepare_dataset.py"  # in NVIDIA's image
 # fmt: off
@@ -59,8 +59,8 @@ def parse(
     add("--num-requests", type=int, default=100, help="default: %(default)s")
     add("--input-len", type=int, default=128, help="tokens; default: %(default)s")
     add("--output-len", type=int, default=128, help="tokens; default: %(default)s")
-    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="default: none where "
-        f"tensorrt_llm is installed, else {container.DEFAULT_IMAGE}")  # fmt: skip
+    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="tarball, tag or registry "
+        "reference; default: none where tensorrt_llm is, else as of run_sbatch.py")  # fmt: skip
     add("-o", "--output", type=Path, help="folder of the report; default: results/static-DATE-TIME")
     add("--prepare-dataset", default=PREPARE, help="where that script is; default: %(default)s")
     return parser.parse_known_args(argv)
@@ -73,7 +73,10 @@ def static_bench(argv: Sequence[str] | None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(args.model).resolve()
     mounts = [folder, *([model] if model.is_dir() else [])]
-    prefix = container.prefix(args.image, mounts, environ, gpus=environ.get("GPUS", "all"))
+    tag = args.image
+    if tag or not container.is_installed():
+        tag = container.provide_image(tag, environ)
+    prefix = container.prefix(tag, mounts, environ, gpus=environ.get("GPUS", "all"))
     status = container.run([*prefix, *command(args, more, folder)], environ)
     report = folder / "report.json"
     if status or not report.exists():
@@ -86,8 +89,8 @@ def static_bench(argv: Sequence[str] | None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         return static_bench(argv)
-    except Failure as e:
-        say(f"static_bench.py: {e.message}" + (f"\n  {e.hint}" if e.hint else ""))
+    except Failure as failure:
+        say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
         return 1
     except KeyboardInterrupt:
         return 130

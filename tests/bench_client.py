@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from loadgen import Load, Result, Target, measure  # noqa: E402
 from metrics import mean, percentile, slow_client  # noqa: E402
-from prompts import RandomPrompts, Requests  # noqa: E402
+from payload import RandomPrompts, Requests  # noqa: E402
 
 TTFT_MS, ITL_MS, TOKENS, PROMPT = 50, 10, 128, 16
 ROUNDS, FEWEST, ATTEMPTS = 4, 8, 3
@@ -78,7 +78,7 @@ def separate_cores(pid: int) -> None:
     os.sched_setaffinity(0, {cores[1]})
 
 
-def admin(port: int, path: str) -> Any:  # noqa: ANN401
+def admin(port: int, path: str) -> Any:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/admin/{path}") as answer:
         return json.load(answer)
 

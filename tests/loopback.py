@@ -41,7 +41,7 @@ class Request:
             if pause:
                 time.sleep(pause)
 
-    def document(self, body: Any, status: str = "200 OK") -> None:  # noqa: ANN401
+    def document(self, body: Any, status: str = "200 OK") -> None:
         text = json.dumps(body).encode()
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
         self.send(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
@@ -80,7 +80,7 @@ class Server:
         with suppress(OSError):
             connection.close()
 
-    def handle(self, connection: socket.socket, file: Any, line: bytes, count: int) -> None:  # noqa: ANN401
+    def handle(self, connection: socket.socket, file: Any, line: bytes, count: int) -> None:
         fields = {}
         while (header := file.readline().decode().strip()) != "":
             name, _, value = header.partition(":")
@@ -142,7 +142,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def event(document: Any) -> bytes:  # noqa: ANN401
+def event(document: Any) -> bytes:
     return b"data: " + json.dumps(document, separators=(",", ":")).encode() + b"\n\n"
 
 
@@ -151,7 +151,7 @@ def token(text: str = " word", finish: str | None = None, model: str = MODEL) ->
     return event({"id": "cmpl-1", "model": model, "choices": [choice]})
 
 
-def delta(finish: str | None = None, **fields: Any) -> bytes:  # noqa: ANN401
+def delta(finish: str | None = None, **fields: Any) -> bytes:
     choice = {"index": 0, "delta": fields, "finish_reason": finish}
     return event({"id": "chatcmpl-1", "model": MODEL, "choices": [choice]})
 

@@ -21,14 +21,15 @@ import bench
 import clients
 import container
 import endpoint
+import image
 import metrics
 import sharegpt
-from console import Failure
 from endpoint import Endpoint, base_url, choose
 from loadgen import Load, Result, Target, measure
 from matrix import MATRIX, Case, Overrides, cases
 from metrics import Wanted, find_problems, goodput_of, percentile, summarise
-from prompts import RandomPrompts, Requests
+from nodes import Failure
+from payload import RandomPrompts, Requests
 from response import Outcome
 from sweep import stop_reason, sweep
 from tests.loopback import (
@@ -272,7 +273,7 @@ def test_a_server_with_another_model_after_the_run(monkeypatch: pytest.MonkeyPat
     assert problem == f"the server now serves another, not {MODEL}"
 
 
-def outcome(**facts: Any) -> Outcome:  # noqa: ANN401
+def outcome(**facts: Any) -> Outcome:
     usual = {"first": 50 * MS, "last": 90 * MS, "output_tokens": 5, "prompt_tokens": 4, "events": 5,
              "has_text": True, "model": MODEL}  # fmt: skip
     return Outcome(**{"index": 0, "intended": 0, "sent": 0, **usual, **facts})
@@ -310,7 +311,7 @@ def test_a_client_that_was_held_up_measures_again(
 ) -> None:
     seen: list[bytes] = []
 
-    def held_up(load: Load, *more: Any) -> Result:  # noqa: ANN401
+    def held_up(load: Load, *more: Any) -> Result:
         result = measure(load, *more)
         seen.append(load.body(0))
         return replace(result, clock_step=100.0) if len(seen) == 2 else result  # 1: the warm-up
@@ -487,7 +488,7 @@ def test_overrides_change_the_table() -> None:
     assert found[-1].name == "prefill-in10-out30-rate2.5-unlimited-r2"
 
 
-def record(throughput: float, **facts: Any) -> dict[str, Any]:  # noqa: ANN401
+def record(throughput: float, **facts: Any) -> dict[str, Any]:
     return {"valid": True, "output_throughput": throughput, "request_throughput": 1.0,
             "duration": 10.0, "completed": 10, "mean_e2el_ms": 0.0, "request_rate": "inf",
             **facts}  # fmt: skip
@@ -749,15 +750,13 @@ def test_its_command_line() -> None:
     ]  # fmt: skip
 
 
-def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(container, "is_installed", lambda: False)
+def test_in_a_container_here_and_on_the_first_node_of_an_allocation() -> None:
     environ = {"HF_HOME": "/cache", "HF_TOKEN": "secret", "OPENAI_API_KEY": "key", "OTHER": "x"}
     here = container.prefix("image:1", [Path("/a b")], environ)
     assert here == [
         "docker", "run", "--rm", "--init", f"--name=trtllm-bench-{os.getpid()}",
-        "--net=host", "--ipc=host", "--volume=/a b:/a b", "--volume=/cache:/cache",
+        "--net=host", "--ipc=host", "--mount=type=bind,source=/a b,target=/a b",
+        "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
     ]  # fmt: skip
     there = container.prefix("image:1", [Path("/a b")], {**environ, "SLURM_JOB_ID": "7"})
@@ -765,12 +764,20 @@ def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
     assert there[there.index("docker") :] == here
 
 
-def test_where_tensorrt_llm_is_installed_there_is_no_container(
+def test_the_image_is_brought_to_where_it_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(container, "is_installed", lambda: True)
+    brought: list[tuple[str, int]] = []
+    monkeypatch.setattr(container, "image_id", lambda *_: None)
+    monkeypatch.setattr(image, "provide", lambda i, place: brought.append((i.tag, place.size)))
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
+    assert container.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
+    assert container.provide_image("local:1", allocation) == "local:1"
+    assert brought == [("nvcr.io/x/y:1", 1)]  # the first node alone
+
+
+def test_where_tensorrt_llm_is_installed_there_is_no_container() -> None:
     assert container.prefix("", [], {}) == []
-    assert container.prefix("image:1", [], {})[0] == "docker"
 
 
 def test_through_docker(

@@ -21,7 +21,7 @@ from matrix import Case
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:  # noqa: ANN401
+def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:
     names = (f"{kind}_{metric}_ms" for metric in ("ttft", "tpot", "itl", "e2el")
              for kind in ("mean", "median", "std", "p90", "p95", "p99"))  # fmt: skip
     return {
@@ -134,7 +134,7 @@ def test_without_matplotlib_there_are_no_plots_but_all_numbers(
 ) -> None:
     real = builtins.__import__
 
-    def without(name: str, *args: Any, **more: Any) -> Any:  # noqa: ANN401
+    def without(name: str, *args: Any, **more: Any) -> Any:
         if name.startswith("matplotlib"):
             raise ImportError
         return real(name, *args, **more)

@@ -68,8 +68,8 @@ def test_its_own_failure_is_one(installed: list[str], capfd: pytest.CaptureFixtu
     assert "exit code 2" in capfd.readouterr().err
 
 
-def test_in_the_container_it_gets_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "is_installed", lambda: False)
-    prefix = container.prefix("", [Path("/out")], {}, gpus="all")
-    assert {"--gpus=all", "--ulimit=memlock=-1", "--volume=/out:/out"} <= set(prefix)
-    assert prefix[-1] == container.DEFAULT_IMAGE
+def test_in_the_container_it_gets_the_gpus() -> None:
+    prefix = container.prefix("image:1", [Path("/out")], {}, gpus="all")
+    mount = "--mount=type=bind,source=/out,target=/out"
+    assert {"--gpus=all", "--ulimit=memlock=-1", mount} <= set(prefix)
+    assert prefix[-1] == "image:1"

@@ -1,27 +1,11 @@
-"""What the benchmark says on the way: talk on stderr, failures with a hint, one live line."""
+"""One line of a terminal that tells how far a run or a download is."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from typing import NoReturn, TextIO
-
-
-class Failure(Exception):
-    """What failed, in one sentence, and what to do next. Ends the program with exit code 1."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
-
-
-def die(message: str, *, hint: str = "") -> NoReturn:
-    raise Failure(message, hint)
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+from typing import TextIO
 
 
 def colour(text: str, code: str, stream: TextIO) -> str:
