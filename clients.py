@@ -74,6 +74,7 @@ class Builtin:
 
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
+        self.tried = False  # one request at least shows what the server refuses
         self.ignore_eos = True
         self.notes: list[str] = []
 
@@ -145,8 +146,10 @@ class Builtin:
         count = self.options.warmup
         if count is None:
             count = min(load.width, WARM_UP_STREAMS)
+        count = max(count, 0 if self.tried else 1)
+        self.tried = True
         assert isinstance(load.body, Requests)
-        result = measure(self.warm_up_load(load, max(count, 1))) if count else Result([])
+        result = measure(self.warm_up_load(load, count)) if count else Result([])
         refused = next((o.error for o in result.outcomes if "ignore_eos" in o.error), "")
         if self.ignore_eos and refused.startswith(REFUSALS):
             self.ignore_eos = False
