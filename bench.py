@@ -223,8 +223,8 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
     group("--repeat", type=count, default=1, help="runs of each load; the report has their spread")
     group("--warmup", type=int, help="unmeasured requests before each run; default: up to 16")
     group("--seed", type=int, default=random.randrange(1 << 31),
-          help="of prompts and arrivals; default: a new one, as the last run's prompts may still be "
-          "in the server's prefix cache")  # fmt: skip
+          help="of prompts and arrivals; default: a new one, as earlier prompts may still be in "
+          "the server's prefix cache")  # fmt: skip
     group("--goodput", type=limit, nargs="+", default=[], metavar="NAME:MS",
           help="count the requests within these limits: ttft:200 tpot:30 e2el:5000")  # fmt: skip
     group("--timeout", type=float, default=600.0, help="seconds a request may take")
