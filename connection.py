@@ -151,6 +151,7 @@ class Stream:
             seconds, nanoseconds = read_timespec(ancillary[0][2])
             self.received(data, seconds * SECOND + nanoseconds, now)
         else:
+            self.loop.unstamped += 1
             self.received(data, now, now)
 
     def receive_tls(self, now: int) -> None:

@@ -243,6 +243,7 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
         _note(event.read(), outcome)
     if not done:
         raise Malformed("the stream ended without [DONE]")
+    tokens = tokens or [e for e in others if (e.read() or {}).get("choices")]  # written oddly
     if not tokens:
         raise Malformed("the stream held no token")
     _note(tokens[-1].read(), outcome)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import connection
 from loadgen import Load, LoadError, Result, Target, arrivals, measure
 from response import BROKEN_OFF, NO_ANSWER, Outcome
 from tests.loopback import (
@@ -102,6 +103,14 @@ def test_the_clients_own_delay_is_not_the_servers() -> None:
     (out,) = result.outcomes
     assert 300 <= (out.first - out.sent) / MS < 340
     assert max(result.lags) / 10 > 100  # and it says how late it was
+
+
+def test_without_stamps_from_the_kernel_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "RX_SOFTWARE", 0)
+    with serving(lambda r: obedient(r, 0.03)) as server:
+        result = load_on(server, 2)
+    assert not result.kernel_stamps
+    assert all(30 <= (o.first - o.sent) / MS < 60 for o in result.outcomes)
 
 
 def test_a_closed_loop_keeps_its_number_of_streams() -> None:

@@ -116,6 +116,13 @@ def test_trailers_and_chunk_extensions() -> None:
     assert (out.error, out.output_tokens) == ("", 1)
 
 
+def test_json_may_be_spaced_in_any_way() -> None:
+    for spaced in (b'"choices": [{', b'"choices" : [ {'):
+        events = (token() + token()).replace(b'"choices":[{', spaced)
+        out = read(HEAD + chunk(events) + chunk(usage(1, 2)) + chunk(DONE) + LAST)
+        assert (out.error, out.events, out.output_tokens) == ("", 2, 2)
+
+
 def test_interim_responses_are_stepped_over() -> None:
     out = read(b"HTTP/1.1 100 Continue\r\n\r\n", stream())
     assert (out.error, out.output_tokens) == ("", 3)
