@@ -179,9 +179,8 @@ def notes_for(case: Case, record: Record) -> list[str]:
         notes.append(f"an event carried {client['tokens_per_event']:.1f} tokens on average: "
                      "ITL is the time between events")  # fmt: skip
     if client["stamps"] != "kernel":
-        notes.append(
-            "times were taken by the client, not by the kernel (https, or no SO_TIMESTAMPING)"
-        )
+        notes.append("times were taken by the client, not by the kernel: https, or a kernel "
+                     "without SO_TIMESTAMPING")  # fmt: skip
     if client["retried"]:
         notes.append(f"{client['retried']} requests were sent again: the server had closed the "
                      "idle connection")  # fmt: skip

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,6 @@ def separate_cores(pid: int) -> None:
         return
     os.sched_setaffinity(pid, {cores[0]})
     os.sched_setaffinity(0, {cores[1]})
-
-
-def ahead_of_others() -> None:
-    """Where it may (root), the client runs before other work: it is to be measured, not that."""
-    with suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
 
 def admin(port: int, path: str) -> Any:
@@ -154,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst = 0.0
     with server() as (port, pid):
         separate_cores(pid)
-        ahead_of_others()
         print(f"Timetable: TTFT {TTFT_MS} ms, ITL {ITL_MS} ms, {TOKENS} tokens; all in ms.\n")
         print("| streams | TTFT sent | measured | error | ITL p99 sent | measured | error "
               "| requests/s | client CPU |")  # fmt: skip

@@ -128,7 +128,8 @@ def test_connections_are_open_before_the_clock_starts() -> None:
     assert max((o.sent - o.intended) / MS for o in result.outcomes) < 50
 
 
-def test_garbage_collection_is_on_again_afterwards() -> None:
+def test_it_leaves_the_process_as_it_was() -> None:
+    before = os.sched_getscheduler(0)
     seen: list[bool] = []
 
     def answer(request: Request) -> None:
@@ -138,6 +139,7 @@ def test_garbage_collection_is_on_again_afterwards() -> None:
     with serving(answer) as server:
         load_on(server)
     assert (seen, gc.isenabled()) == ([False], True)
+    assert os.sched_getscheduler(0) == before
 
 
 # --- bodies and connections -----------------------------------------------------------------------
