@@ -47,8 +47,7 @@ def find_endpoint(
 ) -> Endpoint:
     """-H and -p, else what the launcher wrote into logs/endpoint.json, else localhost:8000."""
     record = None if host or port else find_record(environ)
-    found = json.loads(record.read_text()) if record else {}
-    url = str(found.get("url") or base_url(host or "localhost", port)).rstrip("/")
+    url = str(read_record(record).get("url") or base_url(host or "localhost", port)).rstrip("/")
     key = environ.get("OPENAI_API_KEY", "")
     endpoint = Endpoint(url, "", model, key, verify, record)
     served = models(endpoint)
@@ -60,6 +59,19 @@ def find_record(environ: Mapping[str, str]) -> Path | None:
     return next(
         (p / "logs/endpoint.json" for p in places if (p / "logs/endpoint.json").is_file()), None
     )
+
+
+def read_record(record: Path | None) -> dict[str, Any]:
+    """What the launcher wrote; nothing when it has been removed since."""
+    if not record or not record.is_file():
+        return {}
+    try:
+        found = json.loads(record.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        die(f"{record} does not name a server", hint="remove it, or name the server with -H and -p")
+    return found
 
 
 def base_url(host: str, port: int | None) -> str:
@@ -121,10 +133,7 @@ def version(endpoint: Endpoint) -> str | None:
 
 def identity(endpoint: Endpoint) -> dict[str, Any]:
     """What must not change while it is measured."""
-    started = None
-    if endpoint.record and endpoint.record.is_file():
-        started = json.loads(endpoint.record.read_text()).get("started")
-    return {"model": models(endpoint), "started": started}
+    return {"model": models(endpoint), "started": read_record(endpoint.record).get("started")}
 
 
 def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> list[str]:

@@ -368,6 +368,16 @@ def test_the_launchers_record_names_the_server(capsys: pytest.CaptureFixture[str
     assert f":{server.port} serves {MODEL}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{half", "[]"])
+def test_a_launchers_record_that_names_nothing(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    Path("logs").mkdir()
+    Path("logs/endpoint.json").write_text(text)
+    assert bench.main(["-o", "out"]) == 1
+    assert "endpoint.json does not name a server" in capsys.readouterr().err
+
+
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["-p", "1", "-o", "out"]) == 1
     assert "no server answers at http://localhost:1" in capsys.readouterr().err
