@@ -56,7 +56,7 @@ def prefix(
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
     return [
         *node(environ).head,
-        "docker", "run", "--rm", "--init",
+        "docker", "run", "--rm", "--init", "--pull=never",
         f"--name={name()}",
         "--net=host", "--ipc=host",
         *([f"--gpus={gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"] if gpus else []),

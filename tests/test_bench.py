@@ -764,7 +764,7 @@ def test_in_a_container_here_and_on_the_first_node_of_an_allocation() -> None:
     environ = {"HF_HOME": "/cache", "HF_TOKEN": "secret", "OPENAI_API_KEY": "key", "OTHER": "x"}
     here = container.prefix("image:1", [Path("/a b")], environ)
     assert here == [
-        "docker", "run", "--rm", "--init", f"--name=trtllm-bench-{os.getpid()}",
+        "docker", "run", "--rm", "--init", "--pull=never", f"--name=trtllm-bench-{os.getpid()}",
         "--net=host", "--ipc=host", "--mount=type=bind,source=/a b,target=/a b",
         "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
