@@ -31,7 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import container
+import bench_place
 import endpoint
 import report
 from clients import BenchmarkServing, Builtin, Client, Options, Record, nothing
@@ -256,11 +256,11 @@ def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
 
 
 def choose_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
-    installed = container.is_installed()
+    installed = bench_place.is_installed()
     if args.client == "builtin" or not (args.client or args.image or installed):
         return Builtin(server, options(args, environ))
     if args.image or not installed:
-        args.image = container.provide_image(args.image, environ)
+        args.image = bench_place.provide_image(args.image, environ)
     return BenchmarkServing(server, options(args, environ))
 
 
@@ -283,7 +283,7 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
         "client": client.name,
         "backend": args.backend,
         "image": args.image or None,
-        "image_id": container.image_id(args.image, environ),
+        "image_id": bench_place.image_id(args.image, environ),
         "gpus": container.gpu_names(environ),
         "burstiness": args.burstiness,
         "seed": args.seed,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import container
+import bench_place
 import sharegpt
 from endpoint import Endpoint
 from live import LiveLine
@@ -223,7 +223,7 @@ class BenchmarkServing:
         file = folder.resolve() / f".{case.name}.benchmark_serving.json"
         file.unlink(missing_ok=True)
         command = [
-            *container.prefix(options.image, self.mounts(folder), options.environ),
+            *bench_place.prefix(options.image, self.mounts(folder), options.environ),
             *benchmark_serving(case, self.endpoint, options, file),
         ]
         status = container.run(command, options.environ, "--client builtin needs no container")

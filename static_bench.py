@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import container
+import bench_place
 from endpoint import environment
 from nodes import Failure, die, say
 
@@ -74,9 +74,9 @@ def static_bench(argv: Sequence[str] | None) -> int:
     model = Path(args.model).resolve()
     mounts = [folder, *([model] if model.is_dir() else [])]
     tag = args.image
-    if tag or not container.is_installed():
-        tag = container.provide_image(tag, environ)
-    prefix = container.prefix(tag, mounts, environ, gpus=environ.get("GPUS", "all"))
+    if tag or not bench_place.is_installed():
+        tag = bench_place.provide_image(tag, environ)
+    prefix = bench_place.prefix(tag, mounts, environ, gpus=environ.get("GPUS", "all"))
     status = container.run([*prefix, *command(args, more, folder)], environ)
     report = folder / "report.json"
     if status or not report.exists():

@@ -19,7 +19,7 @@ import pytest
 
 import bench
 import clients
-import container
+import bench_place
 import endpoint
 import image
 import metrics
@@ -762,14 +762,14 @@ def test_its_command_line() -> None:
 
 def test_in_a_container_here_and_on_the_first_node_of_an_allocation() -> None:
     environ = {"HF_HOME": "/cache", "HF_TOKEN": "secret", "OPENAI_API_KEY": "key", "OTHER": "x"}
-    here = container.prefix("image:1", [Path("/a b")], environ)
+    here = bench_place.prefix("image:1", [Path("/a b")], environ)
     assert here == [
         "docker", "run", "--rm", "--init", "--pull=never", f"--name=trtllm-bench-{os.getpid()}",
         "--net=host", "--ipc=host", "--mount=type=bind,source=/a b,target=/a b",
         "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
     ]  # fmt: skip
-    there = container.prefix("image:1", [Path("/a b")], {**environ, "SLURM_JOB_ID": "7"})
+    there = bench_place.prefix("image:1", [Path("/a b")], {**environ, "SLURM_JOB_ID": "7"})
     assert there[0] == "srun"
     assert there[there.index("docker") :] == here
 
@@ -781,13 +781,13 @@ def test_the_image_is_brought_to_where_it_is_needed(
     monkeypatch.setattr(container, "image_id", lambda *_: None)
     monkeypatch.setattr(image, "provide", lambda i, place: brought.append((i.tag, place.size)))
     allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
-    assert container.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
-    assert container.provide_image("local:1", allocation) == "local:1"
+    assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
+    assert bench_place.provide_image("local:1", allocation) == "local:1"
     assert brought == [("nvcr.io/x/y:1", 1)]  # the first node alone
 
 
 def test_where_tensorrt_llm_is_installed_there_is_no_container() -> None:
-    assert container.prefix("", [], {}) == []
+    assert bench_place.prefix("", [], {}) == []
 
 
 def test_through_docker(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import container
+import bench_place
 import static_bench
 
 PREPARE = """
@@ -69,7 +69,7 @@ def test_its_own_failure_is_one(installed: list[str], capfd: pytest.CaptureFixtu
 
 
 def test_in_the_container_it_gets_the_gpus() -> None:
-    prefix = container.prefix("image:1", [Path("/out")], {}, gpus="all")
+    prefix = bench_place.prefix("image:1", [Path("/out")], {}, gpus="all")
     mount = "--mount=type=bind,source=/out,target=/out"
     assert {"--gpus=all", "--ulimit=memlock=-1", mount} <= set(prefix)
     assert prefix[-1] == "image:1"
