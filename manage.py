@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nodes import die, is_alive, run, say
+from nodes import die, is_alive, launcher, run, say, write_json
+from plan import Plan
 
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
@@ -20,6 +21,27 @@ def act(args: argparse.Namespace) -> int:
     if args.logs:
         return follow_log(logs)
     return stop(logs) if args.stop else status(logs)
+
+
+def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
+    """Say that a launch is under way, for --status and --stop."""
+    write_json(
+        path,
+        {
+            "job": plan.place.job,
+            "launcher": launcher(),
+            "url": url,
+            "model": plan.engine[1],
+            "log": str(log),
+        },
+    )
+
+
+def remove_records(*paths: Path) -> None:
+    """Remove our own records; another launch of the workspace keeps its own."""
+    for path in paths:
+        if (record := read_record(path)) and record["launcher"] == launcher():
+            path.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
