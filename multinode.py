@@ -42,7 +42,7 @@ BEAT = script(r"""
     trap 'kill $watch $beat 2>/dev/null' EXIT;
 """)
 
-HOLDER = " ".join([TELL, HOLD, INTERFACES, SPOOL, CONTAINER, ATTACHED, BEAT, FINISH,
+HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FINISH,
                    'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
