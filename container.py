@@ -75,7 +75,7 @@ BARE = (
     stop() {
         trap '' TERM INT HUP;
         [ -n "$engine" ] || exit 143;
-        kill -TERM $engine; kill -TERM -- -$engine 2>/dev/null;
+        kill -TERM -- -$engine 2>/dev/null || kill -TERM $engine;
         for i in $(seq 30); do kill -0 -- -$engine 2>/dev/null || exit 143; sleep 0.1; done;
         kill -KILL -- -$engine;
         exit 143;
@@ -103,8 +103,8 @@ REMOVE_BY_NAME = (
 def mount_flag(path: str) -> str:
     """`--mount`'s value is a CSV row: a comma or quote in a path is written as CSV writes it."""
     row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(["type=bind", f"source={path}", f"target={path}"])
-    return f"--mount={row.getvalue()}"
+    csv.writer(row, lineterminator="\n").writerow(["type=bind", f"source={path}", f"target={path}"])
+    return f"--mount={row.getvalue()[:-1]}"
 
 
 def passed_on(environ: Mapping[str, str]) -> list[str]:

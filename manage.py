@@ -48,7 +48,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """A launch's record with `alive` added; None where it cannot be read."""
     try:
         record = json.loads(path.read_text())
-        return {**record, "alive": is_alive(record["launcher"])}
+        who = {key: str(record[key]) for key in ("job", "url", "model")}
+        return {**record, **who, "alive": is_alive(record["launcher"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -106,8 +107,13 @@ def tell(record: dict[str, Any]) -> None:
     """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job."""
     where, pid, _ = record["launcher"].rsplit(":", 2)
     if record["alive"]:
-        os.kill(int(pid), signal.SIGTERM)
-    elif str(record["job"]).isdigit():
+        try:
+            os.kill(int(pid), signal.SIGTERM)
+        except ProcessLookupError:
+            pass  # it ended in this very moment
+        except PermissionError:
+            die(f"the launcher of {record['job']}, process {pid}, is somebody else's")
+    elif (job := record["job"]).isascii() and job.isdigit():
         run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
     else:
         die(f"the launcher runs on {where.partition('/')[0]}: stop it there")

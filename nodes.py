@@ -49,8 +49,10 @@ def die(message: str, *, hint: str = "") -> NoReturn:
 
 def say(message: str) -> None:
     """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def script(text: str) -> str:
@@ -265,7 +267,8 @@ def held(argv: Sequence[str], secret: str | None = None) -> Iterator[Step]:
 def process_start(pid: int) -> str:
     """When a process began, in clock ticks since boot: its identity beside its pid; '' if gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended
     except OSError:
         return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,16 @@ class Plan:
     spread: Spread | None = None  # None: one server within the first node
 
 
+def real(path: str) -> Path:
+    """A path as it is, home directory and links resolved; never an error."""
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+
+
+def is_directory(path: Path | str) -> bool:
+    """False for a name too long, too, where Path.is_dir() raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
     """The model, all arguments of trtllm-serve, and the port it will serve on."""
     model, args = parallelism.split_model(rest)
@@ -55,7 +66,7 @@ def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
         say(f"no MODEL was given: serving {model}")
     args = parallelism.rename_config(args)
     port = parallelism.value_of(args, "--port") or setting("PORT")
-    if not port.isdigit() or not 0 < int(port) < 65536:
+    if not parallelism.is_count(port) or int(port) > 65535:
         die(f"the port is {port!r}, not a number from 1 to 65535")
     if parallelism.value_of(args, "--host") is None:
         args += ["--host", "0.0.0.0"]
@@ -66,9 +77,9 @@ def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
 
 def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
     """Host directories that the containers see under the same path, each once."""
-    mount = Path(args.container_mount).expanduser().resolve()
+    mount = real(args.container_mount)
     mounts = [args.workspace, cache]
-    if mount.is_dir():
+    if is_directory(mount):
         mounts.insert(0, mount)
     elif args.asked_mount:
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
@@ -80,7 +91,7 @@ def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
 
 def local_paths(model: str, serve_args: Sequence[str]) -> list[Path]:
     """The model and config, where they are files: the nodes have to see them."""
-    paths = [Path(model)] if model.startswith(("/", "./", "../")) or Path(model).is_dir() else []
+    paths = [Path(model)] if model.startswith(("/", "./", "../")) or is_directory(model) else []
     config = parallelism.value_of(serve_args, "--extra_llm_api_options")
     return [p.absolute() for p in [*paths, *([Path(config)] if config is not None else [])]]
 
@@ -88,7 +99,8 @@ def local_paths(model: str, serve_args: Sequence[str]) -> list[Path]:
 def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
     for path in paths:
         # As it is called and as it is: a link that leads in from outside is unknown inside.
-        if not all(any(p.is_relative_to(m) for m in mounts) for p in (path, path.resolve())):
+        called = any(path.is_relative_to(m) for m in mounts)
+        if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
             die(
                 f"{path} is not mounted into the container; these are: "
                 f"{', '.join(map(str, mounts))}",

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-# SBATCH --job-name=trtllm-serve
-# SBATCH --nodes=1
-# SBATCH --gpus-per-node=8
-# SBATCH --exclusive
+# fmt: off
+#SBATCH --job-name=trtllm-serve
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+# fmt: on
 """Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as a batch job.
 
 The image is put on every node, the server started on the first, its log streamed; it is held until
@@ -44,15 +46,19 @@ def become_the_original() -> None:
 
 def original_directory() -> Path:
     job = os.environ.get("SLURM_JOB_ID", "")
-    show = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    fields = dict(line.strip().partition("=")[::2] for line in show.stdout.splitlines())
+    try:
+        ask = ["scontrol", "show", "job", job]
+        show = subprocess.run(ask, capture_output=True, text=True).stdout
+    except OSError:
+        show = ""
+    fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
     command, workdir = fields.get("Command", ""), fields.get("WorkDir", "")
     # Command= has the arguments, too, with nothing between that a path could not hold as well.
     ends = [i for i in range(1, len(command) + 1) if i == len(command) or command[i] == " "]
     for end in ends:
-        directory = Path(workdir, command[:end]).parent
-        if (directory / "nodes.py").is_file() and Path(workdir, command[:end]).is_file():
-            return directory
+        script = Path(workdir, command[:end]).resolve()
+        if script.is_file() and (script.parent / "nodes.py").is_file():
+            return script.parent
     raise SystemExit(
         f"run_sbatch.py: nodes.py is not beside it, nor beside {command or '(unknown)'}"
         f" which job {job or '(none)'} was submitted as"
@@ -71,6 +77,7 @@ if __name__ == "__main__":
     become_the_original()
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
@@ -79,6 +86,10 @@ from dataclasses import replace  # noqa: E402
 from types import FrameType  # noqa: E402
 
 try:
+    import dotenv  # noqa: F401  (imported where they are used; missed here)
+    import requests  # noqa: F401
+    import yaml  # noqa: F401
+
     import image
     import manage
     import parallelism
@@ -91,7 +102,9 @@ try:
         engine_arguments,
         expect_spread,
         find_spread,
+        is_directory,
         make_plan,
+        real,
         wanted_of,
     )
     from settings import load_env_files, setting
@@ -111,9 +124,13 @@ class Stopped(BaseException):
 
 def on_signal(signum: int, _: FrameType | None) -> None:
     # The second one must not break the clean-up that the first has begun.
+    turn_deaf()
+    raise Stopped(signum)
+
+
+def turn_deaf() -> None:
     for each in SIGNALS:
         signal.signal(each, lambda *_: None)
-    raise Stopped(signum)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -164,16 +181,18 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
     args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
     args.image = args.image or setting("IMAGE")
-    args.workspace = Path(args.workspace or setting("WORKSPACE") or ".").expanduser().resolve()
+    args.workspace = real(args.workspace or setting("WORKSPACE") or ".")
     args.runtime = args.runtime or setting("RUNTIME")
     args.ready_timeout = args.ready_timeout or setting("READY_TIMEOUT")
     try:
         args.ready_timeout = float(args.ready_timeout)
+        if args.ready_timeout != args.ready_timeout:  # nan
+            raise ValueError
     except ValueError:
         parser.error(f"--ready-timeout: {args.ready_timeout!r} is not a number of seconds")
     if args.runtime not in ("docker", "bare"):
         parser.error(f"RUNTIME is {args.runtime!r}, not docker or bare")
-    if not args.workspace.is_dir():
+    if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
 
 
@@ -258,6 +277,7 @@ def serve(plan: Plan, nodes: Sequence[preflight.Node], url: str, args: argparse.
         say_how_to_use(endpoint)
         server.hold(running)
     finally:
+        turn_deaf()
         if running:
             server.stop(running)
         manage.remove_records(record, logs / "endpoint.json")
@@ -269,7 +289,7 @@ def log_path(plan: Plan, workspace: Path) -> Path:
 
 def say_how_to_use(endpoint: dict[str, object]) -> None:
     url, model = str(endpoint["url"]), str(endpoint["model"])
-    body = '{"model": "%s", "prompt": "The capital of France is", "max_tokens": 20}' % model  # noqa: UP031
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
     host, _, port = url.removeprefix("http://").rpartition(":")
     say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")

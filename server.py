@@ -45,7 +45,7 @@ class Log:
 
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Copy what is new to stdout and return it. A flood is skipped there, not in the file."""
-        behind = self.path.stat().st_size - self.reader.tell()
+        behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
         if behind > 8 * limit:
             say(
                 f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
@@ -53,15 +53,15 @@ class Log:
             self.reader.seek(-limit, os.SEEK_END)
         if new := self.reader.read(limit):
             self._show(new)
-            if lines := new.decode(errors="replace").split("\n")[-2:]:
-                self.last_line = next((s.strip() for s in lines[::-1] if s.strip()), self.last_line)
+            if said := new.rstrip():
+                self.last_line = said.rpartition(b"\n")[2].decode(errors="replace").strip()
         return new
 
     def _show(self, new: bytes) -> None:
         try:
             sys.stdout.buffer.write(new)
             sys.stdout.flush()
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
@@ -137,7 +137,7 @@ class Health(threading.Thread):
         reply = session.get(f"{self.url}/v1/models", timeout=(2, HEALTH_TIMEOUT))
         try:
             self.model = str(reply.json()["data"][0]["id"])
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(repr(error)) from error
         return True
 

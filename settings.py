@@ -43,11 +43,15 @@ def load_env_files() -> list[str]:
 
     By explicit path: under sbatch the script that runs is a copy in a spool directory.
     """
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
 
-    before = set(os.environ)
+    before = {name for name, value in os.environ.items() if value}
     for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parent)):
-        load_dotenv(directory / ".env")
+        try:
+            found = dotenv_values(directory / ".env")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"cannot read {directory / '.env'}: {error}") from None
+        os.environ.update({n: v for n, v in found.items() if v and not os.environ.get(n)})
     return sorted(set(os.environ) - before)
 
 
