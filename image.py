@@ -61,7 +61,7 @@ def find_image(asked: str, workspace: Path) -> Image:
         tarball = newest_tarball(workspace)
         return read_tarball(tarball) if tarball else Image(DEFAULT_TAG)
     if asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~")):
-        return read_tarball(Path(asked).expanduser())
+        return read_tarball(Path(asked))
     registry, slash, _ = asked.partition("/")
     if slash and ("." in registry or ":" in registry or registry == "localhost"):
         return Image(asked, registry=registry)
@@ -76,13 +76,15 @@ def newest_tarball(workspace: Path) -> Path | None:
 
 def read_tarball(path: Path) -> Image:
     """A tarball's tag and identity: from its sidecar, or else by reading it once."""
-    if not path.is_file():
-        die(f"there is no image tarball {path}", hint=GET_ONE)
-    path = path.resolve()
     try:
+        path = path.expanduser().resolve()
+        if not path.is_file():
+            die(f"there is no image tarball {path}", hint=GET_ONE)
         codec, size = codec_of(path), path.stat().st_size
     except OSError as error:
         die(f"cannot read the image tarball {path}: {error.strerror}")
+    except RuntimeError as error:  # ~nobody
+        die(f"there is no image tarball {path}: {error}", hint=GET_ONE)
     return read_sidecar(path, codec, size) or read_manifest(path, codec, size)
 
 
@@ -99,7 +101,7 @@ def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
         return None
     try:
         image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec, size)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         say(f"image: {sidecar} cannot be used ({error!r}): reading the tarball itself")
         return None
     if image.packed != size:
@@ -112,10 +114,12 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
     """An Image from a sidecar's fields. KeyError, TypeError or ValueError where they are wrong."""
     config, manifest = data["config_digest"], data["manifest_digest"]
     ids = tuple(digest for digest in (config, manifest) if digest)
-    tag = data["tags"][0]
+    tag = data["tags"][0] if isinstance(data["tags"], list) else None
     layers = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
     if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
         raise ValueError("no tag or no image id")
+    if int(data["unpacked_bytes"]) < 0:
+        raise ValueError("a negative size")
     return Image(
         tag,
         tarball,
@@ -140,7 +144,7 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         assert proc.stdout and proc.stderr
         try:
             manifest = manifest_in(proc.stdout)
-        except (tarfile.TarError, ValueError, EOFError) as error:
+        except (tarfile.TarError, ValueError, TypeError, EOFError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
             die(
@@ -151,6 +155,8 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
             proc.kill()
     try:
         tag, config = manifest[0]["RepoTags"][0], manifest[0]["Config"]
+        if not (isinstance(tag, str) and isinstance(config, str)):
+            raise TypeError
     except (LookupError, TypeError):
         die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
     digest = Path(config).name.removesuffix(".json")
@@ -193,8 +199,8 @@ LOAD = (
     };
     exec 9</run;
     flock --nonblock 9 || tell waiting "another image is being loaded";
-    trap 'exit 143' TERM INT HUP;
-    flock 9 & wait $!;
+    trap '[ -z "$waiter" ] || kill $waiter; exit 143' TERM INT HUP;
+    flock 9 & waiter=$!; wait $waiter; waiter=;
     if known; then tell image "$id"; exit 0; fi;
     exec 4<"$tarball" || { tell error "cannot read $tarball"; exit 1; };
     case $codec in
@@ -232,6 +238,12 @@ LOAD = (
 """)
 )
 
+# Set before the first secret: whatever ends the script, the directory with the password goes.
+FORGETFUL = script(r"""
+    forget() { [ -z "$DOCKER_CONFIG_OURS" ] || rm -rf "$DOCKER_CONFIG_OURS"; };
+    trap '[ -z "$pull" ] || kill -KILL -- -$pull; forget; exit 143' TERM INT HUP;
+""")
+
 PULL = (
     TELL
     + " "
@@ -244,8 +256,6 @@ PULL = (
         { tell error "docker pull $ref: $words"; exit 1; };
     } &
     pull=$!;
-    forget() { [ -z "$DOCKER_CONFIG_OURS" ] || rm -rf "$DOCKER_CONFIG_OURS"; };
-    trap 'kill -KILL -- -$pull; forget; exit 143' TERM INT HUP;
     wait $pull; code=$?;
     forget;
     [ $code = 0 ] || exit 1;
@@ -281,7 +291,15 @@ def provide_command(image: Image, place: Place) -> list[str]:
     """The one command that brings the image to every node."""
     if image.registry:
         login = ECR_LOGIN if ECR.match(image.registry) else ""
-        return [*place.every, "bash", "-c", login + PULL, "pull", image.tag, image.registry]
+        return [
+            *place.every,
+            "bash",
+            "-c",
+            FORGETFUL + " " + login + PULL,
+            "pull",
+            image.tag,
+            image.registry,
+        ]
     return [
         *place.every,
         "bash",

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nodes import die, is_alive, run, say
+from nodes import die, is_alive, launcher, run, say, write_json
+from plan import Plan
 
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
@@ -22,11 +23,33 @@ def act(args: argparse.Namespace) -> int:
     return stop(logs) if args.stop else status(logs)
 
 
+def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
+    """Say that a launch is under way, for --status and --stop."""
+    write_json(
+        path,
+        {
+            "job": plan.place.job,
+            "launcher": launcher(),
+            "url": url,
+            "model": plan.engine[1],
+            "log": str(log),
+        },
+    )
+
+
+def remove_records(*paths: Path) -> None:
+    """Remove our own records; another launch of the workspace keeps its own."""
+    for path in paths:
+        if (record := read_record(path)) and record["launcher"] == launcher():
+            path.unlink(missing_ok=True)
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """A launch's record with `alive` added; None where it cannot be read."""
     try:
         record = json.loads(path.read_text())
-        return {**record, "alive": is_alive(record["launcher"])}
+        who = {key: str(record[key]) for key in ("job", "url", "model")}
+        return {**record, **who, "alive": is_alive(record["launcher"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -84,8 +107,13 @@ def tell(record: dict[str, Any]) -> None:
     """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job."""
     where, pid, _ = record["launcher"].rsplit(":", 2)
     if record["alive"]:
-        os.kill(int(pid), signal.SIGTERM)
-    elif str(record["job"]).isdigit():
+        try:
+            os.kill(int(pid), signal.SIGTERM)
+        except ProcessLookupError:
+            pass  # it ended in this very moment
+        except PermissionError:
+            die(f"the launcher of {record['job']}, process {pid}, is somebody else's")
+    elif (job := record["job"]).isascii() and job.isdigit():
         run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
     else:
         die(f"the launcher runs on {where.partition('/')[0]}: stop it there")

@@ -9,6 +9,7 @@ this process ends, SIGKILL included, the kernel closes that pipe, and the node c
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import socket
@@ -48,8 +49,10 @@ def die(message: str, *, hint: str = "") -> NoReturn:
 
 def say(message: str) -> None:
     """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def script(text: str) -> str:
@@ -114,38 +117,58 @@ def by_node(what: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in nodes.items())
 
 
+def write_json(path: Path, data: Mapping[str, object]) -> None:
+    """All of it or nothing, for readers that look at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    part.replace(path)
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where the nodes are: `job` and `size`, and how to run a command on all or on the first."""
+    """Where the nodes are: `job` and `size`, and how to run a command on them."""
 
     job: str
     size: int
-    every: tuple[str, ...]
-    head: tuple[str, ...]
+    srun: tuple[str, ...]  # () without Slurm
 
     @property
     def slurm(self) -> bool:
-        return bool(self.every)
+        return bool(self.srun)
+
+    def on(self, nodes: int, ranks: int = 1, mpi: str = "none") -> list[str]:
+        """The prefix for the first `nodes` nodes, `ranks` tasks on each."""
+        if not self.srun:
+            return []
+        return [
+            *self.srun,
+            f"--mpi={mpi}",
+            "--cpu-bind=none",
+            f"--ntasks-per-node={ranks}",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * ranks}",
+            *(["--relative=0"] if nodes < self.size else []),
+        ]
+
+    @property
+    def every(self) -> list[str]:
+        return self.on(self.size)
+
+    @property
+    def head(self) -> list[str]:
+        return self.on(1)
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
     """This machine, or the allocation that SLURM_JOB_ID names."""
     if not (job := environ.get("SLURM_JOB_ID")):
-        return Place(f"local{os.getpid()}", 1, (), ())
+        return Place(f"local{os.getpid()}", 1, ())
     size = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
     leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
-    # --overlap: a step without it waits for the other steps to end. --relative: the first node.
-    step = [
-        *(["env", *leaks] if leaks else []),
-        "srun",
-        "--overlap",
-        "--export=ALL",
-        "--mpi=none",
-        "--cpu-bind=none",
-        "--ntasks-per-node=1",
-    ]
-    every = (*step, f"--nodes={size}", f"--ntasks={size}")
-    return Place(job, size, every, (*step, "--nodes=1", "--ntasks=1", "--relative=0"))
+    # --overlap: a step without it waits for the other steps to end.
+    srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
+    return Place(job, size, srun)
 
 
 # Every script begins by knowing its node's name and how to tell something about it.
@@ -244,7 +267,8 @@ def held(argv: Sequence[str], secret: str | None = None) -> Iterator[Step]:
 def process_start(pid: int) -> str:
     """When a process began, in clock ticks since boot: its identity beside its pid; '' if gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended
     except OSError:
         return ""
 

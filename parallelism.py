@@ -72,11 +72,16 @@ def read_config(path: str) -> dict[str, Any]:
         config = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         die(f"cannot read the config file {path}: {error.strerror}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that is none
         die(f"the config file {path} is not YAML: {' '.join(str(error).split())}")
     if not isinstance(config, dict | None):
         die(f"the config file {path} is not a mapping of settings")
     return config or {}
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number from 1 that int() takes."""
+    return text.isascii() and text.isdigit() and len(text) < 1000 and int(text) > 0
 
 
 def find_world(args: Sequence[str]) -> World:
@@ -85,6 +90,6 @@ def find_world(args: Sequence[str]) -> World:
     config = read_config(path) if path is not None else {}
     sizes = [config.get(key, value_of(args, *flags) or 1) for key, flags in SIZES.items()]
     for key, size in zip(SIZES, sizes, strict=True):
-        if isinstance(size, bool) or not str(size).isdigit() or int(size) < 1:
+        if isinstance(size, bool) or not is_count(str(size)):
             die(f"{key} is {size!r}, not a number of GPUs")
     return World(*map(int, sizes))

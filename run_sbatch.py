@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-# SBATCH --job-name=trtllm-serve
-# SBATCH --nodes=1
-# SBATCH --gpus-per-node=8
-# SBATCH --exclusive
+# fmt: off
+#SBATCH --job-name=trtllm-serve
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+# fmt: on
 """Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as a batch job.
 
 The image is put on every node, the server started on the first, its log streamed; it is held until
@@ -44,15 +46,19 @@ def become_the_original() -> None:
 
 def original_directory() -> Path:
     job = os.environ.get("SLURM_JOB_ID", "")
-    show = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    fields = dict(line.strip().partition("=")[::2] for line in show.stdout.splitlines())
+    try:
+        ask = ["scontrol", "show", "job", job]
+        show = subprocess.run(ask, capture_output=True, text=True).stdout
+    except OSError:
+        show = ""
+    fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
     command, workdir = fields.get("Command", ""), fields.get("WorkDir", "")
     # Command= has the arguments, too, with nothing between that a path could not hold as well.
     ends = [i for i in range(1, len(command) + 1) if i == len(command) or command[i] == " "]
     for end in ends:
-        directory = Path(workdir, command[:end]).parent
-        if (directory / "nodes.py").is_file() and Path(workdir, command[:end]).is_file():
-            return directory
+        script = Path(workdir, command[:end]).resolve()
+        if script.is_file() and (script.parent / "nodes.py").is_file():
+            return script.parent
     raise SystemExit(
         f"run_sbatch.py: nodes.py is not beside it, nor beside {command or '(unknown)'}"
         f" which job {job or '(none)'} was submitted as"
@@ -71,20 +77,36 @@ if __name__ == "__main__":
     become_the_original()
 
 import argparse  # noqa: E402
-import getpass  # noqa: E402
+import json  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from types import FrameType  # noqa: E402
 
 try:
+    import dotenv  # noqa: F401  (imported where they are used; missed here)
+    import requests  # noqa: F401
+    import yaml  # noqa: F401
+
     import image
     import manage
     import parallelism
     import preflight
     import server
-    from nodes import Failure, Place, die, find_place, launcher, run, say
+    from nodes import Failure, Place, die, find_place, run, say
+    from plan import (
+        Plan,
+        describe,
+        engine_arguments,
+        expect_spread,
+        find_spread,
+        is_directory,
+        make_plan,
+        real,
+        wanted_of,
+    )
     from settings import load_env_files, setting
 except ModuleNotFoundError as error:
     raise SystemExit(
@@ -102,9 +124,13 @@ class Stopped(BaseException):
 
 def on_signal(signum: int, _: FrameType | None) -> None:
     # The second one must not break the clean-up that the first has begun.
+    turn_deaf()
+    raise Stopped(signum)
+
+
+def turn_deaf() -> None:
     for each in SIGNALS:
         signal.signal(each, lambda *_: None)
-    raise Stopped(signum)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -155,164 +181,61 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
     args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
     args.image = args.image or setting("IMAGE")
-    args.workspace = Path(args.workspace or setting("WORKSPACE") or ".").expanduser().resolve()
+    args.workspace = real(args.workspace or setting("WORKSPACE") or ".")
     args.runtime = args.runtime or setting("RUNTIME")
     args.ready_timeout = args.ready_timeout or setting("READY_TIMEOUT")
     try:
         args.ready_timeout = float(args.ready_timeout)
+        if args.ready_timeout != args.ready_timeout:  # nan
+            raise ValueError
     except ValueError:
         parser.error(f"--ready-timeout: {args.ready_timeout!r} is not a number of seconds")
     if args.runtime not in ("docker", "bare"):
         parser.error(f"RUNTIME is {args.runtime!r}, not docker or bare")
-    if not args.workspace.is_dir():
+    if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
 
 
-def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
-    """The model, all arguments of trtllm-serve, and the port it will serve on."""
-    model, args = parallelism.split_model(rest)
-    if model is None:
-        model = setting("MODEL")
-        say(f"no MODEL was given: serving {model}")
-    args = parallelism.rename_config(args)
-    port = parallelism.value_of(args, "--port") or setting("PORT")
-    if not port.isdigit() or not 0 < int(port) < 65536:
-        die(f"the port is {port!r}, not a number from 1 to 65535")
-    if parallelism.value_of(args, "--host") is None:
-        args += ["--host", "0.0.0.0"]
-    if parallelism.value_of(args, "--port") is None:
-        args += ["--port", port]
-    return model, args, int(port)
-
-
-def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
-    """Host directories that the containers see under the same path, each once."""
-    mount = Path(args.container_mount).expanduser().resolve()
-    mounts = [args.workspace, cache]
-    if mount.is_dir():
-        mounts.insert(0, mount)
-    elif args.asked_mount:
-        die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
-    else:
-        say(f"there is no {mount} on this machine: left out of the containers")
-    unique = list(dict.fromkeys(mounts))
-    return [p for p in unique if not any(p != q and p.is_relative_to(q) for q in unique)]
-
-
-def local_paths(model: str, serve_args: Sequence[str]) -> list[Path]:
-    """The model and config, where they are files: the nodes have to see them."""
-    paths = [Path(model)] if model.startswith(("/", "./", "../")) or Path(model).is_dir() else []
-    config = parallelism.value_of(serve_args, "--extra_llm_api_options")
-    return [p.absolute() for p in [*paths, *([Path(config)] if config is not None else [])]]
-
-
-def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
-    for path in paths:
-        # As it is called and as it is: a link that leads in from outside is unknown inside.
-        if not all(any(p.is_relative_to(m) for m in mounts) for p in (path, path.resolve())):
-            die(
-                f"{path} is not mounted into the container; these are: "
-                f"{', '.join(map(str, mounts))}",
-                hint="move it there, or --container-mount its directory",
-            )
-
-
-def check_world(world: parallelism.World, nodes: Sequence[preflight.Node], gpus: str) -> None:
-    """World size against the GPUs of the allocation, then of the head node."""
-    if gpus == "none":
-        return
-    total, head = sum(node.gpus for node in nodes), nodes[0]
-    if world.size > total:
-        die(
-            f"the world size is {world}, but the {len(nodes)} node(s) have {total} GPU(s) in all",
-            hint="allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)",
-        )
-    if world.size > head.gpus:
-        die(
-            f"the world size is {world}, but {head.name} has {head.gpus} GPU(s): one model over "
-            "several nodes is not supported",
-            hint="lower --tp_size/--pp_size",
-        )
-
-
-def make_plan(
-    args: argparse.Namespace,
-    place: Place,
-    model: str,
-    serve_args: Sequence[str],
-    found: image.Image,
-) -> server.Plan:
-    """All decisions of the launch, before anything runs."""
-    engine = ("trtllm-serve", model, *serve_args)
-    gpus, user = setting("GPUS"), getpass.getuser()
-    if args.runtime == "bare":
-        return server.Plan(place, "bare", "", gpus, (), "", "", False, user, engine)
-    cache = Path(setting("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
-    mounts = find_mounts(args, cache)
-    check_mounted(local_paths(model, serve_args), mounts)
-    cwd = Path.cwd()
-    is_seen = any(cwd.is_relative_to(mount) for mount in mounts)
-    return server.Plan(
-        place,
-        "docker",
-        found.tag,
-        gpus,
-        tuple(map(str, mounts)),
-        str(cache),
-        str(cwd) if is_seen else "",
-        setting("PRIVILEGED") == "1",
-        user,
-        engine,
-    )
-
-
-def wanted_of(plan: server.Plan, found: image.Image, port: int) -> preflight.Wanted:
-    seen = [m for m in plan.mounts if m != plan.cache]  # the cache is made where it is missing
-    paths = local_paths(plan.engine[1], plan.engine[2:])
-    return preflight.Wanted(plan.runtime, found, port, plan.gpus, (*seen, *map(str, paths)))
-
-
-def dry_run(plan: server.Plan, found: image.Image, wanted: preflight.Wanted, force: bool) -> None:
+def dry_run(
+    plan: Plan, found: image.Image, wanted: preflight.Wanted, args: argparse.Namespace
+) -> None:
     """Every command, one a line, as a shell takes it."""
 
     def show(why: str, command: Sequence[str]) -> None:
         print(f"# {why}\n{shlex.join(command)}")
 
     show("ask every node", preflight.preflight_command(wanted, plan.place))
-    if plan.runtime == "docker" and force:
+    if plan.runtime == "docker" and args.force:
         show("--force: take the image off every node", image.forget_command(found, plan.place))
     if plan.runtime == "docker" and (found.tarball or found.registry):
         command = shlex.join(image.provide_command(found, plan.place))
         if password := image.password_command(found):
             command = f"{{ {shlex.join(password)}; cat; }} | {command}"
         print(f"# where a node lacks the image; stops when its standard input ends\n{command}")
-    show("the server, until its standard input ends", server.launch_command(plan, os.environ))
-    if plan.runtime == "docker":
-        show("should a node not have cleaned up itself", server.remove_command(plan))
+    for why, words in server.commands(plan, os.environ, log_path(plan, args.workspace)):
+        show(why, words)
 
 
 def prepare_nodes(
-    plan: server.Plan,
-    found: image.Image,
-    wanted: preflight.Wanted,
-    world: parallelism.World,
-    args: argparse.Namespace,
+    plan: Plan, wanted: preflight.Wanted, args: argparse.Namespace
 ) -> list[preflight.Node]:
-    """Ask, reap, check, and put the image there. Returns the nodes, head first."""
+    """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
     nodes = preflight.ask_nodes(wanted, plan.place)
     if args.check:
         print(preflight.table(preflight.judge(nodes, wanted)))
     elif preflight.reap(nodes, plan.place, plan.user):
         nodes = preflight.ask_nodes(wanted, plan.place)
     preflight.stop_if_bad(preflight.judge(nodes, wanted))
-    check_world(world, nodes, plan.gpus)
     say(preflight.summary(nodes, nodes[0].facts))
-    if plan.runtime == "docker" and not args.check:
-        if args.force:
-            run(image.forget_command(found, plan.place))
-        if args.force or preflight.must_provide(nodes, found):
-            image.provide(found, plan.place)
     return nodes
+
+
+def put_image(plan: Plan, found: image.Image, nodes: Sequence[preflight.Node], force: bool) -> None:
+    """The image on every node that lacks it; with --force on all of them, afresh."""
+    if force:
+        run(image.forget_command(found, plan.place))
+    if force or preflight.must_provide(nodes, found):
+        image.provide(found, plan.place)
 
 
 def url_of(head: preflight.Node, place: Place, serve_args: Sequence[str]) -> str:
@@ -340,38 +263,33 @@ def address_of(head: preflight.Node) -> str:
     return address if not address.startswith("127.") else (own or ["127.0.0.1"])[0]
 
 
-def serve(
-    plan: server.Plan, nodes: Sequence[preflight.Node], url: str, args: argparse.Namespace
-) -> None:
+def serve(plan: Plan, nodes: Sequence[preflight.Node], url: str, args: argparse.Namespace) -> None:
     """Launch, wait, announce, hold; whatever happens, clean up."""
     logs = args.workspace / "logs"
-    record = logs / f"run_{plan.place.job}.json"
-    log_path = logs / f"trtllm_server_{plan.place.job}.log"
-    server.write_json(
-        record,
-        {
-            "job": plan.place.job,
-            "launcher": launcher(),
-            "url": url,
-            "model": plan.engine[1],
-            "log": str(log_path),
-        },
-    )
-    manage.sweep(logs)
+    record, log = logs / f"run_{plan.place.job}.json", log_path(plan, args.workspace)
     running = None
     try:
-        running = server.launch(plan, nodes[0].name, url, log_path)
+        manage.sweep(logs)
+        manage.write_record(record, plan, url, log)
+        running = server.launch(plan, nodes, url, log)
         server.await_ready(running, args.ready_timeout)
-        endpoint = server.announce(running, logs, [node.name for node in nodes])
+        endpoint = server.announce(running, logs)
         say_how_to_use(endpoint)
         server.hold(running)
     finally:
-        clean_up(running, plan, record, logs / "endpoint.json")
+        turn_deaf()
+        if running:
+            server.stop(running)
+        manage.remove_records(record, logs / "endpoint.json")
+
+
+def log_path(plan: Plan, workspace: Path) -> Path:
+    return workspace / f"logs/trtllm_server_{plan.place.job}.log"
 
 
 def say_how_to_use(endpoint: dict[str, object]) -> None:
     url, model = str(endpoint["url"]), str(endpoint["model"])
-    body = '{"model": "%s", "prompt": "The capital of France is", "max_tokens": 20}' % model  # noqa: UP031
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
     host, _, port = url.removeprefix("http://").rpartition(":")
     say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")
@@ -379,33 +297,6 @@ def say_how_to_use(endpoint: dict[str, object]) -> None:
         "stop it with ^C"
         + (f" or scancel {endpoint['job']}" if "local" not in str(endpoint["job"]) else "")
     )
-
-
-def clean_up(
-    running: server.Server | None, plan: server.Plan, record: Path, endpoint: Path
-) -> None:
-    """Nothing of ours stays: not on a node, not in logs/ but the log."""
-    if running:
-        stop_server(running, plan)
-    for path in (record, endpoint):
-        if path.exists() and f'"launcher": "{launcher()}"' in path.read_text():
-            path.unlink()
-
-
-def stop_server(running: server.Server, plan: server.Plan) -> None:
-    running.health.end()
-    died_alone = running.step.poll() is not None
-    ended = running.step.stop()
-    running.log.pump()
-    running.log.close()
-    if plan.runtime == "docker" and (not ended or died_alone):
-        # The node's own step could not do it, or was killed before it did: ask once more.
-        try:
-            run(server.remove_command(plan), timeout=20)
-        except Failure as failure:
-            if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
-                say(f"could not confirm that the container is gone: {failure.message}")
-    say(f"stopped; the log is {running.log.path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -443,11 +334,16 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     plan = make_plan(args, place, model, serve_args, found)
     wanted = wanted_of(plan, found, port)
     if args.dry_run:
-        dry_run(plan, found, wanted, args.force)
+        plan = replace(plan, spread=expect_spread(world, place, os.environ))
+        dry_run(plan, found, wanted, args)
         return 0
-    nodes = prepare_nodes(plan, found, wanted, world, args)
+    nodes = prepare_nodes(plan, wanted, args)
+    plan = replace(plan, spread=find_spread(world, nodes, plan))
+    say(describe(plan, world, nodes))
     if args.check:
         return 0
+    if plan.runtime == "docker":
+        put_image(plan, found, nodes, args.force)
     serve(plan, nodes, url_of(nodes[0], place, serve_args), args)
     return 0
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import sys
 import threading
@@ -13,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodes import HOLD, TELL, Place, Step, die, last_words, launcher, say, script
-from preflight import LABEL
-from settings import PASSED_ON
+import multinode
+from container import launch_command, remove_command
+from nodes import Failure, Step, die, last_words, launcher, run, say, write_json
+from plan import Plan, Spread
+from preflight import Node
 
 TICK = 0.05  # seconds between two looks at the process and its log
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
@@ -32,170 +31,6 @@ MEANINGS = {
     143: "terminated",
 }
 
-# NCCL and Gloo: the interface that leads out of the node, unless the user names one.
-INTERFACES = script(r"""
-    interface=$(ip -o -4 route show to default 2>/dev/null | sed -n '1s/.* dev \([^ ]*\).*/\1/p');
-    if [ -n "$interface" ]; then
-        export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}";
-        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}";
-        export TP_SOCKET_IFNAME="${TP_SOCKET_IFNAME:-$interface}";
-    fi;
-""")
-
-# The container ends with this script, whoever asks: we, scancel, the death of the launcher.
-# `docker rm` is repeated until the client has gone: before that a container may yet be created.
-DOCKER = (
-    TELL
-    + " "
-    + HOLD
-    + " "
-    + INTERFACES
-    + " "
-    + script(r"""
-    name=trtllm-$1-$node; gpus=$2; cache=$3; shift 3;
-    [ -z "$cache" ] || mkdir -p "$cache";
-    for device in /dev/infiniband/uverbs* /dev/gdrdrv; do
-        [ ! -e "$device" ] || set -- --device "$device" "$@";
-    done;
-    present=$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l);
-    given=$(printf %s "$SLURM_STEP_GPUS" | tr ',' '\n' | grep -c .);
-    if [ "$gpus" = auto ]; then
-        gpus=all;
-        [ "$given" = 0 ] || [ "$given" -ge "$present" ] || gpus="\"device=$SLURM_STEP_GPUS\"";
-    fi;
-    [ "$gpus" = none ] || set -- --gpus "$gpus" "$@";
-    stop() {
-        trap '' TERM INT HUP; SECONDS=0;
-        while [ -n "$client" ] && kill -0 $client 2>/dev/null && [ $SECONDS -lt 12 ]; do
-            timeout 5 docker rm --force "$name" >/dev/null 2>&1; sleep 0.1;
-        done;
-        [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        timeout 5 docker rm --force "$name" >/dev/null 2>&1;
-        exit 143;
-    };
-    trap '[ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
-    docker run --name "$name" "$@" &
-    client=$!;
-    wait $client; code=$?;
-    trap '' TERM INT HUP;
-    exit $code;
-""")
-)
-
-# Without a container: the engine is a session of its own, to be signalled as one. MPI must not see
-# Slurm's variables, or its spawning of workers inside a step fails.
-BARE = (
-    TELL
-    + " "
-    + HOLD
-    + " "
-    + INTERFACES
-    + " "
-    + script(r"""
-    unset $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_');
-    stop() {
-        trap '' TERM INT HUP;
-        [ -n "$engine" ] || exit 143;
-        kill -TERM $engine; kill -TERM -- -$engine 2>/dev/null;
-        for i in $(seq 30); do kill -0 -- -$engine 2>/dev/null || exit 143; sleep 0.1; done;
-        kill -KILL -- -$engine;
-        exit 143;
-    };
-    trap '[ "$!" = "$watch" ] || engine=$!; stop' TERM INT HUP;
-    setsid "$@" &
-    engine=$!;
-    wait $engine; code=$?;
-    trap '' TERM INT HUP;
-    kill -KILL -- -$engine 2>/dev/null;
-    exit $code;
-""")
-)
-
-REMOVE_BY_NAME = (
-    TELL
-    + " "
-    + script(r"""
-    docker inspect "trtllm-$1-$node" >/dev/null 2>&1 || exit 0;
-    timeout 10 docker rm --force "trtllm-$1-$node";
-""")
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a launch needs to know."""
-
-    place: Place
-    runtime: str
-    tag: str
-    gpus: str
-    mounts: tuple[str, ...]
-    cache: str  # the Hugging Face cache, one of the mounts; '' with runtime bare
-    cwd: str  # the container's working directory; '': the image's own
-    privileged: bool
-    user: str
-    engine: tuple[str, ...]  # trtllm-serve and its arguments
-
-
-def mount_flag(path: str) -> str:
-    """`--mount`'s value is a CSV row: a comma or quote in a path is written as CSV writes it."""
-    row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(["type=bind", f"source={path}", f"target={path}"])
-    return f"--mount={row.getvalue()}"
-
-
-def passed_on(environ: Mapping[str, str]) -> list[str]:
-    """Names of variables for the engine; a value in an argv would be there for all to read."""
-    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME"}
-    return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
-
-
-def docker_arguments(plan: Plan, environ: Mapping[str, str]) -> list[str]:
-    """What follows `docker run --name NAME` and the devices that the node itself finds."""
-    names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *passed_on(environ)]
-    return [
-        "--rm",
-        "--pull=never",                             # a tag nobody has is an error, not a download
-        "--init",                                   # forwards signals, whatever the engine ignores
-        f"--label={LABEL}.job={plan.place.job}",
-        f"--label={LABEL}.launcher={launcher()}",
-        f"--label={LABEL}.user={plan.user}",
-        "--uts=host",
-        "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
-        "--net=host",
-        "--ulimit=memlock=-1",                      # EFA and GPUDirect register memory
-        "--ulimit=stack=67108864",
-        *(["--privileged"] if plan.privileged else []),
-        *map(mount_flag, plan.mounts),
-        *([f"--workdir={plan.cwd}"] if plan.cwd else []),
-        *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),
-        *(f"--env={name}" for name in names),
-        plan.tag,
-        *plan.engine,
-    ]  # fmt: skip
-
-
-def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
-    """The one command that is the server, for as long as its standard input is open."""
-    if plan.runtime == "bare":
-        return [*plan.place.head, "bash", "-c", BARE, "launch", *plan.engine]
-    return [
-        *plan.place.head,
-        "bash",
-        "-c",
-        DOCKER,
-        "launch",
-        plan.place.job,
-        plan.gpus,
-        plan.cache,
-        *docker_arguments(plan, environ),
-    ]
-
-
-def remove_command(plan: Plan) -> list[str]:
-    """Removes this job's containers, and no others, should a node not have done so itself."""
-    return [*plan.place.every, "bash", "-c", REMOVE_BY_NAME, "remove", plan.place.job]
-
 
 class Log:
     """The server's log file: written by its step, followed by us, kept."""
@@ -210,7 +45,7 @@ class Log:
 
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Copy what is new to stdout and return it. A flood is skipped there, not in the file."""
-        behind = self.path.stat().st_size - self.reader.tell()
+        behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
         if behind > 8 * limit:
             say(
                 f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
@@ -218,29 +53,37 @@ class Log:
             self.reader.seek(-limit, os.SEEK_END)
         if new := self.reader.read(limit):
             self._show(new)
-            if lines := new.decode(errors="replace").split("\n")[-2:]:
-                self.last_line = next((s.strip() for s in lines[::-1] if s.strip()), self.last_line)
+            if said := new.rstrip():
+                self.last_line = said.rpartition(b"\n")[2].decode(errors="replace").strip()
         return new
 
     def _show(self, new: bytes) -> None:
         try:
             sys.stdout.buffer.write(new)
             sys.stdout.flush()
-        except (OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
-    def tail(self, lines: int = 50) -> str:
+    def tail(self) -> str:
         """The last lines of this launch."""
-        with self.path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(self.start, end - (1 << 16)))
-            text = file.read().decode(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return tail_of(self.path, self.start)
 
     def close(self) -> None:
         self.reader.close()
         self.sink.close()
+
+
+def tail_of(path: Path, start: int = 0, lines: int = 50) -> str:
+    """The last lines of a file, none of them from before `start`; '' where there is no file."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end - (1 << 16)))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])
 
 
 class Health(threading.Thread):
@@ -294,7 +137,7 @@ class Health(threading.Thread):
         reply = session.get(f"{self.url}/v1/models", timeout=(2, HEALTH_TIMEOUT))
         try:
             self.model = str(reply.json()["data"][0]["id"])
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(repr(error)) from error
         return True
 
@@ -305,27 +148,81 @@ class Health(threading.Thread):
 
 @dataclass
 class Server:
-    """A launched server: its step, its log, its health, and when it was started."""
+    """A launched server: its steps, its logs, its health, and when it was started."""
 
     plan: Plan
-    node: str
+    nodes: Sequence[Node]
     url: str
-    step: Step
-    log: Log
+    step: Step  # the engine; of a spread launch all its ranks
+    log: Log  # what the step says; of a spread launch only Slurm speaks there
     health: Health
     started: float
+    rank0: Log | None = None
+    guards: Sequence[multinode.Holders | multinode.Slurmds] = ()
+
+    @property
+    def node(self) -> str:
+        return self.nodes[0].name
 
     @property
     def age(self) -> float:
         return time.monotonic() - self.started
 
+    @property
+    def main_log(self) -> Log:
+        """Where the engine itself speaks."""
+        return self.rank0 or self.log
 
-def launch(plan: Plan, node: str, url: str, log_path: Path) -> Server:
-    log = Log(log_path)
-    step = Step(launch_command(plan, os.environ), output=log.sink)
-    health = Health(url)
+    def pump(self) -> bytes:
+        return self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
+
+
+def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path) -> Server:
+    """Start the server's steps. What has been started by then ends with a Failure in here."""
+    log, health, started = Log(log_path), Health(url), time.monotonic()
+    if plan.spread:
+        server = launch_spread(plan, plan.spread, nodes, url, log, health)
+    else:
+        step = Step(launch_command(plan, os.environ), output=log.sink)
+        server = Server(plan, nodes, url, step, log, health, started)
     health.start()
-    return Server(plan, node, url, step, log, health, time.monotonic())
+    return server
+
+
+def launch_spread(plan: Plan, spread: Spread, nodes: Sequence[Node], url: str, log: Log,
+                  health: Health) -> Server:  # fmt: skip
+    """A container on every node first, then the ranks in them."""
+    started = time.monotonic()
+    port = multinode.slurmd_port()
+    holders = multinode.Holders(Step(multinode.holder_command(plan, spread, os.environ)),
+                                spread, nodes)  # fmt: skip
+    holders.start()
+    try:
+        holders.await_up()
+        rank0 = Log(multinode.rank_log(log.path, "0"))
+        step = Step(multinode.ranks_command(plan, spread, log.path), output=log.sink)
+    except BaseException:
+        holders.step.stop()
+        raise
+    slurmds = multinode.Slurmds(holders, port)
+    slurmds.start()
+    return Server(plan, nodes, url, step, log, health, started, rank0, (holders, slurmds))
+
+
+def commands(plan: Plan, environ: Mapping[str, str], log: Path) -> list[tuple[str, list[str]]]:
+    """The commands of a launch, each with what it is for."""
+    if plan.spread:
+        holder = multinode.holder_command(plan, plan.spread, environ)
+        ranks = multinode.ranks_command(plan, plan.spread, log)
+        shown = [
+            ("a container on every node, until its standard input ends", holder),
+            ("the ranks in them; rank 0 serves", ranks),
+        ]
+    else:
+        shown = [("the server, until its standard input ends", launch_command(plan, environ))]
+    if plan.runtime == "docker":
+        shown.append(("should a node not have cleaned up itself", remove_command(plan)))
+    return shown
 
 
 def await_ready(server: Server, timeout: float) -> None:
@@ -336,11 +233,11 @@ def await_ready(server: Server, timeout: float) -> None:
         if server.age > timeout:
             die(
                 f"{server.node}: the server was not ready within {timeout:g} s: "
-                f"{server.health.answer}; its log's last line: {server.log.last_line or '(empty)'}",
+                f"{server.health.answer}; its log ends: {server.main_log.last_line or '(empty)'}",
                 hint=f"more time: --ready-timeout; the whole log: {server.log.path}",
             )
         if server.age > beat:
-            say(f"loading for {server.age:.0f} s; log: {server.log.last_line[:200]}")
+            say(f"loading for {server.age:.0f} s; log: {server.main_log.last_line[:200]}")
             beat += HEARTBEAT
 
 
@@ -359,15 +256,17 @@ def hold(server: Server) -> None:
 def tick(server: Server, when: str) -> None:
     """One look at the log and the process."""
     code = server.step.poll()
-    if READY_WORDS in server.log.pump():
+    if READY_WORDS in server.pump():
         server.health.hurry.set()
+    die_if_unguarded(server, when)
     if code is not None:
         report_death(server, code, when)
     time.sleep(TICK)
 
 
 def report_death(server: Server, code: int, when: str) -> None:
-    while server.log.pump():
+    """Failure that says which process ended, how, and its own last words."""
+    while server.pump():
         pass
     tail = server.log.tail()
     if server.plan.place.slurm and "CANCELLED AT" in tail:
@@ -376,36 +275,70 @@ def report_death(server: Server, code: int, when: str) -> None:
             f"cancelled or out of time",
             hint=f"its log: {server.log.path}",
         )
-    if code < 0:
-        code = 128 - code
-    say(f"the last lines of {server.log.path}:\n{tail}\n")
+    await_guards(server, when)
+    death = multinode.first_failure(tail) if server.plan.spread else None
+    who, path = f"{server.node}: trtllm-serve", server.main_log.path
+    if death:
+        who = f"{death.node}: rank {death.ranks}"
+        code, path = death.code, multinode.rank_log(server.log.path, death.first)
+    code = 128 - code if code < 0 else code
+    tail = tail_of(path, server.main_log.start if path == server.main_log.path else 0)
+    say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(
-        f"{server.node}: trtllm-serve ended with exit code {code}{meaning} {when}, after "
-        f"{server.age:.1f} s: {last_words(tail) or 'it said nothing'}",
-        hint=f"the whole log: {server.log.path}",
+        f"{who} ended with exit code {code}{meaning} {when}, after {server.age:.1f} s: "
+        f"{last_words(tail) or 'it said nothing'}",
+        hint=f"the whole log: {path}",
     )
 
 
-def write_json(path: Path, data: Mapping[str, object]) -> None:
-    """All of it or nothing, for readers that look at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(path)
+def await_guards(server: Server, when: str) -> None:
+    """Ranks die with their container; give it a moment to be the one that is named."""
+    deadline = time.monotonic() + 1
+    while server.guards and time.monotonic() < deadline:
+        die_if_unguarded(server, when)
+        time.sleep(TICK)
 
 
-def announce(server: Server, logs: Path, nodes: Sequence[str]) -> dict[str, object]:
+def die_if_unguarded(server: Server, when: str) -> None:
+    if fault := next(filter(None, (guard.fault() for guard in server.guards)), ""):
+        die(f"{fault}, {when}", hint=f"the logs: {server.log.path.parent}")
+
+
+def stop(server: Server) -> None:
+    """End it and everything of it on the nodes. Containers first: ranks do not outlive theirs."""
+    server.health.end()
+    died_alone = server.step.poll() is not None
+    steps = [guard.step for guard in server.guards if isinstance(guard, multinode.Holders)]
+    ended = all([step.stop() for step in (*steps, server.step)])
+    server.pump()
+    for log in filter(None, (server.log, server.rank0)):
+        log.close()
+    if server.plan.runtime == "docker" and (not ended or died_alone):
+        remove_once_more(server.plan)
+    say(f"stopped; the log is {server.main_log.path}")
+
+
+def remove_once_more(plan: Plan) -> None:
+    """Where a node's own step could not clean up, or was killed before it did."""
+    try:
+        run(remove_command(plan), timeout=20)
+    except Failure as failure:
+        if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
+            say(f"could not confirm that the container is gone: {failure.message}")
+
+
+def announce(server: Server, logs: Path) -> dict[str, object]:
     """Say where the server is, on screen and in logs/endpoint.json."""
     endpoint: dict[str, object] = {
         "url": server.url,
         "model": server.health.model,
         "job": server.plan.place.job,
-        "nodes": list(nodes),
+        "nodes": [node.name for node in server.nodes],
         "container": f"trtllm-{server.plan.place.job}-{server.node}"
         if server.plan.runtime == "docker"
         else None,
-        "log": str(server.log.path),
+        "log": str(server.main_log.path),
         "ready_seconds": round(server.age, 2),
         "started": iso(time.time() - server.age),
         "ready": iso(time.time()),

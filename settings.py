@@ -26,6 +26,7 @@ SETTINGS = (
     Setting("READY_TIMEOUT", "3600", "seconds until a server that is not ready has failed"),
     Setting("PORT", "8000", "port of the server"),
     Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
+    Setting("MPI", "auto", "type for several nodes, as srun --mpi=list has it; auto: PMIx"),
     Setting("PRIVILEGED", "0", "1: docker run --privileged"),
     Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
     Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
@@ -42,11 +43,15 @@ def load_env_files() -> list[str]:
 
     By explicit path: under sbatch the script that runs is a copy in a spool directory.
     """
-    from dotenv import load_dotenv
+    from dotenv import dotenv_values
 
-    before = set(os.environ)
+    before = {name for name, value in os.environ.items() if value}
     for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parent)):
-        load_dotenv(directory / ".env")
+        try:
+            found = dotenv_values(directory / ".env")
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"cannot read {directory / '.env'}: {error}") from None
+        os.environ.update({n: v for n, v in found.items() if v and not os.environ.get(n)})
     return sorted(set(os.environ) - before)
 
 

@@ -21,6 +21,8 @@ FAULTS = {
     "exit-serving": FaultKind(1, 2),
     "kill-serving": FaultKind(0, 1),
     "hang-loading": FaultKind(0, 0),
+    "exit-rank": FaultKind(2, 3),
+    "kill-rank": FaultKind(1, 2),
     "503": FaultKind(0, 1),
     "slow-health": FaultKind(1, 1),
     "hang": FaultKind(0, 1),
@@ -28,6 +30,7 @@ FAULTS = {
     "log-flood": FaultKind(1, 1),
     "binary-log": FaultKind(0, 0),
 }
+LAUNCHES = ("stuck", "propagate")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Settings:
     itl: float
     itl_per_running: float
     output_tokens: tuple[int, int]
+    launch: str  # how trtllm-llmapi-launch meets the end of trtllm-serve
     faults: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -58,6 +62,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         itl=value("ITL_MS", _not_negative, "5") / 1e3,
         itl_per_running=value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6,
         output_tokens=value("OUTPUT_TOKENS", _token_range, "32-256"),
+        launch=value("LAUNCH", _launch, "stuck"),
         faults=value("FAULT", _faults, ""),
     )
 
@@ -75,6 +80,12 @@ def _token_range(text: str) -> tuple[int, int]:
     if not 2 <= bounds[0] <= bounds[1]:
         raise ValueError("must be LOW-HIGH or one number, at least 2")
     return bounds
+
+
+def _launch(text: str) -> str:
+    if text not in LAUNCHES:
+        raise ValueError(f"must be one of {', '.join(LAUNCHES)}")
+    return text
 
 
 def _faults(text: str) -> dict[str, tuple[float, ...]]:

@@ -20,6 +20,7 @@ class Faults:
         self.hung = False
         self._wanted = wanted
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine: Engine | None = None
 
     @property
     def ignores_term(self) -> bool:
@@ -45,7 +46,7 @@ class Faults:
 
     def ready(self, loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
         """Set the clocks of what strikes a ready server."""
-        self._loop = loop
+        self._loop, self._engine = loop, engine
         self._binary_log()
 
         def after(kind: str, position: int, strike: Callable[[], None]) -> None:
@@ -53,17 +54,20 @@ class Faults:
                 delay = self._wanted[kind][position:] or (0.0,)
                 loop.call_later(delay[0], strike)
 
-        def lose_engine() -> None:
-            self.unhealthy = engine.dead = True
-            log("E", "Executor worker died, requests will not be answered")
-
         def hang() -> None:
             self.hung = engine.dead = True
 
         after("exit-serving", 1, self._exit)
         after("kill-serving", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        after("503", 0, lose_engine)
+        after("503", 0, self.lose_engine)
         after("hang", 0, hang)
+
+    def lose_engine(self) -> None:
+        """The HTTP server lives on without what answers its requests."""
+        self.unhealthy = True
+        if self._engine:
+            self._engine.dead = True
+        log("E", "Executor worker died, requests will not be answered")
 
     def delay_health(self, answer: Callable[[], None]) -> None:
         if "slow-health" in self._wanted and self._loop:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from arguments import Arguments
 from console import Fatal
 from conversion import Wrong, boolean, integer, mapping
+from leader_link import is_proxied
 from yaml_subset import Yaml, YamlError, parse_yaml
 
 # Flags whose YAML name differs.
@@ -73,6 +74,7 @@ class LlmArgs(NamedTuple):
     tp: int
     pp: int
     cp: int
+    gpus_per_node: int
     max_batch_size: int
     max_seq_len: int | None
     stream_interval: int
@@ -96,14 +98,18 @@ def build_llm_args(arguments: Arguments, gpus: int, env: Mapping[str, str]) -> L
         tp=_positive(config, "tensor_parallel_size"),
         pp=_positive(config, "pipeline_parallel_size"),
         cp=_positive(config, "context_parallel_size"),
+        gpus_per_node=max(1, _integer(config["gpus_per_node"], gpus)),
         max_batch_size=_positive(config, "max_batch_size"),
         max_seq_len=_positive(config, "max_seq_len") if config["max_seq_len"] else None,
         stream_interval=_positive(config, "stream_interval"),
         guided_decoding=config.get("guided_decoding_backend") is not None,
     )
     _check_mapping(args, config)
-    _check_gpus(args.world_size, config["gpus_per_node"], gpus)
-    _check_mpi(args.world_size, env)
+    if is_proxied(env):
+        _check_share(args, gpus)
+    else:
+        _check_gpus(args.world_size, config["gpus_per_node"], gpus)
+        _check_mpi(args.world_size, env)
     return args
 
 
@@ -214,6 +220,14 @@ def _cp_type(cp_config: Yaml) -> str | None:
     if name not in CP_TYPES:
         raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
     return name
+
+
+def _check_share(args: LlmArgs, gpus: int) -> None:
+    """Hold this node's share of ranks that exist already against its GPUs."""
+    nodes = -(-args.world_size // args.gpus_per_node)
+    if gpus < args.world_size // nodes:
+        message = f"Only {gpus} GPUs are available, but {args.world_size} are required."
+        raise Fatal("RuntimeError", message)
 
 
 def _check_gpus(world: int, gpus_per_node: Yaml, gpus: int) -> None:

@@ -19,6 +19,7 @@ from engine import Engine
 from environment import Settings, read_settings
 from faults import Faults
 from http_server import Connection
+from leader_link import Link, is_proxied
 from llm_args import LlmArgs, build_llm_args
 
 
@@ -47,8 +48,8 @@ def main(argv: Sequence[str]) -> int:
         args = build_llm_args(arguments, settings.gpus, os.environ)
         faults = Faults(settings.faults)
         faults.begin()
-        _load(args, settings, faults)
-        return _run(args, settings, faults)
+        leader = _load(args, settings, faults)
+        return _run(args, settings, faults, leader)
     except Fatal as error:
         crash(error)
         return 1
@@ -56,9 +57,22 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _load(args: LlmArgs, settings: Settings, faults: Faults) -> None:
-    """Take the configured time, with a sign of life about once a second."""
+def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
+    """Take the configured time, and the ranks' time too where there are ranks to wait for."""
     log("I", f"start MpiSession with {args.world_size} workers")
+    if not is_proxied(os.environ):
+        _show_loading(args, settings, faults)
+        return None
+    leader = Link(os.environ)
+    leader.join(args.world_size, args.gpus_per_node)
+    leader.start_loading(args.model)
+    _show_loading(args, settings, faults)
+    leader.wait_loaded()
+    return leader
+
+
+def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
+    """Give a sign of life about once a second."""
     began = time.monotonic()
     steps = 2 * max(1, round(settings.load_seconds / 2))  # even, so that one of them is half way
     for step in range(1, steps + 1):
@@ -68,17 +82,21 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> None:
             faults.half_way()
 
 
-def _run(args: LlmArgs, settings: Settings, faults: Faults) -> int:
+def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> int:
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(_serve(loop, args, settings, faults))
+        return loop.run_until_complete(_serve(loop, args, settings, faults, leader))
     finally:
         loop.close()
 
 
 async def _serve(
-    loop: asyncio.AbstractEventLoop, args: LlmArgs, settings: Settings, faults: Faults
+    loop: asyncio.AbstractEventLoop,
+    args: LlmArgs,
+    settings: Settings,
+    faults: Faults,
+    leader: Link | None,
 ) -> int:
     stop = asyncio.Event()
     if not faults.ignores_term:
@@ -100,6 +118,8 @@ async def _serve(
         uvicorn("Application shutdown complete.")
         return 1
     faults.ready(loop, engine)
+    if leader:
+        leader.on_broken(loop, faults.lose_engine)
     uvicorn(f"Uvicorn running on http://{args.host}:{args.port} (Press CTRL+C to quit)")
     await stop.wait()
     uvicorn("Shutting down")

@@ -138,11 +138,17 @@ def run(name, rest):
             flags.append(next(words))
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
-            "--workdir=", "--env=")) and word not in ("--rm", "--init", "--privileged"):
+            "--workdir=", "--env=")) and word not in (
+            "--rm", "--init", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
         fail('"docker run" requires at least 1 argument.', 125)
     engine = list(words)
+    seen = {n: os.environ[n] for n in os.environ if n == "PATH" or n.startswith("FAKE_")}
+    for flag in flags:
+        variable, equals, value = flag.removeprefix("--env=").partition("=")
+        if flag.startswith("--env=") and (equals or variable in os.environ):
+            seen[variable] = value if equals else os.environ[variable]
     if word not in images():
         fail(f"docker: Error response from daemon: No such image: {word}.", 125)
     labels = dict(f[len("--label="):].split("=", 1) for f in flags if f.startswith("--label="))
@@ -152,11 +158,12 @@ def run(name, rest):
         signal.signal(signum, signal.SIG_IGN)
     time.sleep(faults.get("create_delay", 0))
     with locked():
-        process = subprocess.Popen(engine, stdin=subprocess.DEVNULL, start_new_session=True,
+        process = subprocess.Popen(
+            engine, stdin=subprocess.DEVNULL, start_new_session=True, env=seen,
             preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
         container(name).write_text(json.dumps({
             "pid": process.pid, "name": name, "labels": labels, "flags": flags,
-            "environment": dict(os.environ)}))
+            "environment": seen}))
     code = process.wait()
     with locked():
         container(name).unlink(missing_ok=True)
@@ -315,7 +322,7 @@ AWS = r"""
 match args:
     case ["ecr", "get-login-password", "--region", "us-west-2"]:
         if faults.get("no_credentials"):
-            fail("Unable to locate credentials. You can configure credentials by aws configure", 253)
+            fail("Unable to locate credentials. You can run `aws configure`", 253)
         print("pass word$(id)'")
     case _:
         unknown()
@@ -386,7 +393,7 @@ class Fakes:
             "TMPDIR": str(self.temporary),
             "FAKE_HOME": str(self.home),
             "FAKE_SIMULATOR": str(ROOT / "simulator/trtllm-serve"),
-            "TRTLLM_SIM_LOAD_SECONDS": "0.2",
+            "TRTLLM_SIM_LOAD_SECONDS": "0.1",
             **more,
         }
 
@@ -515,7 +522,9 @@ class Script:
         self.process.stdin.close()
 
     def until(self, condition: Callable[[], Any], seconds: float = 5) -> None:
-        wait_until(condition, seconds, self.output)
+        with contextlib.suppress(pytest.fail.Exception):
+            wait_until(lambda: condition() or self.process.poll() is not None, seconds)
+        assert condition(), self.output
 
     def until_said(self, text: str, seconds: float = 5) -> None:
         self.until(lambda: text in self.output, seconds)

@@ -153,9 +153,9 @@ def test_run_returns_what_a_command_printed(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_a_failed_command_is_told_with_its_code_and_words() -> None:
-    with pytest.raises(Failure, match="exit code 3: why$"):
+    with pytest.raises(Failure, match=r"exit code 3: why$"):
         nodes.run(["sh", "-c", "echo why >&2; exit 3"])
-    with pytest.raises(Failure, match="exit code 3: no message$"):
+    with pytest.raises(Failure, match=r"exit code 3: no message$"):
         nodes.run(["sh", "-c", "exit 3"])
     with pytest.raises(Failure, match="no-such-program: not found in PATH"):
         nodes.run(["no-such-program"])
@@ -190,13 +190,17 @@ def test_a_stop_in_the_middle_ends_the_command_too(fakes: Fakes) -> None:
 
 
 def test_talk_to_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
-        monkeypatch.setattr(sys, "stderr", full)
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+    closed = Path(os.devnull).open("w")  # noqa: SIM115
+    closed.close()
+    for stream in (full, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
         nodes.say("lost")
-    with Path(os.devnull).open("w") as closed:
-        pass
-    monkeypatch.setattr(sys, "stderr", closed)
-    nodes.say("lost")
+        nodes.say("lost")
+        if sys.stderr is not stream:
+            sys.stderr.close()
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_a_dead_process_has_no_start_and_a_living_one_keeps_its() -> None:

@@ -37,8 +37,8 @@ def told(text: str) -> list[Node]:
     return gather(map(Told, text.replace(" | ", "\t").splitlines()))
 
 
-def node(name: str = "n1", **changes: str | None) -> Node:
-    return Node(name, {k: v for k, v in {**GOOD, **changes}.items() if v is not None})
+def node(called: str = "n1", /, **changes: str | None) -> Node:
+    return Node(called, {k: v for k, v in {**GOOD, **changes}.items() if v is not None})
 
 
 def states(findings: list[Finding]) -> dict[str, tuple[str, str]]:
@@ -63,8 +63,18 @@ def test_talk_makes_no_node(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "allocated", "count"),
-    [("8", "", 8), ("8", "0,1,2", 3), ("8", None, 8), ("", "", 0), ("0", "", 0), ("x", "", 0)]
-    + [("8", "5", 1), (None, None, 0), ("0", "0,1", 2), ("-1", "", 0)],
+    [
+        ("8", "", 8),
+        ("8", "0,1,2", 3),
+        ("8", None, 8),
+        ("", "", 0),
+        ("0", "", 0),
+        ("x", "", 0),
+        ("8", "5", 1),
+        (None, None, 0),
+        ("0", "0,1", 2),
+        ("-1", "", 0),
+    ],
 )
 def test_the_gpus_of_the_allocation_count(
     gpus: str | None, allocated: str | None, count: int
@@ -301,9 +311,9 @@ def test_a_node_without_the_image_says_so(fakes: Fakes) -> None:
 def test_gpus_are_counted_by_nvidia_smi_where_there_are_no_devices(fakes: Fakes) -> None:
     if list(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("this machine has GPUs")
-    assert ask(fakes, wanted()).gpus == 0
+    assert ask(fakes, wanted(NONE, "bare")).gpus == 0
     fakes.program("nvidia-smi", "print('GPU 0: H100\\n  MIG\\nGPU 1: H100')")
-    assert ask(fakes, wanted()).gpus == 2
+    assert ask(fakes, wanted(NONE, "bare")).gpus == 2
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0"])
@@ -315,18 +325,18 @@ def test_a_port_that_somebody_listens_on_is_taken(fakes: Fakes, address: str) ->
         pytest.skip(f"no {address} here")
     with listener:
         port = listener.getsockname()[1]
-        facts = ask(fakes, Wanted("docker", TARBALL, port, "auto", ())).facts
+        facts = ask(fakes, Wanted("bare", NONE, port, "auto", ())).facts
         assert f"pid={os.getpid()}" in facts["taken"]
         with socket.create_connection((address, port)):
             other = free_port()
-            assert "taken" not in ask(fakes, Wanted("docker", TARBALL, other, "", ())).facts
-    assert "taken" not in ask(fakes, Wanted("docker", TARBALL, port, "auto", ())).facts
+            assert "taken" not in ask(fakes, Wanted("bare", NONE, other, "", ())).facts
+    assert "taken" not in ask(fakes, Wanted("bare", NONE, port, "auto", ())).facts
 
 
 def test_a_taken_port_is_seen_without_ss(fakes: Fakes) -> None:
     (fakes.home / "tools/ss").unlink()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        want = Wanted("docker", TARBALL, listener.getsockname()[1], "auto", ())
+        want = Wanted("bare", NONE, listener.getsockname()[1], "auto", ())
         assert ask(fakes, want).facts["taken"] == ""
 
 

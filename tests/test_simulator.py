@@ -29,7 +29,7 @@ SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
 # -S: without site-packages, so nothing but the standard library can be imported.
 COMMAND = [sys.executable, "-S", str(SIMULATOR / "trtllm-serve")]
 MODEL = "org/some-model"
-FOREIGN = re.compile(r"SLURM_|PMI|OMPI_|TRTLLM_SIM_")
+FOREIGN = re.compile(r"SLURM_|PMI|OMPI_|TRTLLM_SIM_|(?i:TLLM)_")
 QUICK = {"LOAD_SECONDS": "0.05", "TTFT_MS": "1", "PREFILL_US_PER_TOKEN": "0", "ITL_MS": "1"}
 ACCEPTED = 77  # the exit code of a simulator that was told to stop once its arguments are accepted
 
@@ -357,6 +357,31 @@ def test_ranks_cannot_be_spawned_inside_another_launcher(name: str) -> None:
     assert name in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({}, "AssertionError: TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY is not set."),
+        ({"HMAC_KEY": "00"}, "AssertionError: TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR is not set."),
+        ({"HMAC_KEY": "x"}, "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY must be hexadecimal"),
+        ({"HMAC_KEY": "00", "ADDR": "ipc://x"}, "must be tcp://HOST:PORT"),
+    ],
+)
+def test_ranks_that_exist_already_are_asked_for_where_the_launcher_says(
+    env: dict[str, str], message: str
+) -> None:
+    names = {f"TLLM_SPAWN_PROXY_PROCESS_IPC_{name}": value for name, value in env.items()}
+    # 16 ranks are more than this node has GPUs, which is as it should be.
+    result = run(MODEL, "--tp_size=16", env={"TLLM_SPAWN_PROXY_PROCESS": "1", **names})
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def test_a_nodes_share_of_existing_ranks_must_fit_its_gpus() -> None:
+    env = {"TLLM_SPAWN_PROXY_PROCESS": "1", "TRTLLM_SIM_GPUS": "4"}
+    result = run(MODEL, "--tp_size=16", "--gpus_per_node=8", env=env)
+    assert "Only 4 GPUs are available, but 16 are required." in result.stderr
+
+
 def test_a_single_rank_does_not_mind_another_launcher() -> None:
     assert run(MODEL, env={"SLURM_JOB_ID": "1"}).returncode == ACCEPTED
 
@@ -366,6 +391,9 @@ def test_a_single_rank_does_not_mind_another_launcher() -> None:
     [
         ("FAULT", "explode", "unknown fault 'explode'"),
         ("FAULT", "exit-loading", "wrong number of arguments"),
+        ("FAULT", "exit-rank:1", "wrong number of arguments"),
+        ("FAULT", "kill-rank:1:2:3", "wrong number of arguments"),
+        ("LAUNCH", "loose", "must be one of stuck, propagate"),
         ("FAULT", "ignore-term,log-flood:x", "TRTLLM_SIM_FAULT"),
         ("GPUS", "many", "TRTLLM_SIM_GPUS"),
         ("ITL_MS", "-1", "TRTLLM_SIM_ITL_MS"),

@@ -535,7 +535,7 @@ def sweep() -> None:
 
 
 def copy_repository(source: Path, target: Path) -> None:
-    """What git knows of a checkout, as a clone would have it, and its virtual environment."""
+    """What git knows of a checkout, as a clone would have it, and our virtual environment."""
     names = subprocess.run(
         ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         check=True,
@@ -546,8 +546,7 @@ def copy_repository(source: Path, target: Path) -> None:
         if (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
-    if (source / ".venv").exists():
-        (target / ".venv").symlink_to(source / ".venv")
+    (target / ".venv").symlink_to(sys.prefix)
 
 
 def build_image(

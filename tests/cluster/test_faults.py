@@ -99,9 +99,9 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
         lambda w: serve_args("--pp_size", "4"),
         ["32 (tp 8 x pp 4 x cp 1)", "16 GPU(s)"],
     ),
-    "world larger than a node": (
-        lambda w: serve_args("--pp_size", "2"),
-        ["16 (tp 8 x pp 2 x cp 1)", "n1 has 8 GPU(s)"],
+    "world that does not fill the nodes": (
+        lambda w: ["--image", str(TARBALL), "m", "--tp_size", "12"],
+        ["12 (tp 12 x pp 1 x cp 1)", "nodes of 8 GPUs evenly"],
     ),
     "unknown trtllm-serve flag": (
         lambda w: serve_args("--no_such_flag", "1"),

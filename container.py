@@ -1,0 +1,158 @@
+"""What runs on a node: the engine in a container of its own, or bare; and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+
+from nodes import HOLD, TELL, launcher, script
+from plan import Plan
+from preflight import LABEL
+from settings import PASSED_ON
+
+# NCCL and Gloo: the interface that leads out of the node, unless the user names one.
+INTERFACES = script(r"""
+    interface=$(ip -o -4 route show to default 2>/dev/null | sed -n '1s/.* dev \([^ ]*\).*/\1/p');
+    if [ -n "$interface" ]; then
+        export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-$interface}";
+        export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}";
+        export TP_SOCKET_IFNAME="${TP_SOCKET_IFNAME:-$interface}";
+    fi;
+""")
+
+# A container's arguments come as "$@"; what only the node knows is put before them.
+CONTAINER = script(r"""
+    name=trtllm-$1-$node; gpus=$2; cache=$3; shift 3;
+    [ -z "$cache" ] || mkdir -p "$cache";
+    for device in /dev/infiniband/uverbs* /dev/gdrdrv; do
+        [ ! -e "$device" ] || set -- --device "$device" "$@";
+    done;
+    present=$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l);
+    given=$(printf %s "$SLURM_STEP_GPUS" | tr ',' '\n' | grep -c .);
+    if [ "$gpus" = auto ]; then
+        gpus=all;
+        [ "$given" = 0 ] || [ "$given" -ge "$present" ] || gpus="\"device=$SLURM_STEP_GPUS\"";
+    fi;
+    [ "$gpus" = none ] || set -- --gpus "$gpus" "$@";
+""")
+
+# The container ends with its script, whoever asks: we, scancel, the death of the launcher.
+# `docker rm` is repeated until the client has gone: before that a container may yet be created.
+ATTACHED = script(r"""
+    stop() {
+        trap '' TERM INT HUP; SECONDS=0;
+        while [ -n "$client" ] && kill -0 $client 2>/dev/null && [ $SECONDS -lt 12 ]; do
+            timeout 5 docker rm --force "$name" >/dev/null 2>&1; sleep 0.1;
+        done;
+        [ -z "$client" ] || kill -KILL $client 2>/dev/null;
+        timeout 5 docker rm --force "$name" >/dev/null 2>&1;
+        exit 143;
+    };
+    trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
+    docker run --name "$name" "$@" &
+    client=$!;
+""")
+
+FINISH = script(r"""
+    wait $client; code=$?;
+    trap '' TERM INT HUP;
+""")
+
+DOCKER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, ATTACHED, FINISH, "exit $code;"])
+
+# Without a container: the engine is a session of its own, to be signalled as one. MPI must not see
+# Slurm's variables, or its spawning of workers inside a step fails.
+BARE = (
+    TELL
+    + " "
+    + HOLD
+    + " "
+    + INTERFACES
+    + " "
+    + script(r"""
+    unset $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_');
+    stop() {
+        trap '' TERM INT HUP;
+        [ -n "$engine" ] || exit 143;
+        kill -TERM -- -$engine 2>/dev/null || kill -TERM $engine;
+        for i in $(seq 30); do kill -0 -- -$engine 2>/dev/null || exit 143; sleep 0.1; done;
+        kill -KILL -- -$engine;
+        exit 143;
+    };
+    trap '[ -n "$engine" ] || [ "$!" = "$watch" ] || engine=$!; stop' TERM INT HUP;
+    setsid "$@" &
+    engine=$!;
+    wait $engine; code=$?;
+    trap '' TERM INT HUP;
+    kill -KILL -- -$engine 2>/dev/null;
+    exit $code;
+""")
+)
+
+REMOVE_BY_NAME = (
+    TELL
+    + " "
+    + script(r"""
+    docker inspect "trtllm-$1-$node" >/dev/null 2>&1 || exit 0;
+    timeout 10 docker rm --force "trtllm-$1-$node";
+""")
+)
+
+
+def mount_flag(path: str) -> str:
+    """`--mount`'s value is a CSV row: a comma or quote in a path is written as CSV writes it."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\n").writerow(["type=bind", f"source={path}", f"target={path}"])
+    return f"--mount={row.getvalue()[:-1]}"
+
+
+def passed_on(environ: Mapping[str, str]) -> list[str]:
+    """Names of variables for the engine; a value in an argv would be there for all to read."""
+    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME"}
+    return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
+
+
+def docker_arguments(plan: Plan, environ: Mapping[str, str]) -> list[str]:
+    """What follows `docker run --name NAME` and the devices that the node itself finds.
+
+    A container of a spread launch sleeps: its ranks are run in it.
+    """
+    names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *passed_on(environ)]
+    return [
+        "--rm",
+        "--pull=never",                             # a tag nobody has is an error, not a download
+        "--init",                                   # forwards signals, whatever the engine ignores
+        f"--label={LABEL}.job={plan.place.job}",
+        f"--label={LABEL}.launcher={launcher()}",
+        f"--label={LABEL}.user={plan.user}",
+        "--uts=host",
+        "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
+        "--net=host",
+        "--ulimit=memlock=-1",                      # EFA and GPUDirect register memory
+        "--ulimit=stack=67108864",
+        *(["--privileged"] if plan.privileged else []),
+        *map(mount_flag, plan.mounts),
+        *([f"--workdir={plan.cwd}"] if plan.cwd else []),
+        *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),
+        *(f"--env={name}" for name in names),
+        *(["--entrypoint=sleep", plan.tag, "infinity"] if plan.spread else ()),
+        *(() if plan.spread else [plan.tag, *plan.engine]),
+    ]  # fmt: skip
+
+
+def container_words(plan: Plan, environ: Mapping[str, str]) -> list[str]:
+    """The arguments of the scripts that run a container."""
+    return [plan.place.job, plan.gpus, plan.cache, *docker_arguments(plan, environ)]
+
+
+def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
+    """The one command that is the server, for as long as its standard input is open."""
+    if plan.runtime == "bare":
+        return [*plan.place.head, "bash", "-c", BARE, "launch", *plan.engine]
+    return [*plan.place.head, "bash", "-c", DOCKER, "launch", *container_words(plan, environ)]
+
+
+def remove_command(plan: Plan) -> list[str]:
+    """Removes this job's containers, and no others, should a node not have done so itself."""
+    return [*plan.place.every, "bash", "-c", REMOVE_BY_NAME, "remove", plan.place.job]

@@ -1,0 +1,224 @@
+"""One model over several nodes: a container a node, a rank a GPU, one MPI world.
+
+Slurm's PMIx wires the ranks up; each runs by `docker exec` in the one container of its node, so
+that the ranks of a node share a process table (Open MPI's shared memory needs that) and there is
+one thing to name and to remove. Rank 0, on the first node, serves HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
+from nodes import HOLD, TELL, Step, Told, die, last_words, run, script
+from plan import Plan, Spread
+from preflight import Node
+
+UP_WITHIN = 60.0  # seconds until every node's container runs
+SILENCE = 8.0  # seconds without a sign of life from a node's container
+SLURMD_EVERY, SLURMD_MISSES = 2.0, 3  # a slurmd that is only restarted is back by then
+
+# PMIx's files are below slurmd's spool directory; the step that will use them does not exist yet.
+SPOOL = script(r"""
+    spool=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdSpoolDir *= //p' |
+        sed "s/%h/$(hostname -s)/g; s/%n/$node/g");
+    [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
+""")
+
+BEAT = script(r"""
+    {
+        until [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>/dev/null)" = true ]; do
+            sleep 0.05;
+        done;
+        while :; do tell up "$name"; sleep 2; done;
+    } &
+    beat=$!;
+    trap 'kill $watch $beat 2>/dev/null' EXIT;
+""")
+
+HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FINISH,
+                   'tell ended "$code";', "exit $code;"])  # fmt: skip
+
+# `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
+# Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
+RANK = TELL + " " + HOLD + " " + script(r"""
+    name=trtllm-$1-$node; cwd=$2; shift 2;
+    variables=$(mktemp);
+    env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=' >"$variables";
+    stop() {
+        trap '' TERM INT HUP;
+        [ -z "$client" ] || kill -KILL $client 2>/dev/null;
+        rm -f "$variables";
+        exit 143;
+    };
+    trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
+    docker exec --env-file "$variables" --workdir "${cwd:-/}" "$name" sh -c
+        'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
+        rank trtllm-llmapi-launch "$@" &
+    client=$!;
+    serving() {
+        docker top "$name" -eo pid,args | grep -v llmapi-launch | grep -q trtllm-serve;
+    };
+    trap 'left=1; kill -KILL $client' USR1;
+    if [ "$SLURM_PROCID" = 0 ]; then
+        {
+            until serving; do sleep 1; done;
+            while serving; do sleep 1; done;
+            sleep 2; kill -USR1 $$;
+        } >/dev/null 2>&1 &
+        look=$!;
+        trap 'kill $watch $look 2>/dev/null' EXIT;
+    fi;
+    wait $client; code=$?;
+    [ -z "$left" ] || { wait $client; code=1; echo "trtllm-serve has ended, its leader has not"; };
+    trap '' TERM INT HUP;
+    rm -f "$variables";
+    exit $code;
+""")  # fmt: skip
+
+
+def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
+    """A container on each node that sleeps, for the ranks to run in."""
+    words = container_words(plan, environ)
+    return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
+
+
+def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
+    """All ranks, in blocks, each with a log of its own. The death of one ends all."""
+    step = plan.place.on(spread.nodes, spread.ranks, spread.mpi)
+    return [
+        *step,
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={rank_log(logs, '%t')}",
+        "bash",
+        "-c",
+        RANK,
+        "rank",
+        plan.place.job,
+        plan.cwd,
+        *plan.engine,
+    ]
+
+
+class Holders(threading.Thread):
+    """The nodes' containers, and signs of life from each."""
+
+    def __init__(self, step: Step, spread: Spread, nodes: Sequence[Node]) -> None:
+        super().__init__(daemon=True)
+        self.step, self.spread = step, spread
+        self.names = [node.name for node in nodes[: spread.nodes]]
+        self.seen: dict[str, float] = {}
+        self.ended: dict[str, str] = {}
+        self.talk: list[str] = []
+
+    def run(self) -> None:
+        for told in self.step.told():
+            self.note(told)
+
+    def note(self, told: Told) -> None:
+        if told.key == "up":
+            self.seen[told.node] = time.monotonic()
+        elif told.key == "ended":
+            self.ended[told.node] = told.value
+        else:
+            self.talk = [*self.talk[-50:], told.line]
+
+    def fault(self) -> str:
+        """What is wrong with a node's container, or ''."""
+        now = time.monotonic()
+        for index, name in enumerate(self.names):
+            where = f"{name} ({self.spread.ranks_of(index)})"
+            if code := self.ended.get(name):
+                words = last_words("\n".join(self.talk))
+                return f"{where}: its container ended with exit code {code}: {words}".rstrip(": ")
+            if name in self.seen and now - self.seen[name] > SILENCE:
+                return f"{where}: no sign of life from its container for {SILENCE:g} s"
+        return ""
+
+    def await_up(self) -> None:
+        """Return when every node's container runs."""
+        deadline = time.monotonic() + UP_WITHIN
+        while len(self.seen) < self.spread.nodes:
+            if fault := self.fault():
+                die(fault)
+            if self.step.poll() is not None or time.monotonic() > deadline:
+                missing = [name for name in self.names if name not in self.seen]
+                die(
+                    f"{', '.join(missing)}: no container within {UP_WITHIN:g} s: "
+                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}"
+                )
+            time.sleep(0.02)
+
+
+class Slurmds(threading.Thread):
+    """Whether every node's slurmd listens: a step outlives its slurmd, so that nobody else says."""
+
+    def __init__(self, holders: Holders, port: int) -> None:
+        super().__init__(daemon=True)
+        self.holders, self.port = holders, port
+        self.misses = dict.fromkeys(holders.names, 0)
+
+    def run(self) -> None:
+        while True:
+            for name in self.misses:
+                self.misses[name] = 0 if self.listens(name) else self.misses[name] + 1
+            time.sleep(SLURMD_EVERY)
+
+    def listens(self, name: str) -> bool:
+        try:
+            socket.create_connection((name, self.port), 2).close()
+        except OSError:
+            return False
+        return True
+
+    def fault(self) -> str:
+        for index, (name, misses) in enumerate(self.misses.items()):
+            if misses >= SLURMD_MISSES:
+                ranks = self.holders.spread.ranks_of(index)
+                return f"{name} ({ranks}): its slurmd does not answer on port {self.port}"
+        return ""
+
+
+def slurmd_port() -> int:
+    config = run(["scontrol", "show", "config"])
+    found = re.search(r"^SlurmdPort\s*=\s*(\d+)", config, re.M)
+    return int(found[1]) if found else 6818
+
+
+RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)
+SIGNALS = {"Killed": 137, "Terminated": 143, "Segmentation fault": 139, "Aborted": 134}
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a rank, or of several that ended alike."""
+
+    node: str
+    ranks: str  # as Slurm writes them: 9 or 8-15
+    code: int
+
+    @property
+    def first(self) -> str:
+        return re.split(r"[,-]", self.ranks)[0]
+
+
+def first_failure(log: str) -> Death | None:
+    """The first rank that failed, as srun tells it; those that it took along come later."""
+    if not (found := RANK_ENDED.search(log)):
+        return None
+    code = re.search(r"exit code (\d+)", found[3])
+    word = next((code for word, code in SIGNALS.items() if found[3].startswith(word)), 1)
+    return Death(found[1], found[2], int(code[1]) if code else word)
+
+
+def rank_log(main_log: Path, rank: str) -> Path:
+    """A rank's own log, beside the launch's; `%t` is Slurm's word for every rank."""
+    return main_log.with_name(f"{main_log.stem}_rank{rank}.log")

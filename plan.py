@@ -1,0 +1,221 @@
+"""What a launch is: every decision, taken before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import parallelism
+from image import Image
+from nodes import Place, die, run, say
+from parallelism import World
+from preflight import Node, Wanted
+from settings import setting
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The shape of an MPI world: `ranks` on each of `nodes` nodes, wired up by `mpi`."""
+
+    nodes: int
+    ranks: int
+    mpi: str
+
+    def ranks_of(self, index: int) -> str:
+        """The ranks of the node of that index, in words."""
+        return f"ranks {index * self.ranks}-{(index + 1) * self.ranks - 1}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a launch needs to know."""
+
+    place: Place
+    runtime: str
+    tag: str
+    gpus: str
+    mounts: tuple[str, ...]
+    cache: str  # the Hugging Face cache, one of the mounts; '' with runtime bare
+    cwd: str  # the container's working directory; '': the image's own
+    privileged: bool
+    user: str
+    engine: tuple[str, ...]  # trtllm-serve and its arguments
+    spread: Spread | None = None  # None: one server within the first node
+
+
+def real(path: str) -> Path:
+    """A path as it is, home directory and links resolved; never an error."""
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+
+
+def is_directory(path: Path | str) -> bool:
+    """False for a name too long, too, where Path.is_dir() raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
+    """The model, all arguments of trtllm-serve, and the port it will serve on."""
+    model, args = parallelism.split_model(rest)
+    if model is None:
+        model = setting("MODEL")
+        say(f"no MODEL was given: serving {model}")
+    args = parallelism.rename_config(args)
+    port = parallelism.value_of(args, "--port") or setting("PORT")
+    if not parallelism.is_count(port) or int(port) > 65535:
+        die(f"the port is {port!r}, not a number from 1 to 65535")
+    if parallelism.value_of(args, "--host") is None:
+        args += ["--host", "0.0.0.0"]
+    if parallelism.value_of(args, "--port") is None:
+        args += ["--port", port]
+    return model, args, int(port)
+
+
+def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
+    """Host directories that the containers see under the same path, each once."""
+    mount = real(args.container_mount)
+    mounts = [args.workspace, cache]
+    if is_directory(mount):
+        mounts.insert(0, mount)
+    elif args.asked_mount:
+        die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
+    else:
+        say(f"there is no {mount} on this machine: left out of the containers")
+    unique = list(dict.fromkeys(mounts))
+    return [p for p in unique if not any(p != q and p.is_relative_to(q) for q in unique)]
+
+
+def local_paths(model: str, serve_args: Sequence[str]) -> list[Path]:
+    """The model and config, where they are files: the nodes have to see them."""
+    paths = [Path(model)] if model.startswith(("/", "./", "../")) or is_directory(model) else []
+    config = parallelism.value_of(serve_args, "--extra_llm_api_options")
+    return [p.absolute() for p in [*paths, *([Path(config)] if config is not None else [])]]
+
+
+def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
+    for path in paths:
+        # As it is called and as it is: a link that leads in from outside is unknown inside.
+        called = any(path.is_relative_to(m) for m in mounts)
+        if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
+            die(
+                f"{path} is not mounted into the container; these are: "
+                f"{', '.join(map(str, mounts))}",
+                hint="move it there, or --container-mount its directory",
+            )
+
+
+def make_plan(
+    args: argparse.Namespace,
+    place: Place,
+    model: str,
+    serve_args: Sequence[str],
+    found: Image,
+) -> Plan:
+    """All decisions of the launch, before anything runs."""
+    engine = ("trtllm-serve", model, *serve_args)
+    gpus, user = setting("GPUS"), getpass.getuser()
+    if args.runtime == "bare":
+        return Plan(place, "bare", "", gpus, (), "", "", False, user, engine)
+    cache = Path(setting("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+    mounts = find_mounts(args, cache)
+    check_mounted(local_paths(model, serve_args), mounts)
+    cwd = Path.cwd()
+    is_seen = any(cwd.is_relative_to(mount) for mount in mounts)
+    return Plan(
+        place,
+        "docker",
+        found.tag,
+        gpus,
+        tuple(map(str, mounts)),
+        str(cache),
+        str(cwd) if is_seen else "",
+        setting("PRIVILEGED") == "1",
+        user,
+        engine,
+    )
+
+
+def wanted_of(plan: Plan, found: Image, port: int) -> Wanted:
+    seen = [m for m in plan.mounts if m != plan.cache]  # the cache is made where it is missing
+    paths = local_paths(plan.engine[1], plan.engine[2:])
+    return Wanted(plan.runtime, found, port, plan.gpus, (*seen, *map(str, paths)))
+
+
+def find_spread(world: World, nodes: Sequence[Node], plan: Plan) -> Spread | None:
+    """How the world lies over the nodes; None where the first node holds it all."""
+    if plan.gpus == "none":
+        return None
+    total, head = sum(node.gpus for node in nodes), nodes[0]
+    if world.size > total:
+        die(
+            f"the world size is {world}, but the {len(nodes)} node(s) have {total} GPU(s) in all",
+            hint="allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)",
+        )
+    if world.size <= head.gpus:
+        return None
+    if plan.runtime == "bare":
+        die(
+            f"the world size is {world}, but {head.name} has {head.gpus} GPU(s): more nodes need "
+            "--runtime docker"
+        )
+    return spread_over(world, [n.gpus for n in nodes], choose_mpi(setting("MPI")))
+
+
+def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
+    """The world over nodes with `gpus` GPUs each. Failure where it does not fill them evenly."""
+    if len(set(gpus)) > 1:
+        die(
+            f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))}), and the engine "
+            "maps ranks to GPUs by one number",
+            hint="allocate nodes of one kind",
+        )
+    per_node = gpus[0]
+    if world.size % per_node:
+        die(
+            f"the world size is {world}, which does not fill nodes of {per_node} GPUs evenly",
+            hint=f"choose a multiple of {per_node}",
+        )
+    return Spread(world.size // per_node, per_node, mpi)
+
+
+def choose_mpi(asked: str) -> str:
+    """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
+    if asked != "auto":
+        return asked
+    return pick_mpi(run(["sh", "-c", "exec srun --mpi=list 2>&1"]))
+
+
+def pick_mpi(offered: str) -> str:
+    """pmix, else its newest version. (pmi2 hands on an open file, which no container inherits.)"""
+    types = re.findall(r"\bpmix(?:_v\d+)?\b", offered)
+    if not types:
+        die(
+            f"this Slurm has no PMIx plug-in (srun --mpi=list says: {' '.join(offered.split())})",
+            hint="ask for Slurm's PMIx plug-in, or serve within one node",
+        )
+    return "pmix" if "pmix" in types else max(types)
+
+
+def expect_spread(world: World, place: Place, environ: Mapping[str, str]) -> Spread | None:
+    """The spread as the allocation's own variables suggest it, for --dry-run, which asks nobody."""
+    words = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
+    per_node = words.rpartition(":")[2]
+    if not place.slurm or not per_node.isdigit() or world.size <= int(per_node):
+        return None
+    mpi = setting("MPI")
+    return spread_over(world, [int(per_node)] * place.size, "pmix" if mpi == "auto" else mpi)
+
+
+def describe(plan: Plan, world: World, nodes: Sequence[Node]) -> str:
+    """`world size 16 (...): 8 ranks on each of n1, n2 (--mpi=pmix); n1 serves`"""
+    if not plan.spread:
+        return f"world size {world}: all of it on {nodes[0].name}, which serves"
+    names = ", ".join(node.name for node in nodes[: plan.spread.nodes])
+    return (
+        f"world size {world}: {plan.spread.ranks} ranks on each of {names} "
+        f"(--mpi={plan.spread.mpi}); {nodes[0].name} serves"
+    )

@@ -1,0 +1,921 @@
+"""The launcher: its pure decisions, and all of it as a process among fakes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import run_sbatch
+import settings
+from nodes import Failure, Place
+from parallelism import World
+from preflight import Node
+from tests.conftest import (
+    HOSTILE,
+    ROOT,
+    TAG,
+    TOKEN,
+    Fakes,
+    archive,
+    config_digest,
+    free_port,
+    packed,
+    wait_until,
+)
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+HERE = Place("local1", 1, (), ())
+SLURM = Place("77", 1, ("srun",), ("srun",))
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "rest"),
+    [
+        ([], []),
+        (["m"], ["m"]),
+        (["m", "--tp_size", "8"], ["m", "--tp_size", "8"]),
+        (["--tp_size", "8", "m", "--port=1"], ["--tp_size", "8", "m", "--port=1"]),
+        (["--image", "x", "m", "--tp_size", "8", "-f"], ["m", "--tp_size", "8"]),
+        (["m", "--im", "x"], ["m", "--im", "x"]),
+        (["m", "--work=x"], ["m", "--work=x"]),
+        (["--force", "--", "m", "--check"], ["m", "--check"]),
+        (["m", "--a", "--", "--b", "--", "--c"], ["m", "--a", "--b", "--", "--c"]),
+        (["--z", "1", "--a", "2", "m", "--z", "3"], ["--z", "1", "--a", "2", "m", "--z", "3"]),
+        (["m", "--config", "a b.yaml"], ["m", "--config", "a b.yaml"]),
+        (["m", "--x", "-1"], ["m", "--x", "-1"]),
+    ],
+)
+def test_what_is_not_ours_goes_on_in_its_order(argv: list[str], rest: list[str]) -> None:
+    assert run_sbatch.parse(argv)[1] == rest
+
+
+@pytest.mark.parametrize("name", [n for n in HOSTILE if not n.startswith("-")])
+def test_words_of_any_kind_go_on_as_they_are(name: str) -> None:
+    words = [name, "--x", name, f"--y={name}"]
+    assert run_sbatch.parse(words)[1] == words
+
+
+def test_flags_win_over_settings() -> None:
+    os.environ.update(IMAGE="e", RUNTIME="bare", READY_TIMEOUT="5", CONTAINER_MOUNT="/e")
+    args, _ = run_sbatch.parse([])
+    assert (args.image, args.runtime, args.ready_timeout) == ("e", "bare", 5.0)
+    assert args.container_mount == args.asked_mount == "/e"
+    flags = ["--image=f", "--runtime=docker", "--ready-timeout=6", "--container-mount=/f"]
+    args, _ = run_sbatch.parse(flags)
+    assert (args.image, args.runtime, args.ready_timeout) == ("f", "docker", 6.0)
+    assert args.container_mount == args.asked_mount == "/f"
+
+
+def test_the_default_mount_was_not_asked_for() -> None:
+    args, _ = run_sbatch.parse([])
+    assert (args.container_mount, args.asked_mount) == ("/fsx", None)
+    assert args.workspace == Path.cwd().resolve()
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "words"),
+    [
+        (["--ready-timeout", "soon"], {}, "not a number of seconds"),
+        (["--ready-timeout", "nan"], {}, "not a number of seconds"),
+        ([], {"READY_TIMEOUT": "soon"}, "not a number of seconds"),
+        (["--runtime", "podman"], {}, "invalid choice"),
+        ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
+        (["-w", "/no/such"], {}, "/no/such is not a directory"),
+        (["-w", "~no-such-user/x"], {}, "is not a directory"),
+        (["-w", "n" * 300], {}, "is not a directory"),
+        (["--image"], {}, "expected one argument"),
+        (["--check", "--dry-run"], {}, "not allowed with"),
+    ],
+)
+def test_a_mistake_in_the_usage_is_exit_code_2(
+    argv: list[str], env: dict[str, str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(env)
+    with pytest.raises(SystemExit) as stop:
+        run_sbatch.parse(argv)
+    assert stop.value.code == 2
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rest", "model", "args", "port"),
+    [
+        (["m"], "m", ["--host", "0.0.0.0", "--port", "8000"], 8000),
+        ([], "Qwen/Qwen2.5-7B-Instruct", ["--host", "0.0.0.0", "--port", "8000"], 8000),
+        (["m", "--port", "1"], "m", ["--port", "1", "--host", "0.0.0.0"], 1),
+        (["--port=65535", "m"], "m", ["--port=65535", "--host", "0.0.0.0"], 65535),
+        (["m", "--host", "::"], "m", ["--host", "::", "--port", "8000"], 8000),
+        (["m", "--host=h", "--port=5"], "m", ["--host=h", "--port=5"], 5),
+        (
+            ["m", "--config=c"],
+            "m",
+            ["--extra_llm_api_options=c", "--host", "0.0.0.0", "--port", "8000"],
+            8000,
+        ),
+    ],
+)
+def test_host_and_port_are_added_unless_given(
+    rest: list[str], model: str, args: list[str], port: int
+) -> None:
+    assert run_sbatch.engine_arguments(rest) == (model, args, port)
+
+
+def test_the_models_and_ports_settings_count() -> None:
+    os.environ.update(MODEL="e", PORT="81")
+    assert run_sbatch.engine_arguments([])[::2] == ("e", 81)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "80.0", " 80", "²", "9" * 5000])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(Failure, match="not a number from 1 to 65535"):
+        run_sbatch.engine_arguments(["m", f"--port={port}"])
+
+
+@pytest.mark.parametrize(
+    ("place", "args", "url"),
+    [
+        (HERE, ["--host", "0.0.0.0", "--port", "1"], "http://127.0.0.1:1"),
+        (HERE, ["--host", "::", "--port", "1"], "http://127.0.0.1:1"),
+        (HERE, ["--host", "10.0.0.9", "--port=1"], "http://10.0.0.9:1"),
+        (HERE, ["--host", "fe80::1", "--port", "1"], "http://[fe80::1]:1"),
+        (SLURM, ["--host", "0.0.0.0", "--port", "1"], "http://10.0.0.5:1"),
+        (SLURM, ["--host", "gpu7", "--port", "1"], "http://gpu7:1"),
+    ],
+)
+def test_the_url_is_the_address_that_was_asked_for(place: Place, args: list[str], url: str) -> None:
+    head = Node("localhost", {"addresses": "fe80::9 10.0.0.5 10.0.0.6"})
+    assert run_sbatch.url_of(head, place, args) == url
+
+
+@pytest.mark.parametrize(
+    ("resolved", "addresses", "address"),
+    [
+        ("10.1.1.1", "10.0.0.5", "10.1.1.1"),
+        ("127.0.1.1", "10.0.0.5 10.0.0.6", "10.0.0.5"),
+        (None, "fe80::1 10.0.0.5", "10.0.0.5"),
+        (None, "fe80::1", "127.0.0.1"),
+        (None, "", "127.0.0.1"),
+    ],
+)
+def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
+    monkeypatch: pytest.MonkeyPatch, resolved: str | None, addresses: str, address: str
+) -> None:
+    def lookup(name: str) -> str:
+        if resolved is None:
+            raise OSError
+        return resolved
+
+    monkeypatch.setattr("socket.gethostbyname", lookup)
+    assert run_sbatch.address_of(Node("n1", {"addresses": addresses})) == address
+
+
+def mounts_of(workspace: Path, mount: str, cache: Path, asked: str | None = None) -> list[Path]:
+    args = argparse.Namespace(workspace=workspace, container_mount=mount, asked_mount=asked)
+    return run_sbatch.find_mounts(args, cache)
+
+
+def test_every_directory_is_mounted_once(tmp_path: Path) -> None:
+    fsx, home = tmp_path / "fsx", tmp_path / "home"
+    (fsx / "work").mkdir(parents=True)
+    assert mounts_of(fsx / "work", str(fsx), home) == [fsx, home]
+    assert mounts_of(fsx, str(fsx), fsx / "cache") == [fsx]
+    assert mounts_of(home, str(fsx), home) == [fsx, home]
+    assert mounts_of(fsx / "work", str(fsx / "work"), fsx / "works") == [
+        fsx / "work",
+        fsx / "works",
+    ]
+
+
+def test_a_default_mount_that_is_not_there_is_left_out_with_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert mounts_of(tmp_path, "/no/such", tmp_path / "c") == [tmp_path]
+    assert "there is no /no/such on this machine" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mount", ["/no/such", "~no-such-user/x", "/" + "n" * 300])
+def test_a_mount_that_was_asked_for_has_to_be_there(tmp_path: Path, mount: str) -> None:
+    with pytest.raises(Failure, match="is not a directory here"):
+        mounts_of(tmp_path, mount, tmp_path / "c", asked=mount)
+
+
+@pytest.mark.parametrize(
+    ("path", "fine"),
+    [
+        ("fsx", True),
+        ("fsx/a b/c", True),
+        ("fsx/../fsx/x", True),
+        ("fsxx", False),
+        ("fsx/../x", False),
+        ("fsx/out", False),  # a link that leads out
+        ("link/m", False),  # a link that leads in: the container does not have it
+    ],
+)
+def test_what_the_container_would_not_see_is_refused(tmp_path: Path, path: str, fine: bool) -> None:
+    fsx = tmp_path / "fsx"
+    fsx.mkdir()
+    (fsx / "m").mkdir()
+    (fsx / "out").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to(fsx)
+    if fine:
+        run_sbatch.check_mounted([tmp_path / path], [fsx])
+        return
+    with pytest.raises(Failure, match="is not mounted into the container") as failure:
+        run_sbatch.check_mounted([tmp_path / path], [fsx])
+    assert "--container-mount" in failure.value.hint
+
+
+def test_a_cache_behind_a_link_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "big/cache").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "big")
+    cache = tmp_path / "home/cache"
+    run_sbatch.check_mounted([cache / "m"], [cache])
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "paths"),
+    [
+        ("org/m", [], []),
+        ("m", [], []),
+        ("/m", [], ["/m"]),
+        ("./m", [], ["m"]),
+        ("../m", [], ["../m"]),
+        ("there", [], ["there"]),
+        ("org/m", ["--extra_llm_api_options", "c.yaml"], ["c.yaml"]),
+        ("/m", ["--extra_llm_api_options=/c"], ["/m", "/c"]),
+        ("n" * 300, [], []),
+    ],
+)
+def test_local_paths_are_the_model_and_config_that_are_files(
+    model: str, args: list[str], paths: list[str]
+) -> None:
+    Path("there").mkdir()
+    assert run_sbatch.local_paths(model, args) == [Path.cwd() / path for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "words"),
+    [
+        (World(8, 1, 1), [8], ""),
+        (World(8, 1, 1), [8, 8], ""),
+        (World(16, 1, 1), [8], r"world size is 16 \(tp 16 .*the 1 node\(s\) have 8 GPU"),
+        (World(8, 2, 1), [8, 8], r"n0 has 8 GPU\(s\): one model over several nodes"),
+        (World(4, 1, 1), [2, 8], "n0 has 2 GPU"),
+        (World(1, 1, 1), [0], "have 0 GPU"),
+    ],
+)
+def test_a_world_that_does_not_fit_is_refused_with_both_numbers(
+    world: World, gpus: list[int], words: str
+) -> None:
+    nodes = [Node(f"n{i}", {"gpus": str(count)}) for i, count in enumerate(gpus)]
+    run_sbatch.check_world(world, nodes, "none")
+    if not words:
+        run_sbatch.check_world(world, nodes, "auto")
+        return
+    with pytest.raises(Failure, match=words):
+        run_sbatch.check_world(world, nodes, "auto")
+
+
+@pytest.mark.parametrize("model", ["org/m", *HOSTILE])
+def test_the_curl_line_can_be_pasted(capfd: pytest.CaptureFixture[str], model: str) -> None:
+    run_sbatch.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
+    line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
+    words = shlex.split(line.partition("] ")[2])
+    assert words[:2] == ["curl", "http://h:1/v1/completions"]
+    assert json.loads(words[-1])["model"] == model
+
+
+def test_slurm_reads_the_header() -> None:
+    """It is read up to the first line that is no comment, and with no space after the #."""
+    lines = (ROOT / "run_sbatch.py").read_text().splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    flags = [line.removeprefix("#SBATCH ") for line in header if line.startswith("#SBATCH ")]
+    assert {"--nodes=1", "--gpus-per-node=8", "--exclusive"} <= set(flags)
+
+
+SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if p.read_text().startswith("#!")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.name))
+def test_help_fits_a_terminal(path: Path) -> None:
+    env = {"PATH": "/usr/bin:/bin", "COLUMNS": "80", "HOME": "/"}
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 50
+    assert [line for line in lines if len(line) > 80] == []
+
+
+# The whole, among fakes
+
+
+@pytest.fixture(scope="session")
+def toolset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts in a directory with an awkward name, without a developer's .env and .venv."""
+    home = tmp_path_factory.mktemp("tools") / "a b's $x"
+    home.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy2(path, home)
+    return home
+
+
+class Launch:
+    """One run of run_sbatch.py, its output in a file."""
+
+    def __init__(self, fakes: Fakes, command: list[str], env: dict[str, str], out: Any) -> None:
+        self.fakes, self.path = fakes, fakes.home / f"launch-{time.monotonic_ns()}"
+        with self.path.open("wb") as sink:
+            self.process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=sink if out is None else out,
+                stderr=sink,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self.path.read_text(errors="replace")
+
+    def until(self, text: str, seconds: float = 15) -> None:
+        wait_until(lambda: text in self.output or self.process.poll() is not None, seconds, text)
+        assert text in self.output, self.output
+
+    def code(self, seconds: float = 10) -> int:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"did not end within {seconds:g} s:\n{self.output}")
+
+    def stop(self, signum: int = signal.SIGINT) -> int:
+        self.process.send_signal(signum)
+        return self.code()
+
+
+Launcher = Callable[..., Launch]
+
+
+@pytest.fixture
+def launch(fakes: Fakes, toolset: Path) -> Iterator[Launcher]:
+    """Start run_sbatch.py in the empty working directory; nothing of it may be left."""
+    started: list[Launch] = []
+    fakes.hold_image()
+
+    def start(
+        *args: str, slurm: bool = False, script: Path | None = None, out: Any = None, **env: str
+    ) -> Launch:
+        gpus = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"} if slurm else {"GPUS": "none"}
+        full = fakes.environment(HF_TOKEN=TOKEN, PORT=str(free_port()), **{**gpus, **env})
+        command = [sys.executable, str(script or toolset / "run_sbatch.py"), *args]
+        started.append(Launch(fakes, command, full, out))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+        each.process.wait()
+    for each in started:
+        assert "Traceback" not in each.output, each.output
+        assert TOKEN not in each.output
+    fakes.nothing_is_left()
+    assert TOKEN not in json.dumps(fakes.calls())
+    for path in Path.cwd().rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def tarball() -> str:
+    """The default image of the workspace; returns its id."""
+    data = archive()
+    Path("tensorrt-llm-serve-latest.tar.gz").write_bytes(packed(data, "gz"))
+    return config_digest(data)
+
+
+def left() -> set[str]:
+    return {p.name for p in Path("logs").iterdir() if not p.name.startswith("trtllm_server_")}
+
+
+def error(launched: Launch) -> str:
+    """The sentence that a failed launch ends with."""
+    assert launched.code() == 1, launched.output
+    return launched.output.partition("ERROR ")[2]
+
+
+def test_a_cold_start_on_two_nodes_serves_until_interrupted(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    started = launch("org/m", "--tp_size", "8", slurm=True, SLURM_HINT="x", SLURM_CPU_BIND="x")
+    started.until("stop it with ^C or scancel 77")
+    assert fakes.images("localhost")[TAG] == fakes.images("n2")[TAG] == tarball
+    endpoint = json.loads(Path("logs/endpoint.json").read_text())
+    assert endpoint["nodes"] == ["localhost", "n2"]
+    assert (endpoint["job"], endpoint["model"]) == ("77", "org/m")
+    assert re.search(rf"READY after \d+\.\d s: {endpoint['url']} serves org/m", started.output)
+    assert fakes.containers() == [f"localhost/{endpoint['container']}"]
+    assert fakes.container()["environment"]["HF_TOKEN"] == TOKEN
+    assert started.stop() == 130
+    assert left() == set()
+    log = Path(endpoint["log"]).read_text()
+    assert "Uvicorn running" in log and set(log.splitlines()) <= set(started.output.splitlines())
+    assert len(fakes.calls("docker", "load")) == 2
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_it_with_its_own_code(
+    fakes: Fakes, launch: Launcher, signum: int, code: int
+) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    assert started.stop(signum) == code
+    assert left() == set()
+    assert fakes.calls("docker", "load") == fakes.calls("srun") == []
+
+
+def test_a_second_signal_does_not_break_the_clean_up(fakes: Fakes, launch: Launcher) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    fakes.set(rm_delay=0.3)
+    started.process.send_signal(signal.SIGINT)
+    wait_until(lambda: fakes.calls("docker", "rm"))
+    started.process.send_signal(signal.SIGTERM)
+    assert started.stop(signal.SIGINT) == 130
+    assert left() == set()
+    assert "stopped; the log is" in started.output
+
+
+def test_a_signal_during_the_clean_up_of_a_failure_does_not_break_it(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    started = launch("m", TRTLLM_SIM_FAULT="exit-loading:3")
+    fakes.set(inspect_delay=0.5)
+    wait_until(lambda: fakes.calls("docker", "inspect"))
+    assert started.stop() in (1, 130)
+    assert left() == set()
+    assert "stopped; the log is" in started.output
+
+
+def test_a_signal_while_the_image_is_loaded_stops_the_load(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    fakes.set(load_delay=60)
+    started = launch("m", slurm=True)
+    wait_until(lambda: fakes.calls("docker", "load"))
+    assert started.stop() == 130
+    assert fakes.calls("docker", "run") == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("exit-loading:137", "exit code 137 (killed, most often for want of memory) before it was"),
+        ("exit-serving:139:0.3", "exit code 139 (segmentation fault) while serving"),
+        ("kill-serving:0.3", "exit code 137 (killed, most often for want of memory) while"),
+    ],
+)
+def test_the_end_of_the_engine_is_told_and_fails(
+    fakes: Fakes, launch: Launcher, fault: str, words: str
+) -> None:
+    started = launch("m", TRTLLM_SIM_FAULT=fault)
+    assert words in error(started)
+    assert "the last lines of" in started.output
+    assert "next: the whole log: " in started.output
+    assert left() == set()
+
+
+def test_an_engine_that_refuses_its_arguments_says_so(launch: Launcher) -> None:
+    started = launch("m", "--tp_sice", "8")
+    assert "No such option" in error(started) and "exit code 2" in error(started)
+
+
+def test_a_server_that_is_never_ready_fails_at_the_deadline(launch: Launcher) -> None:
+    started = launch("m", "--ready-timeout", "0.8", TRTLLM_SIM_FAULT="hang-loading")
+    assert "was not ready within 0.8 s: /health did not answer" in error(started)
+    assert "--ready-timeout" in started.output
+    assert left() == set()
+
+
+def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, toolset: Path) -> None:
+    script = fakes.home / "impatient.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
+        "import run_sbatch, server\n"
+        "server.HEALTH_EVERY, server.HEALTH_MISSES = 0.05, 3\n"
+        "raise SystemExit(run_sbatch.main(['m']))\n"
+    )
+    started = launch(script=script, TRTLLM_SIM_FAULT="503:0.3")
+    assert "no longer serves: 3 health checks in a row failed" in error(started)
+    assert "the last: /health answered 503" in started.output
+    assert left() == set()
+
+
+def test_check_reports_every_node_and_starts_nothing(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    fakes.hold_image(node="n2", identity=tarball)
+    done = launch("m", "--check", slurm=True)
+    assert done.code() == 0, done.output
+    rows = [line.split() for line in done.output.splitlines()]
+    [head] = [row for row in rows if row[:1] == ["localhost"]]
+    [other] = [row for row in rows if row[:1] == ["n2"]]
+    assert head[1:4] == ["27.0.1", "*", "load"]
+    assert other[1:3] == ["27.0.1", "present"]
+    assert not Path("logs").exists()
+    assert not fakes.calls("docker", "run") + fakes.calls("docker", "load")
+
+
+def test_dry_run_prints_every_command_and_runs_none(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    Path("a b.yaml").write_text("tensor_parallel_size: 2\n")
+    done = launch("it's", "--config", "a b.yaml", "--dry-run", "--force", slurm=True)
+    assert done.code() == 0, done.output
+    assert fakes.calls() == []
+    assert not Path("logs").exists()
+    lines = [line for line in done.output.splitlines() if line.startswith("srun ")]
+    assert len(lines) == 5
+    words = shlex.split(lines[3])
+    start = words.index("trtllm-serve")
+    assert words[start : start + 4] == [
+        "trtllm-serve",
+        "it's",
+        "--extra_llm_api_options",
+        "a b.yaml",
+    ]
+
+
+def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    done = launch("m", "--image", f"{ECR}/x:1", "--dry-run", slurm=True)
+    assert done.code() == 0
+    assert "{ aws ecr get-login-password --region us-west-2; cat; } | srun " in done.output
+    assert fakes.calls() == []
+
+
+ECR = "123456789012.dkr.ecr.us-west-2.amazonaws.com"
+
+
+def test_an_ecr_image_is_pulled_and_served(fakes: Fakes, launch: Launcher) -> None:
+    started = launch("m", "--image", f"{ECR}/x:1", slurm=True)
+    started.until("stop it with")
+    assert "pass word" not in started.output + json.dumps(fakes.calls())
+    assert (fakes.home / "login").read_text().startswith(f"{ECR} pass word$(id)' ")
+    assert list(fakes.temporary.iterdir()) == []
+    assert len(fakes.calls("docker", "login")) == len(fakes.calls("docker", "pull")) == 2
+    assert started.stop() == 130
+
+
+def test_force_loads_afresh(fakes: Fakes, launch: Launcher, tarball: str) -> None:
+    fakes.hold_image(identity=tarball)
+    started = launch("m", "--force")
+    started.until("stop it with")
+    assert len(fakes.calls("docker", "load")) == len(fakes.calls("docker", "image", "rm")) == 1
+    assert started.stop() == 130
+
+
+def test_without_docker_a_sentence_names_node_and_cause(fakes: Fakes, launch: Launcher) -> None:
+    fakes.without("docker")
+    failed = launch("m")
+    assert "local: Docker does not answer: docker: not found in PATH" in error(failed)
+    assert "--exclude" in failed.output
+
+
+def test_a_node_whose_docker_is_down_is_named(fakes: Fakes, launch: Launcher) -> None:
+    fakes.set(down=["n2"])
+    fakes.hold_image(node="localhost")
+    assert error(launch("m", slurm=True)).startswith("n2: Docker does not answer: Cannot connect")
+    assert fakes.calls("docker", "run") == []
+
+
+def test_a_node_that_does_not_answer_is_a_failure(fakes: Fakes, launch: Launcher) -> None:
+    fakes.set(mute=["n2"])
+    words = error(launch("m", slurm=True))
+    assert words.startswith("1 of 2 nodes did not answer; these did: localhost")
+    fakes.set(launch_failed=True)
+    assert "Communication connection failure" in error(launch("m", slurm=True))
+    fakes.without("srun")
+    assert "srun: not found in PATH" in error(launch("m", slurm=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("m", "--image", "mine:1"), "local: image mine:1 is not there"),
+        (("m", "--image", "./x.tar.gz"), "there is no image tarball"),
+        (("/no/such/model",), "/no/such/model is not mounted into the container"),
+        (("./no-model",), "no-model is not there, or not readable"),
+        (("m", "--config", "none.yaml"), "cannot read the config file none.yaml"),
+        (("m", "--port", "x"), "not a number from 1 to 65535"),
+        (("m", "--container-mount", "/no/such"), "container mount /no/such is not a directory"),
+        (("m", "--runtime", "bare"), "trtllm-serve: not found in PATH"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_started(
+    fakes: Fakes, launch: Launcher, args: tuple[str, ...], words: str
+) -> None:
+    assert words in error(launch(*args))
+    assert fakes.calls("docker", "run") == []
+
+
+def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    fakes.hold_image(node="localhost")
+    fakes.hold_image(node="n2")
+    words = error(launch("m", "--tp_size", "17", slurm=True))
+    assert words.startswith("the world size is 17 (tp 17 x pp 1 x cp 1), but the 2 node(s) have 16")
+
+
+def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> None:
+    fakes.without("docker")
+    simulator = ROOT / "simulator/trtllm-serve"
+    fakes.program(
+        "trtllm-serve",
+        f"import os, sys; os.execv(sys.executable, ['x', {str(simulator)!r}, *sys.argv[1:]])",
+    )
+    started = launch("m", "--runtime", "bare", slurm=True)
+    started.until("stop it with")
+    assert json.loads(Path("logs/endpoint.json").read_text())["container"] is None
+    assert started.stop() == 130
+
+
+def test_status_shows_and_stop_stops_what_runs(fakes: Fakes, launch: Launcher) -> None:
+    none = launch("--status")
+    assert none.code() == 1 and "nothing runs from" in none.output
+    started = launch("m")
+    started.until("stop it with")
+    endpoint = json.loads(Path("logs/endpoint.json").read_text())
+    shown = launch("--status")
+    assert shown.code() == 0
+    assert shown.output == f"{endpoint['job']}\tready\t{endpoint['url']}\tm\n"
+    assert launch("--stop").code() == 0
+    assert started.process.poll() == 143
+    assert fakes.containers() == []
+
+
+def test_a_killed_launcher_leaves_no_container_and_a_record_that_is_swept(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    started.process.kill()
+    started.process.wait()
+    fakes.nothing_is_left()
+    assert left() != set()
+    assert launch("--status").code() == 1
+    assert left() == set()
+
+
+def test_what_an_earlier_launch_left_behind_is_removed_and_nothing_else(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    import getpass
+
+    user = getpass.getuser()
+    fakes.leave_container("old", "n2", job="66", launcher="x", user=user)
+    fakes.leave_container("theirs", "n2", job="66", launcher="x", user="them")
+    fakes.leave_container("other", "n2", job="78", launcher="x", user=user)
+    fakes.set(jobs=["77", "78"])
+    for node in ("localhost", "n2"):
+        fakes.hold_image(node=node)
+    started = launch("m", slurm=True)
+    started.until("stop it with")
+    assert "removing 1 container(s)" in started.output
+    assert started.stop() == 130
+    assert fakes.containers() == ["n2/other", "n2/theirs"]
+    fakes.leave_container("trtllm-77-n2", "n2", job="77", launcher="x", user=user)
+    again = launch("m", slurm=True)
+    assert "this job already runs the container trtllm-77-n2" in error(again)
+    for path in fakes.home.glob("*/container-*.json"):
+        path.unlink()
+
+
+def test_a_reader_that_leaves_does_not_stop_the_server(fakes: Fakes, launch: Launcher) -> None:
+    """`run_sbatch.py ... | head`"""
+    read, write = os.pipe()
+    started = launch("m", out=write)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    started.until("stop it with")
+    assert started.process.poll() is None
+    assert started.stop() == 130
+    assert "BrokenPipe" not in started.output
+    assert left() == set()
+
+
+def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
+    fakes: Fakes, launch: Launcher, toolset: Path
+) -> None:
+    """`run_sbatch.py ... 2>&1 | head`, then SIGTERM."""
+    read, write = os.pipe()
+    env = fakes.environment(GPUS="none", PORT=str(free_port()))
+    command = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=write, stderr=write
+    )
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
+    try:
+        wait_until(Path("logs/endpoint.json").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    finally:
+        process.kill()
+        process.wait()
+    assert left() == set()
+
+
+def test_a_closed_stdout_does_not_stop_the_server(
+    fakes: Fakes, launch: Launcher, toolset: Path
+) -> None:
+    """`run_sbatch.py ... >&-`"""
+    wrapper = fakes.home / "closed.py"
+    words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    wrapper.write_text(f"import os; os.close(1); os.execv({sys.executable!r}, {words!r})")
+    started = launch(script=wrapper)
+    started.until("stop it with")
+    assert started.stop() == 130
+    assert left() == set()
+
+
+def test_logs_that_cannot_be_written_are_told(fakes: Fakes, launch: Launcher) -> None:
+    Path("logs").write_text("a file in its place")
+    assert "logs" in error(launch("m"))
+
+
+def test_an_env_file_that_is_not_text_is_told(fakes: Fakes, launch: Launcher) -> None:
+    Path(".env").write_bytes(b"MODEL=\xff\xfe\n")
+    failed = launch("--dry-run")
+    assert failed.code() != 0
+    assert ".env" in failed.output
+
+
+@pytest.mark.parametrize("name", [b"./m\xff", "./ünï".encode()])
+def test_names_that_are_not_utf8_reach_the_engine(
+    fakes: Fakes, launch: Launcher, name: bytes
+) -> None:
+    Path(os.fsdecode(name)).mkdir()
+    done = launch(os.fsdecode(name), "--dry-run", LC_ALL="C.UTF-8")
+    assert done.code() == 0, done.output
+    assert name in done.path.read_bytes()
+
+
+# Under sbatch
+
+
+JOB = """\
+JobId=77 JobName=run_sbatch.py
+   UserId=me(0) GroupId=me(0) MCS_label=N/A
+   Command={command}
+   WorkDir={workdir}
+   StdErr={workdir}/slurm-77.out
+"""
+
+
+@pytest.fixture
+def spooled(tmp_path: Path) -> Path:
+    """The lonely copy that Slurm runs."""
+    path = tmp_path / "spool/job00077/slurm_script"
+    path.parent.mkdir(parents=True)
+    shutil.copy2(ROOT / "run_sbatch.py", path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "relative"),
+    [("", False), (" m --image a/b.tar", True), (" run_sbatch.py /etc/passwd", False)],
+)
+def test_a_spooled_copy_goes_on_as_the_original(
+    fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path, arguments: str, relative: bool
+) -> None:
+    command = f"../{toolset.name}/run_sbatch.py" if relative else str(toolset / "run_sbatch.py")
+    workdir = toolset.parent / "elsewhere"
+    workdir.mkdir(exist_ok=True)
+    fakes.set(job=JOB.format(command=command + arguments, workdir=workdir))
+    done = launch("it's", "--dry-run", script=spooled, slurm=True)
+    assert done.code() == 0, done.output
+    assert "trtllm-serve 'it'\"'\"'s'" in done.output
+    assert len(fakes.calls("scontrol")) == 1
+
+
+def test_a_spooled_copy_of_a_link_finds_the_original(
+    fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "serve").symlink_to(toolset / "run_sbatch.py")
+    fakes.set(job=JOB.format(command=tmp_path / "serve", workdir=tmp_path))
+    done = launch("m", "--dry-run", script=spooled, slurm=True)
+    assert done.code() == 0, done.output
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_copy_whose_original_is_gone_says_so(
+    fakes: Fakes, launch: Launcher, spooled: Path, known: bool
+) -> None:
+    fakes.set(job=JOB.format(command="/gone/run_sbatch.py", workdir="/gone"))
+    failed = launch("m", script=spooled, slurm=known)
+    assert failed.code() == 1
+    assert failed.output.startswith("run_sbatch.py: nodes.py is not beside it, nor beside ")
+    assert len(failed.output.splitlines()) == 1
+
+
+def test_a_copy_on_a_machine_without_slurm_says_so(
+    fakes: Fakes, launch: Launcher, spooled: Path
+) -> None:
+    fakes.without("scontrol")
+    failed = launch("m", script=spooled)
+    assert failed.code() == 1
+    assert "nodes.py is not beside it" in failed.output
+
+
+@pytest.mark.parametrize("there", [(), ("sh",), ("sh", "dotenv"), ("sh", "dotenv", "yaml")])
+def test_missing_packages_are_one_sentence(
+    fakes: Fakes, toolset: Path, tmp_path: Path, there: tuple[str, ...]
+) -> None:
+    import yaml
+
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in there:
+        (packages / name).symlink_to(Path(yaml.__file__).parents[1] / name)
+    env = fakes.environment(GPUS="none", PYTHONPATH=str(packages), PORT=str(free_port()))
+    command = [
+        sys.executable,
+        "-S",
+        str(toolset / "run_sbatch.py"),
+        "--dry-run",
+        "m",
+        "--config",
+        "none.yaml",
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is missing: run `make setup`" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
+    fakes: Fakes, toolset: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "with venv"
+    shutil.copytree(toolset, home)
+    python = home / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    command = [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
+    env = fakes.environment(GPUS="none")
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, fakes.calls()) == (0, []), done.stderr
+    python.write_text('#!/bin/sh\nexec false "$@"\n')
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+
+
+# In process, where only the order of things matters
+
+
+def test_settings_come_from_env_files_too(
+    fakes: Fakes, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    os.environ.update(fakes.environment())
+    Path(".env").write_text("PORT=8123\nMODEL=from/cwd\n")
+    (tmp_path / "scripts/.env").write_text("PORT=1\nGPUS=none\n")
+    handlers = [signal.getsignal(each) for each in (1, 2, 15)]
+    try:
+        assert run_sbatch.main(["--dry-run", "--image", "x:1"]) == 0
+    finally:
+        for each, handler in zip((1, 2, 15), handlers, strict=True):
+            signal.signal(each, handler)
+    out = capfd.readouterr().out
+    assert "trtllm-serve from/cwd --host 0.0.0.0 --port 8123" in out
+    assert re.search(r"launch local\d+ none ", out)
+    assert settings.setting("GPUS") == "none"
+
+
+def test_the_tests_fakes_refuse_what_they_do_not_know(fakes: Fakes) -> None:
+    for name in ("docker", "srun", "scontrol", "scancel", "aws", "squeue", "hostname"):
+        done = subprocess.run(
+            [name, "no-such-command"], env=fakes.environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 64
+        assert f"fake {name} does not know" in done.stderr
