@@ -284,7 +284,7 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
         "backend": args.backend,
         "image": args.image or None,
         "image_id": bench_place.image_id(args.image, environ),
-        "gpus": container.gpu_names(environ),
+        "gpus": bench_place.gpu_names(environ),
         "burstiness": args.burstiness,
         "seed": args.seed,
         "goodput": dict(args.goodput),

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import image
+from container import mount_flag
 from nodes import Place, die, find_place, say
-from server import mount_flag
 
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY")
 
@@ -31,7 +31,7 @@ def is_installed() -> bool:
 def node(environ: Mapping[str, str]) -> Place:
     """This machine; inside an allocation its first node, beside the server's own step."""
     place = find_place(environ)
-    return replace(place, size=1, every=place.head)
+    return replace(place, size=1, srun=(*place.srun, "--relative=0")) if place.slurm else place
 
 
 def provide_image(asked: str, environ: Mapping[str, str]) -> str:

@@ -226,7 +226,7 @@ class BenchmarkServing:
             *bench_place.prefix(options.image, self.mounts(folder), options.environ),
             *benchmark_serving(case, self.endpoint, options, file),
         ]
-        status = container.run(command, options.environ, "--client builtin needs no container")
+        status = bench_place.run(command, options.environ, "--client builtin needs no container")
         if not file.exists():
             return nothing(case, f"benchmark_serving wrote no result (exit code {status})")
         record: Record = json.loads(file.read_text())

@@ -77,7 +77,7 @@ def static_bench(argv: Sequence[str] | None) -> int:
     if tag or not bench_place.is_installed():
         tag = bench_place.provide_image(tag, environ)
     prefix = bench_place.prefix(tag, mounts, environ, gpus=environ.get("GPUS", "all"))
-    status = container.run([*prefix, *command(args, more, folder)], environ)
+    status = bench_place.run([*prefix, *command(args, more, folder)], environ)
     report = folder / "report.json"
     if status or not report.exists():
         die(f"trtllm-bench ended with exit code {status}" + ("" if status else " and no report"))

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 import bench
-import clients
 import bench_place
+import clients
 import endpoint
 import image
 import metrics
@@ -62,7 +62,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "OPENAI_API_KEY",
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(container, "gpu_names", lambda _: [])
+    monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
     return tmp_path
 
 
@@ -683,7 +683,7 @@ def test_a_download_that_fails_keeps_what_came() -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-LLM is here: the stand-in that knows no flag which 1.1.0 does not have."""
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
-    monkeypatch.setattr(container, "is_installed", lambda: True)
+    monkeypatch.setattr(bench_place, "is_installed", lambda: True)
 
 
 @pytest.mark.usefixtures("installed")
@@ -778,7 +778,7 @@ def test_the_image_is_brought_to_where_it_is_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     brought: list[tuple[str, int]] = []
-    monkeypatch.setattr(container, "image_id", lambda *_: None)
+    monkeypatch.setattr(bench_place, "image_id", lambda *_: None)
     monkeypatch.setattr(image, "provide", lambda i, place: brought.append((i.tag, place.size)))
     allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
     assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"

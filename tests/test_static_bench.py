@@ -36,7 +36,7 @@ if not os.environ.get("BROKEN"):
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(container, "is_installed", lambda: True)
+    monkeypatch.setattr(bench_place, "is_installed", lambda: True)
     program = tmp_path / "bin" / "trtllm-bench"
     program.parent.mkdir()
     program.write_text(TRTLLM_BENCH)
