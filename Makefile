@@ -15,11 +15,15 @@ READY  := $(VENV)/.ready
 # shell does not either: MODEL='it'\''s a "test"; $(x)' arrives as it is. A variable that is not
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
-GIVEN += FILE COMPRESS
+GIVEN += FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
 GIVEN += HOST
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
+endif
+# An exported IMAGE is the server's; `make bench IMAGE=...` asks for NVIDIA's client in it.
+ifeq ($(origin IMAGE),command line)
+BENCH_IMAGE := $(value IMAGE)
 endif
 define take
 ifneq ($$(value $(1)),)
@@ -31,8 +35,9 @@ $(foreach name,$(GIVEN),$(eval $(call take,$(name))))
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
-# The one value that the shell splits into words: more arguments for trtllm-serve.
+# The two values that the shell splits into words: more arguments for trtllm-serve and bench.py.
 EXTRA_ARGS ?=
+BENCH_ARGS ?=
 
 ##@ Image
 .PHONY: docker
@@ -76,6 +81,23 @@ test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
 demo: $(READY) ## Serve and check with the simulator: no GPU, no Docker, no cluster
 	$(PY) simulator/demo.py
 
+##@ Measure
+.PHONY: bench
+bench: $(READY) ## Benchmark a server (HOST= PORT= BENCH_TYPE=throughput,prefill IMAGE= BENCH_ARGS=)
+	$(PY) bench.py $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model) $(call flag,BENCH_TYPE,--type) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
+
+.PHONY: report
+report: $(READY) ## Write a result folder's report again (RESULTS=)
+	$(PY) report.py "$$RESULTS"
+
+.PHONY: compare
+compare: $(READY) ## Two result folders side by side (BEFORE= AFTER=)
+	$(PY) report.py compare "$$BEFORE" "$$AFTER"
+
+.PHONY: static-bench
+static-bench: $(READY) ## The engine alone, no server: trtllm-bench (MODEL= TP= IMAGE=)
+	$(PY) static_bench.py $(call flag,MODEL,--model) $(call flag,TP,--tp) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
+
 ##@ Develop
 .PHONY: setup
 setup: $(READY) ## Make .venv (every target does so by itself)
@@ -95,6 +117,10 @@ cluster: $(READY) ## A shell on the login node of a real two-node cluster (as ro
 .PHONY: bench-launch
 bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figures (as root)
 	$(PY) -m tests.cluster.bench_launch
+
+.PHONY: bench-client
+bench-client: $(READY) ## Measure the measuring client against a server that answers by the clock
+	$(PY) tests/bench_client.py
 
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay

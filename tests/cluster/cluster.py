@@ -558,8 +558,11 @@ def build_image(
         node.docker("import", "--change", path, str(root_tarball()), "base:1")
     with tempfile.TemporaryDirectory(dir=node.state) as context:
         shutil.copytree(simulator, Path(context, "simulator"))
+        # NVIDIA's benchmark client, in name and flags, beside the engine.
+        shutil.copytree(simulator.parent / "tests/stand_in", Path(context, "simulator/stand_in"))
         Path(context, "Dockerfile").write_text(
             f"FROM base:1\nCOPY simulator ballast* /opt/simulator/\nENV IMAGE_VERSION={version}\n"
+            "ENV PYTHONPATH=/opt/simulator/stand_in\n"
         )
         if ballast_mb:
             Path(context, "ballast").write_bytes(os.urandom(ballast_mb * 1_000_000))

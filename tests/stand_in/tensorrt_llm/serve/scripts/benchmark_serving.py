@@ -1,15 +1,19 @@
 """Stands in for TensorRT-LLM 1.1.0's benchmark_serving: its flags and no others, its result file.
 
-It sends nothing. STAND_IN says what goes wrong: fail=N requests fail, short=N outputs are a token
-short, empty=N are empty, silent=1 writes no result, slow=SECONDS takes its time. Like the real one
-it exits with 0 even when every request failed.
+It sends nothing, unless TRTLLM_STAND_IN says measure. STAND_IN says what goes wrong: fail=N
+requests fail, short=N outputs are a token short, empty=N are empty, silent=1 writes no result,
+slow=SECONDS takes its time. Like the real one it exits with 0 even when every request failed.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 PARSER = argparse.ArgumentParser(allow_abbrev=False)
@@ -92,6 +96,40 @@ def result(args: argparse.Namespace, wrong: dict[str, float]) -> dict[str, objec
     }
 
 
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Stream the requests for real, one thread each, and time the events as they are read."""
+    count, limit = int(args.num_prompts), int(args.max_concurrency or args.num_prompts)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(limit) as pool:
+        timed = list(pool.map(lambda i: stream(args, i), range(count)))
+    ttfts, itls = [t[0] for t in timed], [t[1] for t in timed]
+    numbers: dict[str, object] = {"duration": time.perf_counter() - began, "ttfts": ttfts}
+    numbers |= {"itls": itls, "output_lens": [t[2] for t in timed]}
+    for metric, values in {"ttft": ttfts, "itl": [gap for gaps in itls for gap in gaps]}.items():
+        numbers[f"mean_{metric}_ms"] = statistics.mean(values or [0]) * 1e3
+        numbers[f"median_{metric}_ms"] = statistics.median(values or [0]) * 1e3
+    return numbers
+
+
+def stream(args: argparse.Namespace, i: int) -> tuple[float, list[float], int]:
+    """TTFT, the gaps between tokens, and their number, of one request."""
+    body = {"model": args.model, "prompt": [i + 3] * int(args.random_input_len), "stream": True,
+            "max_tokens": int(args.random_output_len), "ignore_eos": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    url = args.base_url or f"http://{args.host}:{args.port}"
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    sent, times, tokens = time.perf_counter(), [], 0
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        for line in reply:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                times += [time.perf_counter()] if event["choices"] else []
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    return times[0] - sent, [b - a for a, b in pairwise(times)], tokens
+
+
 def main() -> None:
     args = parse()
     words = os.environ.get("STAND_IN", "").split()
@@ -100,6 +138,8 @@ def main() -> None:
     time.sleep(wrong.get("slow", 0))
     if args.save_result and not wrong.get("silent"):
         data = result(args, wrong)
+        if os.environ.get("TRTLLM_STAND_IN") == "measure":
+            data |= measure(args)
         if not args.save_detailed:
             for key in ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors"):
                 del data[key]

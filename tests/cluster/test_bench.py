@@ -1,0 +1,66 @@
+"""Benchmarks on the real cluster: both clients see the speeds that the simulator was given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.conftest import Launcher
+from tests.cluster.launches import PYTHON, QUICK, REPO, TAG, Launch, serve_args
+
+TTFT_MS, ITL_MS = 60.0, 12.0  # of the simulator, for 128 prompt tokens
+SPEEDS = {"TRTLLM_SIM_TTFT_MS": "57.44", "TRTLLM_SIM_ITL_MS": "12"}  # and 20 us a prompt token
+LOAD = ["-t", "latency", "--input-len", "128", "--output-len", "32", "--num-prompts", "6"]
+
+
+@pytest.fixture
+def served(launch: Launcher) -> Iterator[Launch]:
+    started = launch(*serve_args(), env={**QUICK, **SPEEDS})
+    started.until("READY", 60)
+    yield started
+    started.stop()
+
+
+def allocation(served: Launch) -> dict[str, str]:
+    """The environment that a shell inside the server's allocation has."""
+    variables = Path(f"/proc/{served.pid}/environ").read_bytes().split(b"\0")
+    return dict(v.decode().partition("=")[::2] for v in variables if v.startswith(b"SLURM_"))
+
+
+CLIENTS = {"builtin": [], "trtllm": ["--client", "trtllm", "-i", TAG]}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_benchmark_agrees_with_the_servers_speeds(
+    client: str, cluster: Cluster, served: Launch, workspace: Path
+) -> None:
+    env = {**allocation(served), "TRTLLM_STAND_IN": "measure"}
+    command = [PYTHON, str(REPO / "bench.py"), *LOAD, *CLIENTS[client], "-o", "results"]
+    done = cluster.ctl.run(*command, cwd=str(workspace), env=env, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    json.loads(done.stdout.splitlines()[-1])
+    files = (workspace / "results").glob("*.json")
+    (run,) = [json.loads(p.read_text()) for p in files if p.name != "summary.json"]
+    assert run["completed"] == run["num_prompts"] == 6
+    assert TTFT_MS - 1 < run["median_ttft_ms"] < TTFT_MS + 15
+    assert ITL_MS - 1 < run["median_itl_ms"] < ITL_MS + 4
+    for name in ("summary.json", "summary.csv", "report.html"):
+        assert (workspace / "results" / name).stat().st_size > 0
+    assert "trtllm-bench" not in cluster.nodes["n1"].docker("ps", "-a", "--format", "{{.Names}}")
+
+
+def test_a_server_that_dies_makes_the_run_invalid(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    fault = {"TRTLLM_SIM_FAULT": "kill-serving:4"}
+    started = launch(*serve_args(), env={**QUICK, **SPEEDS, **fault})
+    started.until("READY", 60)
+    command = [PYTHON, str(REPO / "bench.py"), *LOAD[:-1], "200", "-o", "results"]
+    done = cluster.ctl.run(*command, cwd=str(workspace), check=False, timeout=120)
+    assert done.returncode == 1
+    assert "INVALID" in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert started.code() == 1
