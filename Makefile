@@ -47,6 +47,11 @@ save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|z
 load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
 	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
 
+.PHONY: image-check
+image-check: ## Say what the image has: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
+	docker run --rm --pull=never --volume "$$PWD/image_check.py:/image_check.py:ro" \
+	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
+
 .PHONY: sqsh
 sqsh: ## Convert it for enroot (IMAGE= FILE=)
 	enroot import --output "$${FILE:-tensorrt-llm-serve-latest.sqsh}" "dockerd://$${IMAGE:-tensorrt-llm-serve:latest}"
