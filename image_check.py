@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""What an image has: engine, MPI, NCCL, EFA, GDRCopy. Runs inside it; standard library only.
+"""What an image has: engine, MPI, NCCL, EFA, GDRCopy. Runs inside it; standard
+library only.
 
-Exit code 1 when something is missing that serving needs; what only EFA or several nodes need is
-reported as absent. `make image-check IMAGE=...` runs it in a container.
+Exit code 1 when something is missing that serving needs; what only EFA or
+several nodes need is reported as absent. `make image-check IMAGE=...` runs it
+in a container.
 """
 
 from __future__ import annotations
@@ -77,7 +79,11 @@ def find_library(pattern: str) -> str:
     found = sorted(str(p) for d in LIBRARIES for p in Path(d).glob(pattern))
     if found:
         return found[0]
-    cache = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+    ldconfig = shutil.which("ldconfig") or "/sbin/ldconfig"  # a user's PATH may lack /sbin
+    try:
+        cache = subprocess.run([ldconfig, "-p"], capture_output=True, text=True).stdout
+    except OSError:
+        return ""
     stem = pattern.partition("*")[0].removesuffix(".so")
     return next((s.rpartition("=> ")[2] for s in cache.splitlines() if stem in s), "")
 
@@ -93,4 +99,7 @@ def main(checks: Sequence[Check] = CHECKS) -> int:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit()
     sys.exit(main())
