@@ -101,6 +101,10 @@ cluster: $(READY) ## A shell on the login node of a real two-node cluster (as ro
 bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figures (as root)
 	$(PY) -m tests.cluster.bench_launch
 
+.PHONY: bench-nodes
+bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
+	$(PY) -m tests.cluster.bench_nodes
+
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache

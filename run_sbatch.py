@@ -99,6 +99,7 @@ try:
     import parallelism
     import preflight
     import server
+    import strategy
     from nodes import Failure, Place, die, find_place, run, say
     from plan import (
         Plan,
@@ -333,6 +334,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return manage.act(args)
     place = find_place(os.environ)
     model, serve_args, port = engine_arguments(rest)
+    shape = strategy.check(serve_args, setting("TRTLLM_VERSION"))
     world = parallelism.find_world(serve_args)
     found = image.find_image(args.image, args.workspace) if args.runtime == "docker" else image.NONE
     plan = make_plan(args, place, model, serve_args, found)
@@ -343,7 +345,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     nodes = prepare_nodes(plan, wanted, args)
     plan = replace(plan, spread=find_spread(world, nodes, plan))
-    say(describe(plan, world, nodes))
+    say(f"{shape}: {describe(plan, world, nodes)}")
     if args.check:
         return 0
     if plan.runtime == "docker":

@@ -27,6 +27,7 @@ SETTINGS = (
     Setting("PORT", "8000", "port of the server"),
     Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
     Setting("MPI", "auto", "type for several nodes, as srun --mpi=list has it; auto: PMIx"),
+    Setting("TRTLLM_VERSION", "1.1.0", "the image's; decides which options are known"),
     Setting("PRIVILEGED", "0", "1: docker run --privileged"),
     Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
     Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
