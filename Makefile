@@ -15,7 +15,7 @@ READY  := $(VENV)/.ready
 # shell does not either: MODEL='it'\''s a "test"; $(x)' arrives as it is. A variable that is not
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
-GIVEN += FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
+GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
 GIVEN += HOST
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
@@ -51,6 +51,11 @@ save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|z
 .PHONY: load
 load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
 	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
+
+.PHONY: image-check
+image-check: ## Say what the image has: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
+	docker run --rm --pull=never --volume "$$PWD/image_check.py:/image_check.py:ro" \
+	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
 sqsh: ## Convert it for enroot (IMAGE= FILE=)
@@ -121,6 +126,10 @@ bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figu
 .PHONY: bench-client
 bench-client: $(READY) ## Measure the measuring client against a server that answers by the clock
 	$(PY) tests/bench_client.py
+
+.PHONY: bench-nodes
+bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
+	$(PY) -m tests.cluster.bench_nodes
 
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay

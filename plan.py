@@ -145,24 +145,32 @@ def wanted_of(plan: Plan, found: Image, port: int) -> Wanted:
     return Wanted(plan.runtime, found, port, plan.gpus, (*seen, *map(str, paths)))
 
 
-def find_spread(world: World, nodes: Sequence[Node], plan: Plan) -> Spread | None:
-    """How the world lies over the nodes; None where the first node holds it all."""
+def is_spread(world: World, gpus: Sequence[int], head: str, plan: Plan) -> bool:
+    """Whether the world is more than the first node holds. Failure where it cannot be had."""
     if plan.gpus == "none":
-        return None
-    total, head = sum(node.gpus for node in nodes), nodes[0]
-    if world.size > total:
+        return False
+    if world.size > sum(gpus):
         die(
-            f"the world size is {world}, but the {len(nodes)} node(s) have {total} GPU(s) in all",
+            f"the world size is {world}, but the {len(gpus)} node(s) have {sum(gpus)} GPU(s) in "
+            "all",
             hint="allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)",
         )
-    if world.size <= head.gpus:
-        return None
+    if world.size <= gpus[0]:
+        return False
     if plan.runtime == "bare":
         die(
-            f"the world size is {world}, but {head.name} has {head.gpus} GPU(s): more nodes need "
+            f"the world size is {world}, but {head} has {gpus[0]} GPU(s): more nodes need "
             "--runtime docker"
         )
-    return spread_over(world, [n.gpus for n in nodes], choose_mpi(setting("MPI")))
+    return True
+
+
+def find_spread(world: World, nodes: Sequence[Node], plan: Plan) -> Spread | None:
+    """How the world lies over the nodes; None where the first node holds it all."""
+    gpus = [node.gpus for node in nodes]
+    if not is_spread(world, gpus, nodes[0].name, plan):
+        return None
+    return spread_over(world, gpus, choose_mpi(setting("MPI")))
 
 
 def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
@@ -191,23 +199,27 @@ def choose_mpi(asked: str) -> str:
 
 def pick_mpi(offered: str) -> str:
     """pmix, else its newest version. (pmi2 hands on an open file, which no container inherits.)"""
-    types = re.findall(r"\bpmix(?:_v\d+)?\b", offered)
-    if not types:
-        die(
-            f"this Slurm has no PMIx plug-in (srun --mpi=list says: {' '.join(offered.split())})",
-            hint="ask for Slurm's PMIx plug-in, or serve within one node",
-        )
-    return "pmix" if "pmix" in types else max(types)
+    if re.search(r"^(srun:)?\s*(mpi/)?pmix\s*$", offered, re.M):
+        return "pmix"
+    if versions := re.findall(r"\bpmix_v(\d+)\b", offered):
+        return f"pmix_v{max(map(int, versions))}"
+    die(
+        f"this Slurm has no PMIx plug-in (srun --mpi=list says: {' '.join(offered.split())})",
+        hint="ask for Slurm's PMIx plug-in, or serve within one node",
+    )
 
 
-def expect_spread(world: World, place: Place, environ: Mapping[str, str]) -> Spread | None:
+def expect_spread(world: World, plan: Plan, environ: Mapping[str, str]) -> Spread | None:
     """The spread as the allocation's own variables suggest it, for --dry-run, which asks nobody."""
     words = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
     per_node = words.rpartition(":")[2]
-    if not place.slurm or not per_node.isdigit() or world.size <= int(per_node):
+    if not plan.place.slurm or not parallelism.is_count(per_node):
+        return None
+    gpus = [int(per_node)] * plan.place.size
+    if not is_spread(world, gpus, "each node", plan):
         return None
     mpi = setting("MPI")
-    return spread_over(world, [int(per_node)] * place.size, "pmix" if mpi == "auto" else mpi)
+    return spread_over(world, gpus, "pmix" if mpi == "auto" else mpi)
 
 
 def describe(plan: Plan, world: World, nodes: Sequence[Node]) -> str:

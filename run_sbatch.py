@@ -5,18 +5,22 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 # fmt: on
-"""Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as a batch job.
+"""Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as
+a batch job.
 
-The image is put on every node, the server started on the first, its log streamed; it is held until
+The image is put on every node, the server started on the first (or, where it
+needs more GPUs, on as many as that takes), its log streamed; it is held until
 you stop it (^C, scancel), and nothing of it is left behind.
 
 Examples:
     python run_sbatch.py Qwen/Qwen2.5-7B-Instruct
     salloc -N 1 --gpus-per-node=8 --exclusive python run_sbatch.py \\
         Qwen/Qwen2.5-14B-Instruct --tp_size 8
-    sbatch run_sbatch.py --image /fsx/images/tensorrt-llm-serve-latest.tar.gz nvidia/Qwen3-8B-FP8
+    sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
+        nvidia/Qwen3-8B-FP8
 
-What is not an option here goes to trtllm-serve untouched; `--` ends the options.
+What is not an option here goes to trtllm-serve untouched; `--` ends the
+options.
 """
 
 from __future__ import annotations
@@ -95,6 +99,7 @@ try:
     import parallelism
     import preflight
     import server
+    import strategy
     from nodes import Failure, Place, die, find_place, run, say
     from plan import (
         Plan,
@@ -329,17 +334,18 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return manage.act(args)
     place = find_place(os.environ)
     model, serve_args, port = engine_arguments(rest)
+    shape = strategy.check(serve_args, setting("TRTLLM_VERSION"))
     world = parallelism.find_world(serve_args)
     found = image.find_image(args.image, args.workspace) if args.runtime == "docker" else image.NONE
     plan = make_plan(args, place, model, serve_args, found)
     wanted = wanted_of(plan, found, port)
     if args.dry_run:
-        plan = replace(plan, spread=expect_spread(world, place, os.environ))
+        plan = replace(plan, spread=expect_spread(world, plan, os.environ))
         dry_run(plan, found, wanted, args)
         return 0
     nodes = prepare_nodes(plan, wanted, args)
     plan = replace(plan, spread=find_spread(world, nodes, plan))
-    say(describe(plan, world, nodes))
+    say(f"{shape}: {describe(plan, world, nodes)}")
     if args.check:
         return 0
     if plan.runtime == "docker":

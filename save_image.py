@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Save a Docker image as one compressed tarball, with a sidecar that says what is inside.
+"""Save a Docker image as one compressed tarball, with a sidecar that says what
+is inside.
 
-The sidecar (FILE.json: tags, ids, sizes, sha256) tells a node in a millisecond what it would
-otherwise have to decompress gigabytes for.
+The sidecar (FILE.json: tags, ids, sizes, sha256) tells a node in a millisecond
+what it would otherwise have to decompress gigabytes for.
 
 Examples:
-  save_image.py                                       # -> tensorrt-llm-serve-latest.tar.gz
-  save_image.py my/image:1.0 -o /fsx/image.tar.zst    # zstd: far faster to write and to load
-  save_image.py --verify /fsx/image.tar.zst           # is this copy whole?
-  save_image.py --load /fsx/image.tar.zst             # into the Docker of this machine, checked
+  save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
+  save_image.py my/image:1.0 -o x.tar.zst  # zstd: far faster, both ways
+  save_image.py --verify /fsx/x.tar.zst    # is this copy whole?
+  save_image.py --load /fsx/x.tar.zst      # into this Docker, checked
 
-stdout is the tarball's path, or with --load the loaded tags; everything else goes to stderr.
+stdout is the tarball's path, or with --load the loaded tags; everything else
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -526,7 +528,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=head,
         epilog=f"Examples:{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [IMAGE] [-o FILE] [--compress CODEC] | --verify FILE | --load FILE",
+        usage="%(prog)s [IMAGE] [-o FILE] [--compress CODEC]\n"
+        "       %(prog)s --verify FILE | --load FILE",
         allow_abbrev=False,
     )
     group = parser.add_argument_group("save")

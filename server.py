@@ -65,9 +65,9 @@ class Log:
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
-    def tail(self) -> str:
-        """The last lines of this launch."""
-        return tail_of(self.path, self.start)
+    def tail(self, lines: int = 50) -> str:
+        """The last lines of this launch, wherever somebody has moved the file."""
+        return tail_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, lines)
 
     def close(self) -> None:
         self.reader.close()
@@ -268,21 +268,22 @@ def report_death(server: Server, code: int, when: str) -> None:
     """Failure that says which process ended, how, and its own last words."""
     while server.pump():
         pass
-    tail = server.log.tail()
-    if server.plan.place.slurm and "CANCELLED AT" in tail:
+    # A rank that fails has the step cancelled, too; where Slurm did it, it speaks first.
+    before, cancelled, _ = server.log.tail(10_000).partition("CANCELLED AT")
+    death = multinode.first_failure(before) if server.plan.spread else None
+    if server.plan.place.slurm and cancelled and not death:
         die(
             f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} was "
             f"cancelled or out of time",
             hint=f"its log: {server.log.path}",
         )
     await_guards(server, when)
-    death = multinode.first_failure(tail) if server.plan.spread else None
     who, path = f"{server.node}: trtllm-serve", server.main_log.path
     if death:
         who = f"{death.node}: rank {death.ranks}"
         code, path = death.code, multinode.rank_log(server.log.path, death.first)
     code = 128 - code if code < 0 else code
-    tail = tail_of(path, server.main_log.start if path == server.main_log.path else 0)
+    tail = server.main_log.tail() if path == server.main_log.path else tail_of(path)
     say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(

@@ -27,11 +27,15 @@ SETTINGS = (
     Setting("PORT", "8000", "port of the server"),
     Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
     Setting("MPI", "auto", "type for several nodes, as srun --mpi=list has it; auto: PMIx"),
+    Setting("TRTLLM_VERSION", "1.1.0", "the image's; decides which options are known"),
     Setting("PRIVILEGED", "0", "1: docker run --privileged"),
     Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
     Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
-    Setting("HOST", "localhost", "server that test.py checks; counts in .env only"),
-    Setting("OPENAI_API_KEY", "", "bearer token that test.py sends; never printed"),
+    Setting("HOST", "localhost", "server to test and benchmark; counts in .env only"),
+    Setting("OPENAI_API_KEY", "", "bearer token for that server; never printed"),
+    Setting("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
+    Setting("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
+    Setting("SHAREGPT_PATH", "ShareGPT.json", "the data set; downloaded there when missing"),
 )
 
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit 0 if all pass.
+"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit
+0 if all pass.
 
-It asks for nothing that only one engine knows, so vLLM and SGLang servers can be tested too, and
-for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1, logprobs, long prompts).
+It asks for nothing that only one engine knows, so vLLM and SGLang servers can
+be tested too, and for nothing known to bring TensorRT-LLM down (max_tokens 0,
+top_k -1, logprobs, long prompts).
 
-Without -H and -p the server is the one in logs/endpoint.json, where the launcher leaves that
-(here or in $WORKSPACE). Flags come before the environment's PORT, MODEL, OPENAI_API_KEY, and that
-before .env. HOST counts from .env only.
+Without -H and -p the server is the one in logs/endpoint.json, where the
+launcher leaves that (here or in $WORKSPACE). Flags come before the
+environment's PORT, MODEL, OPENAI_API_KEY, and that before .env. HOST counts
+from .env only.
 
 examples:
   test.py -H 10.0.128.193 -p 8000
-  test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json | jq .passed
+  test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json
 """
 
 from __future__ import annotations

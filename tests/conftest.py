@@ -25,6 +25,9 @@ from typing import Any
 
 import pytest
 
+from nodes import Place
+from plan import Plan
+
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "tensorrt-llm-serve:latest"
 TOKEN = "hf_do_not_print_me"
@@ -134,16 +137,17 @@ def run(name, rest):
         if not word.startswith("-"):
             break
         flags.append(word)
-        if word in ("--device", "--gpus"):
+        if word in ("--device", "--gpus", "--mount"):
             flags.append(next(words))
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
-            "--workdir=", "--env=")) and word not in (
+            "--workdir=", "--env=", "--entrypoint=")) and word not in (
             "--rm", "--init", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
         fail('"docker run" requires at least 1 argument.', 125)
-    engine = list(words)
+    entry = [flag.partition("=")[2] for flag in flags if flag.startswith("--entrypoint=")]
+    engine = [*entry, *words]
     seen = {n: os.environ[n] for n in os.environ if n == "PATH" or n.startswith("FAKE_")}
     for flag in flags:
         variable, equals, value = flag.removeprefix("--env=").partition("=")
@@ -166,8 +170,56 @@ def run(name, rest):
             "environment": seen}))
     code = process.wait()
     with locked():
+        for leader in leaders(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
         container(name).unlink(missing_ok=True)
     raise SystemExit(code if code >= 0 else 128 - code)
+
+def leaders(name):
+    # The container's process and those that `docker exec` started: each leads a session.
+    if not container(name).exists():
+        return []
+    known = json.loads(container(name).read_text())
+    return [pid for pid in (known["pid"], *known.get("ranks", [])) if pid]
+
+def execute(file, cwd, name, command):
+    env = {}
+    for line in Path(file).read_text().splitlines():
+        variable, equals, value = line.partition("=")
+        if not equals or not variable or " " in variable:
+            fail(f"invalid env file ({file}): variable '{variable}' contains whitespaces", 125)
+        env[variable] = value
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    with locked():
+        if not container(name).exists():
+            fail("Error response from daemon: No such container: " + name)
+        known = json.loads(container(name).read_text())
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**known["environment"], **env},
+            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
+        known["ranks"] = [*known.get("ranks", []), process.pid]
+        known["variables"] = [*known.get("variables", []), env]
+        container(name).write_text(json.dumps(known))
+    code = process.wait()
+    raise SystemExit(code if code >= 0 else 128 - code)
+
+def top(name):
+    # Every process of the container's sessions, as `ps` shows it.
+    if not container(name).exists():
+        fail("Error response from daemon: No such container: " + name)
+    print("PID COMMAND")
+    with locked():
+        ours = leaders(name)
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[3]) in ours and stat[0] != "Z":
+                    words = (entry / "cmdline").read_bytes().decode().split("\0")
+                    print(entry.name, *words)
 
 def remove(name):
     time.sleep(faults.get("rm_delay", 0))
@@ -175,8 +227,9 @@ def remove(name):
         found = [p for p in node.glob("container-*.json")
                  if name in (json.loads(p.read_text())["name"], p.stem[-12:])]
         for path in found:
-            with contextlib.suppress(ProcessLookupError, TypeError):
-                os.killpg(json.loads(path.read_text())["pid"], signal.SIGKILL)
+            for leader in leaders(json.loads(path.read_text())["name"]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(leader, signal.SIGKILL)
             path.unlink()
     if not found:
         fail("Error response from daemon: No such container: " + name)
@@ -236,8 +289,18 @@ match args:
         print("Login Succeeded")
     case ["run", "--name", name, *rest]:
         run(name, rest)
+    case ["exec", "--env-file", file, "--workdir", cwd, name, *command] if command:
+        execute(file, cwd, name, command)
+    case ["top", name, "-eo", "pid,args"]:
+        if faults.get("no_top"):
+            fail("Error response from daemon: context deadline exceeded")
+        top(name)
     case ["rm", "--force", name]:
         remove(name)
+    case ["inspect", "--format", "{{.State.Running}}", name]:
+        if not container(name).exists():
+            fail("Error: No such object: " + name)
+        print("true")
     case ["inspect", name]:
         time.sleep(faults.get("inspect_delay", 0))
         if not container(name).exists():
@@ -247,55 +310,110 @@ match args:
         unknown()
 """
 
-# Runs the rest of its arguments once a node, as srun does, and copies its input to all of them.
+# Runs its command as so many tasks on each node, as srun does, and copies its input to all of them.
+# With --kill-on-bad-exit the first task that fails takes the others with it.
 SRUN = r"""
 import threading
 
-nodes = faults["nodes"]
-step = ["--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none", "--ntasks-per-node=1"]
-every = [*step, f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
-head = [*step, "--nodes=1", "--ntasks=1", "--relative=0"]
-if args[:len(head)] == head:
-    nodes, command = nodes[:1], args[len(head):]
-elif args[:len(every)] == every:
-    command = args[len(every):]
-else:
+def flag(words, pattern):
+    # The value of the flag that has to come next, before it is a value that may be any.
+    word = next(words, "")
+    name, _, value = word.partition("=")
+    wanted, _, known = pattern.partition("=")
+    if name != wanted or (known and value != known) or not value:
+        unknown()
+    return value
+
+if args == ["--mpi=list"]:
+    print(faults.get("mpi", "MPI plugin types are...\n\tpmix\n\tnone\n\tpmi2\n"
+                            "specific pmix plugin versions available: pmix_v4"))
+    raise SystemExit(0)
+if args[:2] != ["--overlap", "--export=ALL"]:
     unknown()
 if not os.environ.get("SLURM_JOB_ID"):
     fail("srun: error: Unable to allocate resources", 64)
 for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_PER_TASK"):
     if leak in os.environ:
         fail(f"srun: {leak} bends this step", 64)
+words = iter(args[2:])
+mpi = flag(words, "--mpi")
+flag(words, "--cpu-bind=none")
+per_node, count, total = (
+    int(flag(words, name)) for name in ("--ntasks-per-node", "--nodes", "--ntasks"))
+if total != per_node * count or count > len(faults["nodes"]):
+    fail("srun: error: Unable to create step: More processors requested than permitted", 64)
+if count < len(faults["nodes"]):
+    flag(words, "--relative=0")
+output, command = "", list(words)
+if mpi != "none":
+    flag(words := iter(command), "--distribution=block")
+    flag(words, "--kill-on-bad-exit=1")
+    flag(words, "--open-mode=append")
+    output, command = flag(words, "--output"), list(words)
+    if mpi not in ("pmix", "pmix_v4"):
+        fail(f"srun: error: Couldn't find the specified plugin name for mpi/{mpi}")
+elif per_node != 1:
+    unknown()
+if not command or command[0].startswith("-"):
+    unknown()
 if faults.get("launch_failed"):
     fail("srun: error: Task launch for StepId=77.0 failed on node n2: "
          "Communication connection failure")
+nodes = faults["nodes"][:count]
 tasks = []
-for i, node in enumerate(nodes):
+for rank in range(total):
+    node = nodes[rank // per_node]
     if node not in faults.get("mute", []):
-        there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(i), "PMI_RANK": str(i),
-                 "SLURM_STEP_GPUS": "0,1,2,3,4,5,6,7"}
-        tasks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **there}))
+        there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(rank // per_node),
+                 "SLURM_STEP_GPUS": faults.get("gpus", "0,1,2,3,4,5,6,7")}
+        if mpi != "none":
+            there |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(total),
+                      "PMIX_RANK": str(rank), "PMIX_SERVER_URI4": "pmix-server;tcp4://x"}
+        else:
+            there |= {"PMI_RANK": str(rank)}
+        sink = Path(output.replace("%t", str(rank))).open("ab") if output else None
+        tasks.append((rank, node, subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=sink, stderr=sink and subprocess.STDOUT,
+            env={**os.environ, **there}, start_new_session=bool(output))))
 
 def feed():
     while data := os.read(0, 65536):
-        for task in tasks:
+        for _, _, task in tasks:
             with contextlib.suppress(OSError):
                 os.write(task.stdin.fileno(), data)
-    for task in tasks:
+    for _, _, task in tasks:
         task.stdin.close()
 
-threading.Thread(target=feed, daemon=True).start()
-codes = [task.wait() for task in tasks]
-for node, code in zip(nodes, codes):
+def ended(rank, node, task):
+    code = task.wait()
     if code:
-        print(f"srun: error: {node}: task 0: Exited with exit code {code}", file=sys.stderr)
-raise SystemExit(max([c if c >= 0 else 128 - c for c in codes], default=0))
+        word = {-9: "Killed", -15: "Terminated"}.get(code, f"Exited with exit code {code}")
+        print(f"srun: error: {node}: task {rank}: {word}", file=sys.stderr, flush=True)
+    return code if code >= 0 else 128 - code
+
+threading.Thread(target=feed, daemon=True).start()
+codes, running = [], list(tasks)
+while running:
+    for each in [each for each in running if not output or each[2].poll() is not None]:
+        running.remove(each)
+        codes.append(ended(*each))
+        if codes[-1] and output:
+            print("srun: Terminating StepId=77.1", file=sys.stderr, flush=True)
+            for _, _, task in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(task.pid, signal.SIGKILL)
+    time.sleep(0.02)
+raise SystemExit(max(codes, default=0))
 """
 
 SCONTROL = r"""
 match args:
     case ["show", "job", job] if job == os.environ.get("SLURM_JOB_ID"):
         print(faults["job"])
+    case ["show", "config"]:
+        print(faults.get("config", "SlurmdParameters        = (null)\n"
+                                   "SlurmdPort              = 6818\n"
+                                   "SlurmdSpoolDir          = /no/such/%n\n"))
     case _:
         unknown()
 """
@@ -331,6 +449,8 @@ match args:
 HOSTNAME = r"""
 match args:
     case []:
+        print("local")
+    case ["-s"]:
         print("local")
     case ["-I"]:
         print("127.0.0.1 fe80::1 ")
@@ -474,6 +594,13 @@ def fakes(tmp_path: Path) -> Iterator[Fakes]:
 
 
 @pytest.fixture
+def ready(fakes: Fakes) -> Fakes:
+    """With the image on the node."""
+    fakes.hold_image()
+    return fakes
+
+
+@pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """None of the settings, of Slurm's variables or of a developer's .env files; cwd is empty."""
     import settings
@@ -552,6 +679,21 @@ def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
         if each.process.poll() is None:
             each.process.kill()
         each.process.wait()
+
+
+def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str = "") -> Plan:
+    return Plan(
+        Place("local1", 1, ()),
+        runtime,
+        TAG,
+        gpus,
+        ("/fsx", "/home/a b"),
+        cache,
+        "/fsx/work",
+        False,
+        "me",
+        engine or ("trtllm-serve", "m"),
+    )
 
 
 def free_port() -> int:

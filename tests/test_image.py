@@ -20,7 +20,7 @@ from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, 
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
-HERE = Place("local1", 1, (), ())
+HERE = Place("local1", 1, ())
 DIGEST = "@sha256:" + "0" * 64
 ECR = "123456789012.dkr.ecr.us-west-2.amazonaws.com"
 SUFFIX = {"none": ".tar", "gz": ".tar.gz", "zst": ".tar.zst"}
@@ -662,7 +662,7 @@ def test_nodes_with_different_images_cannot_both_be_right(
     lines = "".join(f"n{i}\timage\t{each}\n" for i, each in enumerate(ids))
     on_path.program("bash", f"print({lines!r})")
     try:
-        image.provide(Image("x:1", layers=layers), Place("1", 2, (), ()))
+        image.provide(Image("x:1", layers=layers), Place("1", 2, ()))
     except Failure as failure:
         assert fails and "the nodes hold different images under x:1" in failure.message
     else:

@@ -81,6 +81,10 @@ TARGETS = {
     "sqsh": ["import", "--output", "tensorrt-llm-serve-latest.sqsh",
              "dockerd://tensorrt-llm-serve:latest"],
     "demo": ["simulator/demo.py"],
+    "bench": ["bench.py"],
+    "static-bench": ["static_bench.py"],
+    "bench-client": ["tests/bench_client.py"],
+    "bench-nodes": ["-m", "tests.cluster.bench_nodes"],
     "bench-launch": ["-m", "tests.cluster.bench_launch"],
 }  # fmt: skip
 
@@ -96,6 +100,14 @@ def test_settings_without_a_flag_reach_the_script_through_the_environment(checko
         '#!/bin/sh\nprintf \'["%s","%s","%s"]\' "$GPUS" "$PORT" "$IMAGE"\n'
     )
     assert make(checkout, "serve", "GPUS=none", "PORT=81", "IMAGE=$(x)") == ["none", "81", "$(x)"]
+
+
+def test_only_an_image_on_the_command_line_asks_for_the_other_benchmark_client(
+    checkout: Path,
+) -> None:
+    assert make(checkout, "bench", "HOST=h", IMAGE="the-servers:1") == ["bench.py", "--host", "h"]
+    given = make(checkout, "bench", "BENCH_TYPE=throughput,prefill", "IMAGE=$(x):1")
+    assert given == ["bench.py", "--type", "throughput,prefill", "--image", "$(x):1"]
 
 
 def test_extra_args_are_words_of_the_shell(checkout: Path) -> None:

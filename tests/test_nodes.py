@@ -107,7 +107,8 @@ def test_a_node_tells_any_value_on_one_line(fakes: Fakes, value: str) -> None:
 
 def test_without_slurm_commands_run_here() -> None:
     place = find_place({})
-    assert (place.size, place.every, place.head) == (1, (), ())
+    assert (place.size, place.every, place.head) == (1, [], [])
+    assert place.on(2, 8, "pmix") == []
     assert place.job == f"local{os.getpid()}"
     assert not place.slurm
     assert not find_place({"SLURM_JOB_ID": ""}).slurm
@@ -128,8 +129,25 @@ def test_in_an_allocation_srun_is_the_prefix(environ: dict[str, str], size: int)
         "--cpu-bind=none",
         "--ntasks-per-node=1",
     ]
-    assert list(place.every) == [*flags, f"--nodes={size}", f"--ntasks={size}"]
-    assert list(place.head) == [*flags, "--nodes=1", "--ntasks=1", "--relative=0"]
+    first = ["--relative=0"] if size > 1 else []  # it is the only one otherwise
+    assert place.every == [*flags, f"--nodes={size}", f"--ntasks={size}"]
+    assert place.head == [*flags, "--nodes=1", "--ntasks=1", *first]
+
+
+@pytest.mark.parametrize(("nodes", "first"), [(1, True), (2, True), (3, False)])
+def test_a_step_of_ranks_lies_on_the_first_nodes(nodes: int, first: bool) -> None:
+    place = find_place({"SLURM_JOB_ID": "77", "SLURM_NNODES": "3"})
+    assert place.on(nodes, 8, "pmix_v4") == [
+        "srun",
+        "--overlap",
+        "--export=ALL",
+        "--mpi=pmix_v4",
+        "--cpu-bind=none",
+        "--ntasks-per-node=8",
+        f"--nodes={nodes}",
+        f"--ntasks={8 * nodes}",
+        *(["--relative=0"] if first else []),
+    ]
 
 
 def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
@@ -138,12 +156,12 @@ def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
         before = prefix[: prefix.index("srun")]
         assert before[0] == "env"
         assert set(before[1:]) == {"-u", *LEAKS}
-    assert find_place({"SLURM_JOB_ID": "1", "SLURM_HINT": "x"}).every[:4] == (
+    assert find_place({"SLURM_JOB_ID": "1", "SLURM_HINT": "x"}).every[:4] == [
         "env",
         "-u",
         "SLURM_HINT",
         "srun",
-    )
+    ]
 
 
 def test_run_returns_what_a_command_printed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +345,18 @@ def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_pat
     for pid, command in fakes.processes().items():
         assert command.startswith("sleep")  # the fixture's own sloppy child
         os.kill(pid, signal.SIGKILL)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new/x.json"
+    nodes.write_json(path, {"a": "ü\n"})
+    assert json.loads(path.read_text()) == {"a": "ü\n"}
+    nodes.write_json(path, {"b": 1})
+    assert json.loads(path.read_text()) == {"b": 1}
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(TypeError):
+        nodes.write_json(path, {"b": object()})
+    assert json.loads(path.read_text()) == {"b": 1}
 
 
 # Settings

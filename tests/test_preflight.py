@@ -17,7 +17,7 @@ from tests.conftest import HOSTILE, TAG, Fakes, free_port
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
-HERE = Place("local1", 1, (), ())
+HERE = Place("local1", 1, ())
 TARBALL = Image(TAG, Path("/x.tar"), "gz", ("sha256:c",), "", 3_000_000_000, 20_000_000_000)
 GOOD = {
     "rank": "0",
@@ -360,7 +360,7 @@ def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
-    place = Place("77", 2, (), ())
+    place = Place("77", 2, ())
     with pytest.raises(Failure, match="1 of 2 nodes did not answer; these did: local"):
         preflight.ask_nodes(wanted(), place)
     monkeypatch.setattr(preflight, "PATIENCE", 0.3)
@@ -370,7 +370,7 @@ def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
 
 def slow() -> Place:
     """A node that never answers."""
-    return Place("77", 1, ("sh", "-c", "exec sleep 60", "srun"), ())
+    return Place("77", 1, ("sh", "-c", "exec sleep 60", "srun"))
 
 
 def test_reaping_removes_orphans_and_no_others(fakes: Fakes) -> None:

@@ -362,7 +362,8 @@ class Machine:
 class Cluster:
     """`with Cluster(2) as cluster:`; `cluster.ctl` is the login node, `cluster.nodes` the rest."""
 
-    def __init__(self, nodes: int = 2) -> None:
+    def __init__(self, nodes: int = 2, gpus: int = GPUS_PER_NODE) -> None:
+        self.gpus = gpus
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
         self.nodes: dict[str, Machine] = {}
         self.made_fsx = False
@@ -394,10 +395,11 @@ class Cluster:
         hosts = [f"{ip} {name}\n" for name, ip in self.addresses.items()]
         (self.state / "etc/hosts").write_text("127.0.0.1 localhost\n" + "".join(hosts))
         slurm_conf = SLURM_CONF.format(
-            state=self.state, names=",".join(self.names), cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE
+            state=self.state, names=",".join(self.names), cpus=CPUS_PER_NODE, gpus=self.gpus
         )
         (self.state / "etc/slurm/slurm.conf").write_text(slurm_conf)
-        gres = f"NodeName={','.join(self.names)} Name=gpu File=/dev/nvidia[0-{GPUS_PER_NODE - 1}]\n"
+        devices = ",".join(f"/dev/nvidia{i}" for i in range(self.gpus))
+        gres = f"NodeName={','.join(self.names)} Name=gpu File={devices}\n"
         (self.state / "etc/slurm/gres.conf").write_text(gres)
         (self.state / "munge.key").write_bytes(os.urandom(128))
         (self.state / "munge.key").chmod(0o400)
@@ -427,7 +429,7 @@ class Cluster:
         self.ctl.run("ip", "link", "set", "br0", "up")
         self.ctl.run("ip", "link", "set", "lo", "up")
         for name in self.names:
-            node = self._machine(name, ("--net", "--mount", "--uts", "--pid"), GPUS_PER_NODE)
+            node = self._machine(name, ("--net", "--mount", "--uts", "--pid"), self.gpus)
             self.nodes[name] = node
             self._plug_in(node)
 

@@ -34,13 +34,14 @@ SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}
 def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
     """The repository and an image tarball on /fsx; on every node somebody else's container."""
     copy_repository(ROOT, REPO)
-    first, second = cluster.nodes["n1"], cluster.nodes["n2"]
+    first, *others = cluster.nodes.values()
     build_image(first, REPO / "simulator", TAG, ballast_mb=ballast_mb)
     TARBALL.parent.mkdir()
     first.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(TARBALL))
     first.docker("tag", TAG, "stranger:1")
     first.run("sh", "-c", "docker save stranger:1 >/fsx/images/stranger.tar")
-    second.run("docker", "load", "-i", "/fsx/images/stranger.tar")
+    for node in others:
+        node.run("docker", "load", "-i", "/fsx/images/stranger.tar")
     for node in cluster.nodes.values():
         start_stranger(node)
     first.docker("rmi", TAG)

@@ -1,0 +1,328 @@
+"""What runs on a node: docker's arguments, and the scripts that hold an engine there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from container import docker_arguments, launch_command, mount_flag, passed_on, remove_command
+from nodes import launcher
+from plan import Plan
+from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+NAME = "trtllm-local1-local"
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def go_csv(text: str) -> list[str]:
+    """The first record as Go's encoding/csv reads it, without lazy quotes: Docker's --mount."""
+    fields, i = [], 0
+    while True:
+        field = ""
+        if text[i : i + 1] == '"':
+            i += 1
+            while True:
+                end = text.index('"', i)
+                field, i = field + text[i:end], end + 1
+                if text[i : i + 1] != '"':
+                    break
+                field, i = field + '"', i + 1
+        else:
+            while i < len(text) and text[i] not in ",\n":
+                assert text[i] != '"', 'bare " in non-quoted field'
+                field, i = field + text[i], i + 1
+        fields.append(field)
+        if i == len(text) or text[i] == "\n":
+            return fields
+        assert text[i] == ",", "extraneous or missing quote"
+        i += 1
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "a=b", '"', '",target=/etc', " a "])
+def test_docker_reads_a_mount_of_any_name_as_it_is_meant(name: str) -> None:
+    path = f"/x/{name}"
+    flag = mount_flag(path)
+    assert flag.startswith("--mount=")
+    row = ["type=bind", f"source={path}", f"target={path}"]
+    assert go_csv(flag.removeprefix("--mount=")) == row
+    assert next(csv.reader(io.StringIO(flag.removeprefix("--mount="), newline=""))) == row
+
+
+def test_a_plain_mount_looks_as_people_write_it() -> None:
+    assert mount_flag("/fsx") == "--mount=type=bind,source=/fsx,target=/fsx"
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        ({}, []),
+        ({"HF_TOKEN": "x", "NCCL_DEBUG": "INFO", "PATH": "/"}, ["HF_TOKEN", "NCCL_DEBUG"]),
+        (
+            {"FI_PROVIDER": "efa", "UCX_TLS": "x", "TLLM_A": "1", "TRTLLM_B": "1"},
+            ["FI_PROVIDER", "TLLM_A", "TRTLLM_B", "UCX_TLS"],
+        ),
+        ({"HF_TOKEN": "", "NCCL_DEBUG": ""}, []),
+        ({"HF_HOME": "/x", "NCCL_SOCKET_IFNAME": "eth0"}, []),
+        ({"SLURM_JOB_ID": "1", "PMI_RANK": "0", "MY_NCCL_X": "1", "NCCL": "1", "hf_x": "1"}, []),
+    ],
+)
+def test_only_the_engines_variables_are_passed_on(
+    environ: dict[str, str], names: list[str]
+) -> None:
+    assert passed_on(environ) == names
+
+
+def test_the_docker_arguments_are_these() -> None:
+    environ = {"HF_TOKEN": TOKEN, "NCCL_DEBUG": "WARN", "HOME": "/root"}
+    full = plan("trtllm-serve", "m", "--tp_size", "8", cache="/home/a b")
+    assert docker_arguments(full, environ) == [
+        "--rm",
+        "--pull=never",
+        "--init",
+        "--label=tensorrt-llm-serve.job=local1",
+        f"--label=tensorrt-llm-serve.launcher={launcher()}",
+        "--label=tensorrt-llm-serve.user=me",
+        "--uts=host",
+        "--ipc=host",
+        "--net=host",
+        "--ulimit=memlock=-1",
+        "--ulimit=stack=67108864",
+        "--mount=type=bind,source=/fsx,target=/fsx",
+        "--mount=type=bind,source=/home/a b,target=/home/a b",
+        "--workdir=/fsx/work",
+        "--env=HF_HOME=/home/a b",
+        "--env=NCCL_SOCKET_IFNAME",
+        "--env=GLOO_SOCKET_IFNAME",
+        "--env=TP_SOCKET_IFNAME",
+        "--env=HF_TOKEN",
+        "--env=NCCL_DEBUG",
+        TAG,
+        "trtllm-serve",
+        "m",
+        "--tp_size",
+        "8",
+    ]
+    assert TOKEN not in " ".join(launch_command(full, environ))
+
+
+def test_privileges_are_given_only_when_asked_for() -> None:
+    asked = Plan(**{**vars(plan()), "privileged": True})
+    assert "--privileged" in docker_arguments(asked, {})
+    assert "--privileged" not in docker_arguments(plan(), {})
+
+
+def test_what_is_empty_is_left_out() -> None:
+    bare = Plan(**{**vars(plan()), "mounts": (), "cwd": "", "cache": ""})
+    assert not [w for w in docker_arguments(bare, {}) if w.startswith(("--mount", "--workdir"))]
+    assert not [w for w in docker_arguments(bare, {}) if w.startswith("--env=HF_HOME")]
+
+
+# The scripts that hold it
+
+
+def hold(script: Callable[..., Script], made: Plan, **env: str) -> Script:
+    return script(launch_command(made, env), **env)
+
+
+SLEEPER = ("bash", "-c", "trap '' TERM INT HUP; echo up; sleep 100 & wait")
+
+
+def test_the_end_of_input_removes_the_container(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    held = hold(script, plan(*SLEEPER))
+    held.until_said("up")
+    assert ready.containers() == [f"local/{NAME}"]
+    held.type("more\n")
+    assert held.process.poll() is None
+    begun = time.monotonic()
+    held.close()
+    assert held.code() == 143
+    assert time.monotonic() - begun < 3
+    ready.nothing_is_left()
+    assert {call[3] for call in ready.calls("docker", "rm", "--force")} == {NAME}
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_removes_the_container(
+    ready: Fakes, script: Callable[..., Script], signum: int
+) -> None:
+    held = hold(script, plan(*SLEEPER))
+    held.until_said("up")
+    held.process.send_signal(signum)
+    held.process.send_signal(signum)  # impatience changes nothing
+    assert held.code() == 143
+    ready.nothing_is_left()
+
+
+def test_a_signal_to_the_whole_group_removes_the_container(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    """As scancel does it: everything on the node gets SIGTERM at once."""
+    held = hold(script, plan(*SLEEPER))
+    held.until_said("up")
+    os.killpg(held.process.pid, signal.SIGTERM)
+    assert held.code() == 143
+    ready.nothing_is_left()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+def test_a_container_that_is_created_late_is_removed_too(
+    ready: Fakes, script: Callable[..., Script], delay: float
+) -> None:
+    ready.set(create_delay=delay)
+    held = hold(script, plan(*SLEEPER))
+    if delay:
+        held.until(lambda: ready.calls("docker", "run"))
+    held.close()
+    assert held.code() in (143, -signal.SIGTERM)  # the latter before anything was started
+    ready.nothing_is_left()
+    assert bool(ready.calls("docker", "rm")) is bool(ready.calls("docker", "run"))
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 42, 139, 143, 255])
+def test_the_engines_exit_code_is_handed_through(
+    ready: Fakes, script: Callable[..., Script], code: int
+) -> None:
+    held = hold(script, plan("bash", "-c", f"exit {code}"))
+    assert held.code() == code
+    ready.nothing_is_left()
+
+
+def test_an_engine_that_is_killed_is_told_as_137(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    assert hold(script, plan("bash", "-c", "kill -KILL $$")).code() == 137
+
+
+def test_dockers_own_failure_is_handed_through(fakes: Fakes, script: Callable[..., Script]) -> None:
+    held = hold(script, plan("true"))
+    assert held.code() == 125
+    assert "No such image" in held.output
+    fakes.nothing_is_left()
+
+
+def test_the_cache_is_made_and_arguments_of_any_name_arrive(
+    ready: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    cache = tmp_path / "a b's $x/c"
+    held = hold(script, plan("printf", "<%s>", *HOSTILE, cache=str(cache)))
+    assert held.code() == 0
+    assert held.output == "".join(f"<{name}>" for name in HOSTILE)
+    assert cache.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "flag"),
+    [
+        ("none", "0,1", None),
+        ("auto", "", "all"),
+        ("all", "0", "all"),
+        ('"device=1,2"', "", '"device=1,2"'),
+        ("2", "", "2"),
+    ],
+)
+def test_gpus_are_docker_words(
+    ready: Fakes, script: Callable[..., Script], gpus: str, given: str, flag: str | None
+) -> None:
+    assert hold(script, plan("true", gpus=gpus), SLURM_STEP_GPUS=given).code() == 0
+    [call] = ready.calls("docker", "run")
+    assert (call[call.index("--gpus") + 1] if "--gpus" in call else None) == flag
+
+
+def test_secrets_reach_the_engine_by_name_only(ready: Fakes, script: Callable[..., Script]) -> None:
+    held = hold(script, plan("bash", "-c", 'echo "$HF_TOKEN"'), HF_TOKEN=TOKEN)
+    assert held.code() == 0
+    assert held.output == TOKEN + "\n"
+    assert TOKEN not in json.dumps(ready.calls())
+    assert "--env=HF_TOKEN" in ready.calls("docker", "run")[0]
+
+
+def test_the_interface_is_the_one_that_leads_out_unless_named(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    ready.program("ip", "print('default via 10.0.0.1 dev ens5 proto dhcp src 10.0.0.2')")
+    shown = ("bash", "-c", "echo $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME $TP_SOCKET_IFNAME")
+    held = hold(script, plan(*shown), GLOO_SOCKET_IFNAME="lo")
+    assert (held.code(), held.output) == (0, "ens5 lo ens5\n")
+
+
+def bare(*engine: str) -> Plan:
+    return plan(*engine, runtime="bare")
+
+
+def test_a_bare_engine_sees_nothing_of_slurm(fakes: Fakes, script: Callable[..., Script]) -> None:
+    prefixes = ("SLURM", "SLURMD", "SBATCH", "SALLOC", "PMI", "PMI2", "PMIX", "OMPI")
+    theirs = [f"{prefix}_X" for prefix in prefixes]
+    env = {**dict.fromkeys(theirs, "x"), "NCCL_DEBUG": "INFO", "MY_SLURM_X": "1"}
+    held = hold(script, bare("env"), **env)
+    assert held.code() == 0
+    names = {line.partition("=")[0] for line in held.output.splitlines()}
+    assert not names & set(theirs)
+    assert {"NCCL_DEBUG", "MY_SLURM_X", "PATH"} <= names
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 137])
+def test_a_bare_engines_exit_code_is_handed_through(
+    fakes: Fakes, script: Callable[..., Script], code: int
+) -> None:
+    """And what it leaves behind goes with it."""
+    held = hold(script, bare("bash", "-c", f"trap '' TERM; sleep 100 & exit {code}"))
+    assert held.code() == code
+    fakes.nothing_is_left()
+
+
+def test_a_bare_engine_that_is_missing_is_127(fakes: Fakes, script: Callable[..., Script]) -> None:
+    held = hold(script, bare("no-such-engine"))
+    assert held.code() == 127
+    fakes.nothing_is_left()
+
+
+@pytest.mark.parametrize("signum", [None, *SIGNALS])
+def test_a_bare_engine_gets_the_chance_to_end_by_itself(
+    fakes: Fakes, script: Callable[..., Script], signum: int | None
+) -> None:
+    engine = "trap 'echo bye; kill %%; wait; exit 0' TERM; sleep 100 & echo up; wait"
+    held = hold(script, bare("bash", "-c", engine))
+    held.until_said("up")
+    if signum is None:
+        held.close()
+    else:
+        held.process.send_signal(signum)
+    assert held.code(2) == 143
+    assert held.output == "up\nbye\n"
+    held.close()
+    fakes.nothing_is_left()
+
+
+def test_a_bare_engine_whose_children_ignore_the_end_is_killed_with_them(
+    fakes: Fakes, script: Callable[..., Script]
+) -> None:
+    held = hold(script, bare(*SLEEPER))
+    held.until_said("up")
+    begun = time.monotonic()
+    held.close()
+    assert held.code() == 143
+    assert time.monotonic() - begun < 4.5
+    fakes.nothing_is_left()
+
+
+def test_removing_by_name_takes_this_jobs_container_only(
+    fakes: Fakes, script: Callable[..., Script]
+) -> None:
+    for name in (NAME, "trtllm", "trtllm-local10-local"):
+        fakes.leave_container(name)
+    for _ in range(2):
+        assert script(remove_command(plan())).code() == 0
+    assert fakes.containers() == ["local/trtllm", "local/trtllm-local10-local"]
+    assert len(fakes.calls("docker", "rm")) == 1
