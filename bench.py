@@ -1,18 +1,15 @@
 #!/usr/bin/env python3
-"""Measure a running server: throughput, TTFT, ITL and latency, over a matrix of loads.
+"""Measure a running server: throughput, TTFT, ITL and latency under many loads.
 
-Every run is checked: requests that failed, outputs that are empty or of another length, another
-model, or a client that could not keep up make it invalid, in every output and in the exit code.
+A run with failed requests, empty or short outputs, another model, or a client
+that could not keep up is INVALID: in every output, and exit code 1.
 
-Examples:
-    python bench.py                                        # the server that run_sbatch.py started
-    python bench.py -H 10.0.128.193 -t throughput,prefill
-    python bench.py -H 10.0.128.193 -i tensorrt-llm-serve:latest   # by NVIDIA's own client
-    python bench.py -t concurrency --concurrency 1,8,32 --repeat 3 --goodput ttft:200 tpot:30
-    python bench.py -t sweep --goodput ttft:500            # where is the knee?
-    python bench.py -o results/monday --resume             # go on where it was stopped
+  bench.py                                         the server of run_sbatch.py
+  bench.py -H 10.0.128.193 -t throughput,prefill
+  bench.py -H 10.0.128.193 -i IMAGE                by NVIDIA's own client
+  bench.py -t sweep --goodput ttft:500             where is the knee?
 
-The last line on stdout is one JSON document; `report.py` compares two result folders.
+The last line on stdout is one JSON document; report.py compares two results.
 """
 
 from __future__ import annotations
@@ -185,52 +182,70 @@ def count(text: str) -> int:
 
 
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
-    rows = "\n".join(f"  {row.type:12} {row.about}" for row in (*MATRIX, SWEEP))
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=(__doc__ or "").strip(),
-        epilog=f"types:\n{rows}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"types: {', '.join(row.type for row in (*MATRIX, SWEEP))}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=28
+        ),
         allow_abbrev=False,
     )
+    default_port, sharegpt = environ.get("PORT"), environ.get("SHAREGPT_PATH") or "ShareGPT.json"
     add = parser.add_argument
-    add("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL; default: the "
-        "server of logs/endpoint.json, else localhost")  # fmt: skip
-    add("-p", "--port", type=count, default=environ.get("PORT"), help="default: 8000")
-    add("--insecure", action="store_true", help="do not check an https server's certificate")
-    add("-m", "--model", default=environ.get("MODEL", ""), help="default: what the server serves")
-    add("-t", "--type", type=types, default=environ.get("BENCH_TYPE") or "all",
-        help="comma-separated; default: all but sweep")  # fmt: skip
-    add("-o", "--output", type=Path, help=f"result folder; default: {RESULTS}/DATE-TIME")
-    add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="of --client trtllm: "
-        "tarball, tag or registry reference; default: as of run_sbatch.py")  # fmt: skip
-    add("--client", choices=("builtin", "trtllm"), help="default: trtllm with -i or where "
-        "tensorrt_llm is installed, else builtin")  # fmt: skip
-    group = parser.add_argument_group("the load (replaces the type's own)").add_argument
-    group("--num-prompts", type=count, help="requests a run")
-    group("--concurrency", type=streams, default=(), help="1,8,32 or unlimited")
-    group("--input-len", type=numbers, default=(), help="tokens: 128,512")
-    group("--output-len", type=numbers, default=(), help="tokens: 1,256")
-    group("--request-rate", type=rates, default=(math.inf,), help="requests a second: 1,2,4")
-    group("--burstiness", type=float, default=1.0, help="1: Poisson; less: bursts; more: evener")
-    group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
-    group(
-        "--backend", choices=("openai", "openai-chat"), default="openai", help="completions or chat"
+    add("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
+    add("-p", "--port", type=count, default=default_port, metavar="PORT", help="(8000)")
+    add("--insecure", action="store_true", help="do not check https certificates")
+    add("-m", "--model", default=environ.get("MODEL", ""), help="(what the server serves)")
+    add(
+        "-t",
+        "--type",
+        type=types,
+        default=environ.get("BENCH_TYPE") or "all",
+        help="comma-separated (all but sweep)",
     )
-    group("--sharegpt", type=Path, default=Path(environ.get("SHAREGPT_PATH") or "ShareGPT.json"),
-          help="the data set; downloaded when missing")  # fmt: skip
-    group("--tokenizer", default="", help="of --client trtllm; default: the model's own")
+    add("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
+    add(
+        "-i",
+        "--image",
+        default=environ.get("BENCH_IMAGE", ""),
+        help="tarball, tag, reference for --client trtllm",
+    )
+    add("--client", choices=("builtin", "trtllm"), metavar="NAME", help="builtin, trtllm (with -i)")
+    group = parser.add_argument_group("the load, instead of the type's own").add_argument
+    group("--num-prompts", type=count, metavar="N", help="requests a run")
+    group("--concurrency", type=streams, default=(), metavar="N,N", help="or unlimited")
+    group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
+    group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
+    group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second")
+    group("--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson, less: bursts")
+    group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
+    group("--backend", choices=("openai", "openai-chat"), default="openai")
+    group(
+        "--sharegpt",
+        type=Path,
+        default=Path(sharegpt),
+        metavar="FILE",
+        help="the data set; downloaded if missing",
+    )
+    group("--tokenizer", default="", metavar="T", help="for --client trtllm")
     group = parser.add_argument_group("the measurement").add_argument
-    group("--repeat", type=count, default=1, help="runs of each load; the report has their spread")
-    group("--warmup", type=int, help="unmeasured requests before each run; default: up to 16")
-    group("--seed", type=int, default=random.randrange(1 << 31),
-          help="of prompts and arrivals; default: a new one, as earlier prompts may still be in "
-          "the server's prefix cache")  # fmt: skip
-    group("--goodput", type=limit, nargs="+", default=[], metavar="NAME:MS",
-          help="count the requests within these limits: ttft:200 tpot:30 e2el:5000")  # fmt: skip
-    group("--timeout", type=float, default=600.0, help="seconds a request may take")
-    group("--shards", type=int, default=0, help="client processes; default: what the load needs")
-    group("--save-detailed", action="store_true", help="every request's numbers, too")
-    group("--resume", action="store_true", help="skip runs whose valid result is in -o")
+    group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
+    group("--warmup", type=int, metavar="N", help="unmeasured requests before (up to 16)")
+    # A new one each time: earlier prompts may still be in the server's prefix cache.
+    group("--seed", type=int, default=random.randrange(1 << 31), metavar="N", help="(a new one)")
+    group(
+        "--goodput",
+        type=limit,
+        nargs="+",
+        default=[],
+        metavar="SLO",
+        help="ttft:200 tpot:30 e2el:5000, in ms",
+    )
+    group("--timeout", type=float, default=600.0, metavar="S", help="of a request (600)")
+    group("--shards", type=int, default=0, metavar="N", help="client processes (as needed)")
+    group("--save-detailed", action="store_true", help="every request's numbers")
+    group("--resume", action="store_true", help="skip the valid results in -o")
     args = parser.parse_args(argv)
     if args.resume and not args.output:
         parser.error("--resume needs -o, the folder to go on in")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Results of bench.py as a table, summary.json, summary.csv, report.html and plots.
+"""Results of bench.py: a table, summary.json and .csv, report.html, plots.
 
 Examples:
-    python report.py results/20261124-101500               # write its report again
-    python report.py compare results/before results/after  # what became better or worse
+    python report.py results/20261124-101500         # write its report again
+    python report.py compare results/A results/B     # better or worse?
 """
 
 from __future__ import annotations

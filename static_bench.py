@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure the engine alone, without a server: the real `trtllm-bench throughput`.
 
-The requests are synthetic: TensorRT-LLM's own prepare_dataset.py writes them, as trtllm-bench 1.1.0
-has no data set of its own (`--dataset-type synthetic` does not exist). Needs a GPU.
+The requests are synthetic: TensorRT-LLM's own prepare_dataset.py writes them,
+as trtllm-bench 1.1.0 has no data set of its own (`--dataset-type synthetic`
+does not exist). Needs a GPU.
 
 Examples:
     python static_bench.py -m Qwen/Qwen2.5-7B-Instruct
-    python static_bench.py -m Qwen/Qwen2.5-72B-Instruct --tp 8 --num-requests 1000 --concurrency 64
+    python static_bench.py -m Qwen/Qwen2.5-72B-Instruct --tp 8 --concurrency 64
 
 What is not an option here goes to `trtllm-bench ... throughput` untouched.
 """
