@@ -7,7 +7,9 @@ one thing to name and to remove. Rank 0, on the first node, serves HTTP.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import socket
 import threading
 import time
@@ -49,27 +51,28 @@ HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FIN
 # Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
 RANK = TELL + " " + HOLD + " " + script(r"""
     name=trtllm-$1-$node; cwd=$2; shift 2;
-    variables=$(mktemp);
-    env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=' >"$variables";
     stop() {
         trap '' TERM INT HUP;
         [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        rm -f "$variables";
+        [ -z "$variables" ] || rm -f "$variables";
         exit 143;
     };
     trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
+    variables=$(mktemp);
+    env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=' >"$variables";
     docker exec --env-file "$variables" --workdir "${cwd:-/}" "$name" sh -c
         'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
         rank trtllm-llmapi-launch "$@" &
     client=$!;
     serving() {
-        docker top "$name" -eo pid,args | grep -v llmapi-launch | grep -q trtllm-serve;
+        processes=$(docker top "$name" -eo pid,args) || return 2;
+        printf %s "$processes" | grep -v llmapi-launch | grep -q trtllm-serve;
     };
     trap 'left=1; kill -KILL $client' USR1;
     if [ "$SLURM_PROCID" = 0 ]; then
         {
             until serving; do sleep 1; done;
-            while serving; do sleep 1; done;
+            while serving; [ $? != 1 ]; do sleep 1; done;
             sleep 2; kill -USR1 $$;
         } >/dev/null 2>&1 &
         look=$!;
@@ -120,8 +123,9 @@ class Holders(threading.Thread):
         self.talk: list[str] = []
 
     def run(self) -> None:
-        for told in self.step.told():
-            self.note(told)
+        with contextlib.suppress(ValueError):  # the step is let go of while we read
+            for told in self.step.told():
+                self.note(told)
 
     def note(self, told: Told) -> None:
         if told.key == "up":
@@ -147,12 +151,15 @@ class Holders(threading.Thread):
         """Return when every node's container runs."""
         deadline = time.monotonic() + UP_WITHIN
         while len(self.seen) < self.spread.nodes:
+            if ended := self.step.poll() is not None:
+                self.join(1)  # until all that it said has been read
             if fault := self.fault():
                 die(fault)
-            if self.step.poll() is not None or time.monotonic() > deadline:
+            if ended or time.monotonic() > deadline:
                 missing = [name for name in self.names if name not in self.seen]
+                late = "" if ended else f" within {UP_WITHIN:g} s"
                 die(
-                    f"{', '.join(missing)}: no container within {UP_WITHIN:g} s: "
+                    f"{', '.join(missing)}: no container{late}: "
                     f"{last_words(chr(10).join(self.talk)) or 'no word from there'}"
                 )
             time.sleep(0.02)
@@ -194,7 +201,9 @@ def slurmd_port() -> int:
 
 
 RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)
-SIGNALS = {"Killed": 137, "Terminated": 143, "Segmentation fault": 139, "Aborted": 134}
+# srun says a signal in strsignal()'s words.
+SIGNALS = {str(signal.strsignal(each)): 128 + each for each in signal.Signals}
+ENDS = SIGNALS | {"Out Of Memory": 137}
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ def first_failure(log: str) -> Death | None:
     if not (found := RANK_ENDED.search(log)):
         return None
     code = re.search(r"exit code (\d+)", found[3])
-    word = next((code for word, code in SIGNALS.items() if found[3].startswith(word)), 1)
+    word = next((code for word, code in ENDS.items() if found[3].startswith(word)), 1)
     return Death(found[1], found[2], int(code[1]) if code else word)
 
 

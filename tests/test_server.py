@@ -17,7 +17,7 @@ import server
 from nodes import Failure, Place
 from preflight import Node
 from server import Log
-from tests.conftest import Fakes, plan, wait_until
+from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -277,15 +277,11 @@ def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
         server.await_ready(running, 60)
 
 
-# An srun that knows no flag, and has one node: this.
-FLAGS_IGNORED = ("bash", "-c", 'while [[ $1 = --* ]]; do shift; done; exec "$@"', "srun")
-
-
 def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     run_plan: Callable[..., server.Server],
 ) -> None:
     text = "echo 'slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025 ***'; exit 1"
-    running = run_plan("bash", "-c", text, place=Place("77", 1, FLAGS_IGNORED))
+    running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
     with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
         server.await_ready(running, 60)
 

@@ -1,0 +1,723 @@
+"""One model over several nodes: commands, guards, and the scripts of a container and its ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import multinode
+from multinode import Death, Holders, Slurmds, first_failure, holder_command, rank_log
+from nodes import Failure, Place, Step, Told, launcher
+from plan import Plan, Spread
+from preflight import Node
+from tests.conftest import (
+    HOSTILE,
+    ONE_NODE,
+    TAG,
+    TOKEN,
+    Fakes,
+    Script,
+    free_port,
+    plan,
+    wait_until,
+)
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+SPREAD = Spread(2, 8, "pmix_v4")
+NODES = [Node("n1"), Node("n2"), Node("n3")]
+NAME = "trtllm-77-local"
+
+
+def spread_plan(*arguments: str, srun: tuple[str, ...] = ONE_NODE, **changes: Any) -> Plan:
+    made = plan("trtllm-serve", *(arguments or ("m",)))
+    return replace(made, place=Place("77", 3, srun), spread=SPREAD, **changes)
+
+
+# The commands
+
+
+def test_the_command_of_the_containers_is_this() -> None:
+    environ = {"HF_TOKEN": TOKEN, "NCCL_DEBUG": "WARN", "HOME": "/root"}
+    made = spread_plan("m", "--tp_size", "16", srun=("srun",), cache="/home/a b", gpus="auto")
+    command = holder_command(made, SPREAD, environ)
+    assert command == [
+        "srun",
+        "--mpi=none",
+        "--cpu-bind=none",
+        "--ntasks-per-node=1",
+        "--nodes=2",
+        "--ntasks=2",
+        "--relative=0",
+        "bash",
+        "-c",
+        multinode.HOLDER,
+        "holder",
+        "77",
+        "auto",
+        "/home/a b",
+        "--rm",
+        "--pull=never",
+        "--init",
+        "--label=tensorrt-llm-serve.job=77",
+        f"--label=tensorrt-llm-serve.launcher={launcher()}",
+        "--label=tensorrt-llm-serve.user=me",
+        "--uts=host",
+        "--ipc=host",
+        "--net=host",
+        "--ulimit=memlock=-1",
+        "--ulimit=stack=67108864",
+        "--mount=type=bind,source=/fsx,target=/fsx",
+        "--mount=type=bind,source=/home/a b,target=/home/a b",
+        "--workdir=/fsx/work",
+        "--env=HF_HOME=/home/a b",
+        "--env=NCCL_SOCKET_IFNAME",
+        "--env=GLOO_SOCKET_IFNAME",
+        "--env=TP_SOCKET_IFNAME",
+        "--env=HF_TOKEN",
+        "--env=NCCL_DEBUG",
+        "--entrypoint=sleep",
+        TAG,
+        "infinity",
+    ]
+    assert TOKEN not in " ".join(command)
+
+
+def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
+    made = spread_plan("it's", "--tp_size", "16", srun=("env", "-u", "SLURM_HINT", "srun"))
+    log = tmp_path / "logs/trtllm_server_77.log"
+    assert multinode.ranks_command(made, SPREAD, log) == [
+        "env",
+        "-u",
+        "SLURM_HINT",
+        "srun",
+        "--mpi=pmix_v4",
+        "--cpu-bind=none",
+        "--ntasks-per-node=8",
+        "--nodes=2",
+        "--ntasks=16",
+        "--relative=0",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={tmp_path}/logs/trtllm_server_77_rank%t.log",
+        "bash",
+        "-c",
+        multinode.RANK,
+        "rank",
+        "77",
+        "/fsx/work",
+        "trtllm-serve",
+        "it's",
+        "--tp_size",
+        "16",
+    ]
+
+
+def test_each_rank_has_a_log_beside_the_launchs() -> None:
+    assert rank_log(Path("/a b/trtllm_server_77.log"), "13") == Path(
+        "/a b/trtllm_server_77_rank13.log"
+    )
+
+
+def test_scripts_are_one_line() -> None:
+    for text in (multinode.HOLDER, multinode.RANK):
+        assert "\n" not in text and "#" not in text.replace("$#", "")
+
+
+# Whose end it is
+
+
+@pytest.mark.parametrize(
+    ("log", "death"),
+    [
+        ("", None),
+        ("srun: Job step's node list exceeds job's\n", None),
+        ("srun: error: Unable to create step for job 77: Invalid MPI plugin name\n", None),
+        ("srun: error: task 9 launch failed: Slurmd could not execve job\n", None),
+        ("srun: error: n2: task 9: Exited with exit code 3\n", Death("n2", "9", 3)),
+        ("srun: error: n2: task 11: Exited with exit code 137\n", Death("n2", "11", 137)),
+        ("srun: error: n2: tasks 8-15: Killed\n", Death("n2", "8-15", 137)),
+        ("srun: error: n1: tasks 0,2-7: Terminated\n", Death("n1", "0,2-7", 143)),
+        ("srun: error: n[1-2]: tasks 0-15: Exited with exit code 1\n", Death("n[1-2]", "0-15", 1)),
+        ("srun: error: csl41: task 0: Out Of Memory\n", Death("csl41", "0", 137)),
+        ("srun: error: n1: task 1: Segmentation fault\n", Death("n1", "1", 139)),
+        ("srun: error: n1: task 1: Segmentation fault (core dumped)\n", Death("n1", "1", 139)),
+        ("srun: error: n1: task 1: Aborted (core dumped)\n", Death("n1", "1", 134)),
+        ("srun: error: n1: task 1: Bus error (core dumped)\n", Death("n1", "1", 135)),
+        ("srun: error: n1: task 1: Floating point exception\n", Death("n1", "1", 136)),
+        ("srun: error: n1: task 1: something new\n", Death("n1", "1", 1)),
+        ("srun: error: ip-10-0-0-1.ec2: task 1: Killed\n", Death("ip-10-0-0-1.ec2", "1", 137)),
+        (
+            "slurmstepd: error: Detected 1 oom_kill event in StepId=77.1. Some of the step tasks "
+            "have been OOM Killed.\n"
+            "srun: error: n2: task 12: Out Of Memory\n"
+            "srun: Terminating StepId=77.1\n"
+            "srun: error: n1: tasks 0-7: Killed\n"
+            "srun: error: n2: tasks 8-11,13-15: Killed\n",
+            Death("n2", "12", 137),
+        ),
+        (
+            "srun: error: n2: task 9: Exited with exit code 3\n"
+            "srun: launch/slurm: _step_signal: Terminating StepId=77.1\n"
+            "slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 ***\n"
+            "srun: error: n1: tasks 0-7: Terminated\n",
+            Death("n2", "9", 3),
+        ),
+    ],
+)
+def test_the_first_rank_that_failed_is_found_in_what_srun_says(
+    log: str, death: Death | None
+) -> None:
+    assert first_failure(log) == death
+
+
+@pytest.mark.parametrize(
+    ("ranks", "first"), [("9", "9"), ("8-15", "8"), ("3,5-7", "3"), ("10,12", "10")]
+)
+def test_of_ranks_that_ended_alike_the_first_one_is_looked_at(ranks: str, first: str) -> None:
+    assert Death("n1", ranks, 1).first == first
+
+
+# Signs of life
+
+
+class Over(Exception):
+    pass
+
+
+class Clock:
+    """Time as the test has it; a sleeping thread ends when the test has."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.over = False
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        if self.over:
+            raise Over
+        time.sleep(min(seconds, 0.01))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(multinode, "time", clock)
+    return clock
+
+
+class Silent:
+    """A step that runs and tells nothing."""
+
+    def poll(self) -> None:
+        return None
+
+
+def holders(step: Step | None = None) -> Holders:
+    return Holders(step or cast(Step, Silent()), SPREAD, NODES)
+
+
+def note(guard: Holders, *lines: str) -> None:
+    for line in lines:
+        guard.note(Told(line + "\n"))
+
+
+def test_only_the_nodes_of_the_spread_are_watched() -> None:
+    assert holders().names == ["n1", "n2"]
+
+
+def test_a_beat_is_a_sign_of_life(clock: Clock) -> None:
+    guard = holders()
+    assert guard.fault() == ""  # nobody has been seen, nobody is missed
+    clock.now += 1000
+    assert guard.fault() == ""
+    note(guard, "n1\tup\tx", "n2\tup\tx")
+    for _ in range(10):
+        clock.now += multinode.SILENCE - 0.1
+        assert guard.fault() == ""
+        note(guard, "n1\tup\tx", "n2\tup\tx")
+    clock.now += multinode.SILENCE - 0.1
+    note(guard, "n1\tup\tx")
+    clock.now += 0.2
+    assert guard.fault() == "n2 (ranks 8-15): no sign of life from its container for 8 s"
+    note(guard, "n2\tup\tx")
+    assert guard.fault() == ""
+
+
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        ([], ""),
+        (["docker: Error response from daemon: No such image: x."], ": docker: Error response "),
+        (["why", "srun: error: n2: task 1: Exited with exit code 125"], ": why"),
+    ],
+)
+def test_a_container_that_ended_is_told_with_its_code_and_words(
+    clock: Clock, talk: list[str], words: str
+) -> None:
+    guard = holders()
+    note(guard, "n1\tup\tx", "n2\tup\tx", *talk, "n2\tended\t125")
+    message = f"n2 (ranks 8-15): its container ended with exit code 125{words}"
+    assert guard.fault().startswith(message)
+    assert guard.fault() == message or words.endswith(" ")
+    clock.now += 1000  # the end is the reason, not the silence after it
+    note(guard, "n1\tup\tx")
+    assert guard.fault().startswith(message)
+
+
+def test_a_flood_of_talk_is_not_kept(clock: Clock) -> None:
+    guard = holders()
+    note(guard, *map(str, range(1000)))
+    assert len(guard.talk) <= 51
+    assert guard.talk[-1] == "999"
+
+
+def sh(text: str) -> Step:
+    return Step(["sh", "-c", text])
+
+
+@pytest.fixture
+def step() -> Iterator[Callable[[str], Step]]:
+    started: list[Step] = []
+
+    def start(text: str) -> Step:
+        started.append(sh(text))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop(0.1)
+
+
+UP = r"printf 'n%s\tup\tx\n' 1 2; cat"
+
+
+def test_all_nodes_are_waited_for(step: Callable[[str], Step]) -> None:
+    guard = holders(step(UP.replace("1 2", "1") + r" & sleep 0.2; printf 'n2\tup\tx\n'; wait"))
+    guard.start()
+    begun = time.monotonic()
+    guard.await_up()
+    assert time.monotonic() - begun > 0.1
+    assert guard.fault() == ""
+    guard.step.stop()
+    guard.join(1)
+    assert not guard.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (r"echo why; printf 'n2\tended\t125\n'", r"n2 \(ranks 8-15\): .* exit code 125: why$"),
+        ("echo 'srun: error: Unable to create step'; exit 1", "n1, n2: no container: srun: error"),
+        (r"printf 'n1\tup\tx\n'; exit 1", "n2: no container: no word from there$"),
+        ("exit 0", "n1, n2: no container: no word from there$"),
+    ],
+)
+def test_containers_that_cannot_start_are_told_at_once(
+    step: Callable[[str], Step], text: str, words: str
+) -> None:
+    for _ in range(5):  # what it says and that it ends come in either order
+        guard = holders(step(text))
+        guard.start()
+        begun = time.monotonic()
+        with pytest.raises(Failure, match="^" + words):
+            guard.await_up()
+        assert time.monotonic() - begun < 2
+
+
+def test_a_node_without_a_container_is_not_waited_for_for_ever(
+    step: Callable[[str], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multinode, "UP_WITHIN", 0.3)
+    guard = holders(step(r"printf 'n1\tup\tx\n'; cat"))
+    guard.start()
+    with pytest.raises(Failure, match=r"^n2: no container within 0\.3 s: no word from there$"):
+        guard.await_up()
+
+
+def test_letting_go_while_it_talks_is_no_error(
+    step: Callable[[str], Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(10):
+        guard = holders(step("while :; do echo talk; done"))
+        guard.start()
+        wait_until(lambda guard=guard: guard.talk)
+        guard.step.stop(0.01)
+        guard.join(1)
+        assert not guard.is_alive()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# Slurm's daemons
+
+
+@pytest.fixture
+def slurmds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Slurmds]]:
+    """Guards of two nodes that are this machine."""
+    monkeypatch.setattr(multinode, "SLURMD_EVERY", 0.01)
+    started: list[threading.Thread] = []
+
+    def watch(guard: Slurmds) -> None:
+        with contextlib.suppress(Over):
+            guard.run()
+
+    def start(port: int) -> Slurmds:
+        nodes = [Node("127.0.0.1"), Node("127.0.0.2")]
+        guard = Slurmds(Holders(cast(Step, Silent()), SPREAD, nodes), port)
+        started.append(threading.Thread(target=watch, args=(guard,)))
+        started[-1].start()
+        return guard
+
+    yield start
+    clock.over = True
+    for each in started:
+        each.join(3)
+        assert not each.is_alive()
+
+
+def test_a_slurmd_that_listens_is_well(slurmds: Callable[[int], Slurmds]) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        guard = slurmds(listener.getsockname()[1])
+        for _ in range(10):
+            listener.accept()[0].close()
+        assert guard.fault() == ""
+        assert guard.misses == {"127.0.0.1": 0, "127.0.0.2": 0}
+
+
+def test_a_slurmd_that_is_gone_for_a_while_is_named_with_its_ranks(
+    slurmds: Callable[[int], Slurmds],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        guard = slurmds(port)
+        wait_until(guard.fault)
+        assert guard.fault() == (
+            f"127.0.0.2 (ranks 8-15): its slurmd does not answer on port {port}"
+        )
+        with socket.create_server(("127.0.0.2", port)):  # and it comes back
+            wait_until(lambda: guard.fault() == "")
+
+
+@pytest.mark.parametrize(("misses", "fault"), [(0, False), (2, False), (3, True), (9, True)])
+def test_a_slurmd_that_is_only_restarted_is_not_missed(misses: int, fault: bool) -> None:
+    guard = Slurmds(holders(), 6818)
+    guard.misses["n1"] = misses
+    assert bool(guard.fault()) is fault
+    if fault:
+        assert guard.fault() == "n1 (ranks 0-7): its slurmd does not answer on port 6818"
+
+
+def test_a_name_that_nobody_knows_does_not_listen() -> None:
+    assert Slurmds(holders(), free_port()).listens("no-such-host.invalid") is False
+
+
+@pytest.mark.parametrize(
+    ("config", "port"),
+    [
+        ("SlurmdPort              = 7003\n", 7003),
+        ("SlurmctldPort           = 1\nSlurmdPort = 6818\nSlurmdPidFile = 2\n", 6818),
+        ("SlurmctldPort           = 1\n", 6818),
+    ],
+)
+def test_slurm_is_asked_for_its_port(fakes: Fakes, config: str, port: int) -> None:
+    os.environ.update(fakes.environment())
+    fakes.set(config=config)
+    assert multinode.slurmd_port() == port
+
+
+# The script that holds a container
+
+
+def told(script: Script, key: str) -> list[str]:
+    return [t.value for t in map(Told, script.output.splitlines()) if t.key == key]
+
+
+Start = Callable[..., Script]
+
+
+@pytest.fixture
+def hold(ready: Fakes, script: Start) -> Iterator[Start]:
+    """Start a holder; nothing of it may be left."""
+    started: list[Script] = []
+    ready.hurry()
+
+    def start(**env: str) -> Script:
+        started.append(script(holder_command(spread_plan(), SPREAD, env), **env))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+        each.code()
+    ready.nothing_is_left()
+
+
+def test_a_container_sleeps_and_beats_are_told(ready: Fakes, hold: Start) -> None:
+    held = hold(HF_TOKEN=TOKEN)
+    held.until(lambda: len(told(held, "up")) > 2)
+    assert set(told(held, "up")) == {NAME}
+    assert ready.containers() == [f"local/{NAME}"]
+    [call] = ready.calls("docker", "run")
+    assert call[:4] == ["docker", "run", "--name", NAME]
+    assert call[-3:] == ["--entrypoint=sleep", TAG, "infinity"]
+    assert ready.container()["environment"]["HF_TOKEN"] == TOKEN
+    held.close()
+    assert held.code() == 143
+    assert told(held, "ended") == []
+    ready.nothing_is_left()
+
+
+def test_no_beat_comes_before_the_container_runs(ready: Fakes, hold: Start) -> None:
+    ready.set(create_delay=0.4)
+    held = hold()
+    held.until(lambda: ready.calls("docker", "inspect"))
+    assert held.output == ""
+    held.until(lambda: told(held, "up"))
+    assert ready.containers() == [f"local/{NAME}"]
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("group", [False, True])
+def test_the_end_of_a_holder_removes_its_container(
+    ready: Fakes, hold: Start, signum: int | None, group: bool
+) -> None:
+    held = hold()
+    held.until(lambda: told(held, "up"))
+    if signum is None:
+        held.close()
+    elif group:
+        os.killpg(held.process.pid, signum)
+    else:
+        held.process.send_signal(signum)
+    assert held.code() == 143
+    held.close()
+    ready.nothing_is_left()
+
+
+def test_a_holder_may_be_ended_at_any_moment(ready: Fakes, hold: Start) -> None:
+    moments = random.Random(7)
+    for _ in range(12):
+        held = hold()
+        time.sleep(moments.uniform(0, 0.15))
+        held.process.send_signal(signal.SIGTERM)
+        assert held.code() in (143, -signal.SIGTERM)  # the latter before anything was started
+        held.close()
+        ready.nothing_is_left()
+
+
+def test_a_container_that_dies_is_told(ready: Fakes, hold: Start) -> None:
+    held = hold()
+    held.until(lambda: told(held, "up"))
+    os.kill(ready.container()["pid"], signal.SIGKILL)
+    assert held.code() == 137
+    assert told(held, "ended") == ["137"]
+    ready.nothing_is_left()
+
+
+def test_a_container_that_cannot_start_is_told(fakes: Fakes, script: Start) -> None:
+    held = script(holder_command(spread_plan(), SPREAD, {}))
+    assert held.code() == 125
+    assert told(held, "up") == []
+    assert told(held, "ended") == ["125"]
+    assert "No such image" in held.output
+    fakes.nothing_is_left()
+
+
+@pytest.mark.parametrize(("pattern", "there"), [("%n", "n7"), ("%h", "local"), ("", "spool")])
+def test_slurms_spool_directory_is_mounted(
+    ready: Fakes, hold: Start, tmp_path: Path, pattern: str, there: str
+) -> None:
+    ready.hold_image(node="n7")
+    (tmp_path / "a b" / there).mkdir(parents=True)
+    directory = f"{tmp_path}/a b/{pattern or there}"
+    ready.set(config=f"SlurmdPort = 1\nSlurmdSpoolDir          = {directory}\nSlurmUser = x\n")
+    held = hold(SLURMD_NODENAME="n7")
+    held.until(lambda: told(held, "up"))
+    [call] = ready.calls("docker", "run")
+    path = f"{tmp_path}/a b/{there}"
+    assert call[4:6] == ["--mount", f"type=bind,source={path},target={path}"]
+
+
+@pytest.mark.parametrize("missing", ["directory", "scontrol"])
+def test_without_a_spool_directory_nothing_is_mounted(
+    ready: Fakes, hold: Start, missing: str
+) -> None:
+    if missing == "scontrol":
+        ready.without("scontrol")
+    held = hold()
+    held.until(lambda: told(held, "up"))
+    [call] = ready.calls("docker", "run")
+    assert "--mount" not in call
+
+
+# The script of a rank
+
+
+RANK_ZERO = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_NAME": "a b='c'"}
+PMIX = {"PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.77.1", "PMIX_SERVER_URI4": "x;tcp4://y"}
+PMI = {"PMI_RANK": "0", "PMI2_X": "1", "PMI_FD": "9"}
+OTHERS = {"HF_TOKEN": TOKEN, "MY_SLURM_X": "1", "SALLOC_X": "1", "LD_PRELOAD_X": "1"}
+
+
+@pytest.fixture
+def container(ready: Fakes, hold: Start) -> Iterator[Script]:
+    """A container to run ranks in."""
+    held = hold(HF_TOKEN="inside")
+    held.until(lambda: told(held, "up"))
+    yield held
+    assert list(ready.temporary.iterdir()) == []
+
+
+@pytest.fixture
+def rank(ready: Fakes, container: Script, script: Start, tmp_path: Path) -> Start:
+    """Start a rank whose trtllm-llmapi-launch is the given shell script."""
+
+    def start(text: str, *arguments: str, cwd: str = "/fsx/work", **env: str) -> Script:
+        path = ready.bin / "trtllm-llmapi-launch"
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+        made = spread_plan(*arguments, cwd=cwd)
+        return script(
+            multinode.ranks_command(made, SPREAD, tmp_path / "x.log"), **{**RANK_ZERO, **env}
+        )
+
+    return start
+
+
+def test_a_rank_sees_slurm_and_mpi_as_its_task_does_and_nothing_else_of_it(
+    ready: Fakes, rank: Start
+) -> None:
+    started = rank("env -0 >env; exec /bin/sleep 100", **PMIX, **PMI, **OTHERS)
+    started.until(lambda: "variables" in ready.container())
+    [variables] = ready.container()["variables"]
+    assert variables == {**RANK_ZERO, **PMIX, **PMI}
+    [call] = ready.calls("docker", "exec")
+    assert call[4:7] == ["--workdir", "/fsx/work", NAME]
+    assert TOKEN not in json.dumps(ready.calls())
+    started.close()
+    assert started.code() == 143
+    assert list(ready.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 137, 255])
+def test_a_ranks_exit_code_and_words_are_handed_through(
+    ready: Fakes, rank: Start, code: int
+) -> None:
+    started = rank(f'echo "$HF_TOKEN $SLURM_PROCID"; echo err >&2; exit {code}')
+    assert started.code() == code
+    assert started.output == "inside 0\nerr\n"
+    assert list(ready.temporary.iterdir()) == []
+
+
+def test_arguments_of_any_name_reach_a_rank(ready: Fakes, rank: Start) -> None:
+    started = rank('printf "<%s>" "$@"', *HOSTILE, cwd="")
+    assert started.code() == 0
+    assert started.output == "".join(f"<{name}>" for name in ("trtllm-serve", *HOSTILE))
+    [call] = ready.calls("docker", "exec")
+    assert call[5] == "/"
+
+
+def test_a_rank_without_a_container_says_so(ready: Fakes, script: Start, tmp_path: Path) -> None:
+    command = multinode.ranks_command(spread_plan(), SPREAD, tmp_path / "x.log")
+    started = script(command, **RANK_ZERO)
+    assert started.code() == 1
+    assert f"No such container: {NAME}" in started.output
+    assert list(ready.temporary.iterdir()) == []
+    started.close()
+    ready.nothing_is_left()
+
+
+@pytest.mark.parametrize("signum", [None, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_end_of_a_rank_leaves_nothing_but_what_runs_in_the_container(
+    ready: Fakes, rank: Start, signum: int | None
+) -> None:
+    started = rank("trap '' TERM INT HUP; echo up; /bin/sleep 100 & wait")
+    started.until_said("up")
+    begun = time.monotonic()
+    if signum is None:
+        started.close()
+    else:
+        started.process.send_signal(signum)
+    assert started.code() == 143
+    assert time.monotonic() - begun < 1
+    assert list(ready.temporary.iterdir()) == []
+
+
+def test_a_rank_may_be_ended_at_any_moment(ready: Fakes, rank: Start) -> None:
+    moments = random.Random(7)
+    for i in range(16):
+        started = rank("exec /bin/sleep 100")
+        time.sleep(moments.uniform(0, 0.12))
+        if i % 2:
+            started.close()
+        else:
+            started.process.send_signal(signal.SIGTERM)
+        assert started.code() in (143, -signal.SIGTERM)  # the latter before anything was started
+        assert list(ready.temporary.iterdir()) == []
+
+
+def test_the_end_of_the_container_ends_its_ranks(
+    ready: Fakes, rank: Start, container: Script
+) -> None:
+    started = rank("echo up; exec /bin/sleep 100")
+    started.until_said("up")
+    os.kill(ready.container()["pid"], signal.SIGKILL)
+    assert started.code() == 137
+    assert container.code() == 137
+
+
+SERVE = "(exec -a trtllm-serve /bin/sleep {})"
+
+
+def test_rank_0_ends_when_the_server_has_and_its_leader_has_not(ready: Fakes, rank: Start) -> None:
+    started = rank(f"echo up; {SERVE.format(0.5)}; echo down; /bin/sleep 100")
+    started.until_said("down")
+    assert started.code(3) == 1
+    assert started.output.endswith("\ntrtllm-serve has ended, its leader has not\n")
+    assert list(ready.temporary.iterdir()) == []
+
+
+def test_a_leader_that_ends_with_its_server_hands_on_its_code(ready: Fakes, rank: Start) -> None:
+    started = rank(f"{SERVE.format(0.5)}; exit 7")
+    assert started.code() == 7
+    assert started.output == ""
+
+
+def test_a_docker_that_does_not_answer_is_no_reason_to_end_rank_0(
+    ready: Fakes, rank: Start
+) -> None:
+    started = rank(SERVE.format(100))
+    started.until(lambda: len(ready.calls("docker", "top")) > 1)
+    ready.set(no_top=True)
+    asked = len(ready.calls("docker", "top"))
+    started.until(lambda: len(ready.calls("docker", "top")) > asked + 3)
+    ready.set()
+    asked = len(ready.calls("docker", "top"))
+    started.until(lambda: len(ready.calls("docker", "top")) > asked + 1)
+    assert started.process.poll() is None
+    started.close()
+    assert started.code() == 143
+
+
+def test_no_other_rank_looks(ready: Fakes, rank: Start) -> None:
+    started = rank("echo up; exec /bin/sleep 100", SLURM_PROCID="1")
+    started.until_said("up")
+    time.sleep(0.4)
+    assert ready.calls("docker", "top") == []
+    started.close()
+    assert started.code() == 143
