@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -356,7 +357,7 @@ def test_letting_go_while_it_talks_is_no_error(
     for _ in range(10):
         guard = holders(step("while :; do echo talk; done"))
         guard.start()
-        wait_until(lambda guard=guard: guard.talk)
+        wait_until(partial(getattr, guard, "talk"))
         guard.step.stop(0.01)
         guard.join(1)
         assert not guard.is_alive()

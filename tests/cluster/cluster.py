@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """A real Slurm + Docker cluster on one machine, in network namespaces; gone without a trace.
 
 Every node has its own host name, address, process table, /dev, /tmp and /run, its own slurmd and
 its own dockerd. One more machine, `ctl`, plays the login node: slurmctld and the tests' commands
 run there. /fsx is the file system that all of them share.
 
-    sudo tests/cluster/cluster.py                    # a shell on ctl; the cluster ends with it
-    sudo tests/cluster/cluster.py -n 4 -- sinfo -N   # one command
+    python -m tests.cluster.cluster                    # a shell on ctl; the cluster ends with it
+    python -m tests.cluster.cluster -n 4 -- sinfo -N   # one command
 
 Needs root. What is missing of Debian's packages is installed.
 """
@@ -30,30 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import packages
+
 HERE = Path(__file__).resolve().parent
 SUBNET = "10.77.0"
 REGISTRY = f"{SUBNET}.1:5000"
 CLONE_NEWNS = 0x20000
 GPUS_PER_NODE = 8
 CPUS_PER_NODE = 16
-
-# slurm's pmix plug-in opens libpmix.so by that name, which only the -dev package has.
-PACKAGES = (
-    "slurmctld",
-    "slurmd",
-    "slurm-client",
-    "munge",
-    "libpmix2",
-    "libpmix-dev",
-    "docker.io",
-    "docker-registry",
-    "debootstrap",
-    "pigz",
-    "zstd",
-    "iproute2",
-    "procps",
-    "util-linux",
-)
 
 # Debian's own programs first: what is installed beside them may be a client of another age.
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -162,14 +145,6 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
         time.sleep(0.02)
 
 
-def missing_packages() -> list[str]:
-    """The Debian packages that are not installed."""
-    query = ["dpkg-query", "--show", "--showformat=${Package} ${Status}\\n", *PACKAGES]
-    shown = subprocess.run(query, text=True, capture_output=True).stdout
-    installed = {line.split()[0] for line in shown.splitlines() if line.endswith(" installed")}
-    return [package for package in PACKAGES if package not in installed]
-
-
 def why_not() -> str | None:
     """Why no cluster can be made on this machine; None where one can."""
     if os.geteuid() != 0:
@@ -177,29 +152,6 @@ def why_not() -> str | None:
     if not shutil.which("apt-get"):
         return "needs Debian (its Slurm, Docker and debootstrap packages)"
     return None
-
-
-def install_missing() -> None:
-    """Install what is missing, without starting any service on this machine."""
-    if not (packages := missing_packages()):
-        return
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        for command in (
-            ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
-        ):
-            done = subprocess.run(command, env=env, text=True, capture_output=True)
-            if done.returncode:
-                raise ClusterError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    finally:
-        if ours:
-            policy.unlink()
 
 
 def root_tarball() -> Path:
@@ -370,7 +322,7 @@ class Cluster:
         self.lock = -1
 
     def __enter__(self) -> Cluster:
-        install_missing()
+        packages.install(packages.CLUSTER)
         sweep()
         self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))
         self.lock = take_lock(self.state)
