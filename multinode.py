@@ -33,13 +33,14 @@ SPOOL = script(r"""
     [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
 """)
 
+# A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
 BEAT = script(r"""
     {
-        until [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>/dev/null)" = true ]; do
-            sleep 0.05;
+        until [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ]; do
+            kill -0 $$ || exit; sleep 0.05;
         done;
-        while :; do tell up "$name"; sleep 2; done;
-    } &
+        while kill -0 $$; do tell up "$name"; sleep 2; done;
+    } 2>/dev/null &
     beat=$!;
     trap 'kill $watch $beat 2>/dev/null' EXIT;
 """)
@@ -48,19 +49,18 @@ HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FIN
                    'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
+# The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
 # Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
 RANK = TELL + " " + HOLD + " " + script(r"""
     name=trtllm-$1-$node; cwd=$2; shift 2;
     stop() {
         trap '' TERM INT HUP;
         [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        [ -z "$variables" ] || rm -f "$variables";
         exit 143;
     };
     trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
-    variables=$(mktemp);
-    env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=' >"$variables";
-    docker exec --env-file "$variables" --workdir "${cwd:-/}" "$name" sh -c
+    docker exec --env-file <(env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=')
+        --workdir "${cwd:-/}" "$name" sh -c
         'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
         rank trtllm-llmapi-launch "$@" &
     client=$!;
@@ -71,8 +71,8 @@ RANK = TELL + " " + HOLD + " " + script(r"""
     trap 'left=1; kill -KILL $client' USR1;
     if [ "$SLURM_PROCID" = 0 ]; then
         {
-            until serving; do sleep 1; done;
-            while serving; [ $? != 1 ]; do sleep 1; done;
+            until serving; do kill -0 $$ || exit; sleep 1; done;
+            while serving; [ $? != 1 ]; do kill -0 $$ || exit; sleep 1; done;
             sleep 2; kill -USR1 $$;
         } >/dev/null 2>&1 &
         look=$!;
@@ -81,7 +81,6 @@ RANK = TELL + " " + HOLD + " " + script(r"""
     wait $client; code=$?;
     [ -z "$left" ] || { wait $client; code=1; echo "trtllm-serve has ended, its leader has not"; };
     trap '' TERM INT HUP;
-    rm -f "$variables";
     exit $code;
 """)  # fmt: skip
 

@@ -279,11 +279,14 @@ def report_death(server: Server, code: int, when: str) -> None:
         )
     await_guards(server, when)
     who, path = f"{server.node}: trtllm-serve", server.main_log.path
-    if death:
+    if server.plan.spread and not death and server.log.tail():
+        who, path = "srun", server.log.path
+    elif death:
         who = f"{death.node}: rank {death.ranks}"
         code, path = death.code, multinode.rank_log(server.log.path, death.first)
     code = 128 - code if code < 0 else code
-    tail = server.main_log.tail() if path == server.main_log.path else tail_of(path)
+    logs = {log.path: log for log in (server.log, server.main_log)}
+    tail = logs[path].tail() if path in logs else tail_of(path)
     say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(

@@ -155,6 +155,8 @@ def run(name, rest):
         variable, equals, value = flag.removeprefix("--env=").partition("=")
         if flag.startswith("--env=") and (equals or variable in os.environ):
             seen[variable] = value if equals else os.environ[variable]
+    if node.name in faults.get("no_run", []):
+        fail("docker: Error response from daemon: could not select device driver.", 125)
     if word not in images():
         fail(f"docker: Error response from daemon: No such image: {word}.", 125)
     labels = dict(f[len("--label="):].split("=", 1) for f in flags if f.startswith("--label="))
