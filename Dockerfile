@@ -1,3 +1,4 @@
+# syntax=docker/dockerfile:1
 # TensorRT-LLM with what AWS's EFA network needs: libfabric, aws-ofi-nccl, GDRCopy. NCCL, Open MPI
 # and torch stay the base image's own, the versions TensorRT-LLM was built and tested with.
 # One image for both worlds: on a machine without EFA nothing of EFA is switched on (see 90-efa.sh).

@@ -42,7 +42,7 @@ BENCH_ARGS ?=
 ##@ Image
 .PHONY: docker
 docker: ## Build the image from the Dockerfile (IMAGE=)
-	docker build --tag "$${IMAGE:-tensorrt-llm-serve:latest}" .
+	DOCKER_BUILDKIT=1 docker build --tag "$${IMAGE:-tensorrt-llm-serve:latest}" $(if $(value TRTLLM_VERSION),--build-arg TRTLLM_VERSION) .
 
 .PHONY: save
 save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|zst|none)

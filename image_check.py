@@ -43,8 +43,10 @@ def says(code: str) -> tuple[str, ...]:
 
 
 CHECKS = (
-    Check("trtllm-serve", ("trtllm-serve", "--help"), r"(Usage: .*)", required=True),
-    Check("TensorRT-LLM", says("import tensorrt_llm as t; print('version', t.__version__)"),
+    # Nothing of the engine is imported: without a GPU there is no libcuda, and it would fail.
+    Check("trtllm-serve", ("sh", "-c", "command -v trtllm-serve"), required=True),
+    Check("TensorRT-LLM", says("from importlib.metadata import version as v; "
+                               "print('version', v('tensorrt_llm'))"),
           r"version (\S+)", required=True),
     Check("trtllm-llmapi-launch", ("sh", "-c", "command -v trtllm-llmapi-launch")),
     Check("PyTorch's NCCL", says("import torch; print('nccl', torch.cuda.nccl.version())"),
@@ -52,10 +54,11 @@ CHECKS = (
     Check("mpi4py", says("from mpi4py import MPI; print('mpi', MPI.Get_library_version())"),
           r"mpi (.+)", required=True),
     Check("Open MPI", ("ompi_info", "--version"), r"(Open MPI v\S+)"),
+    Check("PMIx", ("pmix_info", "--version"), r"(?:PMIx[^:=]*[:=]?\s*v?)([\d.]+\S*)"),
     Check("PMIx in Open MPI", ("ompi_info", "--param", "pmix", "all"), r"MCA pmix: (.+)"),
     Check("libfabric", ("fi_info", "--version"), r"libfabric: (\S+)"),
     Check("EFA provider", ("fi_info", "-l"), r"^(efa.*)"),
-    Check("NCCL plug-in for EFA", library="libnccl-net*.so*"),
+    Check("NCCL plug-in for EFA", library="libnccl-net-ofi.so*"),
     Check("NCCL tuner for EFA", library="libnccl-tuner-ofi.so*"),
     Check("GDRCopy", library="libgdrapi.so*"),
 )  # fmt: skip

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nodes import die, is_alive, launcher, run, say, write_json
-from plan import Plan
+from plan import Plan, user_name
+from preflight import jobs_of
 
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
@@ -55,9 +56,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def sweep(logs: Path) -> None:
-    """Remove the records of launchers that were killed."""
+    """Remove the records of launchers that were killed, and of jobs that have ended."""
+    jobs: set[str] | None = None
     for path in (*logs.glob("run_*.json"), logs / "endpoint.json"):
-        if (record := read_record(path)) and record["alive"] is False:
+        if not (record := read_record(path)):
+            continue
+        if record["alive"] is None and str(record.get("job")).isdecimal():
+            jobs = jobs_of(user_name()) if jobs is None else jobs
+            if jobs is not None and str(record["job"]) not in jobs:
+                record["alive"] = False
+        if record["alive"] is False:
             path.unlink(missing_ok=True)
 
 

@@ -24,7 +24,7 @@ from preflight import Node
 
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node's container
-SLURMD_EVERY, SLURMD_MISSES = 2.0, 3  # a slurmd that is only restarted is back by then
+SLURMD_EVERY, SLURMD_MISSES = 3.0, 3  # a slurmd that is only restarted is back by then
 
 # PMIx's files are below slurmd's spool directory; the step that will use them does not exist yet.
 SPOOL = script(r"""
@@ -33,13 +33,14 @@ SPOOL = script(r"""
     [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
 """)
 
+# A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
 BEAT = script(r"""
     {
-        until [ "$(docker inspect --format '{{.State.Running}}' "$name" 2>/dev/null)" = true ]; do
-            sleep 0.05;
+        until [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ]; do
+            kill -0 $$ || exit; sleep 0.05;
         done;
-        while :; do tell up "$name"; sleep 2; done;
-    } &
+        while kill -0 $$; do tell up "$name"; sleep 2; done;
+    } 2>/dev/null &
     beat=$!;
     trap 'kill $watch $beat 2>/dev/null' EXIT;
 """)
@@ -48,19 +49,18 @@ HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FIN
                    'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
+# The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
 # Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
 RANK = TELL + " " + HOLD + " " + script(r"""
     name=trtllm-$1-$node; cwd=$2; shift 2;
     stop() {
         trap '' TERM INT HUP;
         [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        [ -z "$variables" ] || rm -f "$variables";
         exit 143;
     };
     trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
-    variables=$(mktemp);
-    env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=' >"$variables";
-    docker exec --env-file "$variables" --workdir "${cwd:-/}" "$name" sh -c
+    docker exec --env-file <(env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=')
+        --workdir "${cwd:-/}" "$name" sh -c
         'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
         rank trtllm-llmapi-launch "$@" &
     client=$!;
@@ -71,8 +71,8 @@ RANK = TELL + " " + HOLD + " " + script(r"""
     trap 'left=1; kill -KILL $client' USR1;
     if [ "$SLURM_PROCID" = 0 ]; then
         {
-            until serving; do sleep 1; done;
-            while serving; [ $? != 1 ]; do sleep 1; done;
+            for i in $(seq 60); do ! serving || break; kill -0 $$ || exit; sleep 1; done;
+            while serving; [ $? != 1 ]; do kill -0 $$ || exit; sleep 1; done;
             sleep 2; kill -USR1 $$;
         } >/dev/null 2>&1 &
         look=$!;
@@ -81,7 +81,6 @@ RANK = TELL + " " + HOLD + " " + script(r"""
     wait $client; code=$?;
     [ -z "$left" ] || { wait $client; code=1; echo "trtllm-serve has ended, its leader has not"; };
     trap '' TERM INT HUP;
-    rm -f "$variables";
     exit $code;
 """)  # fmt: skip
 
@@ -166,18 +165,29 @@ class Holders(threading.Thread):
 
 
 class Slurmds(threading.Thread):
-    """Whether every node's slurmd listens: a step outlives its slurmd, so that nobody else says."""
+    """Whether every node's slurmd listens: a step outlives its slurmd, so that nobody else says.
+
+    A node whose slurmd never answered here (another port or address) is not judged by it.
+    """
 
     def __init__(self, holders: Holders, port: int) -> None:
         super().__init__(daemon=True)
         self.holders, self.port = holders, port
+        self.known: set[str] = set()
         self.misses = dict.fromkeys(holders.names, 0)
 
     def run(self) -> None:
         while True:
             for name in self.misses:
-                self.misses[name] = 0 if self.listens(name) else self.misses[name] + 1
+                self.look(name)
             time.sleep(SLURMD_EVERY)
+
+    def look(self, name: str) -> None:
+        if self.listens(name):
+            self.known.add(name)
+            self.misses[name] = 0
+        elif name in self.known:
+            self.misses[name] += 1
 
     def listens(self, name: str) -> bool:
         try:

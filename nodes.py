@@ -30,6 +30,11 @@ LEAKS = (
     "SLURM_DISTRIBUTION",
     "SLURM_HINT",
     "SLURM_TRES_PER_TASK",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_GPUS_PER_SOCKET",
+    "SLURM_GPU_BIND",
+    "SLURM_LABELIO",
     "SLURM_STDINMODE",
     "SLURM_STDOUTMODE",
 )
@@ -164,7 +169,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
     """This machine, or the allocation that SLURM_JOB_ID names."""
     if not (job := environ.get("SLURM_JOB_ID")):
         return Place(f"local{os.getpid()}", 1, ())
-    size = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
+    nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
+    size = int(nodes) if nodes.isdecimal() else 1
     leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
     # --overlap: a step without it waits for the other steps to end.
     srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
@@ -237,11 +243,15 @@ class Step:
     def poll(self) -> int | None:
         return self.process.poll()
 
-    def stop(self, seconds: float = 15) -> bool:
-        """Let go of the node's side and wait for it; False when it did not end in time."""
+    def let_go(self) -> None:
+        """Close its standard input: the node's side begins to stop."""
         if self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
+
+    def stop(self, seconds: float = 15) -> bool:
+        """Let go of the node's side and wait for it; False when it did not end in time."""
+        self.let_go()
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -288,6 +298,9 @@ def is_alive(who: str) -> bool | None:
     """Whether the launcher of that name lives; None where only another host could tell."""
     where, _, rest = who.partition(":")
     pid, _, start = rest.partition(":")
+    (host, boot, *_), (our_host, our_boot, *_) = f"{where}//".split("/"), here().split("/")
+    if host == our_host and boot and boot != our_boot:
+        return False  # it lived before this host was booted
     if where != here() or not pid.isdigit():
         return None
     return process_start(int(pid)) == start != ""

@@ -18,7 +18,12 @@ SIZES = {
     "context_parallel_size": ("--cp_size", "--context_parallel_size"),
 }
 # trtllm-serve's options that take no value; after any other one comes its value.
-SWITCHES = ("--trust_remote_code", "--fail_fast_on_attention_window_too_large", "--help")
+SWITCHES = (
+    "--trust_remote_code",
+    "--fail_fast_on_attention_window_too_large",
+    "--enable_chunked_prefill",  # of 1.2.1
+    "--help",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def find_world(args: Sequence[str]) -> World:
     """The world size that the engine will want."""
     path = value_of(args, *CONFIG_FLAGS)
     config = read_config(path) if path is not None else {}
-    sizes = [config.get(key, value_of(args, *flags) or 1) for key, flags in SIZES.items()]
+    given = [(config.get(key), value_of(args, *flags)) for key, flags in SIZES.items()]
+    sizes = [flag or 1 if size is None else size for size, flag in given]
     for key, size in zip(SIZES, sizes, strict=True):
         if isinstance(size, bool) or not is_count(str(size)):
             die(f"{key} is {size!r}, not a number of GPUs")

@@ -48,6 +48,14 @@ class Plan:
     spread: Spread | None = None  # None: one server within the first node
 
 
+def user_name() -> str:
+    """Who we are; a uid without a name is its number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def real(path: str) -> Path:
     """A path as it is, home directory and links resolved; never an error."""
     return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
@@ -117,10 +125,10 @@ def make_plan(
 ) -> Plan:
     """All decisions of the launch, before anything runs."""
     engine = ("trtllm-serve", model, *serve_args)
-    gpus, user = setting("GPUS"), getpass.getuser()
+    gpus, user = setting("GPUS"), user_name()
     if args.runtime == "bare":
         return Plan(place, "bare", "", gpus, (), "", "", False, user, engine)
-    cache = Path(setting("HF_HOME") or "~/.cache/huggingface").expanduser().absolute()
+    cache = Path(os.path.expanduser(setting("HF_HOME") or "~/.cache/huggingface")).absolute()  # noqa: PTH111
     mounts = find_mounts(args, cache)
     check_mounted(local_paths(model, serve_args), mounts)
     cwd = Path.cwd()
@@ -192,9 +200,16 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
 
 def choose_mpi(asked: str) -> str:
     """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
-    if asked != "auto":
-        return asked
-    return pick_mpi(run(["sh", "-c", "exec srun --mpi=list 2>&1"]))
+    offered = run(["sh", "-c", "exec srun --mpi=list 2>&1"])
+    if asked == "auto":
+        return pick_mpi(offered)
+    if not re.search(rf"\b{re.escape(asked)}(\s|$)", offered):
+        die(
+            f"this Slurm has no MPI type {asked} "
+            f"(srun --mpi=list says: {' '.join(offered.split())})",
+            hint="MPI=auto takes what there is",
+        )
+    return asked
 
 
 def pick_mpi(offered: str) -> str:
@@ -213,7 +228,11 @@ def expect_spread(world: World, plan: Plan, environ: Mapping[str, str]) -> Sprea
     """The spread as the allocation's own variables suggest it, for --dry-run, which asks nobody."""
     words = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
     per_node = words.rpartition(":")[2]
-    if not plan.place.slurm or not parallelism.is_count(per_node):
+    if not plan.place.slurm:
+        return None
+    if not parallelism.is_count(per_node):
+        if world.size > 1:
+            say("how many GPUs a node has is not known without asking: shown for one node")
         return None
     gpus = [int(per_node)] * plan.place.size
     if not is_spread(world, gpus, "each node", plan):

@@ -100,7 +100,7 @@ try:
     import preflight
     import server
     import strategy
-    from nodes import Failure, Place, die, find_place, run, say
+    from nodes import Failure, Place, Told, die, find_place, run, say
     from plan import (
         Plan,
         describe,
@@ -235,10 +235,20 @@ def prepare_nodes(
     return nodes
 
 
+def check_force(found: image.Image) -> None:
+    """--force takes an image away; there has to be something to load it from again."""
+    if found.tag and not (found.tarball or found.registry):
+        die(
+            f"--force would remove {found.tag} with nothing to load it from again",
+            hint="--image with a tarball or a registry reference",
+        )
+
+
 def put_image(plan: Plan, found: image.Image, nodes: Sequence[preflight.Node], force: bool) -> None:
     """The image on every node that lacks it; with --force on all of them, afresh."""
     if force:
-        run(image.forget_command(found, plan.place))
+        for told in map(Told, run(image.forget_command(found, plan.place)).splitlines()):
+            say(f"image: {told.node}: not removed: {told.value}")
     if force or preflight.must_provide(nodes, found):
         image.provide(found, plan.place)
 
@@ -298,20 +308,18 @@ def say_how_to_use(endpoint: dict[str, object]) -> None:
     host, _, port = url.removeprefix("http://").rpartition(":")
     say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")
-    say(
-        "stop it with ^C"
-        + (f" or scancel {endpoint['job']}" if "local" not in str(endpoint["job"]) else "")
-    )
+    say(f"  make bench HOST={host} PORT={port}")
+    job = str(endpoint["job"])
+    say("stop it with ^C, make stop" + (f" or scancel {job}" if job.isdecimal() else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    load_env_files()
-    args, rest = parse(argv)
     for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and `&` want it
             signal.signal(each, on_signal)
     try:
-        return go(args, rest)
+        load_env_files()
+        return go(*parse(argv))
     except Failure as failure:
         say(
             f"ERROR {failure.message}"
@@ -343,14 +351,17 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         plan = replace(plan, spread=expect_spread(world, plan, os.environ))
         dry_run(plan, found, wanted, args)
         return 0
+    if args.force:
+        check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
+    url = url_of(nodes[0], place, serve_args)
     plan = replace(plan, spread=find_spread(world, nodes, plan))
     say(f"{shape}: {describe(plan, world, nodes)}")
     if args.check:
         return 0
     if plan.runtime == "docker":
         put_image(plan, found, nodes, args.force)
-    serve(plan, nodes, url_of(nodes[0], place, serve_args), args)
+    serve(plan, nodes, url, args)
     return 0
 
 

@@ -558,7 +558,7 @@ def load_env() -> None:
         from dotenv import load_dotenv
     except ImportError:
         die("python-dotenv is not installed", hint="`make setup`, or `pip install python-dotenv`")
-    for folder in (Path(__file__).resolve().parent, Path.cwd()):
+    for folder in (Path.cwd(), Path(__file__).resolve().parent):
         load_dotenv(folder / ".env")
 
 

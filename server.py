@@ -1,4 +1,4 @@
-"""The server: one attached container (or process) on the head node, watched until it ends."""
+"""The server: its steps on the nodes, watched until they end."""
 
 from __future__ import annotations
 
@@ -279,11 +279,14 @@ def report_death(server: Server, code: int, when: str) -> None:
         )
     await_guards(server, when)
     who, path = f"{server.node}: trtllm-serve", server.main_log.path
-    if death:
+    if server.plan.spread and not death and server.log.tail():
+        who, path = "srun", server.log.path
+    elif death:
         who = f"{death.node}: rank {death.ranks}"
         code, path = death.code, multinode.rank_log(server.log.path, death.first)
     code = 128 - code if code < 0 else code
-    tail = server.main_log.tail() if path == server.main_log.path else tail_of(path)
+    logs = {log.path: log for log in (server.log, server.main_log)}
+    tail = logs[path].tail() if path in logs else tail_of(path)
     say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(
@@ -307,11 +310,15 @@ def die_if_unguarded(server: Server, when: str) -> None:
 
 
 def stop(server: Server) -> None:
-    """End it and everything of it on the nodes. Containers first: ranks do not outlive theirs."""
+    """End it and everything of it on the nodes."""
     server.health.end()
     died_alone = server.step.poll() is not None
     steps = [guard.step for guard in server.guards if isinstance(guard, multinode.Holders)]
-    ended = all([step.stop() for step in (*steps, server.step)])
+    steps.append(server.step)
+    for step in steps:
+        step.let_go()
+    deadline = time.monotonic() + 15  # one for all: they stop at the same time
+    ended = all([step.stop(max(0.1, deadline - time.monotonic())) for step in steps])
     server.pump()
     for log in filter(None, (server.log, server.rank0)):
         log.close()

@@ -66,8 +66,10 @@ def check_flags(args: Sequence[str], version: str) -> None:
             )
 
 
-def check_keys(config: Mapping[str, Any], path: str) -> None:
+def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
     """Failure for a key that looks like a slip of a known one; a notice for one nobody knows."""
+    if version != KNOWN_VERSION:
+        return
     for key in config:
         if key not in KNOWN_KEYS:
             if near := nearest(str(key), KNOWN_KEYS):
@@ -107,6 +109,10 @@ def check_moe(settings: Mapping[str, Any]) -> None:
     product = 1
     for key in given:
         product *= size_of(settings, key)
+    cp_config = settings.get("cp_config")
+    kind = str(cp_config.get("cp_type", "")).upper() if isinstance(cp_config, dict) else ""
+    if cp > 1 and size_of(settings, "moe_expert_parallel_size") > 1 and kind != "HELIX":
+        die("context parallelism with expert parallelism is only there for cp_type HELIX")
     if cp > 1 or not given:
         return
     complete = {"moe_tensor_parallel_size", "moe_expert_parallel_size"} <= set(given)
@@ -142,6 +148,6 @@ def check(args: Sequence[str], version: str) -> str:
     check_flags(args, version)
     settings = merged(args)
     if path := value_of(args, *CONFIG_FLAGS):
-        check_keys(read_config(path), path)
+        check_keys(read_config(path), path, version)
     check_moe(settings)
     return name_of(settings)

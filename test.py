@@ -255,8 +255,10 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
     # A URL on the command line is complete: PORT was meant for something else.
     port = port_number(args.port or ("" if "://" in args.host else env.get("PORT", "")))
     model = args.model or env.get("MODEL", "")
-    if not host and not port and (left := left_by_launcher(env.get("WORKSPACE", ""))):
-        return left._replace(model=model or left.model)
+    left = None if host else left_by_launcher(env.get("WORKSPACE", ""))
+    # PORT may be the launcher's own setting; only another port means another server.
+    if left and port in (0, urlsplit(left.url).port):
+        return left._replace(model=args.model or left.model)
     url = base_url(host or "localhost", port)
     if args.port and urlsplit(url).port != port:
         raise Trouble(f"{host!r} and -p {port} name two ports: which one?")

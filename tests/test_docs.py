@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def test_no_figure_is_left_out() -> None:
+    assert "@@" not in README
+
+
 def test_env_example_is_the_list_of_settings() -> None:
     text = (ROOT / "env.example").read_text()
     lines = [line for s in SETTINGS for line in (f"# {s.help}", f"#{s.name}={s.default}")]

@@ -16,7 +16,7 @@ import pytest
 
 import manage
 from nodes import Failure, here, launcher, process_start
-from tests.conftest import Fakes
+from tests.conftest import Fakes, plan
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -59,6 +59,29 @@ def child(logs: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def name_of(process: subprocess.Popen[bytes]) -> str:
     return f"{here()}:{process.pid}:{process_start(process.pid)}"
+
+
+def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
+    path = logs / "run_local1.json"
+    manage.write_record(path, plan("trtllm-serve", "it's"), URL, logs / "x.log")
+    assert manage.read_record(path) == {
+        "job": "local1",
+        "launcher": launcher(),
+        "url": URL,
+        "model": "it's",
+        "log": str(logs / "x.log"),
+        "alive": True,
+    }
+    manage.remove_records(path, logs / "none.json")
+    assert list(logs.iterdir()) == []
+
+
+@pytest.mark.parametrize("who", [DEAD, ELSEWHERE])
+def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
+    (logs / "endpoint.json").write_text("{")
+    paths = [record(logs, "77", who), logs / "endpoint.json"]
+    manage.remove_records(*paths)
+    assert all(path.exists() for path in paths)
 
 
 def test_nothing_runs_from_an_empty_workspace(

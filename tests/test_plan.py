@@ -31,6 +31,13 @@ from tests.conftest import Fakes, plan
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
+@pytest.fixture(autouse=True)
+def srun_offers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test has no fake srun, this is what one would offer."""
+    if "fakes" not in request.fixturenames:
+        monkeypatch.setattr("plan.run", lambda argv: "pmix\npmix_v9\npmi2\n")
+
+
 @pytest.mark.parametrize(
     ("rest", "model", "args", "port"),
     [
@@ -279,12 +286,13 @@ def test_a_slurm_without_pmix_is_told_with_what_it_offers(offered: str) -> None:
     assert " ".join(offered.split()) in failure.value.message
 
 
-def test_srun_is_asked_unless_a_type_was_asked_for(fakes: Fakes) -> None:
+def test_srun_is_asked_whether_it_has_the_type(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
-    assert choose_mpi("pmi2") == "pmi2"
-    assert fakes.calls() == []
     assert choose_mpi("auto") == "pmix"
-    assert fakes.calls() == [["srun", "--mpi=list"]]
+    assert choose_mpi("pmi2") == "pmi2"
+    assert fakes.calls() == [["srun", "--mpi=list"]] * 2
+    with pytest.raises(Failure, match=r"no MPI type pmix_v9 .srun --mpi=list says: .*pmi2"):
+        choose_mpi("pmix_v9")
     fakes.set(mpi="MPI plugin types are...\n\tnone")
     with pytest.raises(Failure, match="no PMIx"):
         find_spread(of(16), nodes_with(8, 8), AUTO)

@@ -8,10 +8,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +283,7 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     fakes: Fakes, launch: Launcher, tarball: str
 ) -> None:
     started = launch("org/m", "--tp_size", "8", slurm=True, SLURM_HINT="x", SLURM_CPU_BIND="x")
-    started.until("stop it with ^C or scancel 77")
+    started.until("stop it with ^C, make stop or scancel 77")
     assert fakes.images("localhost")[TAG] == fakes.images("n2")[TAG] == tarball
     endpoint = json.loads(Path("logs/endpoint.json").read_text())
     assert endpoint["nodes"] == ["localhost", "n2"]
@@ -636,6 +638,187 @@ def test_names_that_are_not_utf8_reach_the_engine(
     done = launch(os.fsdecode(name), "--dry-run", LC_ALL="C.UTF-8")
     assert done.code() == 0, done.output
     assert name in done.path.read_bytes()
+
+
+# Over several nodes
+
+
+ENGINE = """
+import os, subprocess, sys, time
+from itertools import pairwise
+from pathlib import Path
+home, rank = Path(os.environ["FAKE_HOME"]), os.environ["SLURM_PROCID"]
+(home / f"rank-{rank}").write_text(str(os.getpid()))
+print(f"rank {rank} of {os.environ['SLURM_NTASKS']} on {os.environ['SLURMD_NODENAME']}", flush=True)
+if rank == "0":
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "PMI"))}
+    subprocess.call([sys.executable, os.environ["FAKE_SIMULATOR"], *sys.argv[2:]], env=clean)
+time.sleep(600)
+"""
+WORLD = ("org/m", "--tp_size", "2", "--pp_size", "2")
+
+
+@pytest.fixture
+def spread(fakes: Fakes, launch: Launcher) -> Iterator[Launcher]:
+    """Start a world of four ranks on two nodes, which are this machine."""
+    fakes.hurry()
+    fakes.program("trtllm-llmapi-launch", ENGINE)
+    for node in ("localhost", "127.0.0.2"):
+        fakes.hold_image(node=node)
+
+    def start(*args: str, **faults: Any) -> Launch:
+        known = {"nodes": ["localhost", "127.0.0.2"], "gpus": "0,1"}
+        port = f"SlurmdPort = {slurmd.getsockname()[1]}\n"
+        fakes.set(**{**known, "config": port, **faults})
+        return launch(*(args or WORLD), slurm=True)
+
+    with socket.create_server(("0.0.0.0", 0)) as slurmd:
+        yield start
+    assert list(fakes.temporary.iterdir()) == []
+
+
+def test_a_world_of_two_nodes_serves_until_interrupted(fakes: Fakes, spread: Launcher) -> None:
+    started = spread()
+    started.until("stop it with ^C, make stop or scancel 77")
+    assert (
+        "world size 4 (tp 2 x pp 2 x cp 1): 2 ranks on each of localhost, 127.0.0.2 (--mpi=pmix); "
+        "localhost serves" in started.output
+    )
+    assert fakes.containers() == ["127.0.0.2/trtllm-77-127.0.0.2", "localhost/trtllm-77-localhost"]
+    endpoint = json.loads(Path("logs/endpoint.json").read_text())
+    assert endpoint["nodes"] == ["localhost", "127.0.0.2"]
+    assert endpoint["container"] == "trtllm-77-localhost"
+    assert endpoint["log"].endswith("logs/trtllm_server_77_rank0.log")
+    where = ["localhost", "localhost", "127.0.0.2", "127.0.0.2"]
+    for rank, node in enumerate(where):
+        log = Path(f"logs/trtllm_server_77_rank{rank}.log").read_text()
+        assert log.startswith(f"rank {rank} of 4 on {node}\n")
+    assert "Uvicorn running" in started.output  # rank 0's log is shown
+    assert "rank 3 of 4" not in started.output
+    assert launch_status(started) == f"77\tready\t{endpoint['url']}\torg/m\n"
+    assert started.stop() == 130
+    assert left() == set()
+    assert "removing" not in started.output and fakes.calls("docker", "inspect", "trtllm") == []
+
+
+def launch_status(started: Launch) -> str:
+    """What --status prints, beside a launch."""
+    words = [str(started.process.args[0]), str(started.process.args[1]), "--status"]  # type: ignore[index]
+    env = started.fakes.environment()
+    return subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True).stdout
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_however_a_world_ends_nothing_of_it_is_left(
+    fakes: Fakes, spread: Launcher, signum: int, code: int
+) -> None:
+    started = spread()
+    started.until("stop it with")
+    assert started.stop(signum) == code
+    fakes.nothing_is_left()
+    assert (left() == set()) is (signum != signal.SIGKILL)
+
+
+def test_a_world_may_be_stopped_while_it_starts(fakes: Fakes, spread: Launcher) -> None:
+    started = spread(create_delay=0.3)
+    wait_until(lambda: fakes.calls("docker", "run"))
+    assert started.stop() == 130
+    fakes.nothing_is_left()
+    assert left() == set()
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (0, "localhost: rank 0 ended with exit code 137 (killed, most often for want of memory)"),
+        (3, "127.0.0.2: rank 3 ended with exit code 137 (killed, most often for want of memory)"),
+    ],
+)
+def test_the_death_of_a_rank_ends_all_and_names_it(
+    fakes: Fakes, spread: Launcher, rank: int, words: str
+) -> None:
+    started = spread()
+    started.until("stop it with")
+    os.kill(int((fakes.home / f"rank-{rank}").read_text()), signal.SIGKILL)
+    assert error(started).startswith(f"{words} while serving")
+    assert f"the whole log: {Path.cwd()}/logs/trtllm_server_77_rank{rank}.log" in started.output
+    assert left() == set()
+
+
+def test_the_death_of_a_container_is_told_as_that(fakes: Fakes, spread: Launcher) -> None:
+    started = spread()
+    started.until("stop it with")
+    [path] = fakes.home.glob("127.0.0.2/container-*.json")
+    os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
+    words = "127.0.0.2 (ranks 2-3): its container ended with exit code 137, while serving"
+    assert error(started).startswith(words)
+    assert left() == set()
+
+
+def test_a_node_that_cannot_start_its_container_is_named(fakes: Fakes, spread: Launcher) -> None:
+    words = error(spread(no_run=["127.0.0.2"]))
+    assert words.startswith(
+        "127.0.0.2 (ranks 2-3): its container ended with exit code 125: docker: Error response "
+        "from daemon: could not select device driver."
+    )
+    assert fakes.calls("docker", "exec") == []
+    assert left() == set()
+
+
+@pytest.mark.parametrize(
+    ("args", "faults", "words"),
+    [
+        (("m", "--tp_size", "3"), {}, "world size is 3 (tp 3 x pp 1 x cp 1), which does not fill"),
+        (("m", "--tp_size", "8"), {}, "the 2 node(s) have 4 GPU(s) in all"),
+        (WORLD, {"mpi": "MPI plugin types are...\n\tnone\n\tpmi2"}, "has no PMIx plug-in"),
+        ((*WORLD, "--runtime", "bare"), {}, "trtllm-serve: not found in PATH"),
+    ],
+)
+def test_a_world_that_cannot_be_is_told_before_anything_is_started(
+    fakes: Fakes, spread: Launcher, args: tuple[str, ...], faults: dict[str, Any], words: str
+) -> None:
+    assert words in error(spread(*args, **faults))
+    assert fakes.calls("docker", "run") == []
+
+
+def test_a_type_of_mpi_that_srun_does_not_have_is_told_in_its_words(
+    spread: Launcher,
+) -> None:
+    Path(".env").write_text("MPI=pmix_v9\n")
+    started = spread()
+    assert error(started).startswith("this Slurm has no MPI type pmix_v9 (srun --mpi=list says: ")
+    assert not Path("logs").exists()
+
+
+def test_check_tells_how_the_world_would_lie(fakes: Fakes, spread: Launcher) -> None:
+    done = spread(*WORLD, "--check")
+    assert done.code() == 0, done.output
+    assert "2 ranks on each of localhost, 127.0.0.2 (--mpi=pmix); localhost" in done.output
+    assert fakes.calls("docker", "run") == []
+
+
+def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Launcher) -> None:
+    done = launch(*WORLD, "--dry-run", slurm=True, SLURM_GPUS_ON_NODE="2", MPI="pmix_v4")
+    assert done.code() == 0, done.output
+    assert fakes.calls() == []
+    lines = done.output.splitlines()
+    shown = {
+        line.removeprefix("# "): shlex.split(following)
+        for line, following in pairwise(lines)
+        if line.startswith("# ")
+    }
+    holder = shown["a container on every node, until its standard input ends"]
+    ranks = shown["the ranks in them; rank 0 serves"]
+    assert "the server, until its standard input ends" not in shown
+    assert holder[:3] == ranks[:3] == ["srun", "--overlap", "--export=ALL"]
+    assert {"--mpi=none", "--nodes=2", "--ntasks=2"} <= set(holder)
+    assert holder[-3:] == ["--entrypoint=sleep", TAG, "infinity"]
+    assert {"--mpi=pmix_v4", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"} <= set(ranks)
+    assert f"--output={Path.cwd()}/logs/trtllm_server_77_rank%t.log" in ranks
+    assert ranks[ranks.index("trtllm-serve") :][:6] == ["trtllm-serve", *WORLD]
+    remove = shown["should a node not have cleaned up itself"]
+    assert {"--nodes=2", "--ntasks=2"} <= set(remove)
+    assert holder[-4].startswith("--env=")
 
 
 # Under sbatch

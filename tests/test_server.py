@@ -7,14 +7,17 @@ import http.server
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import server
-from nodes import Failure, Place
+from nodes import Failure, Place, Step
+from plan import Spread
 from preflight import Node
 from server import Log
 from tests.conftest import ONE_NODE, Fakes, plan, wait_until
@@ -284,6 +287,44 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
     with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
         server.await_ready(running, 60)
+
+
+FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
+CANCEL = "slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 ***\n"
+REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "words", "path"),
+    [
+        (FIRST + CANCEL + REST, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
+        (FIRST + REST * 500, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
+        (CANCEL + REST, "n1: Slurm ended the server while serving: job 77 was cancelled", ""),
+        (REST, r"n1: rank 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
+        ("srun: error: Node failure on n2\n", r"srun ended with .*: srun: error: Node fail", ""),
+        ("", r"n1: trtllm-serve ended with exit code 1 .*: rank 0's words$", "_rank0"),
+    ],
+)
+def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
+    tmp_path: Path, said: str, words: str, path: str
+) -> None:
+    log = Log(tmp_path / "x.log")
+    write(log, said.encode())
+    for rank in ("0", "9"):
+        (tmp_path / f"x_rank{rank}.log").write_text("an earlier launch\n" * (rank == "0"))
+    rank0 = Log(tmp_path / "x_rank0.log")
+    for rank in ("0", "9"):
+        with (tmp_path / f"x_rank{rank}.log").open("a") as file:
+            file.write(f"rank {rank}'s words\n")
+    made = replace(plan(), place=Place("77", 2, ("srun",)), spread=Spread(2, 8, "pmix"))
+    step, health = cast(Step, None), server.Health("http://127.0.0.1:1")
+    nodes = [Node("n1"), Node("n2")]
+    running = server.Server(made, nodes, health.url, step, log, health, time.monotonic(), rank0)
+    with pytest.raises(Failure, match="^" + words) as failure:
+        server.report_death(running, 1, "while serving")
+    assert failure.value.hint.endswith(f"log: {tmp_path}/x{path}.log")
+    for each in (log, rank0):
+        each.close()
 
 
 def test_loading_is_told_now_and_then_and_has_a_deadline(

@@ -90,7 +90,9 @@ MOE = {
     "moe_tensor_parallel_size: 2\nmoe_expert_parallel_size: 2\n": "= 4 has to be the tensor",
     "moe_expert_parallel_size: 3\n": "= 3 has to divide the tensor",
     "moe_expert_parallel_size: x\n": "'x', not a number",
-    "context_parallel_size: 2\nmoe_expert_parallel_size: 3\n": "",
+    "context_parallel_size: 2\nmoe_tensor_parallel_size: 3\n": "",
+    "context_parallel_size: 2\nmoe_expert_parallel_size: 2\n": "only there for cp_type HELIX",
+    "context_parallel_size: 2\nmoe_expert_parallel_size: 2\ncp_config: {cp_type: helix}\n": "",
 }
 
 

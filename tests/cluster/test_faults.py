@@ -105,7 +105,11 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "unknown trtllm-serve flag": (
         lambda w: serve_args("--no_such_flag", "1"),
-        ["n1: ", "exit code 2", "No such option: --no_such_flag"],
+        ["trtllm-serve 1.1.0 has no option --no_such_flag"],
+    ),
+    "local image that --force would lose": (
+        lambda w: ["--force", "--image", "stranger:1", "m"],
+        ["would remove stranger:1"],
     ),
     "address that only the node itself reaches": (
         lambda w: serve_args("--host", "127.0.0.1"),
@@ -203,6 +207,13 @@ ENGINE_FAULTS = {
     "exit-serving:7:1": ("exit code 7", "while serving"),
     "kill-serving:1": ("exit code 137 (killed", "while serving"),
 }
+
+
+def test_a_flag_that_the_engine_itself_refuses_is_its_word(launch: Launcher) -> None:
+    started = launch(*serve_args("--no_such_flag", "1"), env={**QUICK, "TRTLLM_VERSION": "9.9"})
+    assert started.code(15) == 1
+    for word in ("n1: ", "exit code 2", "No such option: --no_such_flag"):
+        assert word in sentence(started.output), started.output
 
 
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
