@@ -24,7 +24,7 @@ from preflight import Node
 
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node's container
-SLURMD_EVERY, SLURMD_MISSES = 3.0, 3  # a slurmd that is only restarted is back by then
+SLURMD_EVERY, SLURMD_MISSES = 2.0, 3  # a slurmd that is only restarted is back by then
 
 # PMIx's files are below slurmd's spool directory; the step that will use them does not exist yet.
 SPOOL = script(r"""
