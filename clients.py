@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -260,7 +261,8 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
         *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
           if math.isfinite(case.rate) else []),
         "--ignore-eos",
-        "--seed", str(options.seed + case.repeat - 1),
+        # The same seed means the same prompts: they would meet an earlier run's prefix cache.
+        "--seed", str(zlib.crc32(f"{options.seed}/{case.name}".encode())),
         "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
         "--metric-percentiles", ",".join(map(str, PERCENTILES)),
         *(["--goodput", *limits] if limits else []),
