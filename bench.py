@@ -20,13 +20,11 @@ import math
 import os
 import random
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import bench_place
 import endpoint
@@ -308,11 +306,6 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
     }
 
 
-def on_signal(signum: int, _: FrameType | None) -> NoReturn:
-    """TERM and HUP end as ^C does: what is finished is kept."""
-    raise SystemExit(128 + signum)
-
-
 def bench(argv: Sequence[str] | None = None) -> int:
     environ = endpoint.environment()
     args = parse(argv, environ)
@@ -334,9 +327,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(each, on_signal)
+    bench_place.end_on_signals()
     try:
         return bench(argv)
     except Failure as failure:

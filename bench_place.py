@@ -9,12 +9,15 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import image
 from container import mount_flag
@@ -22,6 +25,17 @@ from nodes import Place, die, find_place, say
 
 MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY")
+
+
+def on_signal(signum: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def end_on_signals() -> None:
+    """TERM and HUP end as ^C does: what is finished is kept, no container stays."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(each, on_signal)
 
 
 def is_installed() -> bool:
