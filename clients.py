@@ -103,6 +103,10 @@ class Builtin:
         except LoadError as e:
             return nothing(case, str(e))
         wanted = replace(wanted, exact=self.ignore_eos and wanted.exact)
+        if case.output_len is None:
+            assert isinstance(load.body, Requests)
+            prompts = load.body.prompts
+            wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         record = summarise(load, result, wanted, self.options.goodput)
         record["notes"] = [*self.notes, *notes_for(case, record)]
         return record | (details(load, result) if self.options.detailed else {})
@@ -295,7 +299,12 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     if missing:
         cause = f": {errors[0].strip().splitlines()[-1]}" if errors else ""
         problems.append(f"{missing} of {case.num_prompts} requests failed{cause}")
-    if empty := sum(not n for n in outputs):
+    texts = record.get("generated_texts") or ["?"] * len(record.get("output_lens", []))
+    empty = sum(
+        not error and (not n or (not text and n != 1))  # one token may decode to nothing
+        for (n, error), text in zip(zip_lists(record, "output_lens", "errors"), texts, strict=False)
+    )
+    if empty:
         problems.append(f"{empty} outputs are empty")
     problems += wrong_lengths(case, record, outputs)
     if not detailed:

@@ -720,6 +720,7 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("fail=1", "1 of 4 requests failed: ValueError: bad request"),
         ("fail=4", "4 of 4 requests failed"),
         ("empty=2", "2 outputs are empty"),
+        ("blank=2", "2 outputs are empty"),
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
         ("silent=1", "benchmark_serving wrote no result (exit code 0)"),
     ],
@@ -835,3 +836,28 @@ def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(Failure, match="docker: not found"):
         bench_place.run(bench_place.prefix("image:1", [], {}), {})
+
+
+def test_one_token_without_text_is_none_that_is_missing() -> None:
+    one = Result([outcome(has_text=False, output_tokens=1, last=50 * MS)])
+    assert find_problems(LOAD, one, Wanted(MODEL, 1, 4)) == []
+    record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
+              "total_input_tokens": 128}  # fmt: skip
+    assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
+
+
+def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    write_sharegpt(Path("share.json"))
+
+    def answer(request: Request) -> None:
+        time.sleep(0.03)
+        request.send(stream(request.body["max_tokens"] - 1))
+
+    run = Run(capsys, answer, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
+    (problem,) = run.last["runs"][0]["problems"]
+    assert problem.startswith("4 outputs are not as long as asked (one has ")
+
+
+def test_without_ignore_eos_a_conversation_may_be_shorter() -> None:
+    wanted = Wanted(MODEL, None, exact=False, output_lens=lambda _: 9)
+    assert find_problems(LOAD, Result([outcome()]), wanted) == []
