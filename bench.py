@@ -117,7 +117,14 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
-    report.write(bench.folder, bench.records)
+    try:
+        report.write(bench.folder, bench.records)
+    finally:  # on a full disk, too
+        invalid = show(bench, knee, stopped)
+    return 1 if invalid or not bench.records else 0
+
+
+def show(bench: Bench, knee: Record | None, stopped: bool) -> list[str]:
     print(report.table(bench.records))
     invalid = [r["case"]["name"] for r in bench.records if not r["valid"]]
     print(json.dumps(
@@ -132,7 +139,7 @@ def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
             "runs": [report.brief(r) for r in bench.records],
         }
     ))  # fmt: skip
-    return 1 if invalid or not bench.records else 0
+    return invalid
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -155,6 +162,13 @@ def rates(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"{text}: a rate is requests a second, more than 0, or inf"
         )
+    return found
+
+
+def positive(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
     return found
 
 
@@ -216,7 +230,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second")
-    group("--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson, less: bursts")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="1: Poisson, less: bursts")
     group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
     group("--backend", choices=("openai", "openai-chat"), default="openai")
     group(
@@ -240,7 +254,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
         metavar="SLO",
         help="ttft:200 tpot:30 e2el:5000, in ms",
     )
-    group("--timeout", type=float, default=600.0, metavar="S", help="of a request (600)")
+    group("--timeout", type=positive, default=600.0, metavar="S", help="of a request (600)")
     group("--shards", type=int, default=0, metavar="N", help="client processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
     group("--resume", action="store_true", help="skip the valid results in -o")
@@ -319,10 +333,10 @@ def bench(argv: Sequence[str] | None = None) -> int:
     work = Bench(server, client, folder, metadata, args.resume)
     try:
         knee = run_all(work, args.type, overrides(args), args.sweep_by == "rate")
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except BaseException:
         say("stopped: what is finished is kept")
         finish(work, None, stopped=True)
-        raise stop
+        raise
     return finish(work, knee, stopped=False)
 
 

@@ -211,8 +211,11 @@ def load(folder: Path) -> list[Record]:
     for path in folder.glob("*.json"):
         if path.name in SUMMARY or path.name.startswith("."):
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if "case" in record:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            die(f"{path} is not JSON: {e}")
+        if isinstance(record, dict) and "case" in record:
             found.append(record)
     return sorted(found, key=lambda r: (r["date"], r["case"]["name"])) or die(
         f"{folder}: no results in it"

@@ -424,6 +424,7 @@ def test_a_directory_is_served_under_its_name() -> None:
     [
         ["-t", "nonsense"], ["--concurrency", "0"], ["--goodput", "itl:3"], ["--resume"],
         ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
+        ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
     ],
 )  # fmt: skip
 def test_usage_errors(args: list[str]) -> None:
@@ -861,3 +862,46 @@ def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFix
 def test_without_ignore_eos_a_conversation_may_be_shorter() -> None:
     wanted = Wanted(MODEL, None, exact=False, output_lens=lambda _: 9)
     assert find_problems(LOAD, Result([outcome()]), wanted) == []
+
+
+@pytest.mark.parametrize("document", [[], [1], {"data": None}, {"data": 7}, {"data": ["x"]}])
+def test_a_list_of_models_that_is_none(capsys: pytest.CaptureFixture[str], document: Any) -> None:
+    with serving(lambda request: request.document(document)) as server:
+        assert bench.main(["-p", str(server.port), "-o", "out"]) == 1
+    assert "/v1/models names no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("odd")])
+def test_whatever_happens_what_is_finished_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    real = bench.write_json
+
+    def write(path: Path, data: Any) -> None:
+        if "in512" in path.name:
+            raise error
+        real(path, data)
+
+    monkeypatch.setattr(bench, "write_json", write)
+    try:
+        Run(capsys, obedient, "-t", "latency", *QUICK)
+    except RuntimeError as e:
+        assert e is error
+        captured = capsys.readouterr().out
+        last = json.loads(captured.splitlines()[-1])
+        assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
+        assert last["stopped"]
+    for file in ("summary.json", "summary.csv", "report.html"):
+        assert "latency-in128-out4-c2" in Path("out", file).read_text()
+
+
+def test_where_no_report_can_be_written_it_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("report.write", full)
+    run = Run(capsys, obedient, "-t", "throughput", *QUICK)
+    assert (run.code, len(run.last["runs"])) == (1, 1)
+    assert "No space left" in run.stderr

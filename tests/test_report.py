@@ -241,3 +241,12 @@ def test_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         report.main(words)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["{half", "[]", "7"])
+def test_a_file_that_is_no_result(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (put(tmp_path / "a") / "x.json").write_text(text)
+    assert report.main([str(tmp_path / "a")]) == 1
+    assert "ERROR" in capsys.readouterr().err
