@@ -37,6 +37,7 @@ from sweep import stop_reason, sweep
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
+SAME = ("client", "backend", "url", "goodput", "burstiness")  # or --resume measures again
 
 
 class Bench:
@@ -51,7 +52,7 @@ class Bench:
 
     def run(self, case: Case) -> Record:
         path = self.folder / f"{case.name}.json"
-        record = self.earlier(path) if self.resume else None
+        record = self.earlier(case, path) if self.resume else None
         if record is None:
             record = self.measure(case)
             write_json(path, record)
@@ -59,17 +60,22 @@ class Bench:
         say(report.one_line(record))
         return record
 
-    def earlier(self, path: Path) -> Record | None:
+    def earlier(self, case: Case, path: Path) -> Record | None:
         """A valid result of the same thing; an invalid one is worth another try."""
         try:
             record: Record = json.loads(path.read_text())
-        except (OSError, ValueError):
+            same = (
+                record["model_id"] == self.server.asked
+                and record["case"] == case.facts()
+                and all(record["metadata"][key] == self.metadata[key] for key in SAME)
+            )
+            return record if record["valid"] and same else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        same = (
-            record["model_id"] == self.server.asked
-            and record["metadata"]["client"] == self.client.name
-        )
-        return record if record["valid"] and same else None
+
+    def in_folder(self) -> list[Record]:
+        """With --resume also what earlier calls measured."""
+        return report.load(self.folder) if self.resume and self.records else self.records
 
     def measure(self, case: Case) -> Record:
         try:
@@ -118,7 +124,7 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
     try:
-        report.write(bench.folder, bench.records)
+        report.write(bench.folder, bench.in_folder())
     finally:  # on a full disk, too
         invalid = show(bench, knee, stopped)
     return 1 if invalid or not bench.records else 0

@@ -155,13 +155,52 @@ def halves(requests: list[Request]) -> tuple[list[Request], list[Request]]:
     return measured[: len(measured) // 2], measured[len(measured) // 2 :]
 
 
+def resumed(capsys: pytest.CaptureFixture[str], types: str, *more: str) -> tuple[int, list[str]]:
+    """A run, then --resume with these arguments, on one server: its requests, and its runs."""
+    quick = ["-o", "out", *QUICK]
+    with serving(model_server(obedient)) as server:
+        bench.main(["-p", str(server.port), "-t", "throughput", *quick])
+        before = len([r for r in server.requests if r.body])
+        capsys.readouterr()
+        bench.main(["-p", str(server.port), "-t", types, *quick, "--resume", *more])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    requests = len([r for r in server.requests if r.body]) - before
+    return requests, [r["name"] for r in last["runs"]]
+
+
 def test_resume_makes_only_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    requests, runs = resumed(capsys, "throughput,latency", "--input-len", "512")
+    assert (requests, len(runs)) == (1 + 4, 2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--num-prompts", "5"), ("--goodput", "ttft:900"), ("--burstiness", "2"),
+        ("--backend", "openai-chat"),
+    ],
+)  # fmt: skip
+def test_resume_takes_no_result_of_something_else(
+    capsys: pytest.CaptureFixture[str], more: tuple[str, str]
+) -> None:
+    requests, _ = resumed(capsys, "throughput", *more)
+    assert requests > 1
+
+
+def test_resume_takes_no_result_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     Run(capsys, obedient, "-t", "throughput", *QUICK)
-    again = Run(
-        capsys, obedient, "-t", "throughput,latency", *QUICK, "--resume", "--input-len", "512"
-    )
-    assert len(again.last["runs"]) == 2
+    again = Run(capsys, obedient, "-t", "throughput", *QUICK, "--resume")
     assert len([r for r in again.server.requests if r.body]) == 1 + 4
+
+
+def test_after_resume_the_reports_hold_the_whole_folder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, runs = resumed(capsys, "latency", "--input-len", "512")
+    assert runs == ["latency-in512-out4-c2"]
+    for file in ("summary.json", "summary.csv", "report.html"):
+        assert "throughput-in512-out4-c2" in Path("out", file).read_text()
+        assert runs[0] in Path("out", file).read_text()
 
 
 def test_earlier_results_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
