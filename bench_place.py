@@ -96,14 +96,21 @@ def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> It
         raise
 
 
-def run(command: Sequence[str], environ: Mapping[str, str], hint: str = "") -> int:
+def run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    hint: str = "",
+    timeout: float | None = None,
+) -> int:
     """Show a command and run it, its output on stderr; its exit status."""
     say(f"$ {shlex.join(command)}")
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)
     with removed_afterwards(command, environ):
-        return subprocess.run(command, stdout=sys.stderr, env={**os.environ, **environ}).returncode
+        return subprocess.run(
+            command, stdout=sys.stderr, env={**os.environ, **environ}, timeout=timeout
+        ).returncode
 
 
 def image_id(tag: str, environ: Mapping[str, str]) -> str | None:

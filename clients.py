@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -231,7 +232,12 @@ class BenchmarkServing:
             *bench_place.prefix(options.image, self.mounts(folder), options.environ),
             *benchmark_serving(case, self.endpoint, options, file),
         ]
-        status = bench_place.run(command, options.environ, "--client builtin needs no container")
+        limit = longest(case, options.timeout)
+        hint = "--client builtin needs no container"
+        try:
+            status = bench_place.run(command, options.environ, hint, limit)
+        except subprocess.TimeoutExpired:
+            return nothing(case, f"benchmark_serving did not end within {limit:g} s")
         if not file.exists():
             return nothing(case, f"benchmark_serving wrote no result (exit code {status})")
         record: Record = json.loads(file.read_text())
@@ -243,6 +249,12 @@ class BenchmarkServing:
         paths = [folder.resolve()]
         paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
         return paths + ([model.resolve()] if model.is_dir() else [])
+
+
+def longest(case: Case, timeout: float) -> float:
+    """Seconds a run may take: every request its timeout, and time to start and to read."""
+    rounds = case.num_prompts / (case.concurrency or case.num_prompts)
+    return timeout * (rounds + 2) + case.num_prompts / case.rate
 
 
 def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:

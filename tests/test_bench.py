@@ -944,3 +944,19 @@ def test_where_no_report_can_be_written_it_is_shown(
     run = Run(capsys, obedient, "-t", "throughput", *QUICK)
     assert (run.code, len(run.last["runs"])) == (1, 1)
     assert "No space left" in run.stderr
+
+
+@pytest.mark.usefixtures("installed")
+def test_benchmark_serving_on_a_server_that_hangs_is_ended(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "slow=10")
+    began = time.monotonic()
+    run = Run(capfd, obedient, "-t", "throughput", *QUICK, "--timeout", "0.2")
+    assert time.monotonic() - began < 5
+    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+
+
+def test_how_long_benchmark_serving_may_take() -> None:
+    assert clients.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
+    assert clients.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
