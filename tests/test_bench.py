@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -960,3 +961,11 @@ def test_benchmark_serving_on_a_server_that_hangs_is_ended(
 def test_how_long_benchmark_serving_may_take() -> None:
     assert clients.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
     assert clients.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
+
+
+def test_a_mean_keeps_no_list_of_millions() -> None:
+    tracemalloc.start()
+    assert metrics.mean(float(n) for n in range(100_000)) == 49_999.5
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 100_000
