@@ -35,6 +35,7 @@ from payload import RandomPrompts, Requests  # noqa: E402
 TTFT_MS, ITL_MS, TOKENS, PROMPT = 50, 10, 128, 16
 ROUNDS, FEWEST, ATTEMPTS = 4, 8, 3
 ALLOWED_MS = 0.5
+PEER = 1691  # requests/s: what a peer does; the ceiling may not be lower
 CEILING_STREAMS, CEILING_REQUESTS = 64, 4000
 MEMORY_STREAMS, MEMORY_REQUESTS, MEMORY_MB = 1024, 10_000, 300
 
@@ -158,10 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             worst = max(worst, best.error)
             print(row(streams, best), flush=True)
         rate = statistics.median(ceiling(port) for _ in range(args.repeat))
-        print(f"\nCeiling (no waiting, {CEILING_STREAMS} streams): {rate:.0f} requests/s")
+        print(f"\nCeiling (no waiting, {CEILING_STREAMS} streams): {rate:.0f} requests/s, "
+              f"a peer's: {PEER}")  # fmt: skip
         memory = peak_memory(port)
         print(f"Memory at {MEMORY_STREAMS} streams x {MEMORY_REQUESTS} requests: {memory} MB")
-    good = worst <= ALLOWED_MS and memory < MEMORY_MB
+    good = worst <= ALLOWED_MS and memory < MEMORY_MB and rate >= PEER
     print(f"Worst error: {worst:.2f} ms (allowed: {ALLOWED_MS})" + ("" if good else ": TOO MUCH"))
     return 0 if good else 1
 
