@@ -20,13 +20,11 @@ import math
 import os
 import random
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import bench_place
 import endpoint
@@ -39,6 +37,7 @@ from sweep import stop_reason, sweep
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
+SAME = ("client", "backend", "url", "goodput", "burstiness")  # or --resume measures again
 
 
 class Bench:
@@ -53,7 +52,7 @@ class Bench:
 
     def run(self, case: Case) -> Record:
         path = self.folder / f"{case.name}.json"
-        record = self.earlier(path) if self.resume else None
+        record = self.earlier(case, path) if self.resume else None
         if record is None:
             record = self.measure(case)
             write_json(path, record)
@@ -61,17 +60,22 @@ class Bench:
         say(report.one_line(record))
         return record
 
-    def earlier(self, path: Path) -> Record | None:
+    def earlier(self, case: Case, path: Path) -> Record | None:
         """A valid result of the same thing; an invalid one is worth another try."""
         try:
             record: Record = json.loads(path.read_text())
-        except (OSError, ValueError):
+            same = (
+                record["model_id"] == self.server.asked
+                and record["case"] == case.facts()
+                and all(record["metadata"][key] == self.metadata[key] for key in SAME)
+            )
+            return record if record["valid"] and same else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        same = (
-            record["model_id"] == self.server.asked
-            and record["metadata"]["client"] == self.client.name
-        )
-        return record if record["valid"] and same else None
+
+    def in_folder(self) -> list[Record]:
+        """With --resume also what earlier calls measured."""
+        return report.load(self.folder) if self.resume and self.records else self.records
 
     def measure(self, case: Case) -> Record:
         try:
@@ -119,7 +123,14 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
-    report.write(bench.folder, bench.records)
+    try:
+        report.write(bench.folder, bench.in_folder())
+    finally:  # on a full disk, too
+        invalid = show(bench, knee, stopped)
+    return 1 if invalid or not bench.records else 0
+
+
+def show(bench: Bench, knee: Record | None, stopped: bool) -> list[str]:
     print(report.table(bench.records))
     invalid = [r["case"]["name"] for r in bench.records if not r["valid"]]
     print(json.dumps(
@@ -134,7 +145,7 @@ def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
             "runs": [report.brief(r) for r in bench.records],
         }
     ))  # fmt: skip
-    return 1 if invalid or not bench.records else 0
+    return invalid
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -157,6 +168,13 @@ def rates(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"{text}: a rate is requests a second, more than 0, or inf"
         )
+    return found
+
+
+def positive(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
     return found
 
 
@@ -218,7 +236,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second")
-    group("--burstiness", type=float, default=1.0, metavar="B", help="1: Poisson, less: bursts")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="1: Poisson, less: bursts")
     group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
     group("--backend", choices=("openai", "openai-chat"), default="openai")
     group(
@@ -242,7 +260,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
         metavar="SLO",
         help="ttft:200 tpot:30 e2el:5000, in ms",
     )
-    group("--timeout", type=float, default=600.0, metavar="S", help="of a request (600)")
+    group("--timeout", type=positive, default=600.0, metavar="S", help="of a request (600)")
     group("--shards", type=int, default=0, metavar="N", help="client processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
     group("--resume", action="store_true", help="skip the valid results in -o")
@@ -308,11 +326,6 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
     }
 
 
-def on_signal(signum: int, _: FrameType | None) -> NoReturn:
-    """TERM and HUP end as ^C does: what is finished is kept."""
-    raise SystemExit(128 + signum)
-
-
 def bench(argv: Sequence[str] | None = None) -> int:
     environ = endpoint.environment()
     args = parse(argv, environ)
@@ -326,17 +339,15 @@ def bench(argv: Sequence[str] | None = None) -> int:
     work = Bench(server, client, folder, metadata, args.resume)
     try:
         knee = run_all(work, args.type, overrides(args), args.sweep_by == "rate")
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except BaseException:
         say("stopped: what is finished is kept")
         finish(work, None, stopped=True)
-        raise stop
+        raise
     return finish(work, knee, stopped=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(each, on_signal)
+    bench_place.end_on_signals()
     try:
         return bench(argv)
     except Failure as failure:

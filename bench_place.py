@@ -9,18 +9,33 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import image
 from container import mount_flag
 from nodes import Place, die, find_place, say
 
+MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY")
+
+
+def on_signal(signum: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def end_on_signals() -> None:
+    """TERM and HUP end as ^C does: what is finished is kept, no container stays."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(each, on_signal)
 
 
 def is_installed() -> bool:
@@ -56,6 +71,7 @@ def prefix(
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
     return [
         *node(environ).head,
+        "bash", "-c", MAKE_FOLDER, "bench", cache,
         "docker", "run", "--rm", "--init", "--pull=never",
         f"--name={name()}",
         "--net=host", "--ipc=host",
@@ -75,17 +91,26 @@ def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> It
     except BaseException:
         if "docker" in command:
             remove = [*node(environ).head, "docker", "rm", "--force", name()]
-            subprocess.run(remove, capture_output=True, timeout=30, check=False)
+            with suppress(subprocess.TimeoutExpired):  # what happened is worth more
+                subprocess.run(remove, capture_output=True, timeout=30, check=False)
         raise
 
 
-def run(command: Sequence[str], environ: Mapping[str, str], hint: str = "") -> int:
+def run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    hint: str = "",
+    timeout: float | None = None,
+) -> int:
     """Show a command and run it, its output on stderr; its exit status."""
     say(f"$ {shlex.join(command)}")
-    if not shutil.which(command[0]):
-        die(f"{command[0]}: not found in PATH", hint=hint)
+    program = "docker" if "docker" in command and command[0] == "bash" else command[0]
+    if not shutil.which(program):
+        die(f"{program}: not found in PATH", hint=hint)
     with removed_afterwards(command, environ):
-        return subprocess.run(command, stdout=sys.stderr, env={**os.environ, **environ}).returncode
+        return subprocess.run(
+            command, stdout=sys.stderr, env={**os.environ, **environ}, timeout=timeout
+        ).returncode
 
 
 def image_id(tag: str, environ: Mapping[str, str]) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +104,10 @@ class Builtin:
         except LoadError as e:
             return nothing(case, str(e))
         wanted = replace(wanted, exact=self.ignore_eos and wanted.exact)
+        if case.output_len is None:
+            assert isinstance(load.body, Requests)
+            prompts = load.body.prompts
+            wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         record = summarise(load, result, wanted, self.options.goodput)
         record["notes"] = [*self.notes, *notes_for(case, record)]
         return record | (details(load, result) if self.options.detailed else {})
@@ -226,7 +232,12 @@ class BenchmarkServing:
             *bench_place.prefix(options.image, self.mounts(folder), options.environ),
             *benchmark_serving(case, self.endpoint, options, file),
         ]
-        status = bench_place.run(command, options.environ, "--client builtin needs no container")
+        limit = longest(case, options.timeout)
+        hint = "--client builtin needs no container"
+        try:
+            status = bench_place.run(command, options.environ, hint, limit)
+        except subprocess.TimeoutExpired:
+            return nothing(case, f"benchmark_serving did not end within {limit:g} s")
         if not file.exists():
             return nothing(case, f"benchmark_serving wrote no result (exit code {status})")
         record: Record = json.loads(file.read_text())
@@ -238,6 +249,12 @@ class BenchmarkServing:
         paths = [folder.resolve()]
         paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
         return paths + ([model.resolve()] if model.is_dir() else [])
+
+
+def longest(case: Case, timeout: float) -> float:
+    """Seconds a run may take: every request its timeout, and time to start and to read."""
+    rounds = case.num_prompts / (case.concurrency or case.num_prompts)
+    return timeout * (rounds + 2) + case.num_prompts / case.rate
 
 
 def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:
@@ -260,7 +277,8 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
         *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
           if math.isfinite(case.rate) else []),
         "--ignore-eos",
-        "--seed", str(options.seed + case.repeat - 1),
+        # The same seed means the same prompts: they would meet an earlier run's prefix cache.
+        "--seed", str(zlib.crc32(f"{options.seed}/{case.name}".encode())),
         "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
         "--metric-percentiles", ",".join(map(str, PERCENTILES)),
         *(["--goodput", *limits] if limits else []),
@@ -293,7 +311,12 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     if missing:
         cause = f": {errors[0].strip().splitlines()[-1]}" if errors else ""
         problems.append(f"{missing} of {case.num_prompts} requests failed{cause}")
-    if empty := sum(not n for n in outputs):
+    texts = record.get("generated_texts") or ["?"] * len(record.get("output_lens", []))
+    empty = sum(
+        not error and (not n or (not text and n != 1))  # one token may decode to nothing
+        for (n, error), text in zip(zip_lists(record, "output_lens", "errors"), texts, strict=False)
+    )
+    if empty:
         problems.append(f"{empty} outputs are empty")
     problems += wrong_lengths(case, record, outputs)
     if not detailed:

@@ -102,7 +102,9 @@ def choose(model: str, served: list[str], url: str) -> str:
 
 def models(endpoint: Endpoint) -> list[str]:
     answer = get(endpoint, "/v1/models")
-    found = [str(m["id"]) for m in (answer or {}).get("data", []) if m.get("id")]
+    data = answer.get("data") if isinstance(answer, dict) else None
+    listed = data if isinstance(data, list) else []
+    found = [str(m["id"]) for m in listed if isinstance(m, dict) and m.get("id")]
     return found or die(f"{endpoint.url}/v1/models names no model")
 
 

@@ -140,6 +140,7 @@ class Loop:
         self.written = self.next = self.finished = self.failed = self.tokens = 0
         self.unread: deque[tuple[Outcome, Reply]] = deque()
         self.unread_bytes = self.tick = self.unstamped = 0
+        self.hung = 0  # requests in a row that took too long
         self.outcomes: list[Outcome] = []
         self.lags: Counter[int] = Counter()
 
@@ -192,6 +193,7 @@ class Loop:
         self.unread.append((outcome, stream.reply))
         self.unread_bytes += len(stream.reply.raw)
         self.finished += 1
+        self.hung = 0
         if not self.load.open_loop:
             if self.next < len(self.indices):
                 self.dispatch(stream, when)
@@ -299,8 +301,18 @@ class Loop:
     def look_after(self, now: int) -> None:
         """Four times a second: requests that take too long, and a word on how far we are."""
         for stream in [s for s in self.streams if s.expired(now)]:
+            hung = self.hung + (stream.outcome is not None)
             stream.broken(stream.too_late(), retry=False)
+            self.hung = hung
+        self.give_up_on_a_server_that_hangs()
         self.progress(self.finished, self.failed, self.tokens)
+
+    def give_up_on_a_server_that_hangs(self) -> None:
+        """Each of its requests would take the whole timeout. One alone may just be slow."""
+        rest = self.finished < len(self.indices) or self.hung == self.finished
+        if rest and self.hung >= max(self.width, 2):
+            raise LoadError(f"the server hangs: {self.hung} requests in a row had no whole answer "
+                            f"within {self.load.timeout:g} s")  # fmt: skip
 
     def has_stamps(self) -> bool:
         """Not with TLS, and not every kernel gives them; the first packets may go without."""

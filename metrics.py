@@ -9,7 +9,7 @@ import math
 import statistics
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Wanted:
     output_len: int | None  # None: each request has its own
     input_len: int | None = None  # None: only the server knows
     exact: bool = True  # ignore_eos was accepted, so outputs cannot end early
+    output_lens: Callable[[int], int] | None = None  # by request, when each has its own
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def percentile(ordered: Sequence[float], p: float) -> float:
 
 
 def mean(values: Iterable[float]) -> float:
-    found = list(values)
+    found = array("d", values)  # a list of millions would take four times as much
     return math.fsum(found) / len(found) if found else 0.0
 
 
@@ -161,10 +162,12 @@ def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
 
 def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
     return [
-        *count("have no text", [o for o in good if not o.has_text]),
+        # A single token may be a special one, which decodes to nothing.
+        *count("have no text", [o for o in good if not o.has_text and o.output_tokens != 1]),
         *count("came without usage", [o for o in good if o.output_tokens is None]),
         *count("came in one piece, not streamed", [o for o in good if not o.streamed]),
         *wrong_length("output", [o.output_tokens for o in good], wanted.output_len, wanted.exact),
+        *unlike_asked(good, wanted),
         *wrong_length("prompt", [o.prompt_tokens for o in good], wanted.input_len, True),
     ]
 
@@ -182,6 +185,17 @@ def wrong_length(
     if not wrong:
         return []
     return [f"{len(wrong)} {what}s are not {wanted} tokens long (one has {wrong[0]})"]
+
+
+def unlike_asked(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    if not wanted.output_lens or not wanted.exact:
+        return []
+    pairs = [(o.output_tokens, wanted.output_lens(o.index)) for o in good]
+    wrong = [(n, asked) for n, asked in pairs if n is not None and n != asked]
+    if not wrong:
+        return []
+    return [f"{len(wrong)} outputs are not as long as asked (one has {wrong[0][0]} tokens, "
+            f"not {wrong[0][1]})"]  # fmt: skip
 
 
 def other_models(good: Sequence[Outcome], model: str) -> list[str]:

@@ -124,8 +124,10 @@ def notes(records: Sequence[Record]) -> list[str]:
     clients = [r["client"] for r in records if r.get("client")]
     if clients:
         held, lag = (max(c[k] for c in clients) for k in ("late_share", "p99_read_lag_ms"))
+        kernel = all(c.get("stamps") == "kernel" for c in clients)
         found.append(f"the client's own delay: requests held back for at most {held:.1%} of their "
-                     f"time; p99 of reads at most {lag:.1f} ms late (kernel stamps undo that)"
+                     f"time; p99 of reads at most {lag:.1f} ms late"
+                     + (" (kernel stamps undo that)" if kernel else "")
                      )  # fmt: skip
     return found
 
@@ -211,8 +213,11 @@ def load(folder: Path) -> list[Record]:
     for path in folder.glob("*.json"):
         if path.name in SUMMARY or path.name.startswith("."):
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if "case" in record:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            die(f"{path} is not JSON: {e}")
+        if isinstance(record, dict) and "case" in record:
             found.append(record)
     return sorted(found, key=lambda r: (r["date"], r["case"]["name"])) or die(
         f"{folder}: no results in it"

@@ -56,12 +56,15 @@ def parse_head(raw: bytes | bytearray, start: int = 0) -> Head | None:
     fields = {
         k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
     }
+    length = fields.get("content-length")
+    if length is not None and not length.isdecimal():
+        raise Malformed(f"bad Content-Length {length[:20]!r}")
     connection = fields.get("connection", "").lower()
     return Head(
         status=int(line[2]),
         end=end + 4,
         chunked="chunked" in fields.get("transfer-encoding", "").lower(),
-        length=int(fields["content-length"]) if "content-length" in fields else None,
+        length=None if length is None else int(length),
         close=connection == "close" or (line[1] == "0" and connection != "keep-alive"),
         event_stream="event-stream" in fields.get("content-type", ""),
     )

@@ -56,7 +56,7 @@ def parse(
     add = parser.add_argument
     model = environ.get("MODEL", "Qwen/Qwen2.5-7B-Instruct")
     add("-m", "--model", default=model, help="Hugging Face id or path; default: %(default)s")
-    add("--tp", type=int, default=int(environ.get("TP", "1")), help="GPUs; default: %(default)s")
+    add("--tp", type=int, default=environ.get("TP", "1"), help="GPUs; default: %(default)s")
     add("--num-requests", type=int, default=100, help="default: %(default)s")
     add("--input-len", type=int, default=128, help="tokens; default: %(default)s")
     add("--output-len", type=int, default=128, help="tokens; default: %(default)s")
@@ -77,9 +77,12 @@ def static_bench(argv: Sequence[str] | None) -> int:
     tag = args.image
     if tag or not bench_place.is_installed():
         tag = bench_place.provide_image(tag, environ)
-    prefix = bench_place.prefix(tag, mounts, environ, gpus=environ.get("GPUS", "all"))
-    status = bench_place.run([*prefix, *command(args, more, folder)], environ)
+    asked = environ.get("GPUS", "auto")
+    gpus = {"auto": "all", "none": ""}.get(asked, asked)
+    prefix = bench_place.prefix(tag, mounts, environ, gpus=gpus)
     report = folder / "report.json"
+    report.unlink(missing_ok=True)  # an earlier run's
+    status = bench_place.run([*prefix, *command(args, more, folder)], environ)
     if status or not report.exists():
         die(f"trtllm-bench ended with exit code {status}" + ("" if status else " and no report"))
     print(report.read_text())
@@ -88,6 +91,7 @@ def static_bench(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    bench_place.end_on_signals()
     try:
         return static_bench(argv)
     except Failure as failure:
@@ -95,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return 1
 
 
 if __name__ == "__main__":

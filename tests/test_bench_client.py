@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
@@ -27,3 +28,19 @@ def test_server_and_client_agree() -> None:
     assert truth["ttft_ms"]["mean"] >= 20
     ttft = sum(o.first - o.sent for o in result.outcomes) / 8e6
     assert ttft == pytest.approx(truth["ttft_ms"]["mean"], abs=5)
+
+
+@pytest.mark.parametrize(
+    ("rate", "memory", "error", "code"),
+    [(2000, 100, 0.1, 0), (1690, 100, 0.1, 1), (2000, 300, 0.1, 1), (2000, 100, 0.6, 1)],
+)
+def test_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, rate: float, memory: int, error: float, code: int
+) -> None:
+    point = bench_client.Point((50, 50 + error), (10, 10), 1, 0, True)
+    monkeypatch.setattr(bench_client, "server", lambda: nullcontext((1, 1)))
+    monkeypatch.setattr(bench_client, "separate_cores", lambda _: None)
+    monkeypatch.setattr(bench_client, "point", lambda *_: point)
+    monkeypatch.setattr(bench_client, "ceiling", lambda _: rate)
+    monkeypatch.setattr(bench_client, "peak_memory", lambda _: memory)
+    assert bench_client.main(["--repeat", "1", "--streams", "1"]) == code

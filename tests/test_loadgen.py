@@ -405,3 +405,22 @@ def test_the_key_is_sent_and_no_more_than_needed() -> None:
     fields = server.requests[0].fields
     assert fields["authorization"] == "Bearer secret"
     assert set(fields) == {"host", "authorization", "accept", "content-type", "content-length"}
+
+
+@pytest.mark.parametrize(("streams", "shards"), [(1, 1), (3, 1), (4, 2)])
+def test_a_server_that_hangs_is_given_up(streams: int, shards: int) -> None:
+    began = time.monotonic()
+    with serving(lambda _: time.sleep(1)) as server, pytest.raises(LoadError, match="hangs"):
+        load_on(server, 40, streams, timeout=0.2, shards=shards)
+    assert time.monotonic() - began < 4
+
+
+def test_a_run_whose_last_requests_take_too_long_has_results() -> None:
+    def answer(request: Request) -> None:
+        if request.number > 2:
+            time.sleep(1)
+        request.send(stream())
+
+    assert [bool(o.error) for o in put(answer, 4, streams=2, timeout=0.2)] == [False] * 2 + [
+        True
+    ] * 2

@@ -82,11 +82,19 @@ def test_goodput_has_a_column_when_it_was_asked_for() -> None:
 
 
 def test_the_clients_own_delay_is_told(tmp_path: Path) -> None:
-    facts = {"late_share": 0.012, "p99_read_lag_ms": 0.4}
+    facts = {"late_share": 0.012, "p99_read_lag_ms": 0.4, "stamps": "kernel"}
     report.write(tmp_path, [record(LATENCY, client=facts)])
     words = "held back for at most 1.2% of their time"
     assert words in report.table([record(LATENCY, client=facts)])
     assert words in (tmp_path / "report.html").read_text()
+
+
+def test_only_the_kernels_stamps_undo_its_delay() -> None:
+    facts = {"late_share": 0.012, "p99_read_lag_ms": 0.4}
+    kernel = record(LATENCY, client={**facts, "stamps": "kernel"})
+    own = record(SECOND, client={**facts, "stamps": "user space"})
+    assert "kernel stamps undo that" in report.table([kernel])
+    assert "kernel stamps" not in report.table([kernel, own])
 
 
 def test_one_bad_repeat_makes_the_row_invalid() -> None:
@@ -241,3 +249,12 @@ def test_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         report.main(words)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["{half", "[]", "7"])
+def test_a_file_that_is_no_result(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (put(tmp_path / "a") / "x.json").write_text(text)
+    assert report.main([str(tmp_path / "a")]) == 1
+    assert "ERROR" in capsys.readouterr().err

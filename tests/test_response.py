@@ -214,3 +214,9 @@ def test_what_is_not_http_is_refused(raw: bytes) -> None:
 def test_a_bad_chunk_size_is_refused() -> None:
     with pytest.raises(Malformed):
         Reply().add(HEAD + b"zz\r\nabc\r\n\r\n", 0, 0)
+
+
+@pytest.mark.parametrize("length", [b"5, 5", b"-1", b"x"])
+def test_a_length_that_is_no_number(length: bytes) -> None:
+    with pytest.raises(Malformed, match="bad Content-Length"):
+        parse_head(b"HTTP/1.1 200 OK\r\nContent-Length: " + length + b"\r\n\r\n")

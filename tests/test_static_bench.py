@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,14 @@ assert len(open(args.dataset).readlines()) == int(args.num_requests)
 if not os.environ.get("BROKEN"):
     json.dump({"tp": args.tp, "concurrency": args.concurrency}, open(args.report_json, "w"))
 """
+
+
+@pytest.fixture(autouse=True)
+def same_signals() -> Iterator[None]:
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -73,3 +84,84 @@ def test_in_the_container_it_gets_the_gpus() -> None:
     mount = "--mount=type=bind,source=/out,target=/out"
     assert {"--gpus=all", "--ulimit=memlock=-1", mount} <= set(prefix)
     assert prefix[-1] == "image:1"
+
+
+@pytest.mark.parametrize(
+    ("setting", "flags"),
+    [
+        (None, ["--gpus=all"]),
+        ("auto", ["--gpus=all"]),
+        ("none", []),
+        ("device=1", ["--gpus=device=1"]),
+    ],
+)
+def test_the_gpus_are_those_of_the_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str | None, flags: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def run(command: Sequence[str], _: Mapping[str, str]) -> int:
+        seen.extend(command)
+        return 1
+
+    monkeypatch.setattr(bench_place, "run", run)
+    monkeypatch.setattr(bench_place, "provide_image", lambda *_: "image:1")
+    monkeypatch.delenv("GPUS", raising=False)
+    if setting:
+        monkeypatch.setenv("GPUS", setting)
+    assert static_bench.main(["-i", "image:1", "-o", str(tmp_path / "out")]) == 1
+    assert [word for word in seen if word.startswith("--gpus")] == flags
+
+
+def test_when_it_is_stopped_its_container_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(
+        '#!/bin/sh\n[ "$1" = rm ] && { echo "$@" > "$REMOVED"; exit; }\nkill "$PARENT"; sleep 5\n'
+    )
+    docker.chmod(0o755)
+    removed = tmp_path / "removed"
+    for name, value in {
+        "PATH": f"{docker.parent}:{os.environ['PATH']}",
+        "PARENT": str(os.getpid()),
+        "REMOVED": str(removed),
+        "HF_HOME": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bench_place, "provide_image", lambda *_: "image:1")
+    # Were the handler missing, this one would be called, and the test live on to fail.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        static_bench.main(["-i", "image:1", "-o", str(tmp_path / "out")])
+    assert stop.value.code == 143
+    assert time.monotonic() - began < 4
+    assert removed.read_text().split() == ["rm", "--force", bench_place.name()]
+
+
+def test_an_earlier_report_is_not_taken_for_this_runs(
+    installed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert static_bench.main(installed) == 0
+    monkeypatch.setenv("BROKEN", "1")
+    assert static_bench.main(installed) == 1
+
+
+def test_tp_that_is_no_number_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TP", "x")
+    with pytest.raises(SystemExit) as stop:
+        static_bench.main([])
+    assert stop.value.code == 2
+    assert "--tp" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(
+    installed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "the out").write_text("a file")
+    assert static_bench.main(installed) == 1
+    assert "ERROR File exists" in capsys.readouterr().err

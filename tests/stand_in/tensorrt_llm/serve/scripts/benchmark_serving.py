@@ -1,8 +1,9 @@
 """Stands in for TensorRT-LLM 1.1.0's benchmark_serving: its flags and no others, its result file.
 
 It sends nothing, unless TRTLLM_STAND_IN says measure. STAND_IN says what goes wrong: fail=N
-requests fail, short=N outputs are a token short, empty=N are empty, silent=1 writes no result,
-slow=SECONDS takes its time. Like the real one it exits with 0 even when every request failed.
+requests fail, short=N outputs are a token short, empty=N are empty, blank=N have no text, silent=1
+writes no result, slow=SECONDS takes its time. Like the real one it exits with 0 even when every
+request failed.
 """
 
 import argparse
@@ -87,7 +88,8 @@ def result(args: argparse.Namespace, wrong: dict[str, float]) -> dict[str, objec
         "ttfts": [0.01] * count,
         "itls": [[0.01]] * count,
         "e2els": [0.1] * count,
-        "generated_texts": ["text"] * count,
+        "generated_texts": [""] * int(wrong.get("blank", 0))
+        + ["text"] * (count - int(wrong.get("blank", 0))),
         "errors": [""] * good + ["Traceback\nValueError: bad request"] * failed,
         **numbers,
         "request_rate": float(args.request_rate) if args.request_rate else "inf",
