@@ -109,7 +109,7 @@ def mount_flag(path: str) -> str:
 
 def passed_on(environ: Mapping[str, str]) -> list[str]:
     """Names of variables for the engine; a value in an argv would be there for all to read."""
-    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME"}
+    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME", "TRTLLM_VERSION"}
     return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,10 @@ SLOW_WORLDS: dict[str, tuple[int, bool, dict[str, str]]] = {  # ranks, --enable-
 }
 
 
+def says(log: Path, words: str) -> bool:
+    return words in log.read_text()
+
+
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
     with ExitStack() as stack:
@@ -356,7 +361,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]
             world = ranks(count, path, "--tp_size", str(count), mpirun=flags, **settings)
             servers[name] = stack.enter_context(world)
             # Two that look for a free port at the same moment find the same one.
-            eventually(lambda path=path: "loading part" in path.read_text(), 20)
+            eventually(partial(says, path, "loading part"), 20)
         until_ready(servers["unhealthy"])
         assert health(servers["unhealthy"]) == 200
         yield servers
