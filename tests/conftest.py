@@ -455,6 +455,8 @@ match args:
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
+    case ["--noheader", "--jobs=77", "--format=%L"]:
+        print(faults.get("left", "UNLIMITED"))
     case _:
         unknown()
 """

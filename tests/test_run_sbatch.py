@@ -21,6 +21,7 @@ import pytest
 
 import run_sbatch
 import settings
+import supervise
 from nodes import Place
 from preflight import Node
 from tests.conftest import (
@@ -154,7 +155,7 @@ def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
 
 @pytest.mark.parametrize("model", ["org/m", *HOSTILE])
 def test_the_curl_line_can_be_pasted(capfd: pytest.CaptureFixture[str], model: str) -> None:
-    run_sbatch.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
+    supervise.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
     words = shlex.split(line.partition("] ")[2])
     assert words[:2] == ["curl", "http://h:1/v1/completions"]
@@ -376,8 +377,8 @@ def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, too
     script = fakes.home / "impatient.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-        "import run_sbatch, server\n"
-        "server.HEALTH_EVERY, server.HEALTH_MISSES = 0.05, 3\n"
+        "import run_sbatch, health\n"
+        "health.HEALTH_EVERY, health.HEALTH_MISSES = 0.05, 3\n"
         "raise SystemExit(run_sbatch.main(['m']))\n"
     )
     started = launch(script=script, TRTLLM_SIM_FAULT="503:0.3")

@@ -15,11 +15,12 @@ from typing import cast
 
 import pytest
 
+import health
 import server
+from log import Log
 from nodes import Failure, Place, Step
 from plan import Spread
 from preflight import Node
-from server import Log
 from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -183,7 +184,7 @@ GOOD_MODELS = b'{"data": [{"id": "org/m"}]}'
 
 
 @pytest.mark.parametrize(
-    ("health", "models", "good", "answer"),
+    ("healthy", "models", "good", "answer"),
     [
         ((200, b""), (200, GOOD_MODELS), True, "/health answered 200"),
         ((200, b"x" * 100_000), (200, GOOD_MODELS), True, "/health answered 200"),
@@ -200,14 +201,14 @@ GOOD_MODELS = b'{"data": [{"id": "org/m"}]}'
 def test_ready_means_healthy_and_a_known_model(
     url: str,
     monkeypatch: pytest.MonkeyPatch,
-    health: tuple[int, bytes],
+    healthy: tuple[int, bytes],
     models: tuple[int, bytes],
     good: bool,
     answer: str,
 ) -> None:
-    Engine.replies = {"/health": health, "/v1/models": models}
+    Engine.replies = {"/health": healthy, "/v1/models": models}
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    asked = server.Health(url)
+    asked = health.Health(url, ["org/m"])
     asked.start()
     wait_until(lambda: asked.ready.is_set() or asked.misses)
     asked.end()
@@ -218,7 +219,7 @@ def test_ready_means_healthy_and_a_known_model(
 
 
 def test_no_answer_is_told_as_that() -> None:
-    asked = server.Health("http://127.0.0.1:1")
+    asked = health.Health("http://127.0.0.1:1", ["m"])
     asked.start()
     wait_until(lambda: asked.misses)
     asked.end()
@@ -227,9 +228,9 @@ def test_no_answer_is_told_as_that() -> None:
 
 
 def test_misses_count_in_a_row(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEALTH_EVERY", 0.01)
+    monkeypatch.setattr(health, "HEALTH_EVERY", 0.01)
     Engine.replies = {"/health": (200, b""), "/v1/models": (200, GOOD_MODELS)}
-    asked = server.Health(url)
+    asked = health.Health(url, ["org/m"])
     asked.start()
     wait_until(asked.ready.is_set)
     Engine.replies["/health"] = (503, b"")
@@ -252,7 +253,7 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         made = plan(*engine)
         made = replace(made, place=place or made.place)
         url, log = "http://127.0.0.1:1", tmp_path / "x.log"
-        launched.append(server.launch(made, [Node("n1"), Node("n2")], url, log))
+        launched.append(server.launch(made, [Node("n1"), Node("n2")], url, log, 0))
         return launched[-1]
 
     yield run
@@ -317,9 +318,9 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
         with (tmp_path / f"x_rank{rank}.log").open("a") as file:
             file.write(f"rank {rank}'s words\n")
     made = replace(plan(), place=Place("77", 2, ("srun",)), spread=Spread(2, 8, "pmix"))
-    step, health = cast(Step, None), server.Health("http://127.0.0.1:1")
-    nodes = [Node("n1"), Node("n2")]
-    running = server.Server(made, nodes, health.url, step, log, health, time.monotonic(), rank0)
+    url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]
+    asked, probe = health.Health(url, ["m"]), health.Probe(url, 0)
+    running = server.Server(made, nodes, url, step, log, asked, probe, time.monotonic(), rank0)
     with pytest.raises(Failure, match="^" + words) as failure:
         server.report_death(running, 1, "while serving")
     assert failure.value.hint.endswith(f"log: {tmp_path}/x{path}.log")
