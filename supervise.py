@@ -7,6 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import manage
@@ -23,29 +24,16 @@ FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are coun
 
 def serve(plan: Plan, nodes: Sequence[Node], url: str, args: argparse.Namespace) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
-    logs, log = args.workspace / "logs", log_path(plan, args.workspace)
-    record, endpoint = logs / f"run_{plan.place.job}.json", logs / "endpoint.json"
-    running, tries, limit = None, 0, TimeLimit(plan.place)
+    launch, limit = Launch(plan, nodes, url, args), TimeLimit(plan.place)
     try:
-        manage.sweep(logs)
-        manage.write_record(record, plan, url, log)
+        manage.sweep(launch.logs)
+        manage.write_record(launch.record, plan, url, launch.log)
         limit.begin()
         while True:
             try:
-                running = server.launch(plan, nodes, url, log, args.probe_seconds)
-                server.await_ready(running, args.ready_timeout)
-                say_how_to_use(server.announce(running, endpoint))
-                server.hold(running)
+                launch.serve()
             except Failure as failure:
-                tries = 1 if running and running.served > FORGIVEN_AFTER else tries + 1
-                check_restart(failure, tries, args.restart)
-                with postponed():
-                    if running:
-                        server.stop(running)
-                    running = None
-                    manage.remove_records(endpoint)
-                pause(failure, tries, args.restart)
-                mark(log, f"restart {tries} of {args.restart}")
+                launch.prepare_restart(failure)
     except Stopped:
         if limit.is_reached():
             say(f"Slurm ended the server: job {plan.place.job} has reached its time limit")
@@ -53,24 +41,69 @@ def serve(plan: Plan, nodes: Sequence[Node], url: str, args: argparse.Namespace)
     finally:
         turn_deaf()
         limit.end()
-        if running:
-            server.stop(running)
-        manage.remove_records(record, endpoint)
+        launch.clean_up()
+        manage.remove_records(launch.record)
 
 
-def check_restart(failure: Failure, tries: int, allowed: int) -> None:
-    """Raise the failure where another start would not help, or there were enough of them."""
-    if failure.passing and tries <= allowed:
-        return
-    if failure.passing and allowed:
-        failure.message += f" (given up after {allowed} restart(s))"
-    raise failure
+@dataclass
+class Launch:
+    """A launch, its server as long as there is one, and how often it was started anew."""
 
+    plan: Plan
+    nodes: Sequence[Node]
+    url: str
+    args: argparse.Namespace
+    running: server.Server | None = None
+    restarts: int = 0
 
-def pause(failure: Failure, tries: int, allowed: int) -> None:
-    seconds = min(2**tries, LONGEST_PAUSE)
-    say(f"{failure.message}; restarting ({tries} of {allowed}) in {seconds} s")
-    time.sleep(seconds)
+    @property
+    def logs(self) -> Path:
+        return Path(self.args.workspace / "logs")
+
+    @property
+    def log(self) -> Path:
+        return log_path(self.plan, self.args.workspace)
+
+    @property
+    def record(self) -> Path:
+        return self.logs / f"run_{self.plan.place.job}.json"
+
+    @property
+    def endpoint(self) -> Path:
+        return self.logs / "endpoint.json"
+
+    def serve(self) -> None:
+        """Ends only with a Failure, or by a signal."""
+        every = self.args.probe_seconds
+        self.running = server.launch(self.plan, self.nodes, self.url, self.log, every)
+        server.await_ready(self.running, self.args.ready_timeout)
+        say_how_to_use(server.announce(self.running, self.endpoint))
+        server.hold(self.running)
+
+    def prepare_restart(self, failure: Failure) -> None:
+        """Clean up and pause; the Failure again where it is final, or there were enough of them."""
+        if self.running and self.running.served > FORGIVEN_AFTER:
+            self.restarts = 0
+        allowed = self.args.restart
+        if failure.passing and 0 < allowed <= self.restarts:
+            failure.message += f" (given up after {allowed} restart(s))"
+        if not failure.passing or self.restarts >= allowed:
+            raise failure
+        self.restarts += 1
+        with postponed():
+            self.clean_up()
+        seconds = min(2**self.restarts, LONGEST_PAUSE)
+        count = f"{self.restarts} of {allowed}"
+        say(f"{failure.message}; restarting ({count}) in {seconds} s")
+        time.sleep(seconds)
+        mark(self.log, f"restart {count}")
+
+    def clean_up(self) -> None:
+        """No server, no container of it, and no word of an endpoint is left."""
+        manage.remove_records(self.endpoint)
+        if self.running:
+            server.stop(self.running)
+        self.running = None
 
 
 def mark(log: Path, what: str) -> None:
