@@ -101,9 +101,9 @@ class Launch:
     def clean_up(self) -> None:
         """No server, no container of it, and no word of an endpoint is left."""
         manage.remove_records(self.endpoint)
-        if self.running:
-            server.stop(self.running)
-        self.running = None
+        running, self.running = self.running, None
+        if running:
+            server.stop(running)
 
 
 def mark(log: Path, what: str) -> None:
