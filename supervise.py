@@ -12,7 +12,7 @@ from pathlib import Path
 
 import manage
 import server
-from nodes import Failure, say
+from nodes import Failure, die, say
 from plan import Plan
 from preflight import Node
 from signals import Stopped, postponed, turn_deaf
@@ -24,7 +24,8 @@ FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are coun
 
 def serve(plan: Plan, nodes: Sequence[Node], url: str, args: argparse.Namespace) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
-    launch, limit = Launch(plan, nodes, url, args), TimeLimit(plan.place)
+    limit = TimeLimit(plan.place)
+    launch = Launch(plan, nodes, url, args, limit)
     try:
         manage.sweep(launch.logs)
         manage.write_record(launch.record, plan, url, launch.log)
@@ -53,6 +54,7 @@ class Launch:
     nodes: Sequence[Node]
     url: str
     args: argparse.Namespace
+    limit: TimeLimit
     running: server.Server | None = None
     restarts: int = 0
 
@@ -82,13 +84,15 @@ class Launch:
 
     def prepare_restart(self, failure: Failure) -> None:
         """Clean up and pause; the Failure again where it is final, or there were enough of them."""
+        allowed = self.args.restart
+        if not failure.passing:
+            raise failure
+        self.check_job(failure)
         if self.running and self.running.served > FORGIVEN_AFTER:
             self.restarts = 0
-        allowed = self.args.restart
-        if failure.passing and 0 < allowed <= self.restarts:
-            failure.message += f" (given up after {allowed} restart(s))"
-        if not failure.passing or self.restarts >= allowed:
-            raise failure
+        if self.restarts >= allowed:
+            after = f" (given up after {allowed} restart(s))" if allowed else ""
+            raise Failure(failure.message + after, failure.hint)
         self.restarts += 1
         with postponed():
             self.clean_up()
@@ -97,6 +101,13 @@ class Launch:
         say(f"{failure.message}; restarting ({count}) in {seconds} s")
         time.sleep(seconds)
         mark(self.log, f"restart {count}")
+
+    def check_job(self, failure: Failure) -> None:
+        """The end of the job is not the server's fault, whoever was the first to notice."""
+        ask = self.args.restart or self.limit.is_reached()
+        if ask and (how := self.limit.how_it_ended()):
+            where, job = self.nodes[0].name, self.plan.place.job
+            die(f"{where}: Slurm ended the server: job {job} {how}", hint=failure.hint)
 
     def clean_up(self) -> None:
         """No server, no container of it, and no word of an endpoint is left."""

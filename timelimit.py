@@ -40,10 +40,9 @@ class TimeLimit(threading.Thread):
 
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""
-        command = ["squeue", "--noheader", f"--jobs={self.job}", "--format=%L"]
         try:
             self.asking = subprocess.Popen(
-                command,
+                squeue(self.job, "%L"),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -68,10 +67,28 @@ class TimeLimit(threading.Thread):
         """Whether the end that Slurm last named has come."""
         return self.end_at is not None and time.monotonic() > self.end_at - 2
 
+    def how_it_ended(self) -> str:
+        """What has become of the job, in words; '' while it runs, or where nobody says."""
+        if not self.job:
+            return ""
+        if self.is_reached():
+            return "has reached its time limit"
+        try:
+            ask = squeue(self.job, "%T")
+            done = subprocess.run(ask, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        state = done.stdout.strip() or ("GONE" if "Invalid job id" in done.stderr else "")
+        return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
+
     def end(self) -> None:
         self.ended.set()
         if self.asking:
             self.asking.kill()
+
+
+def squeue(job: str, what: str) -> list[str]:
+    return ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
 
 
 def seconds(text: str) -> float | None:

@@ -457,6 +457,10 @@ match args:
         print("\n".join(faults["jobs"]))
     case ["--noheader", "--jobs=77", "--format=%L"]:
         print(faults.get("left", "UNLIMITED"))
+    case ["--noheader", "--jobs=77", "--format=%T"]:
+        if faults.get("state") == "GONE":
+            fail("slurm_load_jobs error: Invalid job id specified")
+        print(faults.get("state", "RUNNING"))
     case _:
         unknown()
 """

@@ -565,6 +565,18 @@ def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launc
     assert left() == set()
 
 
+def test_the_end_of_the_job_is_no_reason_to_start_anew(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(node="localhost")
+    fakes.hold_image(node="n2")
+    started = launch("m", "--restart", "3", slurm=True)
+    started.until("stop it with")
+    fakes.set(state="COMPLETING")
+    os.kill(fakes.container()["pid"], signal.SIGTERM)
+    words = error(started)
+    assert words.startswith("localhost: Slurm ended the server: job 77 has ended (completing)")
+    assert "restarting" not in started.output
+
+
 def test_the_end_of_the_job_is_told_before_it_comes(fakes: Fakes, launch: Launcher) -> None:
     fakes.hold_image(node="localhost")
     fakes.hold_image(node="n2")

@@ -118,6 +118,29 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
     limit.join()
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("RUNNING", ""),
+        ("SUSPENDED", ""),
+        ("COMPLETING", "has ended (completing)"),
+        ("TIMEOUT", "has ended (timeout)"),
+        ("GONE", "has ended (gone)"),
+    ],
+)
+def test_slurm_says_whether_the_job_has_ended(
+    fakes: Fakes, limit: timelimit.TimeLimit, state: str, words: str
+) -> None:
+    fakes.set(state=state)
+    assert limit.how_it_ended() == words
+    fakes.program("squeue", "raise SystemExit('Unable to contact slurm controller')")
+    assert limit.how_it_ended() == ""
+    fakes.without("squeue")
+    assert limit.how_it_ended() == ""
+    limit.end_at = time.monotonic() + 1
+    assert limit.how_it_ended() == "has reached its time limit"
+
+
 def test_without_slurm_nobody_is_asked(fakes: Fakes, limit: timelimit.TimeLimit) -> None:
     here = timelimit.TimeLimit(Place("local1", 1, ()))
     here.begin()
