@@ -154,8 +154,8 @@ class Holders(threading.Thread):
                 self.join(1)  # until all that it said has been read
             if fault := self.fault():
                 die(fault, passing=True)
-            if ended or time.monotonic() > deadline:
-                missing = [name for name in self.names if name not in self.seen]
+            missing = [name for name in self.names if name not in self.seen]
+            if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 die(
                     f"{', '.join(missing)}: no container{late}: "
