@@ -60,7 +60,8 @@ def test_the_end_of_the_time_limit_is_told_before_and_after(
     one = [str(REPO / "run_sbatch.py"), *args, "--tp_size", "4", "--port", "8001"]
     batch = workspace / "batch"
     batch.mkdir()
-    submit = ["sbatch", "--parsable", "-N1", *half, *one]
+    # The header of run_sbatch.py asks for whole nodes; the command line has the last word.
+    submit = ["sbatch", "--parsable", "-N1", "--oversubscribe", *half, *one]
     job = cluster.ctl.run(*submit, cwd=str(batch), env=QUICK).stdout.strip()
     output = batch / f"slurm-{job}.out"
     started.until("READY", 60)
@@ -73,4 +74,5 @@ def test_the_end_of_the_time_limit_is_told_before_and_after(
         assert "restarting" not in seen
         assert "stopped; the log is" in seen
     assert ours(cluster) == [] and traces(cluster, batch) == []
+    print(started.code(), started.output, output.read_text())
     assert "JobState=TIMEOUT" in cluster.ctl.run("scontrol", "show", "job", job).stdout
