@@ -39,8 +39,6 @@ CANCEL_WORDS = {
     "NODE FAILURE": "has lost a node",
     "PREEMPTION": "was preempted",
 }
-
-
 Guards = Sequence[multinode.Holders | multinode.Slurmds]
 
 
@@ -148,19 +146,14 @@ def commands(plan: Plan, environ: Mapping[str, str], log: Path) -> list[tuple[st
 
 def await_ready(server: Server, timeout: float) -> None:
     """Return when the server answers; Failure when it ends first, or at the deadline."""
-    beat, health = HEARTBEAT, server.health
-    while not health.ready.is_set():
+    beat = HEARTBEAT
+    while not server.health.ready.is_set():
         tick(server, "before it was ready")
-        if health.is_stranger():
-            die(
-                f"{server.node}: another server has taken {server.url} meanwhile: it serves "
-                f"{health.stranger}, not {server.plan.engine[1]}",
-                hint="another --port; `ss -ltnp` on the node says whose it is",
-            )
+        die_if_strange(server)
         if server.age > timeout:
             die(
                 f"{server.node}: the server was not ready within {timeout:g} s: "
-                f"{health.answer}; its log ends: {server.main_log.last_line or '(empty)'}",
+                f"{server.health.answer}; its log ends: {server.main_log.last_line or '(empty)'}",
                 hint=f"more time: --ready-timeout; the whole log: {server.log.path}",
                 passing=True,
             )
@@ -169,6 +162,16 @@ def await_ready(server: Server, timeout: float) -> None:
             beat += HEARTBEAT
     if (code := server.step.poll()) is not None:  # then it was not ours that answered
         report_death(server, code, "before it was ready")
+
+
+def die_if_strange(server: Server) -> None:
+    """The port was free when the nodes were asked; since then somebody may have taken it."""
+    if server.health.is_stranger():
+        die(
+            f"{server.node}: another server has taken {server.url} meanwhile: it serves "
+            f"{server.health.stranger}, not {server.plan.engine[1]}",
+            hint="another --port; `ss -ltnp` on the node says whose it is",
+        )
 
 
 def hold(server: Server) -> None:
