@@ -197,6 +197,13 @@ def test_help_fits_a_terminal(path: Path) -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
+def test_the_start_does_not_wait_for_what_is_needed_later() -> None:
+    """requests alone takes as long to import as all the rest."""
+    look = "import run_sbatch, sys; print({'requests', 'matplotlib', 'dotenv'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 # The whole, among fakes
 
 
