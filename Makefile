@@ -16,7 +16,7 @@ READY  := $(VENV)/.ready
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
-GIVEN += HOST
+GIVEN += HOST RESTART PROBE_SECONDS
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=

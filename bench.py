@@ -32,7 +32,7 @@ import report
 from clients import BenchmarkServing, Builtin, Client, Options, Record, nothing
 from endpoint import Endpoint
 from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from nodes import Failure, say
+from nodes import Failure, complain, say
 from sweep import stop_reason, sweep
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
@@ -350,17 +350,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench_place.end_on_signals()
     try:
         return bench(argv)
-    except Failure as failure:
-        say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
-        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
 
 
 if __name__ == "__main__":

@@ -153,13 +153,14 @@ class Holders(threading.Thread):
             if ended := self.step.poll() is not None:
                 self.join(1)  # until all that it said has been read
             if fault := self.fault():
-                die(fault)
-            if ended or time.monotonic() > deadline:
-                missing = [name for name in self.names if name not in self.seen]
+                die(fault, passing=True)
+            missing = [name for name in self.names if name not in self.seen]
+            if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 die(
                     f"{', '.join(missing)}: no container{late}: "
-                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}"
+                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}",
+                    passing=True,
                 )
             time.sleep(0.02)
 
@@ -177,7 +178,7 @@ class Slurmds(threading.Thread):
         self.misses = dict.fromkeys(holders.names, 0)
 
     def run(self) -> None:
-        while True:
+        while self.holders.step.poll() is None:
             for name in self.misses:
                 self.look(name)
             time.sleep(SLURMD_EVERY)

@@ -41,15 +41,28 @@ LEAKS = (
 
 
 class Failure(Exception):
-    """What failed, in one sentence, and what to do next. Ends the program with exit code 1."""
+    """What failed, in one sentence, and what to do next. Ends the program with exit code 1.
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    One that is `passing` may not happen again when the server is started anew (--restart).
+    """
+
+    def __init__(self, message: str, hint: str = "", passing: bool = False) -> None:
         super().__init__(message)
-        self.message, self.hint = message, hint
+        self.message, self.hint, self.passing = message, hint, passing
 
 
-def die(message: str, *, hint: str = "") -> NoReturn:
-    raise Failure(message, hint)
+def die(message: str, *, hint: str = "", passing: bool = False) -> NoReturn:
+    raise Failure(message, hint, passing)
+
+
+def complain(error: Failure | OSError) -> int:
+    """Say what ended the program and what to do next; returns its exit code."""
+    if isinstance(error, Failure):
+        hint = f"\n           next: {error.hint}" if error.hint else ""  # below the word ERROR
+        say(f"ERROR {error.message}{hint}")
+    else:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    return 1
 
 
 def say(message: str) -> None:

@@ -24,7 +24,7 @@ import page
 from clients import DETAILS
 from live import colour
 from metrics import spread
-from nodes import Failure, die, say
+from nodes import Failure, complain, die, say
 
 Record = dict[str, Any]
 SUMMARY = ("summary.json", "summary.csv")
@@ -311,12 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(Path(words[0]), records)
             print(table(records))
             say(f"{words[0]}/report.html")
-    except Failure as failure:
-        say(f"ERROR {failure.message}")
-        return 1
-    except OSError as error:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
     return 0
 
 

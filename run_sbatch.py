@@ -17,10 +17,10 @@ Examples:
     salloc -N 1 --gpus-per-node=8 --exclusive python run_sbatch.py \\
         Qwen/Qwen2.5-14B-Instruct --tp_size 8
     sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
-        nvidia/Qwen3-8B-FP8
+        --restart 3 nvidia/Qwen3-8B-FP8
 
 What is not an option here goes to trtllm-serve untouched; `--` ends the
-options.
+options. More settings, such as PORT, are in env.example.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def become_the_original() -> None:
         here = original_directory()
     python = here / ".venv/bin/python"
     script = str(here / "run_sbatch.py")
-    if here != Path(__file__).resolve().parent or (needs_venv() and python.exists()):
+    if here != Path(__file__).resolve().parent or needs_venv(python):
         command = [str(python) if python.exists() else sys.executable, script, *sys.argv[1:]]
         os.environ["TENSORRT_LLM_SERVE_ORIGINAL"] = script  # once is enough
         os.execv(command[0], command)
@@ -69,73 +69,58 @@ def original_directory() -> Path:
     )
 
 
-def needs_venv() -> bool:
+def needs_venv(python: Path) -> bool:
+    known = "TENSORRT_LLM_SERVE_ORIGINAL" in os.environ
+    return bool(not known and missing_package() and python.exists())
+
+
+def missing_package() -> str:
     from importlib.util import find_spec
 
-    return not all(map(find_spec, ("sh", "requests", "dotenv", "yaml"))) and (
-        "TENSORRT_LLM_SERVE_ORIGINAL" not in os.environ
-    )
+    def has(name: str) -> bool:
+        return name in sys.modules or find_spec(name) is not None
+
+    return next((name for name in ("sh", "requests", "dotenv", "yaml") if not has(name)), "")
 
 
 if __name__ == "__main__":
     become_the_original()
 
+if missing := missing_package():
+    raise SystemExit(
+        f"run_sbatch.py: the Python package {missing!r} is missing: run `make setup`, "
+        "then .venv/bin/python run_sbatch.py"
+    )
+
 import argparse  # noqa: E402
-import json  # noqa: E402
+import math  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from types import FrameType  # noqa: E402
 
-try:
-    import dotenv  # noqa: F401  (imported where they are used; missed here)
-    import requests  # noqa: F401
-    import yaml  # noqa: F401
-
-    import image
-    import manage
-    import parallelism
-    import preflight
-    import server
-    import strategy
-    from nodes import Failure, Place, Told, die, find_place, run, say
-    from plan import (
-        Plan,
-        describe,
-        engine_arguments,
-        expect_spread,
-        find_spread,
-        is_directory,
-        make_plan,
-        real,
-        wanted_of,
-    )
-    from settings import load_env_files, setting
-except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"run_sbatch.py: the Python package {error.name!r} is missing: run `make setup`, "
-        "then .venv/bin/python run_sbatch.py"
-    ) from None
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(BaseException):
-    """A signal asked us to stop; like KeyboardInterrupt, so that every `finally` runs."""
-
-
-def on_signal(signum: int, _: FrameType | None) -> None:
-    # The second one must not break the clean-up that the first has begun.
-    turn_deaf()
-    raise Stopped(signum)
-
-
-def turn_deaf() -> None:
-    for each in SIGNALS:
-        signal.signal(each, lambda *_: None)
+import image  # noqa: E402
+import manage  # noqa: E402
+import parallelism  # noqa: E402
+import preflight  # noqa: E402
+import server  # noqa: E402
+import strategy  # noqa: E402
+import supervise  # noqa: E402
+from nodes import Failure, Place, Told, complain, die, find_place, run, say  # noqa: E402
+from plan import (  # noqa: E402
+    Plan,
+    describe,
+    engine_arguments,
+    expect_spread,
+    find_spread,
+    is_directory,
+    make_plan,
+    real,
+    wanted_of,
+)
+from settings import load_env_files, setting  # noqa: E402
+from signals import SIGNALS, Stopped, obey  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -144,29 +129,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         usage="%(prog)s [options] MODEL [TRTLLM_SERVE_ARGS...]",
         allow_abbrev=False,
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
     )
-    where = parser.add_argument_group("image and paths")
-    where.add_argument(
-        "--image", metavar="PATH|REF", help="tarball, local tag or registry reference"
-    )
-    where.add_argument(
-        "--workspace", "-w", metavar="PATH", help="default image, logs/ (default: .)"
-    )
-    where.add_argument(
-        "--container-mount",
-        metavar="PATH",
-        help="host path that the containers see, too (default: /fsx)",
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--force",
-        "-f",
-        action="store_true",
-        help="take this image off the nodes, then load it afresh",
-    )
-    how.add_argument("--runtime", choices=("docker", "bare"), help="default: docker")
-    how.add_argument("--ready-timeout", metavar="SECONDS", help="default: 3600")
+    option = parser.add_argument_group("image and paths").add_argument
+    option("--image", metavar="IMAGE", help="tarball, local tag or registry reference")
+    option("--workspace", "-w", metavar="DIR", help="has the default image and logs/ (default: .)")
+    option("--container-mount", metavar="DIR", help="the containers see it, too (default: /fsx)")
+    option("--force", "-f", action="store_true", help="take the image off the nodes, load it anew")
+    option = parser.add_argument_group("serving").add_argument
+    option("--runtime", choices=("docker", "bare"), help="bare: trtllm-serve from PATH")
+    option("--ready-timeout", metavar="SECONDS", help="given to it to be ready (default: 3600)")
+    option("--restart", metavar="N", help="start a failed server anew, N times (default: 0)")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
@@ -188,17 +161,27 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.image = args.image or setting("IMAGE")
     args.workspace = real(args.workspace or setting("WORKSPACE") or ".")
     args.runtime = args.runtime or setting("RUNTIME")
-    args.ready_timeout = args.ready_timeout or setting("READY_TIMEOUT")
-    try:
-        args.ready_timeout = float(args.ready_timeout)
-        if args.ready_timeout != args.ready_timeout:  # nan
-            raise ValueError
-    except ValueError:
-        parser.error(f"--ready-timeout: {args.ready_timeout!r} is not a number of seconds")
+    asked = args.ready_timeout or setting("READY_TIMEOUT")
+    args.ready_timeout = seconds(parser, "--ready-timeout", asked)
+    args.probe_seconds = seconds(parser, "PROBE_SECONDS", setting("PROBE_SECONDS"))
+    restart = args.restart or setting("RESTART")
+    if not restart.isdecimal():
+        parser.error(f"--restart: {restart!r} is not a number of times")
+    args.restart = int(restart)
     if args.runtime not in ("docker", "bare"):
         parser.error(f"RUNTIME is {args.runtime!r}, not docker or bare")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
+
+
+def seconds(parser: argparse.ArgumentParser, name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:  # nan is not
+        parser.error(f"{name}: {text!r} is not a number of seconds")
+    return number
 
 
 def dry_run(
@@ -217,7 +200,7 @@ def dry_run(
         if password := image.password_command(found):
             command = f"{{ {shlex.join(password)}; cat; }} | {command}"
         print(f"# where a node lacks the image; stops when its standard input ends\n{command}")
-    for why, words in server.commands(plan, os.environ, log_path(plan, args.workspace)):
+    for why, words in server.commands(plan, os.environ, supervise.log_path(plan, args.workspace)):
         show(why, words)
 
 
@@ -278,57 +261,13 @@ def address_of(head: preflight.Node) -> str:
     return address if not address.startswith("127.") else (own or ["127.0.0.1"])[0]
 
 
-def serve(plan: Plan, nodes: Sequence[preflight.Node], url: str, args: argparse.Namespace) -> None:
-    """Launch, wait, announce, hold; whatever happens, clean up."""
-    logs = args.workspace / "logs"
-    record, log = logs / f"run_{plan.place.job}.json", log_path(plan, args.workspace)
-    running = None
-    try:
-        manage.sweep(logs)
-        manage.write_record(record, plan, url, log)
-        running = server.launch(plan, nodes, url, log)
-        server.await_ready(running, args.ready_timeout)
-        endpoint = server.announce(running, logs)
-        say_how_to_use(endpoint)
-        server.hold(running)
-    finally:
-        turn_deaf()
-        if running:
-            server.stop(running)
-        manage.remove_records(record, logs / "endpoint.json")
-
-
-def log_path(plan: Plan, workspace: Path) -> Path:
-    return workspace / f"logs/trtllm_server_{plan.place.job}.log"
-
-
-def say_how_to_use(endpoint: dict[str, object]) -> None:
-    url, model = str(endpoint["url"]), str(endpoint["model"])
-    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
-    say(f"  make test HOST={host} PORT={port}")
-    say(f"  make bench HOST={host} PORT={port}")
-    job = str(endpoint["job"])
-    say("stop it with ^C, make stop" + (f" or scancel {job}" if job.isdecimal() else ""))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    for each in SIGNALS:
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup and `&` want it
-            signal.signal(each, on_signal)
+    obey()
     try:
         load_env_files()
         return go(*parse(argv))
-    except Failure as failure:
-        say(
-            f"ERROR {failure.message}"
-            + (f"\n           next: {failure.hint}" if failure.hint else "")
-        )
-        return 1
-    except OSError as error:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
     except Stopped as stopped:
         # From here the interpreter takes handlers down: a late signal would be death by signal.
         for each in SIGNALS:
@@ -361,7 +300,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if plan.runtime == "docker":
         put_image(plan, found, nodes, args.force)
-    serve(plan, nodes, url, args)
+    supervise.serve(plan, nodes, url, args)
     return 0
 
 

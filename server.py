@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,16 @@ from pathlib import Path
 
 import multinode
 from container import launch_command, remove_command
+from health import Health, Probe, names_of
+from log import Log, tail_of
 from nodes import Failure, Step, die, last_words, launcher, run, say, write_json
 from plan import Plan, Spread
 from preflight import Node
 
 TICK = 0.05  # seconds between two looks at the process and its log
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
-HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
+ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
 MEANINGS = {
     1: "it failed",
     2: "it refused its arguments",
@@ -30,125 +31,20 @@ MEANINGS = {
     139: "segmentation fault",
     143: "terminated",
 }
-
-
-class Log:
-    """The server's log file: written by its step, followed by us, kept."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self.sink = path.open("ab")
-        self.reader = path.open("rb")
-        self.start = self.reader.seek(0, os.SEEK_END)
-        self.last_line = ""
-
-    def pump(self, limit: int = 1 << 20) -> bytes:
-        """Copy what is new to stdout and return it. A flood is skipped there, not in the file."""
-        behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
-        if behind > 8 * limit:
-            say(
-                f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
-            )
-            self.reader.seek(-limit, os.SEEK_END)
-        if new := self.reader.read(limit):
-            self._show(new)
-            if said := new.rstrip():
-                self.last_line = said.rpartition(b"\n")[2].decode(errors="replace").strip()
-        return new
-
-    def _show(self, new: bytes) -> None:
-        try:
-            sys.stdout.buffer.write(new)
-            sys.stdout.flush()
-        except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
-            # Nobody reads any more: the file keeps it all, the server goes on.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-
-    def tail(self, lines: int = 50) -> str:
-        """The last lines of this launch, wherever somebody has moved the file."""
-        return tail_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, lines)
-
-    def close(self) -> None:
-        self.reader.close()
-        self.sink.close()
-
-
-def tail_of(path: Path, start: int = 0, lines: int = 50) -> str:
-    """The last lines of a file, none of them from before `start`; '' where there is no file."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(start, end - (1 << 16)))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-lines:])
-
-
-class Health(threading.Thread):
-    """Asks the server how it is, so that a slow answer holds up nothing else."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(daemon=True)
-        self.url = url
-        self.ready = threading.Event()
-        self.hurry = threading.Event()
-        self.ended = threading.Event()
-        self.model = ""
-        self.misses = 0
-        self.answer = "no answer yet"
-
-    def run(self) -> None:
-        import requests
-
-        with requests.Session() as session:
-            session.trust_env = False  # a proxy has no business between us and the node
-            wait, asked = 0.0, time.monotonic()
-            while not self.ended.is_set():
-                self.hurry.wait(wait)
-                self.hurry.clear()
-                if self._ask(session) and not self.ready.is_set():
-                    self.ready.set()
-                # 0.25 s at first; an engine that loads for minutes is asked every 2 s.
-                young = time.monotonic() - asked < 60
-                wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
-
-    def _ask(self, session: requests.Session) -> bool:  # type: ignore[name-defined] # noqa: F821
-        try:
-            reply = session.get(
-                f"{self.url}/health",
-                timeout=(2, HEALTH_TIMEOUT),
-                allow_redirects=False,
-                stream=True,
-            )
-            reply.close()
-            self.answer = f"/health answered {reply.status_code}"
-            good = reply.status_code == 200 and (bool(self.model) or self._learn_model(session))
-        except OSError as error:  # requests' exceptions are OSErrors
-            self.answer = f"/health did not answer ({type(error).__name__})"
-            good = False
-        except ValueError as error:
-            self.answer, good = f"/v1/models gave no list of models ({error})", False
-        self.misses = 0 if good else self.misses + 1
-        return good
-
-    def _learn_model(self, session: requests.Session) -> bool:  # type: ignore[name-defined] # noqa: F821
-        reply = session.get(f"{self.url}/v1/models", timeout=(2, HEALTH_TIMEOUT))
-        try:
-            self.model = str(reply.json()["data"][0]["id"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(repr(error)) from error
-        return True
-
-    def end(self) -> None:
-        self.ended.set()
-        self.hurry.set()
+FINAL = {2, 126, 127}  # would be so again
+# The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
+CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
+CANCEL_WORDS = {
+    "TIME LIMIT": "has reached its time limit",
+    "NODE FAILURE": "has lost a node",
+    "PREEMPTION": "was preempted",
+}
+Guards = Sequence[multinode.Holders | multinode.Slurmds]
 
 
 @dataclass
 class Server:
-    """A launched server: its steps, its logs, its health, and when it was started."""
+    """A launched server: its steps, its logs, who asks how it is, and when it was started."""
 
     plan: Plan
     nodes: Sequence[Node]
@@ -156,9 +52,11 @@ class Server:
     step: Step  # the engine; of a spread launch all its ranks
     log: Log  # what the step says; of a spread launch only Slurm speaks there
     health: Health
+    probe: Probe
     started: float
     rank0: Log | None = None
-    guards: Sequence[multinode.Holders | multinode.Slurmds] = ()
+    guards: Guards = ()
+    ready_at: float | None = None
 
     @property
     def node(self) -> str:
@@ -169,30 +67,51 @@ class Server:
         return time.monotonic() - self.started
 
     @property
+    def served(self) -> float:
+        """Seconds since it was ready; 0 before."""
+        return time.monotonic() - self.ready_at if self.ready_at else 0.0
+
+    @property
     def main_log(self) -> Log:
         """Where the engine itself speaks."""
         return self.rank0 or self.log
 
     def pump(self) -> bytes:
-        return self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
+        """Show what is new in the logs, and note what it means."""
+        new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
+        if READY_WORDS in new:
+            self.health.listening = True
+            self.health.hurry.set()
+        if ANSWER_WORDS.search(new):
+            self.probe.traffic = time.monotonic()
+        return new
 
 
-def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path) -> Server:
-    """Start the server's steps. What has been started by then ends with a Failure in here."""
-    log, health, started = Log(log_path), Health(url), time.monotonic()
-    if plan.spread:
-        server = launch_spread(plan, plan.spread, nodes, url, log, health)
-    else:
-        step = Step(launch_command(plan, os.environ), output=log.sink)
-        server = Server(plan, nodes, url, step, log, health, started)
+def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path, every: float) -> Server:
+    """Start the server's steps; `every` so many seconds it will be probed.
+
+    What has been started by then ends with a Failure in here.
+    """
+    log, started = Log(log_path), time.monotonic()
+    rank0: Log | None = None
+    guards: Guards = ()
+    try:
+        if plan.spread:
+            step, rank0, guards = launch_spread(plan, plan.spread, nodes, log)
+        else:
+            step = Step(launch_command(plan, os.environ), output=log.sink)
+    except BaseException:
+        log.close()
+        raise
+    health, probe = Health(url, names_of(plan.engine)), Probe(url, every)
     health.start()
-    return server
+    return Server(plan, nodes, url, step, log, health, probe, started, rank0, guards)
 
 
-def launch_spread(plan: Plan, spread: Spread, nodes: Sequence[Node], url: str, log: Log,
-                  health: Health) -> Server:  # fmt: skip
+def launch_spread(
+    plan: Plan, spread: Spread, nodes: Sequence[Node], log: Log
+) -> tuple[Step, Log, Guards]:
     """A container on every node first, then the ranks in them."""
-    started = time.monotonic()
     port = multinode.slurmd_port()
     holders = multinode.Holders(Step(multinode.holder_command(plan, spread, os.environ)),
                                 spread, nodes)  # fmt: skip
@@ -206,7 +125,7 @@ def launch_spread(plan: Plan, spread: Spread, nodes: Sequence[Node], url: str, l
         raise
     slurmds = multinode.Slurmds(holders, port)
     slurmds.start()
-    return Server(plan, nodes, url, step, log, health, started, rank0, (holders, slurmds))
+    return step, rank0, (holders, slurmds)
 
 
 def commands(plan: Plan, environ: Mapping[str, str], log: Path) -> list[tuple[str, list[str]]]:
@@ -230,34 +149,49 @@ def await_ready(server: Server, timeout: float) -> None:
     beat = HEARTBEAT
     while not server.health.ready.is_set():
         tick(server, "before it was ready")
+        die_if_strange(server)
         if server.age > timeout:
             die(
                 f"{server.node}: the server was not ready within {timeout:g} s: "
                 f"{server.health.answer}; its log ends: {server.main_log.last_line or '(empty)'}",
                 hint=f"more time: --ready-timeout; the whole log: {server.log.path}",
+                passing=True,
             )
         if server.age > beat:
             say(f"loading for {server.age:.0f} s; log: {server.main_log.last_line[:200]}")
             beat += HEARTBEAT
+    if (code := server.step.poll()) is not None:  # then it was not ours that answered
+        report_death(server, code, "before it was ready")
+
+
+def die_if_strange(server: Server) -> None:
+    """The port was free when the nodes were asked; since then somebody may have taken it."""
+    if server.health.is_stranger():
+        die(
+            f"{server.node}: another server has taken {server.url} meanwhile: it serves "
+            f"{server.health.stranger}, not {server.plan.engine[1]}",
+            hint="another --port; `ss -ltnp` on the node says whose it is",
+        )
 
 
 def hold(server: Server) -> None:
     """Watch until somebody stops us; Failure when the server ends or stops answering."""
+    server.probe.begin(server.health.model)
     while True:
         tick(server, "while serving")
-        if server.health.misses >= HEALTH_MISSES:
+        if fault := server.health.fault() or server.probe.fault():
             die(
-                f"{server.node}: the server is up but no longer serves: {HEALTH_MISSES} health "
-                f"checks in a row failed, the last: {server.health.answer}",
-                hint=f"an engine whose rank died can stay so for ever; its log: {server.log.path}",
+                f"{server.node}: the server is up but no longer serves: {fault}",
+                hint="an engine whose rank died can stay so for ever; "
+                f"its log: {server.main_log.path}",
+                passing=True,
             )
 
 
 def tick(server: Server, when: str) -> None:
     """One look at the log and the process."""
     code = server.step.poll()
-    if READY_WORDS in server.pump():
-        server.health.hurry.set()
+    server.pump()
     die_if_unguarded(server, when)
     if code is not None:
         report_death(server, code, when)
@@ -269,12 +203,14 @@ def report_death(server: Server, code: int, when: str) -> None:
     while server.pump():
         pass
     # A rank that fails has the step cancelled, too; where Slurm did it, it speaks first.
-    before, cancelled, _ = server.log.tail(10_000).partition("CANCELLED AT")
+    said = server.log.tail(10_000)
+    cancelled = CANCELLED.search(said)
+    before = said[: cancelled.start()] if cancelled else said
     death = multinode.first_failure(before) if server.plan.spread else None
     if server.plan.place.slurm and cancelled and not death:
         die(
-            f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} was "
-            f"cancelled or out of time",
+            f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} "
+            f"{CANCEL_WORDS.get(cancelled[2], 'was cancelled')}",
             hint=f"its log: {server.log.path}",
         )
     await_guards(server, when)
@@ -293,6 +229,7 @@ def report_death(server: Server, code: int, when: str) -> None:
         f"{who} ended with exit code {code}{meaning} {when}, after {server.age:.1f} s: "
         f"{last_words(tail) or 'it said nothing'}",
         hint=f"the whole log: {path}",
+        passing=code not in FINAL,
     )
 
 
@@ -306,12 +243,13 @@ def await_guards(server: Server, when: str) -> None:
 
 def die_if_unguarded(server: Server, when: str) -> None:
     if fault := next(filter(None, (guard.fault() for guard in server.guards)), ""):
-        die(f"{fault}, {when}", hint=f"the logs: {server.log.path.parent}")
+        die(f"{fault}, {when}", hint=f"the logs: {server.log.path.parent}", passing=True)
 
 
 def stop(server: Server) -> None:
     """End it and everything of it on the nodes."""
     server.health.end()
+    server.probe.end()
     died_alone = server.step.poll() is not None
     steps = [guard.step for guard in server.guards if isinstance(guard, multinode.Holders)]
     steps.append(server.step)
@@ -336,8 +274,9 @@ def remove_once_more(plan: Plan) -> None:
             say(f"could not confirm that the container is gone: {failure.message}")
 
 
-def announce(server: Server, logs: Path) -> dict[str, object]:
-    """Say where the server is, on screen and in logs/endpoint.json."""
+def announce(server: Server, path: Path) -> dict[str, object]:
+    """Say where the server is, on screen and in the file at `path`."""
+    server.ready_at = time.monotonic()
     endpoint: dict[str, object] = {
         "url": server.url,
         "model": server.health.model,
@@ -352,7 +291,7 @@ def announce(server: Server, logs: Path) -> dict[str, object]:
         "ready": iso(time.time()),
         "launcher": launcher(),
     }
-    write_json(logs / "endpoint.json", endpoint)
+    write_json(path, endpoint)
     say(f"READY after {server.age:.1f} s: {server.url} serves {server.health.model}")
     return endpoint
 

@@ -24,6 +24,8 @@ SETTINGS = (
     Setting("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
     Setting("RUNTIME", "docker", "docker, or bare: trtllm-serve from the node's PATH"),
     Setting("READY_TIMEOUT", "3600", "seconds until a server that is not ready has failed"),
+    Setting("RESTART", "0", "how often a server that failed is started anew"),
+    Setting("PROBE_SECONDS", "60", "pause between two one-token probes of the server; 0: none"),
     Setting("PORT", "8000", "port of the server"),
     Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
     Setting("MPI", "auto", "type for several nodes, as srun --mpi=list has it; auto: PMIx"),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import bench_place
 from endpoint import environment
-from nodes import Failure, die, say
+from nodes import Failure, complain, die, say
 
 PREPARE = "/app/tensorrt_llm/benchmarks/cpp/prepare_dataset.py"  # in NVIDIA's image
 # fmt: off
@@ -94,14 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench_place.end_on_signals()
     try:
         return static_bench(argv)
-    except Failure as failure:
-        say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
-        return 1
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
 
 
 if __name__ == "__main__":

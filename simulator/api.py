@@ -112,6 +112,8 @@ class Api:
         max_tokens: Json,
         prompts: list[Prompt],
     ) -> None:
+        if self._faults.broken:
+            raise BadRequest("RuntimeError: CUDA error: an illegal memory access was encountered")
         prompts = [truncated(prompt, values["truncate_prompt_tokens"]) for prompt in prompts]
         self._check_sampling(values, max_tokens)
         self._check_lengths(prompts)

@@ -26,6 +26,8 @@ FAULTS = {
     "503": FaultKind(0, 1),
     "slow-health": FaultKind(1, 1),
     "hang": FaultKind(0, 1),
+    "stuck-engine": FaultKind(0, 1),
+    "broken-engine": FaultKind(0, 1),
     "ignore-term": FaultKind(0, 0),
     "log-flood": FaultKind(1, 1),
     "binary-log": FaultKind(0, 0),

@@ -18,6 +18,7 @@ class Faults:
     def __init__(self, wanted: Mapping[str, tuple[float, ...]]) -> None:
         self.unhealthy = False
         self.hung = False
+        self.broken = False
         self._wanted = wanted
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
@@ -57,10 +58,18 @@ class Faults:
         def hang() -> None:
             self.hung = engine.dead = True
 
+        def stick() -> None:
+            engine.dead = True
+
+        def break_engine() -> None:
+            self.broken = True
+
         after("exit-serving", 1, self._exit)
         after("kill-serving", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
         after("503", 0, self.lose_engine)
         after("hang", 0, hang)
+        after("stuck-engine", 0, stick)
+        after("broken-engine", 0, break_engine)
 
     def lose_engine(self) -> None:
         """The HTTP server lives on without what answers its requests."""

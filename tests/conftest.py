@@ -455,6 +455,12 @@ match args:
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
+    case ["--noheader", "--jobs=77", "--format=%L"]:
+        print(faults.get("left", "UNLIMITED"))
+    case ["--noheader", "--jobs=77", "--format=%T"]:
+        if faults.get("state") == "GONE":
+            fail("slurm_load_jobs error: Invalid job id specified")
+        print(faults.get("state", "RUNNING"))
     case _:
         unknown()
 """

@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 
 import run_sbatch
 import settings
+import supervise
 from nodes import Place
 from preflight import Node
 from tests.conftest import (
@@ -83,6 +86,14 @@ def test_flags_win_over_settings() -> None:
     assert args.container_mount == args.asked_mount == "/f"
 
 
+def test_a_server_is_probed_but_not_restarted_unless_asked() -> None:
+    args, _ = run_sbatch.parse([])
+    assert (args.probe_seconds, args.restart) == (60, 0)
+    os.environ.update(PROBE_SECONDS="0", RESTART="2")
+    args, _ = run_sbatch.parse(["--restart", "3"])
+    assert (args.probe_seconds, args.restart) == (0, 3)
+
+
 def test_the_default_mount_was_not_asked_for() -> None:
     args, _ = run_sbatch.parse([])
     assert (args.container_mount, args.asked_mount) == ("/fsx", None)
@@ -95,6 +106,10 @@ def test_the_default_mount_was_not_asked_for() -> None:
         (["--ready-timeout", "soon"], {}, "not a number of seconds"),
         (["--ready-timeout", "nan"], {}, "not a number of seconds"),
         ([], {"READY_TIMEOUT": "soon"}, "not a number of seconds"),
+        (["--ready-timeout", "-1"], {}, "not a number of seconds"),
+        ([], {"PROBE_SECONDS": "never"}, "PROBE_SECONDS: 'never' is not a number of seconds"),
+        (["--restart", "-1"], {}, "--restart: '-1' is not a number of times"),
+        ([], {"RESTART": "yes"}, "'yes' is not a number of times"),
         (["--runtime", "podman"], {}, "invalid choice"),
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
@@ -154,7 +169,7 @@ def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
 
 @pytest.mark.parametrize("model", ["org/m", *HOSTILE])
 def test_the_curl_line_can_be_pasted(capfd: pytest.CaptureFixture[str], model: str) -> None:
-    run_sbatch.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
+    supervise.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
     words = shlex.split(line.partition("] ")[2])
     assert words[:2] == ["curl", "http://h:1/v1/completions"]
@@ -178,8 +193,15 @@ def test_help_fits_a_terminal(path: Path) -> None:
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(lines) <= 50
+    assert len(lines) <= (45 if path.name == "run_sbatch.py" else 50)
     assert [line for line in lines if len(line) > 80] == []
+
+
+def test_the_start_does_not_wait_for_what_is_needed_later() -> None:
+    """requests alone takes as long to import as all the rest."""
+    look = "import run_sbatch, sys; print({'requests', 'matplotlib', 'dotenv'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 # The whole, among fakes
@@ -376,14 +398,211 @@ def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, too
     script = fakes.home / "impatient.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-        "import run_sbatch, server\n"
-        "server.HEALTH_EVERY, server.HEALTH_MISSES = 0.05, 3\n"
+        "import run_sbatch, health\n"
+        "health.HEALTH_EVERY, health.HEALTH_MISSES = 0.05, 3\n"
         "raise SystemExit(run_sbatch.main(['m']))\n"
     )
     started = launch(script=script, TRTLLM_SIM_FAULT="503:0.3")
     assert "no longer serves: 3 health checks in a row failed" in error(started)
     assert "the last: /health answered 503" in started.output
     assert left() == set()
+
+
+# Supervised
+
+
+@pytest.fixture
+def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
+    """Start run_sbatch.py with its pauses and its patience cut short, or as given."""
+
+    def start(*args: str, patience: float = 1, pause: float = 0.3, **options: Any) -> Launch:
+        script = fakes.home / "impatient.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
+            "import run_sbatch, health, supervise\n"
+            f"health.PROBE_PATIENCE, supervise.LONGEST_PAUSE = {patience}, {pause}\n"
+            "raise SystemExit(run_sbatch.main())\n"
+        )
+        return launch(*args, script=script, **{"PROBE_SECONDS": "0.1", **options})
+
+    return start
+
+
+def test_an_engine_that_hangs_behind_a_good_health_is_found(impatient: Launcher) -> None:
+    started = impatient("m", TRTLLM_SIM_FAULT="stuck-engine:0.5")
+    words = "local: the server is up but no longer serves: for 1 s no request was answered"
+    assert error(started).startswith(words)
+    assert "200 OK" in started.output and "READY" in started.output
+    assert left() == set()
+
+
+def test_an_engine_that_fails_behind_a_good_health_is_found(impatient: Launcher) -> None:
+    started = impatient("m", TRTLLM_SIM_FAULT="broken-engine:0.5")
+    words = error(started)
+    assert "no longer serves: 3 requests for one token in a row failed, the last: 400 " in words
+    assert "illegal memory access" in words
+    assert left() == set()
+
+
+def test_a_server_with_a_long_queue_is_left_alone(impatient: Launcher) -> None:
+    """Eight requests of half a second each, one at a time: the probe waits far longer than 1 s."""
+    started = impatient(
+        "m", "--max_batch_size", "1", TRTLLM_SIM_ITL_MS="0", TRTLLM_SIM_TTFT_MS="500"
+    )
+    started.until("stop it with")
+    url = json.loads(Path("logs/endpoint.json").read_text())["url"]
+    body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 2}).encode()
+
+    def ask() -> None:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/completions", body, headers)
+        urllib.request.urlopen(request, timeout=30).close()
+
+    clients = [threading.Thread(target=ask) for _ in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    time.sleep(0.7)
+    assert started.process.poll() is None, started.output
+    assert started.stop() == 130
+
+
+def test_a_probe_that_hangs_does_not_delay_the_end(impatient: Launcher) -> None:
+    started = impatient("m", patience=100, TRTLLM_SIM_FAULT="stuck-engine")
+    started.until("stop it with")
+    time.sleep(0.5)
+    begun = time.monotonic()
+    assert started.stop() == 130
+    assert time.monotonic() - begun < 2
+
+
+def test_a_server_that_fails_is_started_anew(fakes: Fakes, impatient: Launcher) -> None:
+    started = impatient("m", "--restart", "2", TRTLLM_SIM_FAULT="exit-serving:139:0.5")
+    started.until("restarting (1 of 2)")
+    assert left() == {f"run_{fakes_job(started)}.json"}
+    words = error(started)
+    assert words.startswith("local: trtllm-serve ended with exit code 139 (segmentation fault)")
+    assert "(given up after 2 restart(s))" in words
+    assert started.output.count("] READY after") == 3
+    assert (
+        "illegal memory access was encountered, exiting; restarting (2 of 2) in" in started.output
+    )
+    [log] = Path("logs").glob("trtllm_server_*.log")
+    marks = re.findall(
+        r"^===== run_sbatch.py: restart (\d) of 2, \S+Z =====$", log.read_text(), re.M
+    )
+    assert marks == ["1", "2"]
+    assert log.read_text().count("Uvicorn running on") == 3
+    assert left() == set()
+    assert len(fakes.calls("docker", "run")) == 3
+
+
+def fakes_job(started: Launch) -> str:
+    return f"local{started.process.pid}"
+
+
+def test_a_server_that_does_not_get_ready_is_started_anew(impatient: Launcher) -> None:
+    started = impatient("m", RESTART="1", TRTLLM_SIM_FAULT="exit-loading:1")
+    assert "before it was ready" in error(started)
+    assert started.output.count("restarting (1 of 1)") == 1
+
+
+def test_a_server_that_was_restarted_is_served_and_stopped_as_any(
+    fakes: Fakes, impatient: Launcher
+) -> None:
+    started = impatient("m", "--restart", "1")
+    started.until("stop it with")
+    first = json.loads(Path("logs/endpoint.json").read_text())
+    os.kill(fakes.container()["pid"], signal.SIGKILL)
+    started.until("restarting (1 of 1)")
+    wait_until(Path("logs/endpoint.json").exists)
+    again = json.loads(Path("logs/endpoint.json").read_text())
+    assert {**again, "ready_seconds": 0, "started": 0, "ready": 0} == {
+        **first,
+        "ready_seconds": 0,
+        "started": 0,
+        "ready": 0,
+    }
+    assert started.stop() == 130
+    assert left() == set()
+
+
+def test_refused_arguments_are_not_tried_again(fakes: Fakes, impatient: Launcher) -> None:
+    started = impatient("m", "--tp_sice", "8", "--restart", "3", TRTLLM_VERSION="9.9")
+    assert "exit code 2 (it refused its arguments)" in error(started)
+    assert "restart" not in started.output
+    assert len(fakes.calls("docker", "run")) == 1
+
+
+@pytest.mark.parametrize("when", ["the pause", "the clean-up"])
+def test_a_signal_between_two_tries_is_obeyed_at_once(
+    fakes: Fakes, impatient: Launcher, when: str
+) -> None:
+    started = impatient("m", "--restart", "3", pause=60, TRTLLM_SIM_FAULT="exit-loading:3")
+    if when == "the clean-up":
+        fakes.set(inspect_delay=0.5)
+        wait_until(lambda: fakes.calls("docker", "inspect"))
+    else:
+        started.until("restarting (1 of 3) in 2 s")
+    begun = time.monotonic()
+    assert started.stop(signal.SIGTERM) == 143
+    assert time.monotonic() - begun < 1.5
+    assert "(2 of 3)" not in started.output
+    assert left() == set()
+
+
+def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launcher) -> None:
+    port = free_port()
+    started = launch("m", "--restart", "3", "--port", str(port), TRTLLM_SIM_LOAD_SECONDS="30")
+    started.until("SIMULATOR")
+    other = subprocess.Popen(
+        [str(ROOT / "simulator/trtllm-serve"), "other/model", "--port", str(port)],
+        env={**os.environ, "TRTLLM_SIM_LOAD_SECONDS": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        words = error(started)
+    finally:
+        other.kill()
+        other.wait()
+    assert words.startswith(f"local: another server has taken http://127.0.0.1:{port} meanwhile: ")
+    assert "it serves other/model, not m" in words and "restarting" not in started.output
+    assert left() == set()
+
+
+def test_the_end_of_the_job_is_no_reason_to_start_anew(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(node="localhost")
+    fakes.hold_image(node="n2")
+    started = launch("m", "--restart", "3", slurm=True)
+    started.until("stop it with")
+    fakes.set(state="COMPLETING")
+    os.kill(fakes.container()["pid"], signal.SIGTERM)
+    words = error(started)
+    assert words.startswith("localhost: Slurm ended the server: job 77 has ended (completing)")
+    assert "restarting" not in started.output
+
+
+def test_the_end_of_the_job_is_told_before_it_comes(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(node="localhost")
+    fakes.hold_image(node="n2")
+    fakes.set(left="7:30")
+    started = launch("m", slurm=True)
+    started.until("stop it with")
+    assert "the job's time limit is reached in 8 min (" in started.output
+    assert started.stop() == 130
+    assert "has reached its time limit" not in started.output
+
+
+def test_a_signal_at_the_end_of_the_job_is_told_as_that(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(node="localhost")
+    fakes.hold_image(node="n2")
+    fakes.set(left="0:01")
+    started = launch("m", slurm=True)
+    started.until("stop it with")
+    assert started.stop(signal.SIGTERM) == 143
+    assert "Slurm ended the server: job 77 has reached its time limit" in started.output
 
 
 def test_check_reports_every_node_and_starts_nothing(
@@ -742,6 +961,25 @@ def test_the_death_of_a_rank_ends_all_and_names_it(
     os.kill(int((fakes.home / f"rank-{rank}").read_text()), signal.SIGKILL)
     assert error(started).startswith(f"{words} while serving")
     assert f"the whole log: {Path.cwd()}/logs/trtllm_server_77_rank{rank}.log" in started.output
+    assert left() == set()
+
+
+def test_a_world_is_started_anew_as_a_whole(fakes: Fakes, spread: Launcher, toolset: Path) -> None:
+    started = spread(*WORLD, "--restart", "1")
+    started.until("stop it with")
+    before = {rank: (fakes.home / f"rank-{rank}").read_text() for rank in range(4)}
+    os.kill(int(before[3]), signal.SIGKILL)
+    started.until("restarting (1 of 1) in 2 s")
+    assert fakes.containers() == [] and not Path("logs/endpoint.json").exists()
+    wait_until(Path("logs/endpoint.json").exists)
+    assert started.output.count("] READY after") == 2
+    assert all((fakes.home / f"rank-{rank}").read_text() != before[rank] for rank in range(4))
+    for rank in range(4):
+        log = Path(f"logs/trtllm_server_77_rank{rank}.log").read_text()
+        assert "===== run_sbatch.py: restart 1 of 1, " in log
+        assert log.count(f"rank {rank} of 4 on ") == 2
+    assert started.stop() == 130
+    fakes.nothing_is_left()
     assert left() == set()
 
 

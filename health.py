@@ -1,0 +1,192 @@
+"""Is the server well? Two threads ask it; `hold` in server.py looks at what they found.
+
+Health asks /health: is it ready, and later, is it there? Probe asks for one token: the /health of a
+hung engine can answer 200 for ever.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import parallelism
+from nodes import say
+
+if TYPE_CHECKING:
+    import requests  # takes as long to import as all else of the launcher: only when needed
+
+HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
+STRANGER_ANSWERS = 4  # the log may be a moment behind the port
+PROBE_MISSES = 3
+PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
+ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+
+
+def names_of(engine: Sequence[str]) -> tuple[str, ...]:
+    """The names under which trtllm-serve may list the model of its command line."""
+    model, named = engine[1], parallelism.value_of(engine[2:], "--served_model_name")
+    return tuple(filter(None, (named, model, Path(model).name)))
+
+
+def direct_session() -> requests.Session:
+    """A session without a proxy: it has no business between us and the node."""
+    import requests
+
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
+class Health(threading.Thread):
+    """Asks the server how it is, so that a slow answer holds up nothing else."""
+
+    def __init__(self, url: str, names: Sequence[str]) -> None:
+        super().__init__(daemon=True)
+        self.url, self.names = url, names
+        self.ready = threading.Event()
+        self.hurry = threading.Event()
+        self.ended = threading.Event()
+        self.listening = False  # set when our engine's log says so: then the port is its own
+        self.model = ""
+        self.stranger = ""  # what somebody else's server on our port serves
+        self.strange = 0  # how often in a row it has answered
+        self.misses = 0
+        self.answer = "no answer yet"
+
+    def run(self) -> None:
+        with direct_session() as session:
+            wait, asked = 0.0, time.monotonic()
+            while not self.ended.is_set():
+                self.hurry.wait(wait)
+                self.hurry.clear()
+                if self._ask(session) and not self.ready.is_set():
+                    self.ready.set()
+                # 0.25 s at first; an engine that loads for minutes is asked every 2 s.
+                young = time.monotonic() - asked < 60
+                wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
+
+    def _ask(self, session: requests.Session) -> bool:
+        try:
+            reply = session.get(
+                f"{self.url}/health",
+                timeout=(2, HEALTH_TIMEOUT),
+                allow_redirects=False,
+                stream=True,
+            )
+            reply.close()
+            self.answer = f"/health answered {reply.status_code}"
+            good = reply.status_code == 200 and (bool(self.model) or self._learn_model(session))
+        except OSError as error:  # requests' exceptions are OSErrors
+            self.answer = f"/health did not answer ({type(error).__name__})"
+            good = False
+        except ValueError as error:
+            self.answer, good = f"/v1/models gave no list of models ({error})", False
+        self.misses = 0 if good else self.misses + 1
+        return good
+
+    def _learn_model(self, session: requests.Session) -> bool:
+        """Whether it is our server that answers: it serves what we asked for, or has the port."""
+        reply = session.get(f"{self.url}/v1/models", timeout=(2, HEALTH_TIMEOUT))
+        try:
+            served = [str(model["id"]) for model in reply.json()["data"]]
+            self.model = next((name for name in served if name in self.names), "")
+            if not self.model and self.listening:
+                self.model = served[0]
+            self.stranger = "" if self.model else served[0]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(repr(error)) from error
+        self.strange = self.strange + 1 if self.stranger else 0
+        return bool(self.model)
+
+    def fault(self) -> str:
+        """Why it is no longer well, in words; '' while it is."""
+        if self.misses < HEALTH_MISSES:
+            return ""
+        return f"{HEALTH_MISSES} health checks in a row failed, the last: {self.answer}"
+
+    def is_stranger(self) -> bool:
+        """Whether another server has the port on which ours is to listen."""
+        return self.strange >= STRANGER_ANSWERS and not self.listening
+
+    def end(self) -> None:
+        self.ended.set()
+        self.hurry.set()
+
+
+class Probe(threading.Thread):
+    """Asks for one token every so often. A hung engine is told from a busy one by these rules:
+
+    * One request at a time, never cut short: where it queues, it keeps its place. It has failed
+      when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
+    * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
+      are a failure.
+    * A server that refuses the very first one (4xx) will refuse all: it is not asked again.
+
+    The log shows an answer as it begins. An engine that hangs while clients go on opening streams
+    therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
+    """
+
+    def __init__(self, url: str, every: float) -> None:
+        """`every` in seconds; 0 asks nothing."""
+        super().__init__(daemon=True)
+        self.url, self.every, self.model = url, every, ""
+        self.ended = threading.Event()
+        self.asked = 0.0  # when the one that is waiting now was sent; 0: none is
+        self.traffic = 0.0  # when the log last showed an answer to anybody
+        self.answered = False
+        self.misses = 0
+        self.answer = ""
+
+    def begin(self, model: str) -> None:
+        """Start, once the server is ready."""
+        self.model = model
+        if self.every > 0:
+            self.start()
+
+    def run(self) -> None:
+        with direct_session() as session:
+            while not self.ended.wait(min(self.every, threading.TIMEOUT_MAX)):
+                self.asked = time.monotonic()
+                self._judge(self._ask(session))
+                self.asked = 0.0
+
+    def _ask(self, session: requests.Session) -> int:
+        """The answer's status; 0 where there was none."""
+        try:
+            reply = session.post(
+                f"{self.url}/v1/completions",
+                json={"model": self.model, **ONE_TOKEN},
+                timeout=(HEALTH_TIMEOUT, None),
+                headers={"Connection": "close"},  # an idle one is cut by the server after 5 s
+                allow_redirects=False,
+            )
+        except OSError as error:
+            self.answer = f"no answer ({type(error).__name__})"
+            return 0
+        self.answer = f"{reply.status_code} {reply.text[:200].strip()}".strip()
+        return reply.status_code
+
+    def _judge(self, status: int) -> None:
+        if status == 200:
+            self.answered, self.misses = True, 0
+        elif 400 <= status < 500 and not self.answered:
+            say(f"the server refuses the one-token probe ({self.answer}): it is not probed")
+            self.ended.set()
+        elif self.traffic < self.asked:
+            self.misses += 1
+
+    def fault(self) -> str:
+        """Why the engine is taken to hang, in words; '' while it is not."""
+        asked = self.asked  # the thread may set it to 0 at any moment
+        waited = time.monotonic() - max(asked, self.traffic)
+        if asked and waited > PROBE_PATIENCE:
+            return f"for {waited:.0f} s no request was answered, not even one for one token"
+        if self.misses >= PROBE_MISSES:
+            return f"{PROBE_MISSES} requests for one token in a row failed, the last: {self.answer}"
+        return ""
+
+    def end(self) -> None:
+        self.ended.set()

@@ -1,0 +1,78 @@
+"""A server that fails on the real cluster is found and started anew; a job's end is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster, wait_until
+from tests.cluster.conftest import Launcher
+from tests.cluster.launches import QUICK, REPO, TARBALL, ours, serve_args, traces
+from tests.cluster.test_faults import sentence
+from tests.cluster.test_multinode import WORLD, kill_a_rank
+from tests.cluster.test_serve import smoke
+
+
+def test_an_engine_that_fails_behind_a_good_health_is_found(launch: Launcher) -> None:
+    env = {**QUICK, "PROBE_SECONDS": "0.5", "TRTLLM_SIM_FAULT": "broken-engine:2"}
+    started = launch(*serve_args(), env=env)
+    started.until("READY")
+    assert started.code(20) == 1
+    words = "n1: the server is up but no longer serves: 3 requests for one token in a row failed"
+    assert sentence(started.output).startswith(words), started.output
+
+
+def test_a_server_that_dies_is_started_anew(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    started = launch(*serve_args("--restart", "2"), env=QUICK)
+    started.until("stop it with")
+    cluster.nodes["n1"].docker("kill", f"trtllm-{started.job}-n1")
+    started.until("exit code 137 (killed, most often for want of memory) while serving")
+    started.until("restarting (1 of 2) in 2 s")
+    assert ours(cluster) == [] and not (workspace / "logs/endpoint.json").exists()
+    wait_until((workspace / "logs/endpoint.json").exists, 20, "ready again")
+    assert "8/8" in smoke(cluster, started.url())
+    assert started.stop() == 130
+
+
+def test_a_world_is_started_anew_as_a_whole(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    started = launch(*WORLD, "--restart", "1", env=QUICK)
+    started.until("stop it with", 60)
+    kill_a_rank(cluster, "n2", 11)
+    started.until("restarting (1 of 1) in 2 s")
+    assert "n2: rank 11 ended with exit code 137" in started.output
+    assert ours(cluster) == []
+    wait_until((workspace / "logs/endpoint.json").exists, 60, "ready again")
+    assert len(ours(cluster)) == 2
+    assert "8/8" in smoke(cluster, started.url())
+    assert started.stop() == 130
+
+
+def test_the_end_of_the_time_limit_is_told_before_and_after(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    """On one node as a batch job, on two in an allocation, side by side. Slurm counts minutes."""
+    half = ["--time=1", "--gpus-per-node=4", "--ntasks-per-node=4"]
+    args = ["--image", str(TARBALL), "org/model", "--restart", "3"]
+    started = launch(*args, "--tp_size", "8", salloc=" ".join(["-N2", *half]), env=QUICK)
+    one = [str(REPO / "run_sbatch.py"), *args, "--tp_size", "4", "--port", "8001"]
+    batch = workspace / "batch"
+    batch.mkdir()
+    # The header of run_sbatch.py asks for whole nodes; the command line has the last word.
+    submit = ["sbatch", "--parsable", "-N1", "--oversubscribe", *half, *one]
+    job = cluster.ctl.run(*submit, cwd=str(batch), env=QUICK).stdout.strip()
+    output = batch / f"slurm-{job}.out"
+    started.until("READY", 60)
+    wait_until(lambda: output.exists() and "READY" in output.read_text(), 30, "batch job ready")
+    assert started.code(150) in (1, 129, 143), started.output
+    wait_until(lambda: not cluster.ctl.run("squeue", "-h").stdout.strip(), 90, "batch job gone")
+    for seen in (started.output, output.read_text()):
+        assert "the job's time limit is reached in " in seen
+        assert "has reached its time limit" in seen, seen
+        assert "restarting" not in seen
+        assert "stopped; the log is" in seen
+    assert ours(cluster) == [] and traces(cluster, batch) == []
+    print(started.code(), started.output, output.read_text())
+    assert "JobState=TIMEOUT" in cluster.ctl.run("scontrol", "show", "job", job).stdout

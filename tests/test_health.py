@@ -1,0 +1,289 @@
+"""Is the server well: what the two threads make of its answers."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import health
+from tests.conftest import wait_until
+
+
+class Engine(http.server.BaseHTTPRequestHandler):
+    replies: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        code, body = self.replies[self.path]
+        self.send_response(code)
+        if code == 302:
+            self.send_header("Location", "http://127.0.0.1:1/")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    engine = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine)
+    thread = threading.Thread(target=engine.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{engine.server_port}"
+    engine.shutdown()
+    engine.server_close()
+    thread.join()
+
+
+GOOD_MODELS = b'{"data": [{"id": "org/m"}]}'
+
+
+@pytest.mark.parametrize(
+    ("healthy", "models", "good", "answer"),
+    [
+        ((200, b""), (200, GOOD_MODELS), True, "/health answered 200"),
+        ((200, b"x" * 100_000), (200, GOOD_MODELS), True, "/health answered 200"),
+        ((503, b""), (200, GOOD_MODELS), False, "/health answered 503"),
+        ((302, b""), (200, GOOD_MODELS), False, "/health answered 302"),
+        ((404, b""), (200, GOOD_MODELS), False, "/health answered 404"),
+        ((200, b""), (404, b"<html>"), False, "/v1/models gave no list of models"),
+        ((200, b""), (200, b"{}"), False, "/v1/models gave no list of models"),
+        ((200, b""), (200, b'{"data": []}'), False, "/v1/models gave no list of models"),
+        ((200, b""), (200, b"[1]"), False, "/v1/models gave no list of models"),
+        ((200, b""), (200, b'{"data": null}'), False, "/v1/models gave no list of models"),
+    ],
+)
+def test_ready_means_healthy_and_a_known_model(
+    url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    healthy: tuple[int, bytes],
+    models: tuple[int, bytes],
+    good: bool,
+    answer: str,
+) -> None:
+    Engine.replies = {"/health": healthy, "/v1/models": models}
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    asked = health.Health(url, ["org/m"])
+    asked.start()
+    wait_until(lambda: asked.ready.is_set() or asked.misses)
+    asked.end()
+    asked.join()
+    assert asked.ready.is_set() is good
+    assert asked.answer.startswith(answer)
+    assert (asked.model, asked.misses > 0) == ("org/m" if good else "", not good)
+
+
+def test_no_answer_is_told_as_that() -> None:
+    asked = health.Health("http://127.0.0.1:1", ["m"])
+    asked.start()
+    wait_until(lambda: asked.misses)
+    asked.end()
+    asked.join()
+    assert asked.answer == "/health did not answer (ConnectionError)"
+
+
+def test_misses_count_in_a_row(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "HEALTH_EVERY", 0.01)
+    Engine.replies = {"/health": (200, b""), "/v1/models": (200, GOOD_MODELS)}
+    asked = health.Health(url, ["org/m"])
+    asked.start()
+    wait_until(asked.ready.is_set)
+    Engine.replies["/health"] = (503, b"")
+    wait_until(lambda: asked.misses > 2)
+    Engine.replies["/health"] = (200, b"")
+    wait_until(lambda: asked.misses == 0)
+    asked.end()
+    asked.join()
+
+
+# Is it ours
+
+
+@pytest.mark.parametrize(
+    ("engine", "names"),
+    [
+        (["trtllm-serve", "org/m"], {"org/m", "m"}),
+        (["trtllm-serve", "/fsx/a b/m/"], {"/fsx/a b/m/", "m"}),
+        (["trtllm-serve", "./m", "--port", "1"], {"./m", "m"}),
+        (["trtllm-serve", "."], {"."}),
+        (["trtllm-serve", "org/m", "--served_model_name=x"], {"org/m", "m", "x"}),
+    ],
+)
+def test_a_server_of_ours_goes_by_these_names(engine: list[str], names: set[str]) -> None:
+    assert set(health.names_of(engine)) == names
+
+
+@pytest.fixture
+def healthy(url: str) -> Iterator[health.Health]:
+    Engine.replies = {"/health": (200, b""), "/v1/models": (200, GOOD_MODELS)}
+    asked = health.Health(url, ["my/model", "model"])
+    yield asked
+    asked.end()
+    asked.join()
+
+
+def test_a_server_with_another_model_is_not_ours(healthy: health.Health) -> None:
+    healthy.start()
+    wait_until(healthy.is_stranger)
+    assert (healthy.stranger, healthy.model, healthy.ready.is_set()) == ("org/m", "", False)
+
+
+def test_a_server_whose_log_says_that_it_listens_is_ours_by_whatever_name(
+    healthy: health.Health,
+) -> None:
+    healthy.listening = True
+    healthy.start()
+    wait_until(healthy.ready.is_set)
+    assert healthy.model == "org/m" and not healthy.is_stranger()
+
+
+def test_one_of_several_names_is_enough(healthy: health.Health) -> None:
+    Engine.replies["/v1/models"] = (200, b'{"data": [{"id": "adapter"}, {"id": "my/model"}]}')
+    healthy.start()
+    wait_until(healthy.ready.is_set)
+    assert healthy.model == "my/model"
+
+
+# The probe
+
+
+class Prober:
+    """A probe against a server of ours: what that was asked, and what it answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.requests: list[tuple[str, dict[str, object]]] = []
+        self.status, self.delay = 200, threading.Event()
+        self.delay.set()
+        prober = self
+
+        class Server(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                prober.requests.append((self.path, json.loads(body)))
+                prober.delay.wait(10)
+                self.send_response(prober.status)
+                self.send_header("Content-Length", "5")
+                self.end_headers()
+                self.wfile.write(b"words")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setattr(health, "PROBE_PATIENCE", 0.3)
+        self.probe = health.Probe(f"http://127.0.0.1:{self.server.server_port}", 0.02)
+
+    def until_asked(self, times: int) -> None:
+        wait_until(lambda: len(self.requests) >= times)
+
+    def close(self) -> None:
+        self.probe.end()
+        self.delay.set()
+        if self.probe.ident:
+            self.probe.join(5)
+            assert not self.probe.is_alive()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[Prober]:
+    prober = Prober(monkeypatch)
+    yield prober
+    prober.close()
+
+
+def test_the_probe_asks_for_one_token_and_nothing_unusual(prober: Prober) -> None:
+    prober.probe.begin("org/m")
+    prober.until_asked(3)
+    assert prober.probe.fault() == ""
+    path, body = prober.requests[0]
+    assert path == "/v1/completions"
+    assert body == {"model": "org/m", "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+
+
+def test_without_seconds_nothing_is_asked(prober: Prober) -> None:
+    prober.probe.every = 0
+    prober.probe.begin("org/m")
+    assert prober.probe.ident is None and prober.probe.fault() == ""
+
+
+@pytest.mark.parametrize("every", [math.inf, 1e300])
+def test_seldom_is_as_good_as_never(prober: Prober, every: float) -> None:
+    prober.probe.every = every
+    prober.probe.begin("org/m")
+    time.sleep(0.05)
+    assert prober.probe.is_alive() and prober.requests == []
+
+
+def test_an_engine_that_answers_nobody_is_found(prober: Prober) -> None:
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    prober.until_asked(1)
+    assert prober.probe.fault() == ""
+    wait_until(prober.probe.fault)
+    assert prober.probe.fault() == "for 0 s no request was answered, not even one for one token"
+    assert len(prober.requests) == 1  # it keeps its place where it queues
+
+
+def test_an_engine_that_answers_others_is_busy(prober: Prober) -> None:
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    prober.until_asked(1)
+    busy_until = time.monotonic() + 0.9
+    while time.monotonic() < busy_until:
+        prober.probe.traffic = time.monotonic()
+        assert prober.probe.fault() == ""
+        time.sleep(0.02)
+    wait_until(prober.probe.fault)  # and when it answers them no more, it is not
+    prober.delay.set()
+    wait_until(lambda: not prober.probe.fault())
+
+
+def test_errors_count_in_a_row(prober: Prober) -> None:
+    prober.probe.begin("org/m")
+    prober.until_asked(2)
+    prober.status = 400
+    wait_until(prober.probe.fault)
+    words = "3 requests for one token in a row failed, the last: 400 words"
+    assert prober.probe.fault() == words
+    prober.status = 200
+    wait_until(lambda: not prober.probe.fault())
+
+
+def test_errors_do_not_count_while_others_are_answered(prober: Prober) -> None:
+    prober.status = 500
+    prober.probe.traffic = time.monotonic() + 100
+    prober.probe.begin("org/m")
+    prober.until_asked(8)
+    assert prober.probe.misses == 0
+    prober.probe.traffic = 0
+    wait_until(prober.probe.fault)
+
+
+def test_a_server_that_refuses_the_first_one_is_not_asked_again(
+    prober: Prober, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prober.status = 404
+    prober.probe.begin("org/m")
+    prober.probe.join(5)
+    assert len(prober.requests) == 1 and prober.probe.fault() == ""
+    assert "refuses the one-token probe (404 words): it is not probed" in capfd.readouterr().err
+
+
+def test_a_server_that_cuts_connections_has_failed(prober: Prober) -> None:
+    prober.probe.url = "http://127.0.0.1:1"
+    prober.probe.begin("org/m")
+    wait_until(prober.probe.fault)
+    assert prober.probe.fault().endswith("the last: no answer (ConnectionError)")

@@ -1,0 +1,129 @@
+"""The server's log, on the terminal and in its file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from log import Log
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/x.log").write_text("an earlier launch\n")
+    log = Log(tmp_path / "logs/x.log")
+    yield log
+    log.close()
+
+
+def write(log: Log, data: bytes) -> None:
+    log.sink.write(data)
+    log.sink.flush()
+
+
+def test_the_log_is_copied_to_stdout_byte_by_byte(
+    log: Log, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(os.dup(1), "w") as out:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", out)
+        for piece in (b"one\ntw", b"o\n", b"\xff\x00\xfe\n", "ü".encode()[:1], "ü".encode()[1:]):
+            write(log, piece)
+            assert log.pump() == piece
+        assert log.pump() == b""
+    assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\x00\xfe\n\xc3\xbc"
+
+
+@pytest.mark.parametrize(
+    ("data", "last"),
+    [
+        (b"one\ntwo\n", "two"),
+        (b"one\ntwo", "two"),
+        (b"one\n\n", "one"),
+        (b"one\n  \n", "one"),
+        (b"", ""),
+        (b"\n", ""),
+        (b"\xff\n", "\ufffd"),
+    ],
+)
+def test_the_last_line_is_known(log: Log, data: bytes, last: str) -> None:
+    write(log, data)
+    log.pump()
+    assert log.last_line == last
+
+
+def test_a_silent_moment_keeps_the_last_line(log: Log) -> None:
+    write(log, b"one\n")
+    log.pump()
+    write(log, b"\n")
+    log.pump()
+    assert log.last_line == "one"
+
+
+def test_an_earlier_log_is_kept_and_not_told_again(log: Log) -> None:
+    write(log, b"new\n")
+    assert log.pump() == b"new\n"
+    assert log.tail() == "new"
+    assert log.path.read_text() == "an earlier launch\nnew\n"
+
+
+def test_the_tail_is_the_last_lines_of_this_launch(log: Log) -> None:
+    assert log.tail() == ""
+    write(log, "".join(f"{i}\n" for i in range(100)).encode())
+    assert log.tail().splitlines() == [str(i) for i in range(50, 100)]
+    write(log, b"x" * 1_000_000 + b"\xff\nend")
+    assert log.tail(2).endswith("\ufffd\nend")
+    assert len(log.tail(2).splitlines()) == 2
+    assert len(log.tail()) < 70_000
+
+
+def test_a_flood_is_skipped_on_screen_but_kept_in_the_file(
+    log: Log, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(log, b"0123456789" * 1000)
+    assert log.pump(100) == b"0123456789" * 10
+    assert log.pump(100) == b""
+    assert "skipped on screen" in capfd.readouterr().err
+    assert log.path.stat().st_size == 10_000 + len("an earlier launch\n")
+
+
+def test_less_than_a_flood_is_told_in_full(log: Log) -> None:
+    data = os.urandom(750)
+    write(log, data)
+    assert b"".join(iter(lambda: log.pump(100), b"")) == data
+
+
+def test_a_reader_that_is_gone_stops_nothing(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write_end = os.pipe()
+    os.close(read)
+    gone = open(write_end, "w")  # noqa: PTH123, SIM115
+    monkeypatch.setattr(sys, "stdout", gone)
+    for piece in (b"one\n", b"two\n"):
+        write(log, piece)
+        assert log.pump() == piece
+    opened = sys.stdout
+    if opened is not gone:
+        opened.close()
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+
+
+def test_a_log_without_stdout_stops_nothing(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>&-`: Python has no sys.stdout then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    write(log, b"one\n")
+    assert log.pump() == b"one\n"
+    if sys.stdout:
+        sys.stdout.close()
+
+
+def test_a_log_that_somebody_removes_stops_nothing(log: Log) -> None:
+    log.path.unlink()
+    write(log, b"one\n")
+    assert log.pump() == b"one\n"
+    assert log.tail() == "one"

@@ -1,0 +1,104 @@
+"""The job's time limit: told before it is reached."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+
+from nodes import Place, say
+
+NOTICE = 600.0  # seconds before the end at which it is told
+ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
+
+
+class TimeLimit(threading.Thread):
+    """Asks Slurm how long the job may still run. Without Slurm or a limit it says nothing."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(daemon=True)
+        self.job = place.job if place.slurm else ""
+        self.ended = threading.Event()
+        self.end_at: float | None = None  # by time.monotonic()
+        self.told: float | None = None  # the end that was last told
+        self.asking: subprocess.Popen[str] | None = None
+
+    def begin(self) -> None:
+        if self.job:
+            self.start()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            left = self._ask()
+            if left is not None:
+                self.end_at = time.monotonic() + left
+            if left is not None and left <= NOTICE:
+                self._tell(left)
+            soon = left is not None and NOTICE < left < NOTICE + ASK_EVERY
+            self.ended.wait(left - NOTICE if left is not None and soon else ASK_EVERY)
+
+    def _ask(self) -> float | None:
+        """Seconds left; None without a limit, or where Slurm does not say."""
+        try:
+            self.asking = subprocess.Popen(
+                squeue(self.job, "%L"),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        except OSError:
+            return None
+        return seconds(self.asking.communicate()[0])
+
+    def _tell(self, left: float) -> None:
+        end = time.monotonic() + left
+        if self.told is not None and abs(end - self.told) < 60:
+            return
+        self.told = end
+        when = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + left))
+        say(
+            f"the job's time limit is reached in {words(left)} ({when}); then Slurm ends the server"
+        )
+
+    def is_reached(self) -> bool:
+        """Whether the end that Slurm last named has come."""
+        return self.end_at is not None and time.monotonic() > self.end_at - 2
+
+    def how_it_ended(self) -> str:
+        """What has become of the job, in words; '' while it runs, or where nobody says."""
+        if not self.job:
+            return ""
+        if self.is_reached():
+            return "has reached its time limit"
+        try:
+            ask = squeue(self.job, "%T")
+            done = subprocess.run(ask, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        state = done.stdout.strip() or ("GONE" if "Invalid job id" in done.stderr else "")
+        return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.asking:
+            self.asking.kill()
+
+
+def squeue(job: str, what: str) -> list[str]:
+    return ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
+
+
+def seconds(text: str) -> float | None:
+    """squeue's `[days-][hours:]minutes:seconds`; None for UNLIMITED and the like."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text.strip())
+    if not found:
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+
+
+def words(left: float) -> str:
+    return f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
