@@ -131,6 +131,10 @@ bench-client: $(READY) ## Measure the measuring client against a server that ans
 bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
+.PHONY: pictures
+pictures: $(READY) ## Take the README's pictures again (as root)
+	$(PY) -m tests.cluster.pictures
+
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
