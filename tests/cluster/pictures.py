@@ -1,6 +1,6 @@
 """The README's pictures: a launch on the test cluster as a terminal shows it, and a report.
 
-    make pictures        # writes docs/launch.svg and docs/report.png, as root
+`make pictures` (as root) writes docs/launch.svg and docs/report.png.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ def picture(text: str) -> str:
         f"{html.escape(line)}</text>"
         for i, line in enumerate(lines)
     )
+    font = 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-        'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12" style="white-space: pre">'
+        f'{font} style="white-space: pre">'
         f'\n<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n{rows}\n</svg>\n'
     )
 
