@@ -43,6 +43,23 @@ def test_every_option_of_the_launcher_is_in_the_readme() -> None:
         assert f"`{option}" in README, option
 
 
+# Words of Docker, of Slurm and of the engine in the table of symptoms; all others are ours.
+OTHERS_WORDS = ["permission denied", "CUDA out of memory", "gated repo", "unhandled system error",
+                "Access denied"]  # fmt: skip
+
+
+def test_the_symptoms_are_what_the_tool_says() -> None:
+    """Each message of the table of symptoms stands in the code, apart from its variable parts."""
+    table = README.split("## When it does not come up")[1].split("\n## ")[0]
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    code = re.sub(r'"\n\s+f?"|\{[^}]*\}', "", code) + (ROOT / "Makefile").read_text()
+    said = re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(said) > 10
+    for message in set(said) - set(OTHERS_WORDS):
+        for part in re.split(r"\.\.\.|\bn2:|\d[\d.]*|\(.*\)", message):
+            assert part.strip(" ,:") in code, message
+
+
 @pytest.mark.parametrize("name", re.findall(r"^  ?([\w./]+?)/? {2,}\S", README, re.M))
 def test_what_the_tree_names_is_there(name: str) -> None:
     if "/" in name or "." in name:
