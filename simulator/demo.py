@@ -3,7 +3,7 @@
 
 No GPU, no Docker, no cluster: `run_sbatch.py --runtime bare` finds the simulator in PATH, where on
 a GPU node it finds TensorRT-LLM. Ends by itself, exit code 0 when all went well; what it leaves,
-the benchmark's report and the server's log, is in results/demo.
+the benchmark's report and the server's log, is in a folder of results/.
 
     make demo
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "demo/model"
-RESULTS = Path("results/demo")
+RESULTS = Path(time.strftime("results/demo-%Y%m%d-%H%M%S"))
 ENDPOINT = RESULTS / "logs/endpoint.json"
 LOADS = "--type prefill,concurrency --concurrency 1,4,8 --num-prompts 8".split()
 PATIENCE = 60.0  # seconds until the server has to be ready, and until it has to be gone
@@ -33,8 +33,7 @@ SPEED = {
 
 
 def main() -> int:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    ENDPOINT.unlink(missing_ok=True)  # of a demo that was killed
+    RESULTS.mkdir(parents=True)
     port = str(free_port())
     server = start(port)
     try:

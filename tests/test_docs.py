@@ -74,9 +74,10 @@ def test_every_make_target_of_the_readme_exists() -> None:
 def test_the_demo_serves_checks_measures_and_ends_by_itself(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run([sys.executable, str(ROOT / "simulator/demo.py")], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=150)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8/8 passed" in done.stdout and "READY" in done.stderr
     assert len(done.stdout.splitlines()) + len(done.stderr.splitlines()) < 50  # one screen
-    assert (tmp_path / re.findall(r"The report: (\S+)", done.stdout)[0]).stat().st_size > 10_000
-    assert not (tmp_path / "results/demo/logs/endpoint.json").exists()
+    report = tmp_path / re.findall(r"The report: (\S+)", done.stdout)[0]
+    assert report.stat().st_size > 10_000
+    assert not (report.parent / "logs/endpoint.json").exists()

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.cluster.cluster import Cluster
@@ -31,9 +31,10 @@ def main() -> int:
         prepare(cluster)
         text = launch(cluster)
     (DOCS / "launch.svg").write_text(picture(text))
-    subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
-                   stdout=sys.stderr)  # fmt: skip
-    photograph(ROOT / "results/demo/report.html", DOCS / "report.png")
+    demo = subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
+                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    (report,) = re.findall(r"The report: (\S+)", demo.stdout)
+    photograph(ROOT / report, DOCS / "report.png")
     return 0
 
 
