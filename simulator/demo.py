@@ -18,16 +18,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "demo/model"
 RESULTS = Path(time.strftime("results/demo-%Y%m%d-%H%M%S"))
 ENDPOINT = RESULTS / "logs/endpoint.json"
-LOADS = "--type prefill,concurrency --concurrency 1,4,8 --num-prompts 8".split()
+LOADS = (
+    "--type prefill --num-prompts 20",
+    "--type concurrency --concurrency 1,4,16 --num-prompts 16 --output-len 64 --resume",
+)
 PATIENCE = 60.0  # seconds until the server has to be ready, and until it has to be gone
 SPEED = {
     "TRTLLM_SIM_LOAD_SECONDS": "1",
-    "TRTLLM_SIM_ITL_MS": "2",
     "TRTLLM_SIM_ITL_US_PER_RUNNING": "200",
 }
 
@@ -40,7 +43,7 @@ def main() -> int:
         await_endpoint(server)
         at = ["-H", "127.0.0.1", "-p", port, "-m", MODEL]
         checked = show([sys.executable, str(ROOT / "test.py"), *at]).wait()
-        measured = measure(at)
+        measured = max(measure([*at, *load.split()]) for load in LOADS)
     finally:
         stopped = stop(server)
     if (checked, measured, stopped) == (0, 0, 130):
@@ -69,9 +72,9 @@ def start(port: str) -> subprocess.Popen[bytes]:
     return show(command, env=environ, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def show(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+def show(command: list[str], **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401
     print(f"demo: $ {shlex.join(command)}", flush=True)
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
 
 def await_endpoint(server: subprocess.Popen[bytes]) -> None:
@@ -82,20 +85,15 @@ def await_endpoint(server: subprocess.Popen[bytes]) -> None:
         time.sleep(0.05)
 
 
-def measure(at: list[str]) -> int:
-    """A short benchmark: its table here, its line a run (the same again) only if it fails."""
-    command = [sys.executable, str(ROOT / "bench.py"), *at, *LOADS, "--output", str(RESULTS)]
-    talk = RESULTS / "logs/bench.log"
-    with talk.open("wb") as stderr:
-        bench = show(command, stdout=subprocess.PIPE, stderr=stderr)
-        assert bench.stdout is not None
-        for line in bench.stdout:
-            if not line.startswith(b"{"):  # the result once more, for programs
-                print(line.decode(), end="", flush=True)
-        code = bench.wait()
-    if code:
-        sys.stderr.write(talk.read_text())
-    return code
+def measure(words: list[str]) -> int:
+    """A part of the short benchmark: its table; what else it says only when it fails."""
+    command = [sys.executable, str(ROOT / "bench.py"), *words, "--output", str(RESULTS)]
+    with (RESULTS / "logs/bench.log").open("a+") as talk:
+        bench = show(command, stdout=subprocess.PIPE, stderr=talk, text=True)
+        table = bench.communicate()[0].splitlines()[:-1]  # without the result for programs
+        talk.seek(0)
+        print("\n".join([talk.read(), *table] if bench.returncode else table), flush=True)
+    return bench.returncode
 
 
 def stop(server: subprocess.Popen[bytes]) -> int:
