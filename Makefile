@@ -131,6 +131,10 @@ bench-client: $(READY) ## Measure the measuring client against a server that ans
 bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
+.PHONY: pictures
+pictures: $(READY) ## Take the README's pictures again (as root)
+	$(PY) -m tests.cluster.pictures
+
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -139,7 +143,7 @@ clean: ## Remove what the targets made here; logs/ and images stay
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv: apt-get install python3-venv (or your system's package)" >&2; exit 1; }
-	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@$(PY) -m pip install -qq --disable-pip-version-check --editable '.[dev]' || { echo "packages are missing: pip needs its index (behind a proxy: HTTPS_PROXY; a mirror: PIP_INDEX_URL)" >&2; exit 1; }
 	@touch $@  # last, so that an interrupted install is made again
 
 .PHONY: help

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The whole way on any machine: the real launcher with the simulator, then the real API checks.
+"""The whole way on any machine: the real launcher with the simulator, the API checks, a benchmark.
 
 No GPU, no Docker, no cluster: `run_sbatch.py --runtime bare` finds the simulator in PATH, where on
-a GPU node it finds TensorRT-LLM. Ends by itself, exit code 0 when all checks passed.
+a GPU node it finds TensorRT-LLM. Ends by itself, exit code 0 when all went well; what it leaves,
+the benchmark's report and the server's log, is in a folder of results/.
 
     make demo
 """
@@ -15,30 +16,42 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "demo/model"
+RESULTS = Path(time.strftime("results/demo-%Y%m%d-%H%M%S"))
+ENDPOINT = RESULTS / "logs/endpoint.json"
+LOADS = (
+    "--type prefill --num-prompts 20",
+    "--type concurrency --concurrency 1,4,16 --num-prompts 16 --output-len 64 --resume",
+)
 PATIENCE = 60.0  # seconds until the server has to be ready, and until it has to be gone
+SPEED = {
+    "TRTLLM_SIM_LOAD_SECONDS": "1",
+    "TRTLLM_SIM_ITL_US_PER_RUNNING": "200",
+}
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="trtllm-demo-") as workspace:
-        port = str(free_port())
-        server = start(Path(workspace), port)
-        try:
-            await_endpoint(server, Path(workspace, "logs/endpoint.json"))
-            checks = show(
-                [sys.executable, str(ROOT / "test.py"), "-H", "127.0.0.1", "-p", port, "-m", MODEL]
-            ).wait()
-        finally:
-            stopped = stop(server)
-    if checks == 0 and stopped == 130:
-        print("demo: served, checked, stopped; with an image and GPUs it is `make serve`")
+    RESULTS.mkdir(parents=True)
+    port = str(free_port())
+    server = start(port)
+    try:
+        await_endpoint(server)
+        at = ["-H", "127.0.0.1", "-p", port, "-m", MODEL]
+        checked = show([sys.executable, str(ROOT / "test.py"), *at]).wait()
+        measured = max(measure([*at, *load.split()]) for load in LOADS)
+    finally:
+        stopped = stop(server)
+    if (checked, measured, stopped) == (0, 0, 130):
+        print(f"demo: served, checked, measured, stopped. The report: {RESULTS}/report.html")
+        print("demo: with an image and GPUs it is `make serve`, `make test`, `make bench`")
         return 0
-    print(f"demo: failed (checks: exit code {checks}, server: {stopped})", file=sys.stderr)
+    print(f"demo: failed (checks: exit code {checked}, benchmark: {measured}, server: {stopped})",
+          file=sys.stderr)  # fmt: skip
     return 1
 
 
@@ -47,27 +60,40 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(workspace: Path, port: str) -> subprocess.Popen[bytes]:
-    """The launcher, in a session of its own: ^C reaches it through us, once."""
+def start(port: str) -> subprocess.Popen[bytes]:
+    """The launcher, in a session of its own: ^C reaches it through us, once.
+
+    Its stdout is the engine's log, which would fill the screen with a line a request.
+    """
     command = [sys.executable, str(ROOT / "run_sbatch.py"), "--runtime", "bare",
-               "--workspace", str(workspace), MODEL, "--port", port]  # fmt: skip
+               "--workspace", str(RESULTS), MODEL, "--port", port]  # fmt: skip
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TRTLLM_SIM"))}
-    environ |= {"PATH": f"{ROOT}/simulator:{environ['PATH']}", "GPUS": "none",
-                "TRTLLM_SIM_LOAD_SECONDS": "1"}  # fmt: skip
-    return show(command, env=environ, start_new_session=True)
+    environ |= SPEED | {"PATH": f"{ROOT}/simulator:{environ['PATH']}", "GPUS": "none"}
+    return show(command, env=environ, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
-def show(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+def show(command: list[str], **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401
     print(f"demo: $ {shlex.join(command)}", flush=True)
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
 
-def await_endpoint(server: subprocess.Popen[bytes], endpoint: Path) -> None:
+def await_endpoint(server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not endpoint.exists():
+    while not ENDPOINT.exists():
         if server.poll() is not None or time.monotonic() > deadline:
             raise SystemExit("demo: the server did not get ready; it says why above")
         time.sleep(0.05)
+
+
+def measure(words: list[str]) -> int:
+    """A part of the short benchmark: its table; what else it says only when it fails."""
+    command = [sys.executable, str(ROOT / "bench.py"), *words, "--output", str(RESULTS)]
+    with (RESULTS / "logs/bench.log").open("a+") as talk:
+        bench = show(command, stdout=subprocess.PIPE, stderr=talk, text=True)
+        table = bench.communicate()[0].splitlines()[:-1]  # without the result for programs
+        talk.seek(0)
+        print("\n".join([talk.read(), *table] if bench.returncode else table), flush=True)
+    return bench.returncode
 
 
 def stop(server: subprocess.Popen[bytes]) -> int:

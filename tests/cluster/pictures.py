@@ -1,0 +1,88 @@
+"""The README's pictures: a launch on the test cluster as a terminal shows it, and a report.
+
+`make pictures` (as root) writes docs/launch.svg and docs/report.png.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, serve_args
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+COLUMNS, CHARACTER, LINE, MARGIN = 108, 7.2, 18, 16  # a character's and a line's size in pixels
+COLOURS = (
+    ("$ ", "#79c0ff"),
+    ("[TRT-LLM]", "#8b949e"),
+    ("INFO:", "#8b949e"),
+    ("READY", "#7ee787"),
+    ("ERROR", "#ff7b72"),
+)
+
+
+def main() -> int:
+    with Cluster(nodes=2) as cluster:
+        prepare(cluster)
+        text = launch(cluster)
+    (DOCS / "launch.svg").write_text(picture(text))
+    demo = subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
+                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+    (report,) = re.findall(r"The report: (\S+)", demo.stdout)
+    photograph(ROOT / report, DOCS / "report.png")
+    return 0
+
+
+def launch(cluster: Cluster) -> str:
+    """What `salloc run_sbatch.py` says from its start to ^C, the image not there yet."""
+    workspace = Path("/fsx/work/picture")
+    workspace.mkdir(parents=True)
+    command = ["salloc", *WHOLE.split(), PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
+    started = Launch(cluster, workspace, command)
+    started.until("stop it with", 60)
+    started.stop()
+    typed = "$ salloc -N 2 --gpus-per-node=8 --exclusive .venv/bin/python run_sbatch.py \\\n"
+    typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 8\n"
+    return typed + started.output
+
+
+def picture(text: str) -> str:
+    """Lines of text as an SVG picture of a terminal; of long ones the middle is left out."""
+    lines = [short(line) for line in text.splitlines()]
+    width, height = COLUMNS * CHARACTER + 2 * MARGIN, len(lines) * LINE + 2 * MARGIN
+    rows = "\n".join(
+        f'<text x="{MARGIN}" y="{MARGIN + LINE * (i + 0.75)}" fill="{colour(line)}">'
+        f"{html.escape(line)}</text>"
+        for i, line in enumerate(lines)
+    )
+    font = 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+        f'{font} style="white-space: pre">'
+        f'\n<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n{rows}\n</svg>\n'
+    )
+
+
+def short(line: str, end: int = 60) -> str:
+    return line if len(line) <= COLUMNS else f"{line[: COLUMNS - end - 5]} ... {line[-end:]}"
+
+
+def colour(line: str) -> str:
+    return next((c for word, c in COLOURS if word in line[:40]), "#e6edf3")
+
+
+def photograph(page: Path, target: Path) -> None:
+    """A report as a browser shows it."""
+    browser = shutil.which("chromium") or "chromium-browser"
+    subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars",
+                    "--window-size=1100,1250", f"--screenshot={target}", page.as_uri()],
+                   check=True, capture_output=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
