@@ -104,8 +104,7 @@ class Launch:
 
     def check_job(self, failure: Failure) -> None:
         """The end of the job is not the server's fault, whoever was the first to notice."""
-        ask = self.args.restart or self.limit.is_reached()
-        if ask and (how := self.limit.how_it_ended()):
+        if how := self.limit.how_it_ended():
             where, job = self.nodes[0].name, self.plan.place.job
             die(f"{where}: Slurm ended the server: job {job} {how}", hint=failure.hint)
 

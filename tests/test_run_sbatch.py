@@ -572,10 +572,13 @@ def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launc
     assert left() == set()
 
 
-def test_the_end_of_the_job_is_no_reason_to_start_anew(fakes: Fakes, launch: Launcher) -> None:
+@pytest.mark.parametrize("restart", ["0", "3"])
+def test_the_end_of_the_job_is_no_fault_of_the_server(
+    fakes: Fakes, launch: Launcher, restart: str
+) -> None:
     fakes.hold_image(node="localhost")
     fakes.hold_image(node="n2")
-    started = launch("m", "--restart", "3", slurm=True)
+    started = launch("m", "--restart", restart, slurm=True)
     started.until("stop it with")
     fakes.set(state="COMPLETING")
     os.kill(fakes.container()["pid"], signal.SIGTERM)

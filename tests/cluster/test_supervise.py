@@ -74,5 +74,4 @@ def test_the_end_of_the_time_limit_is_told_before_and_after(
         assert "restarting" not in seen
         assert "stopped; the log is" in seen
     assert ours(cluster) == [] and traces(cluster, batch) == []
-    print(started.code(), started.output, output.read_text())
     assert "JobState=TIMEOUT" in cluster.ctl.run("scontrol", "show", "job", job).stdout
