@@ -81,7 +81,11 @@ def serving(engine: Engine, venv: Path, work: Path) -> Iterator[str]:
     command = engine.command(engine.serve, venv=venv, model=work / "model", port=port)
     with log.open("wb") as sink:
         server = subprocess.Popen(
-            command, env=engine.environment(venv), stdout=sink, stderr=sink, start_new_session=True
+            command,
+            env=engine.environment(venv, work),
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -168,7 +172,7 @@ def by_its_own(server: Server) -> Any:
     step(f"{engine.name}'s own client")
     run(engine.command(engine.client, venv=server.venv, url=server.url, model=server.work / "model",
                        file=file, prompt=PROMPT, tokens=TOKENS, requests=REQUESTS, streams=STREAMS),
-        engine.environment(server.venv))  # fmt: skip
+        engine.environment(server.venv, server.work))  # fmt: skip
     return json.loads(file.read_text())
 
 

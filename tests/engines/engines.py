@@ -14,6 +14,7 @@ from pathlib import Path
 # What a load is, as both clients get it.
 STREAMS, PROMPT, TOKENS, REQUESTS = 4, 128, 64, 100
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+PLACES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # where programs leave things
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Engine:
     def command(self, words: str, **values: object) -> list[str]:
         return [word.format(**values) for word in words.split()]
 
-    def environment(self, venv: Path) -> dict[str, str]:
+    def environment(self, venv: Path, work: Path) -> dict[str, str]:
+        """Caches and other traces go to `work`."""
         own = {name: value.format(venv=venv) for name, value in self.environ.items()}
-        return {**os.environ, **OFFLINE, **own}
+        return {**os.environ, **OFFLINE, **own, **dict.fromkeys(PLACES, str(work))}
 
 
 def pip(venv: Path, *words: str) -> None:
@@ -135,7 +137,12 @@ SGLANG = Engine(
     " --model {model} --dataset-name random-ids --random-input-len {prompt}"
     " --random-output-len {tokens} --random-range-ratio 1 --num-prompts {requests}"
     " --max-concurrency {streams} --output-file {file}",
-    environ={"SGLANG_USE_CPU_ENGINE": "1", "LD_LIBRARY_PATH": "{venv}/driver"},
+    # One thread: several spin for each other, and starve when the machine has other work.
+    environ={
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "LD_LIBRARY_PATH": "{venv}/driver",
+        "OMP_NUM_THREADS": "1",
+    },
 )
 
 ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
