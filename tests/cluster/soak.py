@@ -104,9 +104,9 @@ def watch(
     while time.monotonic() < end:
         if bench.poll() is not None:
             raise ClusterError(f"bench.py ended by itself with exit code {bench.returncode}")
+        time.sleep(min(10.0, seconds / SAMPLES))
         for name, pid in pids.items():
             used[name].append(use(pid))
-        time.sleep(min(10.0, seconds / SAMPLES))
     return used
 
 
@@ -127,7 +127,7 @@ def use(pid: int) -> Use:
 
 def show_use(used: dict[str, list[Use]]) -> list[str]:
     """A table; the names of what grew too much."""
-    print(f"\n{'':22}{'start':>9}{'first':>9}{'last':>9}{'growth':>9}{'bound':>9}")
+    print(f"\n{'':22}{'start':>10}{'first 10%':>10}{'last 10%':>10}{'growth':>10}{'bound':>10}")
     grown = []
     for name, samples in used.items():
         part = max(1, round(len(samples) * SHARE))
@@ -136,7 +136,7 @@ def show_use(used: dict[str, list[Use]]) -> list[str]:
         for field, start, early, late, bound in rows:
             growth = late - early
             what = f"{name} {field.name}"
-            print(f"{what:22}{start:9.1f}{early:9.1f}{late:9.1f}{growth:+9.1f}{bound:9.1f}"
+            print(f"{what:22}{start:10.1f}{early:10.1f}{late:10.1f}{growth:+10.1f}{bound:10.1f}"
                   + (" LEAK" if growth > bound else ""))  # fmt: skip
             grown += [what] if growth > bound else []
     return grown
