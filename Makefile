@@ -16,7 +16,7 @@ READY  := $(VENV)/.ready
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
-GIVEN += HOST RESTART PROBE_SECONDS
+GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
@@ -134,6 +134,14 @@ bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as roo
 .PHONY: pictures
 pictures: $(READY) ## Take the README's pictures again (as root)
 	$(PY) -m tests.cluster.pictures
+
+.PHONY: check-engines
+check-engines: $(READY) ## test.py and bench.py against a real vLLM or SGLang on the CPU (ENGINE= FOLDER=)
+	$(PY) -m tests.engines.check $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder)
+
+.PHONY: soak
+soak: $(READY) ## Hours of load on the cluster: what grows, fails, or stays behind? (HOURS=, as root)
+	$(PY) -m tests.cluster.soak $(call flag,HOURS,--hours)
 
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay

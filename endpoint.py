@@ -121,6 +121,10 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
             return answer.json()
         except requests.ConnectionError:
             die(f"no server answers at {endpoint.url}", hint="name it with -H and -p")
+        except requests.HTTPError:
+            refused = answer.status_code in (401, 403)
+            die(f"{endpoint.url}{path}: {answer.status_code} {answer.reason}",
+                hint="set OPENAI_API_KEY" if refused else "")  # fmt: skip
         except (requests.RequestException, ValueError) as e:
             die(f"{endpoint.url}{path}: {e}")
 

@@ -425,6 +425,14 @@ def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_a_server_that_wants_a_key(capsys: pytest.CaptureFixture[str], status: str) -> None:
+    with serving(lambda request: request.document({"error": "no key"}, status)) as server:
+        assert bench.main(["-p", str(server.port), "-o", "out"]) == 1
+    said = capsys.readouterr().err
+    assert f"/v1/models: {status[:3]}" in said and "next: set OPENAI_API_KEY" in said
+
+
 def test_another_model_than_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, obedient, "-m", "another/model")
     assert run.code == 1

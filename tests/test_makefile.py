@@ -60,6 +60,8 @@ def test_values_arrive_intact_from_the_command_line(checkout: Path, value: str) 
         "run_sbatch.py", value, "--tp_size", value]  # fmt: skip
     assert make(checkout, "test", f"HOST={value}") == ["test.py", "--host", value]
     assert make(checkout, "docker", f"IMAGE={value}") == ["build", "--tag", value, "."]
+    assert make(checkout, "soak", f"HOURS={value}") == [
+        "-m", "tests.cluster.soak", "--hours", value]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", HOSTILE)
@@ -86,6 +88,8 @@ TARGETS = {
     "bench-client": ["tests/bench_client.py"],
     "bench-nodes": ["-m", "tests.cluster.bench_nodes"],
     "bench-launch": ["-m", "tests.cluster.bench_launch"],
+    "check-engines": ["-m", "tests.engines.check"],
+    "soak": ["-m", "tests.cluster.soak"],
 }  # fmt: skip
 
 
