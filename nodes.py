@@ -135,12 +135,20 @@ def by_node(what: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in nodes.items())
 
 
-def write_json(path: Path, data: Mapping[str, object]) -> None:
+def write_json(path: Path, data: object) -> None:
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """All of it or nothing, for readers that look at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
