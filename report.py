@@ -12,19 +12,22 @@ import argparse
 import csv
 import io
 import json
+import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import charts
 import page
+from bench_place import exit_code
 from clients import DETAILS
 from live import colour
-from metrics import spread
-from nodes import Failure, complain, die, say
+from metrics import KINDS, METRICS, spread
+from nodes import die, say, write_json, write_text
 
 Record = dict[str, Any]
 SUMMARY = ("summary.json", "summary.csv")
@@ -56,8 +59,7 @@ CSV_FIELDS = (
     "num_prompts", "completed", "valid", "duration",
     "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
     "output_throughput", "total_token_throughput", "user_throughput",
-    *(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
-      for kind in ("mean", "median", "std", "p90", "p95", "p99")),
+    *(f"{kind}_{name}_ms" for name in METRICS for kind in KINDS),
     "problems",
 )  # fmt: skip
 
@@ -95,10 +97,15 @@ class Group:
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
-    together: dict[str, list[Record]] = {}
+    """A load's repeats together; what another client left in the folder is no repeat."""
+    together: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        together.setdefault(record["case"]["label"], []).append(record)
-    return [Group(label, tuple(found)) for label, found in together.items()]
+        known, case = record.get("metadata", {}), record["case"]
+        how = f"{known.get('client')}, {record['model_id']}, {case['num_prompts']} requests"
+        together.setdefault((case["label"], how), []).append(record)
+    ways = Counter(label for label, _ in together)
+    return [Group(label if ways[label] == 1 else f"{label} ({how})", tuple(found))
+            for (label, how), found in together.items()]  # fmt: skip
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def brief(record: Record) -> Record:
     """A run in the one document that bench.py prints."""
     return {"name": record["case"]["name"], "valid": record["valid"],
             "problems": record["problems"],
-            **{c.key: rounded(record.get(c.key)) for c in COLUMNS}}  # fmt: skip
+            **{c.key: rounded(record.get(c.key)) for c in (*COLUMNS, GOODPUT)}}  # fmt: skip
 
 
 def rounded(value: float | None) -> float | None:
@@ -178,22 +185,16 @@ def rounded(value: float | None) -> float | None:
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Everything that is made from the runs' own files."""
     brief = [{k: v for k, v in r.items() if k not in DETAILS} for r in records]
-    save(folder / "summary.json", json.dumps(brief, indent=2) + "\n")
-    save(folder / "summary.csv", as_csv(records))
+    write_json(folder / "summary.json", brief)
+    write_text(folder / "summary.csv", as_csv(records))
     drawn = [chart for chart in charts.all_charts(groups(records)) if chart.series]
     pictures = charts.draw(drawn)
     for chart, picture in zip(drawn, pictures, strict=False):
         (folder / f"{chart.name}.png").write_bytes(picture.png)
-    save(
+    write_text(
         folder / "report.html",
         page.html(groups(records), columns_for(records), drawn, pictures, notes(records)),
     )
-
-
-def save(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def as_csv(records: Iterable[Record]) -> str:
@@ -237,7 +238,9 @@ class Change:
 
     @property
     def relative(self) -> float:
-        return self.after / self.before - 1 if self.before else 0.0
+        if not self.before:
+            return math.inf if self.after else 0.0
+        return self.after / self.before - 1
 
     @property
     def verdict(self) -> str:
@@ -245,46 +248,72 @@ class Change:
             return ""
         return "better" if (self.relative > 0) == self.column.more_is_better else "WORSE"
 
+    @property
+    def row(self) -> list[str]:
+        sides = (f"{side:,.{self.column.digits}f}" for side in (self.before, self.after))
+        around = f"±{self.spread:.1%}" if self.spread else "-"
+        return [self.label, self.column.key, *sides, f"{self.relative:+.1%}", around, self.verdict]
+
+
+def pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Group, Group]]:
+    """The loads that both measured, and measured validly."""
+    left, right = ({g.label: g for g in groups(r) if g.valid} for r in (before, after))
+    return [(left[label], right[label]) for label in left if label in right]
+
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """What both folders measured, and measured validly."""
-    left, right = ({g.label: g for g in groups(r) if g.valid} for r in (before, after))
-    found = []
-    for label in (name for name in left if name in right):
-        for column in COLUMNS:
-            a, b = left[label].value(column.key), right[label].value(column.key)
-            if a is not None and b is not None:
-                noise = max(left[label].spread(column.key), right[label].spread(column.key))
-                found.append(Change(label, column, a, b, noise))
-    return found
+    return [
+        Change(left.label, column, a, b, max(left.spread(column.key), right.spread(column.key)))
+        for left, right in pairs(before, after)
+        for column in (*COLUMNS, GOODPUT)
+        if (a := left.value(column.key)) is not None and (b := right.value(column.key)) is not None
+    ]
 
 
 def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
-    changes = compare(before, after)
     head = ["load", "", "before", "after", "change", "spread", ""]
-    rows = [
-        [
-            c.label, c.column.key, f"{c.before:,.{c.column.digits}f}",
-            f"{c.after:,.{c.column.digits}f}", f"{c.relative:+.1%}",
-            f"±{c.spread:.1%}" if c.spread else "-", c.verdict,
-        ]
-        for c in changes
-    ]  # fmt: skip
-    return "\n".join([*columns_of([head, *rows]), *left_out(before, after)])
+    rows = [change.row for change in compare(before, after)]
+    lines = [*differences(before, after), *left_out(before, after)]
+    return "\n".join([*columns_of([head, *rows]), *lines])
 
 
-def left_out(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+    """What makes a comparison lame: another client, say. One line for all loads that share it."""
+    found: dict[str, list[str]] = {}
+    for left, right in pairs(before, after):
+        one, other = conditions(left), conditions(right)
+        for name in one:
+            if one[name] != other[name]:
+                line = f"{name}: {one[name]} before, {other[name]} after"
+                found.setdefault(line, []).append(left.label)
+    every = len(pairs(before, after))
+    return [f"UNLIKE {line} ({'every load' if len(labels) == every else ', '.join(labels)})"
+            for line, labels in found.items()]  # fmt: skip
+
+
+def conditions(group: Group) -> Record:
+    """What two measurements should have in common, besides the load."""
+    record = group.records[0]
+    known = record.get("metadata", {})
+    requests = record.get("completed") or 1
+    return {
+        "client": known.get("client"),
+        "API": known.get("backend"),
+        "model": known.get("served_model") or record["model_id"],
+        "burstiness": known.get("burstiness"),
+        "goodput limits": known.get("goodput"),
+        "requests": record["case"]["num_prompts"],
+        "input tokens a request": round(record.get("total_input_tokens", 0) / requests),
+        "output tokens a request": round(record.get("total_output_tokens", 0) / requests),
+    }
+
+
+def left_out(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
     """What could not be compared must not look as if nothing had changed."""
-    sides: Mapping[str, Sequence[Record]] = {"before": before, "after": after}
-    names = {side: {g.label for g in groups(records)} for side, records in sides.items()}
-    lines = [f"only {side}: {label}" for side, other in (("before", "after"), ("after", "before"))
-             for label in sorted(names[side] - names[other])]  # fmt: skip
-    return lines + [
-        f"INVALID {side}, not compared: {g.label}"
-        for side, records in sides.items()
-        for g in groups(records)
-        if not g.valid
-    ]
+    for side, mine, others in (("before", before, after), ("after", after, before)):
+        labels = {g.label for g in groups(others)}
+        yield from (f"only {side}: {g.label}" for g in groups(mine) if g.label not in labels)
+        yield from (f"INVALID {side}, not compared: {g.label}" for g in groups(mine) if not g.valid)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -302,17 +331,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = parse(argv).words
-    try:
-        if words[0] == "compare":
-            print(comparison(load(Path(words[1])), load(Path(words[2]))))
-        else:
-            records = load(Path(words[0]))
-            write(Path(words[0]), records)
-            print(table(records))
-            say(f"{words[0]}/report.html")
-    except (Failure, OSError) as error:
-        return complain(error)
+    args = parse(argv)
+    return exit_code(lambda: report(*map(Path, args.words)))
+
+
+def report(first: Path, *others: Path) -> int:
+    """Of one folder; or, after the word `compare`, of two side by side."""
+    if others:
+        print(comparison(*map(load, others)))
+        return 0
+    records = load(first)
+    write(first, records)
+    print(table(records))
+    say(f"{first}/report.html")
     return 0
 
 

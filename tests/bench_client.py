@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from loadgen import Load, Result, Target, measure  # noqa: E402
-from metrics import Wanted, mean, percentile, slow_client, summarise  # noqa: E402
+from metrics import Distribution, Wanted, client_facts, mean, summarise  # noqa: E402
 from payload import RandomPrompts, Requests  # noqa: E402
 
 TTFT_MS, ITL_MS, TOKENS, PROMPT = 50, 10, 128, 16
@@ -98,15 +98,15 @@ def point(port: int, streams: int) -> Point:
     """A run that bench.py would call valid: the client was not held up by others."""
     for _ in range(ATTEMPTS):
         load, truth, result = run(port, streams, max(ROUNDS * streams, FEWEST), TTFT_MS, ITL_MS)
-        problems = slow_client(load, result, result.outcomes)
+        gaps = Distribution(gap for o in result.outcomes for gap in o.gaps)
+        problems = client_facts(load, result, gaps.mean())["problems"]
         if not problems:
             break
         print(f"{streams} streams, again: {problems[0]}", file=sys.stderr)
-    gaps = sorted(gap for o in result.outcomes for gap in o.gaps)
     ttft = mean((o.first - o.sent) / 1e6 for o in result.outcomes)
     return Point(
         (truth["ttft_ms"]["mean"], ttft),
-        (truth["itl_ms"]["p99"], percentile(gaps, 99)),
+        (truth["itl_ms"]["p99"], gaps.percentile(99)),
         truth["requests_per_s"],
         result.cpu,
         not problems,

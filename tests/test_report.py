@@ -18,6 +18,7 @@ import pytest
 import report
 from matrix import Case
 
+pytestmark = pytest.mark.usefixtures("same_signals")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
