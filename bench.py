@@ -53,7 +53,7 @@ class Bench:
         if record is None:
             record = self.measure(case)
             write_json(path, record)
-        self.records.append(record)
+        self.records.append(report.without_details(record))
         say(report.one_line(record))
         if not record.get("completed"):
             die_if_silent(self.server, self.client.options)

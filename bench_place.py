@@ -47,6 +47,9 @@ def exit_code(work: Callable[[], int]) -> int:
         return work()
     except Failure as failure:
         say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
+    except ModuleNotFoundError as error:
+        say(f"ERROR the Python package {error.name!r} is missing: run `make setup`, then "
+            ".venv/bin/python in place of python3")  # fmt: skip
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output left

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import math
 import statistics
@@ -19,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import charts
 import page
@@ -27,7 +26,7 @@ from bench_place import exit_code
 from clients import DETAILS
 from live import colour
 from metrics import KINDS, METRICS, spread
-from nodes import die, say, write_json, write_text
+from nodes import die, say, whole_file, write_json
 
 Record = dict[str, Any]
 SUMMARY = ("summary.json", "summary.csv")
@@ -184,26 +183,27 @@ def rounded(value: float | None) -> float | None:
 
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Everything that is made from the runs' own files."""
-    brief = [{k: v for k, v in r.items() if k not in DETAILS} for r in records]
-    write_json(folder / "summary.json", brief)
-    write_text(folder / "summary.csv", as_csv(records))
+    write_json(folder / "summary.json", list(map(without_details, records)))
+    with whole_file(folder / "summary.csv") as file:
+        write_csv(file, records)
     drawn = [chart for chart in charts.all_charts(groups(records)) if chart.series]
     pictures = charts.draw(drawn)
     for chart, picture in zip(drawn, pictures, strict=False):
         (folder / f"{chart.name}.png").write_bytes(picture.png)
-    write_text(
-        folder / "report.html",
-        page.html(groups(records), columns_for(records), drawn, pictures, notes(records)),
-    )
+    with whole_file(folder / "report.html") as file:
+        columns = columns_for(records)
+        file.write(page.html(groups(records), columns, drawn, pictures, notes(records)))
 
 
-def as_csv(records: Iterable[Record]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+def without_details(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key not in DETAILS}
+
+
+def write_csv(file: IO[str], records: Iterable[Record]) -> None:
+    writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
         writer.writerow({**record, **record["case"], "problems": "; ".join(record["problems"])})
-    return out.getvalue()
 
 
 def load(folder: Path) -> list[Record]:

@@ -479,6 +479,14 @@ def test_a_port_of_the_environment_that_is_none_is_a_usage_error(
     assert "PORT=http: a port is 1 to 65535" in capsys.readouterr().err
 
 
+def test_a_package_that_is_missing_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "requests", None)
+    assert bench.main(["-p", "1"]) == 1
+    assert "package 'requests' is missing: run `make setup`" in capsys.readouterr().err
+
+
 # --- stopping -------------------------------------------------------------------------------------
 
 
