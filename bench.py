@@ -29,6 +29,7 @@ from clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_s
 from endpoint import Endpoint
 from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
 from nodes import Failure, say, write_json
+from results import load, without_details
 from settings import setting
 from sweep import conflicts, stop_reason, sweep
 
@@ -53,7 +54,8 @@ class Bench:
         if record is None:
             record = self.measure(case)
             write_json(path, record)
-        self.records.append(report.without_details(record))
+        record = without_details(record)
+        self.records.append(record)
         say(report.one_line(record))
         if not record.get("completed"):
             die_if_silent(self.server, self.client.options)
@@ -74,7 +76,7 @@ class Bench:
 
     def in_folder(self) -> list[Record]:
         """With --resume also what earlier calls measured."""
-        return report.load(self.folder) if self.resume and self.records else self.records
+        return load(self.folder) if self.resume and self.records else self.records
 
     def measure(self, case: Case) -> Record:
         try:
@@ -111,7 +113,10 @@ class Bench:
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
     """Every case of the matrix, then the sweep; its knee."""
-    for case in cases(types, change):
+    planned = list(cases(types, change))
+    say(f"{len(planned)} runs, {sum(case.num_prompts for case in planned):,} requests"
+        + (", then a sweep" if SWEEP.type in types else ""))  # fmt: skip
+    for case in planned:
         bench.run(case)
     if SWEEP.type not in types:
         return None

@@ -21,11 +21,10 @@ from endpoint import Endpoint
 from live import LiveLine
 from loadgen import Load, LoadError, Result, measure
 from matrix import Case
-from metrics import PERCENTILES, Wanted, growth, summarise
+from metrics import DETAILS, PERCENTILES, Wanted, growth, summarise
 from nodes import die, say
 from payload import Conversations, Prompts, RandomPrompts, Requests
 
-DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")
 PROBE_SECONDS, PROBE_PROMPT = 60.0, 16  # the shortest request, of a server that gave no answer
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
 WARM_UP_TOKENS = 32

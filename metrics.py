@@ -21,6 +21,7 @@ from response import Outcome
 
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # a value a request
 KINDS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
 SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
@@ -292,9 +293,3 @@ def lag(lags: Counter[int], share: float) -> float:
         if seen >= wanted:
             return max(step, 0) / 10
     return 0.0
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation between repeats, as a share of their mean."""
-    middle = mean(values)
-    return statistics.stdev(values) / middle if len(values) > 1 and middle else 0.0

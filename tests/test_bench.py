@@ -777,6 +777,18 @@ def test_gpus_are_named_only_where_they_are_the_servers(monkeypatch: pytest.Monk
     assert (bench.gpus_of(launched, job), bench.gpus_of(launched, {})) == (["7"], [])
 
 
+def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
+    """The launcher wrote down what the engine was given; its container sees it, too."""
+    model = Path("models/Qwen").absolute()
+    model.mkdir(parents=True)
+    server = Endpoint("http://10.0.0.1:8000", "Qwen", str(model))
+    client = clients.BenchmarkServing(server, clients.Options(Path("share.json")))
+    assert client.mounts(Path("out")) == [Path("out").absolute(), model]
+    command = clients.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
+    assert command[command.index("--model") + 1] == str(model)
+    assert command[command.index("--served-model-name") + 1] == "Qwen"
+
+
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)

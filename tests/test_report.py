@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+import compare
 import report
+import results
 from matrix import Case
 
 pytestmark = pytest.mark.usefixtures("same_signals")
@@ -120,8 +122,9 @@ def test_the_csv_holds_every_run(tmp_path: Path) -> None:
 
 
 def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
-    report.write(tmp_path, [record(LATENCY, ttfts=[0.1] * 10_000)])
-    (found,) = json.loads((tmp_path / "summary.json").read_text())
+    folder = put(tmp_path / "a", record(LATENCY, ttfts=[0.1] * 10_000))
+    assert report.main([str(folder)]) == 0
+    (found,) = json.loads((folder / "summary.json").read_text())
     assert "ttfts" not in found
     assert found["mean_ttft_ms"] == 10
 
@@ -247,7 +250,7 @@ def test_goodput_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_from_nothing_to_something_is_a_change() -> None:
     before, after = (record(LATENCY, request_goodput=g) for g in (0.0, 1.0))
-    (change,) = (c for c in report.compare([before], [after]) if c.column == report.GOODPUT)
+    (change,) = (c for c in compare.compare([before], [after]) if c.column == results.GOODPUT)
     assert (change.verdict, change.row[4]) == ("better", "+inf%")
 
 
@@ -267,7 +270,7 @@ def test_unlike_runs_are_not_compared_in_silence(
     like: dict[str, Any] = {"metadata": {"client": "builtin"}, "completed": 10}
     like["total_input_tokens"] = 1280
     before, after = record(LATENCY, **like), record(LATENCY, **{**like, **other})
-    assert "UNLIKE" not in "\n".join(report.differences([before], [before]))
+    assert "UNLIKE" not in "\n".join(compare.differences([before], [before]))
     text = words_of(tmp_path, capsys, before, after)
     assert f"UNLIKE {words}" in text
     assert "(every load)" in text
@@ -276,7 +279,7 @@ def test_unlike_runs_are_not_compared_in_silence(
 def test_another_number_of_requests_is_told_with_its_load() -> None:
     more = Case("latency", 128, 128, 200, 1)
     same = record(Case("decode", 1, 2, 3, 4))
-    lines = report.differences([record(LATENCY), same], [record(more), same])
+    lines = compare.differences([record(LATENCY), same], [record(more), same])
     assert lines == ["UNLIKE requests: 100 before, 200 after (latency-in128-out128-c1)"]
 
 
@@ -291,7 +294,7 @@ def test_what_another_client_left_is_no_repeat() -> None:
 def test_a_change_within_the_spread_is_no_change() -> None:
     before = [record(LATENCY, 8.0), record(SECOND, 12.0)]
     after = [record(LATENCY, 9.0), record(SECOND, 13.0)]
-    verdicts = {c.column.key: c.verdict for c in report.compare(before, after)}
+    verdicts = {c.column.key: c.verdict for c in compare.compare(before, after)}
     assert verdicts["mean_ttft_ms"] == ""
 
 
