@@ -114,8 +114,9 @@ class Bench:
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
     """Every case of the matrix, then the sweep; its knee."""
     planned = list(cases(types, change))
-    say(f"{len(planned)} runs, {sum(case.num_prompts for case in planned):,} requests"
-        + (", then a sweep" if SWEEP.type in types else ""))  # fmt: skip
+    requests = sum(case.num_prompts for case in planned)
+    ahead = [f"{len(planned)} runs of {requests:,} requests in all"] if planned else []
+    say(", then ".join([*ahead, *(["a sweep"] if SWEEP.type in types else [])]))
     for case in planned:
         bench.run(case)
     if SWEEP.type not in types:
@@ -349,7 +350,7 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
 
 
 def bench(argv: Sequence[str] | None = None) -> int:
-    environ = endpoint.environment()
+    environ = bench_place.environment()
     args = parse(argv, environ)
     server = endpoint.find_endpoint(
         args.host, args.port, args.model, environ, verify=not args.insecure

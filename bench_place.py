@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import nodes
 from nodes import Failure, Place, die, find_place, last_words, say, shown
+from settings import load_env_files
 
 PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
@@ -57,6 +58,16 @@ def exit_code(work: Callable[[], int]) -> int:
     except OSError as error:
         say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
     return 1
+
+
+def environment() -> dict[str, str]:
+    """The environment over the .env files.
+
+    Not HOST from the environment: conda's compilers and tcsh set it to other things.
+    """
+    os.environ.pop("HOST", None)
+    load_env_files()
+    return {name: value for name, value in os.environ.items() if value}
 
 
 def is_installed() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from loadgen import Target
 from nodes import Failure, die
-from settings import load_env_files, setting
+from settings import setting
 
 if TYPE_CHECKING:
     from requests import Response
@@ -29,7 +28,7 @@ class Endpoint:
 
     url: str
     model: str  # the id in /v1/models
-    asked: str  # what names its tokenizer: -m, else the launcher's MODEL, else the id
+    asked: str  # what names its tokenizer: -m, the launcher's MODEL, or the id
     api_key: str = ""
     verify: bool = True
     record: Path | None = None  # the launcher's endpoint.json, when it is about this server
@@ -65,9 +64,9 @@ def find_endpoint(
             record, left = None, {}
         url = asked
     endpoint = Endpoint(url, "", "", environ.get("OPENAI_API_KEY", ""), verify, record)
-    served = models(endpoint)
-    asked = model or str(left.get("model_argument") or served[0])
-    return replace(endpoint, model=choose(model, served, url), asked=asked)
+    name = choose(model, models(endpoint), url)
+    given = str(left.get("model_argument") or name)
+    return replace(endpoint, model=name, asked=given if model in ("", name) else model)
 
 
 def find_record(environ: Mapping[str, str]) -> Path | None:
@@ -267,13 +266,3 @@ class Witness:
                 pass
         return ["an idle connection was closed during the run: by a proxy, or because the server "
                 "was restarted"]  # fmt: skip
-
-
-def environment() -> dict[str, str]:
-    """The environment over the .env files.
-
-    Not HOST from the environment: conda's compilers and tcsh set it to other things.
-    """
-    os.environ.pop("HOST", None)
-    load_env_files()
-    return {name: value for name, value in os.environ.items() if value}

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench_place
-from endpoint import environment
 from nodes import die, say
 from settings import setting
 
@@ -69,7 +68,7 @@ def parse(
 
 
 def static_bench(argv: Sequence[str] | None) -> int:
-    environ = environment()
+    environ = bench_place.environment()
     args, more = parse(argv, environ)
     folder = (args.output or Path("results") / time.strftime("static-%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)

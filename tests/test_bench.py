@@ -25,7 +25,6 @@ import pytest
 import bench
 import bench_place
 import clients
-import endpoint
 import image
 import metrics
 import nodes
@@ -462,13 +461,23 @@ def test_flags_win_over_the_environment_which_wins_over_env_files(
 ) -> None:
     Path(".env").write_text("BENCH_TYPE=latency\nMODEL=file\nSHAREGPT_PATH=/data/s.json\n")
     monkeypatch.setenv("MODEL", "environment")
-    args = bench.parse([], endpoint.environment())
+    args = bench.parse([], bench_place.environment())
     assert (args.model, args.type) == ("environment", ("latency",))
     assert (args.sharegpt, bench.parse([], {}).sharegpt) == (
         Path("/data/s.json"),
         Path("ShareGPT.json"),
     )
-    assert bench.parse(["-m", "flag"], endpoint.environment()).model == "flag"
+    assert bench.parse(["-m", "flag"], bench_place.environment()).model == "flag"
+
+
+def test_a_host_of_the_environment_is_a_shells_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
+    assert "HOST" not in bench_place.environment()
+    Path(".env").write_text("HOST=from-file\nPORT=1\n")
+    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
+    monkeypatch.setenv("PORT", "2")
+    environ = bench_place.environment()
+    assert (environ["HOST"], environ["PORT"]) == ("from-file", "2")
 
 
 def test_a_port_of_the_environment_that_is_none_is_a_usage_error(

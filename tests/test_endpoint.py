@@ -84,7 +84,8 @@ def test_what_the_engine_was_given_names_the_tokenizer() -> None:
         write_record(server.port, model_argument=f"/models/{MODEL}")
         assert found().asked == found("localhost", server.port).asked == f"/models/{MODEL}"
         assert found().model == MODEL
-        assert found(model=MODEL).asked == MODEL
+        assert found(model=MODEL).asked == f"/models/{MODEL}"
+        assert found(model=f"/mine/{MODEL}").asked == f"/mine/{MODEL}"
 
 
 def test_no_server() -> None:
@@ -153,16 +154,6 @@ def test_a_list_of_models_that_is_none(document: Any) -> None:
 )
 def test_is_this_machine(host: str, here: bool) -> None:
     assert endpoint.is_this_machine(host) is here
-
-
-def test_a_host_of_the_environment_is_a_shells_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
-    assert "HOST" not in endpoint.environment()
-    Path(".env").write_text("HOST=from-file\nPORT=1\n")
-    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
-    monkeypatch.setenv("PORT", "2")
-    environ = endpoint.environment()
-    assert (environ["HOST"], environ["PORT"]) == ("from-file", "2")
 
 
 # --- the same one ---------------------------------------------------------------------------------
