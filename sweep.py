@@ -35,6 +35,8 @@ def conflicts(types: Sequence[str], change: Overrides, by: str | None) -> Iterat
         yield "--sweep-by rate has no --concurrency: requests go out at their own times"
     if None in change.concurrency:
         yield "a sweep begins at a number of streams, not at unlimited"
+    if by == "rate" and change.num_prompts:
+        yield f"--sweep-by rate has no --num-prompts: a rate is held for {RATE_SECONDS} s and more"
     if by != "rate" and math.isfinite(change.rates[0]):
         yield "a sweep of the concurrency has no --request-rate; or --sweep-by rate"
 
@@ -62,7 +64,7 @@ def case_for(load: float, change: Overrides, by_rate: bool, before: Record | Non
     inputs, outputs = row.lengths[0]
     if by_rate:
         seconds = max(RATE_SECONDS, SETTLED * before["mean_e2el_ms"] / 1e3 if before else 0)
-        count = change.num_prompts or max(row.requests, math.ceil(load * seconds))
+        count = max(row.requests, math.ceil(load * seconds))
         return Case(row.type, inputs, outputs, count, None, load)
     return Case(row.type, inputs, outputs, requests_for(row, int(load), change), int(load))
 

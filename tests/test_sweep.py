@@ -139,7 +139,7 @@ def test_one_invalid_repeat_ends_a_sweep() -> None:
         ["--input-len", "1,2"], ["--output-len", "1,2"], ["--concurrency", "1,2"],
         ["--concurrency", "unlimited"], ["--request-rate", "5"],
         ["--sweep-by", "rate", "--request-rate", "1,2"],
-        ["--sweep-by", "rate", "--concurrency", "4"],
+        ["--sweep-by", "rate", "--concurrency", "4"], ["--sweep-by", "rate", "--num-prompts", "4"],
     ],
 )  # fmt: skip
 def test_what_a_sweep_would_ignore_is_refused(
