@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import bench_place
 import sharegpt
+from connection import TOO_LATE
 from endpoint import Endpoint
 from live import LiveLine
 from loadgen import Load, LoadError, Result, measure
@@ -184,6 +185,8 @@ class Builtin:
             self.notes.append(f"the server refuses ignore_eos: outputs may end early ({refused})")
             say(self.notes[-1])
             return self.warm_up(replace(load, body=replace(load.body, ignore_eos=False)))
+        if count and all(o.error.startswith(TOO_LATE) for o in result.outcomes):
+            raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
         return load
 
     def warm_up_load(self, load: Load, count: int) -> Load:
@@ -249,6 +252,7 @@ class BenchmarkServing:
 
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
+        die_if_silent(self.endpoint, options)  # this client would wait for hours
         if case.input_len is None and not options.sharegpt.exists():
             sharegpt.download(sharegpt.URL, options.sharegpt)
         file = folder.resolve() / f".{case.name}.benchmark_serving.json"

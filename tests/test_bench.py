@@ -342,6 +342,14 @@ def test_a_server_that_only_lists_its_models_ends_the_matrix(
     assert Path("out/report.html").exists()
 
 
+def test_one_stream_after_the_other_does_not_wait_for_each(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
+    assert run.last["runs"][0]["problems"] == ["no warm-up request had its answer within 0.3 s"]
+    assert len([r for r in run.server.requests if r.body]) == 1 + 1  # the warm-up, the short one
+
+
 def test_a_server_that_answers_the_short_request_is_measured_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -995,6 +1003,16 @@ def test_benchmark_serving_on_a_server_that_hangs_is_ended(
     run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "0.2")
     assert time.monotonic() - began < 5
     assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
+    assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
+    assert "benchmark_serving" not in run.stderr
 
 
 def test_how_long_benchmark_serving_may_take() -> None:
