@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -16,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import nodes
-from nodes import Failure, Place, die, find_place, last_words, say, shown
+from nodes import Failure, Place, complain, die, find_place, last_words, say, shown
 from settings import load_env_files
+from signals import Stopped, obey
 
 PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
@@ -30,34 +28,21 @@ PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy"
 WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
 
 
-def on_signal(signum: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
-
-
-def end_on_signals() -> None:
-    """TERM and HUP end as ^C does: what is finished is kept, no container stays."""
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(each, on_signal)
-
-
 def exit_code(work: Callable[[], int]) -> int:
     """Do a script's work; whatever stops it is one sentence and an exit code."""
-    end_on_signals()
+    obey()
     try:
         return work()
-    except Failure as failure:
-        say(f"ERROR {failure.message}" + (f"\n  next: {failure.hint}" if failure.hint else ""))
+    except Stopped as stopped:
+        return 128 + int(stopped.args[0])
     except ModuleNotFoundError as error:
-        say(f"ERROR the Python package {error.name!r} is missing: run `make setup`, then "
-            ".venv/bin/python in place of python3")  # fmt: skip
-    except KeyboardInterrupt:
-        return 130
+        return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
+                                "then .venv/bin/python in place of python3"))  # fmt: skip
     except BrokenPipeError:  # the reader of our output left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-    return 1
+        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
 
 
 def environment() -> dict[str, str]:

@@ -783,7 +783,7 @@ def config_digest(data: bytes) -> str:
 
 @pytest.fixture
 def same_signals() -> Iterator[None]:
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
