@@ -21,6 +21,8 @@ GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS
 ifneq ($(origin HOST),command line)
 HOST :=
 endif
+# An exported PORT is the launcher's default, too: only `make test PORT=...` names a server by it.
+SERVER_PORT := $(if $(filter command,$(origin PORT)),$(if $(value PORT),--port "$$PORT"))
 # An exported IMAGE is the server's; `make bench IMAGE=...` asks for NVIDIA's client in it.
 ifeq ($(origin IMAGE),command line)
 BENCH_IMAGE := $(value IMAGE)
@@ -80,7 +82,7 @@ logs: $(READY) ## Follow the newest server log
 
 .PHONY: test
 test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
-	@$(PY) test.py $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model)
+	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model)
 
 .PHONY: demo
 demo: $(READY) ## Serve and check with the simulator: no GPU, no Docker, no cluster
@@ -89,7 +91,7 @@ demo: $(READY) ## Serve and check with the simulator: no GPU, no Docker, no clus
 ##@ Measure
 .PHONY: bench
 bench: $(READY) ## Benchmark a server (HOST= PORT= BENCH_TYPE=throughput,prefill IMAGE= BENCH_ARGS=)
-	$(PY) bench.py $(call flag,HOST,--host) $(call flag,PORT,--port) $(call flag,MODEL,--model) $(call flag,BENCH_TYPE,--type) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
+	$(PY) bench.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model) $(call flag,BENCH_TYPE,--type) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
 
 .PHONY: report
 report: $(READY) ## Write a result folder's report again (RESULTS=)

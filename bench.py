@@ -4,10 +4,8 @@
 A run with failed requests, empty or short outputs, another model, or a client
 that could not keep up is INVALID: in every output, and exit code 1.
 
-  bench.py                                         the server of run_sbatch.py
   bench.py -H 10.0.128.193 -t throughput,prefill
-  bench.py -H 10.0.128.193 -i IMAGE                by NVIDIA's own client
-  bench.py -t sweep --goodput ttft:500             where is the knee?
+  bench.py -t sweep --goodput ttft:500           where is the knee?
 
 The last line on stdout is one JSON document; report.py compares two results.
 """
@@ -17,23 +15,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import bench_place
 import endpoint
 import report
-from clients import BenchmarkServing, Builtin, Client, Options, Record, nothing
+from clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
 from endpoint import Endpoint
 from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from nodes import Failure, complain, say
-from sweep import stop_reason, sweep
+from nodes import Failure, say, write_json
+from results import load, without_details
+from settings import setting
+from sweep import conflicts, stop_reason, sweep
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
@@ -56,8 +54,11 @@ class Bench:
         if record is None:
             record = self.measure(case)
             write_json(path, record)
+        record = without_details(record)
         self.records.append(record)
         say(report.one_line(record))
+        if not record.get("completed"):
+            die_if_silent(self.server, self.client.options)
         return record
 
     def earlier(self, case: Case, path: Path) -> Record | None:
@@ -75,16 +76,13 @@ class Bench:
 
     def in_folder(self) -> list[Record]:
         """With --resume also what earlier calls measured."""
-        return report.load(self.folder) if self.resume and self.records else self.records
+        return load(self.folder) if self.resume and self.records else self.records
 
     def measure(self, case: Case) -> Record:
         try:
-            before = endpoint.identity(self.server)
-            found = self.client(case, self.folder)
-            problems = [*found["problems"], *endpoint.changes(self.server, before)]
+            found = self.watched(case)
         except Failure as e:  # this run's own; the others are worth having
             found = nothing(case, e.message)
-            problems = found["problems"]
         rate = case.rate if math.isfinite(case.rate) else "inf"
         return {
             "date": time.strftime("%Y%m%d-%H%M%S"),
@@ -95,23 +93,31 @@ class Bench:
             "burstiness": self.metadata["burstiness"],
             "max_concurrency": case.concurrency,
             **found,
-            "valid": not problems,
-            "problems": problems,
+            "valid": not found["problems"],
             "case": case.facts(),
             "metadata": self.metadata,
         }
 
-
-def write_json(path: Path, data: Any) -> None:  # noqa: ANN401
-    """All of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=2, default=str) + "\n")
-    part.replace(path)
+    def watched(self, case: Case) -> Record:
+        """The client's record, with what became of the server meanwhile."""
+        before, witness = endpoint.identity(self.server), endpoint.Witness(self.server)
+        try:
+            found = self.client(case, self.folder)
+        finally:
+            notes = witness.notes()
+        problems = [*found["problems"], *endpoint.changes(self.server, before)]
+        # What the launcher or the server itself tells is more than a sign.
+        notes = [] if problems or before["started"] else notes
+        return {**found, "problems": problems, "notes": [*found["notes"], *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
     """Every case of the matrix, then the sweep; its knee."""
-    for case in cases(types, change):
+    planned = list(cases(types, change))
+    requests = sum(case.num_prompts for case in planned)
+    ahead = [f"{len(planned)} runs of {requests:,} requests in all"] if planned else []
+    say(", then ".join([*ahead, *(["a sweep"] if SWEEP.type in types else [])]))
+    for case in planned:
         bench.run(case)
     if SWEEP.type not in types:
         return None
@@ -199,6 +205,12 @@ def count(text: str) -> int:
     return numbers(text)[0]
 
 
+def port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text}: a port is 1 to 65535")
+    return int(text)
+
+
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -209,65 +221,68 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
         ),
         allow_abbrev=False,
     )
-    default_port, sharegpt = environ.get("PORT"), environ.get("SHAREGPT_PATH") or "ShareGPT.json"
-    add = parser.add_argument
-    add("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
-    add("-p", "--port", type=count, default=default_port, metavar="PORT", help="(8000)")
-    add("--insecure", action="store_true", help="do not check https certificates")
-    add("-m", "--model", default=environ.get("MODEL", ""), help="(what the server serves)")
-    add(
-        "-t",
-        "--type",
-        type=types,
-        default=environ.get("BENCH_TYPE") or "all",
-        help="comma-separated (all but sweep)",
-    )
-    add("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
-    add(
-        "-i",
-        "--image",
-        default=environ.get("BENCH_IMAGE", ""),
-        help="tarball, tag, reference for --client trtllm",
-    )
-    add("--client", choices=("builtin", "trtllm"), metavar="NAME", help="builtin, trtllm (with -i)")
+    add_options(parser, environ)
+    args = parser.parse_args(argv)
+    if not args.client:
+        args.client = "trtllm" if args.image or bench_place.is_installed() else "builtin"
+    for conflict in (*contradictions(args), *conflicts(args.type, overrides(args), args.sweep_by)):
+        parser.error(conflict)
+    try:
+        port(setting("PORT", environ))
+    except argparse.ArgumentTypeError as e:
+        parser.error(f"PORT={e}")
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
+    kind, sharegpt = setting("BENCH_TYPE", environ), Path(setting("SHAREGPT_PATH", environ))
+    group = parser.add_argument_group("the server").add_argument
+    group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
+    group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
+    group("-m", "--model", default=environ.get("MODEL", ""), help="(what the server serves)")
+    group("--insecure", action="store_true", help="take any https certificate")
+    group = parser.add_argument_group("what to measure").add_argument
+    group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
+    group("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
+    group("--resume", action="store_true", help="skip the valid results in -o")
+    group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
+    group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
+          help="ttft:200 tpot:30 e2el:5000, in ms")  # fmt: skip
     group = parser.add_argument_group("the load, instead of the type's own").add_argument
     group("--num-prompts", type=count, metavar="N", help="requests a run")
     group("--concurrency", type=streams, default=(), metavar="N,N", help="or unlimited")
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
-    group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second")
-    group("--burstiness", type=positive, default=1.0, metavar="B", help="1: Poisson, less: bursts")
-    group("--sweep-by", choices=("concurrency", "rate"), default="concurrency")
-    group("--backend", choices=("openai", "openai-chat"), default="openai")
-    group(
-        "--sharegpt",
-        type=Path,
-        default=Path(sharegpt),
-        metavar="FILE",
-        help="the data set; downloaded if missing",
-    )
-    group("--tokenizer", default="", metavar="T", help="for --client trtllm")
-    group = parser.add_argument_group("the measurement").add_argument
-    group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
+    group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second (inf)")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="less: in bursts (1)")
+    group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
+    group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
+          help="openai-chat (openai)")  # fmt: skip
+    group("--sharegpt", type=Path, default=sharegpt, metavar="FILE", help=f"({sharegpt})")
+    group = parser.add_argument_group("the client").add_argument
+    group("--client", choices=("builtin", "trtllm"), metavar="NAME",
+          help="builtin; trtllm with -i, or where it is installed")  # fmt: skip
+    group("-i", "--image", default=environ.get("BENCH_IMAGE", ""),
+          help="for trtllm: tarball, tag or reference")  # fmt: skip
+    group("--tokenizer", default="", metavar="T", help="for trtllm (the model's)")
     group("--warmup", type=int, metavar="N", help="unmeasured requests before (up to 16)")
     # A new one each time: earlier prompts may still be in the server's prefix cache.
     group("--seed", type=int, default=random.randrange(1 << 31), metavar="N", help="(a new one)")
-    group(
-        "--goodput",
-        type=limit,
-        nargs="+",
-        default=[],
-        metavar="SLO",
-        help="ttft:200 tpot:30 e2el:5000, in ms",
-    )
     group("--timeout", type=positive, default=600.0, metavar="S", help="of a request (600)")
-    group("--shards", type=int, default=0, metavar="N", help="client processes (as needed)")
+    group("--shards", type=int, default=0, metavar="N", help="processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
-    group("--resume", action="store_true", help="skip the valid results in -o")
-    args = parser.parse_args(argv)
+
+
+def contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.resume and not args.output:
-        parser.error("--resume needs -o, the folder to go on in")
-    return args
+        yield "--resume needs -o, the folder to go on in"
+    if args.client == "trtllm":
+        given = {"--warmup": args.warmup is not None, "--shards": args.shards,
+                 "--insecure": args.insecure}  # fmt: skip
+        yield from (f"{flag}: NVIDIA's client cannot, --client builtin can"
+                    for flag in given if given[flag])  # fmt: skip
+    elif args.tokenizer:
+        yield "--tokenizer is for --client trtllm"
 
 
 def overrides(args: argparse.Namespace) -> Overrides:
@@ -283,16 +298,16 @@ def overrides(args: argparse.Namespace) -> Overrides:
 
 def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
     return Options(
-        args.backend, args.seed, args.warmup, args.burstiness, args.timeout, dict(args.goodput),
-        args.shards, args.save_detailed, args.sharegpt, args.image, args.tokenizer, environ,
+        args.sharegpt, args.backend, args.seed, args.warmup, args.burstiness, args.timeout,
+        dict(args.goodput), args.shards, args.save_detailed, args.image, args.tokenizer, environ,
     )  # fmt: skip
 
 
-def choose_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
-    installed = bench_place.is_installed()
-    if args.client == "builtin" or not (args.client or args.image or installed):
+def make_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
+    if args.client == "builtin":
+        args.image = ""  # the setting's, perhaps
         return Builtin(server, options(args, environ))
-    if args.image or not installed:
+    if args.image or not bench_place.is_installed():
         args.image = bench_place.provide_image(args.image, environ)
     return BenchmarkServing(server, options(args, environ))
 
@@ -317,7 +332,7 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
         "backend": args.backend,
         "image": args.image or None,
         "image_id": bench_place.image_id(args.image, environ),
-        "gpus": bench_place.gpu_names(environ),
+        "gpus": gpus_of(server, environ),
         "burstiness": args.burstiness,
         "seed": args.seed,
         "goodput": dict(args.goodput),
@@ -326,13 +341,21 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
     }
 
 
+def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
+    """Where the server is in our allocation, or on this machine; another keeps its secret."""
+    job = endpoint.read_record(server.record).get("job")
+    if job and job == environ.get("SLURM_JOB_ID"):
+        return bench_place.gpu_names(environ)
+    return bench_place.gpu_names({}) if endpoint.is_this_machine(server.target.host) else []
+
+
 def bench(argv: Sequence[str] | None = None) -> int:
-    environ = endpoint.environment()
+    environ = bench_place.environment()
     args = parse(argv, environ)
     server = endpoint.find_endpoint(
         args.host, args.port, args.model, environ, verify=not args.insecure
     )
-    client = choose_client(args, server, environ)
+    client = make_client(args, server, environ)
     folder = result_folder(args)
     metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)
     say(f"{server.url} serves {server.model}; measured by {client.name}, results in {folder}")
@@ -347,16 +370,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    bench_place.end_on_signals()
-    try:
-        return bench(argv)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (Failure, OSError) as error:
-        return complain(error)
+    return bench_place.exit_code(lambda: bench(argv))
 
 
 if __name__ == "__main__":

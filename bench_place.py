@@ -1,46 +1,66 @@
-"""Where NVIDIA's own benchmark programs run: here, in a container, or in one on the first node.
+"""How the benchmark scripts run and end, and where NVIDIA's own programs do.
 
-The place is a prefix to put before a command, never a branch.
+That is here, in a container, or in one on an allocation's first node: a prefix to put before a
+command, never a branch.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-import image
-from container import mount_flag
-from nodes import Place, die, find_place, say
+import nodes
+from nodes import Failure, Place, complain, die, find_place, last_words, say, shown
+from settings import load_env_files
+from signals import Stopped, obey
 
+PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
+FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
 MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
-PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY")
+PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy")
+WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
 
 
-def on_signal(signum: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+def exit_code(work: Callable[[], int]) -> int:
+    """Do a script's work; whatever stops it is one sentence and an exit code."""
+    obey()
+    try:
+        return work()
+    except Stopped as stopped:
+        return 128 + int(stopped.args[0])
+    except ModuleNotFoundError as error:
+        return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
+                                "then .venv/bin/python in place of python3"))  # fmt: skip
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
 
 
-def end_on_signals() -> None:
-    """TERM and HUP end as ^C does: what is finished is kept, no container stays."""
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(each, on_signal)
+def environment() -> dict[str, str]:
+    """The environment over the .env files.
+
+    Not HOST from the environment: conda's compilers and tcsh set it to other things.
+    """
+    os.environ.pop("HOST", None)
+    load_env_files()
+    return {name: value for name, value in os.environ.items() if value}
 
 
 def is_installed() -> bool:
     """Is TensorRT-LLM here, without a container?"""
-    return importlib.util.find_spec("tensorrt_llm") is not None
+    try:
+        return subprocess.run([PYTHON, "-c", FIND], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def node(environ: Mapping[str, str]) -> Place:
@@ -51,10 +71,22 @@ def node(environ: Mapping[str, str]) -> Place:
 
 def provide_image(asked: str, environ: Mapping[str, str]) -> str:
     """Bring the image there if it is not, as run_sbatch.py does; its tag."""
+    import image
+
     found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
     if found.tarball or (found.registry and not image_id(found.tag, environ)):
         image.provide(found, node(environ))
+    elif not found.registry:
+        find_tag(found.tag, environ)
     return found.tag
+
+
+def find_tag(tag: str, environ: Mapping[str, str]) -> None:
+    """A local tag that is not there fails now, and not once a run."""
+    try:
+        nodes.run(inspect(tag, environ))
+    except Failure as e:
+        die(e.message, hint="`docker images` lists what is there; -i takes a tarball, too")
 
 
 def name() -> str:
@@ -67,6 +99,8 @@ def prefix(
     """Puts a command into a container that sees the mounts; [] for no tag: it runs as it is."""
     if not tag:
         return []
+    from container import mount_flag
+
     cache = environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
     return [
@@ -101,27 +135,51 @@ def run(
     environ: Mapping[str, str],
     hint: str = "",
     timeout: float | None = None,
-) -> int:
-    """Show a command and run it, its output on stderr; its exit status."""
-    say(f"$ {shlex.join(command)}")
+) -> tuple[int, str]:
+    """Show a command and run it, its output on stderr; its exit status and last words."""
+    say(f"$ {shown(command)}")
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)
+    words = bytearray()
     with removed_afterwards(command, environ):
-        return subprocess.run(
-            command, stdout=sys.stderr, env={**os.environ, **environ}, timeout=timeout
-        ).returncode
+        source, sink = os.pipe()
+        copier = threading.Thread(target=copy, args=(source, words), daemon=True)
+        copier.start()
+        try:
+            env = {**os.environ, **environ}
+            status = subprocess.run(
+                command, stdout=sink, stderr=sink, env=env, timeout=timeout
+            ).returncode
+        finally:
+            os.close(sink)
+        copier.join(1)  # a child of its own may hold the pipe for longer
+    return status, last_words(words.decode(errors="replace"))
+
+
+def copy(source: int, words: bytearray) -> None:
+    """From a pipe to stderr; the last of it is kept."""
+    with open(source, "rb", buffering=0) as pipe:
+        while piece := pipe.read(WORDS):
+            with suppress(OSError, ValueError):  # nobody reads any more: the program goes on
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+            words += piece
+            del words[:-WORDS]
+
+
+def inspect(tag: str, environ: Mapping[str, str]) -> list[str]:
+    return [*node(environ).head, "docker", "image", "inspect", "--format={{.Id}}", tag]
 
 
 def image_id(tag: str, environ: Mapping[str, str]) -> str | None:
     if not tag:
         return None
-    ask = [*node(environ).head, "docker", "image", "inspect", "--format={{.Id}}", tag]
-    return output(ask)
+    return output(inspect(tag, environ))
 
 
 def gpu_names(environ: Mapping[str, str]) -> list[str]:
-    """Of this machine or the allocation's first node; a server elsewhere keeps its own secret."""
+    """Of the first node of the allocation that the environment names; without one, of this."""
     ask = [*node(environ).head, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return (output(ask) or "").splitlines()
 

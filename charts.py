@@ -5,22 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from nodes import say
+from results import Group
 
 Points = list[tuple[float, float]]
 SHORT = {"input_len": "in", "output_len": "out", "concurrency": "c", "rate": "rate"}
-
-
-class Group(Protocol):
-    """A load, averaged over its repeats (report.Group)."""
-
-    @property
-    def case(self) -> dict[str, Any]: ...
-    @property
-    def valid(self) -> bool: ...
-    def value(self, key: str) -> float | None: ...
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,22 @@ from typing import Any, Protocol
 
 import bench_place
 import sharegpt
+from connection import TOO_LATE
 from endpoint import Endpoint
 from live import LiveLine
 from loadgen import Load, LoadError, Result, measure
 from matrix import Case
-from metrics import PERCENTILES, Wanted, summarise
-from nodes import say
+from metrics import DETAILS, PERCENTILES, Wanted, growth, summarise
+from nodes import die, say
 from payload import Conversations, Prompts, RandomPrompts, Requests
 
-DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")
+PROBE_SECONDS, PROBE_PROMPT = 60.0, 16  # the shortest request, of a server that gave no answer
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
 WARM_UP_TOKENS = 32
 WARM_UP_STREAMS = 16
 REFUSALS = ("HTTP 400", "HTTP 422")
+
+UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
 Record = dict[str, Any]
 
@@ -38,6 +41,7 @@ Record = dict[str, Any]
 class Options:
     """What holds for every run."""
 
+    sharegpt: Path
     backend: str = "openai"  # or openai-chat, as in benchmark_serving
     seed: int = 0
     warmup: int | None = None
@@ -46,7 +50,6 @@ class Options:
     goodput: Mapping[str, float] = field(default_factory=dict)
     shards: int = 0
     detailed: bool = False
-    sharegpt: Path = Path("ShareGPT_V3_unfiltered_cleaned_split.json")
     image: str = ""
     tokenizer: str = ""
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -62,8 +65,28 @@ class Options:
 
 class Client(Protocol):
     name: str
+    options: Options
 
     def __call__(self, case: Case, folder: Path) -> Record: ...
+
+
+def die_if_silent(endpoint: Endpoint, options: Options) -> None:
+    """Failure when not even the shortest request is answered: no other run would be, either."""
+    seconds = min(options.timeout, PROBE_SECONDS)
+    body = Requests(endpoint.model, RandomPrompts(PROBE_PROMPT, 1, "probe", options.chat),
+                    options.chat, ignore_eos=False)  # fmt: skip
+    path = endpoint.prefix + options.path
+    load = Load(endpoint.target, path, body, 1, timeout=seconds, chat=options.chat)
+    try:
+        (outcome,) = measure(load).outcomes
+        error = outcome.error
+    except LoadError as e:
+        error = str(e)
+    if error:
+        die(
+            f"{endpoint.url} does not answer even one short request: {error}; the rest is left out",
+            hint="its log says why; --resume goes on from here",
+        )
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -109,7 +132,7 @@ class Builtin:
             prompts = load.body.prompts
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         record = summarise(load, result, wanted, self.options.goodput)
-        record["notes"] = [*self.notes, *notes_for(case, record)]
+        record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
         return record | (details(load, result) if self.options.detailed else {})
 
     def load_for(self, case: Case, attempt: int) -> Load:
@@ -162,6 +185,8 @@ class Builtin:
             self.notes.append(f"the server refuses ignore_eos: outputs may end early ({refused})")
             say(self.notes[-1])
             return self.warm_up(replace(load, body=replace(load.body, ignore_eos=False)))
+        if count and all(o.error.startswith(TOO_LATE) for o in result.outcomes):
+            raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
         return load
 
     def warm_up_load(self, load: Load, count: int) -> Load:
@@ -176,8 +201,11 @@ class Builtin:
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
 
 
-def notes_for(case: Case, record: Record) -> list[str]:
+def notes_for(case: Case, record: Record, chat: bool) -> list[str]:
     notes, client = [], record["client"]
+    if chat and case.input_len is not None:
+        notes.append("a chat's prompt is as many words as tokens were asked for: its exact length "
+                     "is the server's to say")  # fmt: skip
     if case.input_len is None:
         notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
                      "token counts are the server's")  # fmt: skip
@@ -224,24 +252,29 @@ class BenchmarkServing:
 
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
+        die_if_silent(self.endpoint, options)  # this client would wait for hours
         if case.input_len is None and not options.sharegpt.exists():
             sharegpt.download(sharegpt.URL, options.sharegpt)
         file = folder.resolve() / f".{case.name}.benchmark_serving.json"
         file.unlink(missing_ok=True)
+        environ = unproxied(options.environ, self.endpoint.target.host)
         command = [
-            *bench_place.prefix(options.image, self.mounts(folder), options.environ),
+            *bench_place.prefix(options.image, self.mounts(folder), environ),
             *benchmark_serving(case, self.endpoint, options, file),
         ]
         limit = longest(case, options.timeout)
         hint = "--client builtin needs no container"
         try:
-            status = bench_place.run(command, options.environ, hint, limit)
+            status, words = bench_place.run(command, environ, hint, limit)
         except subprocess.TimeoutExpired:
             return nothing(case, f"benchmark_serving did not end within {limit:g} s")
-        if not file.exists():
-            return nothing(case, f"benchmark_serving wrote no result (exit code {status})")
-        record: Record = json.loads(file.read_text())
-        file.unlink()
+        try:
+            record: Record = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return nothing(case, "benchmark_serving wrote no result (exit code "
+                           f"{status}): {words or 'it said nothing'}")  # fmt: skip
+        finally:
+            file.unlink(missing_ok=True)
         return judge(case, record, options.detailed)
 
     def mounts(self, folder: Path) -> list[Path]:
@@ -249,6 +282,12 @@ class BenchmarkServing:
         paths = [folder.resolve()]
         paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
         return paths + ([model.resolve()] if model.is_dir() else [])
+
+
+def unproxied(environ: Mapping[str, str], host: str) -> dict[str, str]:
+    """Its HTTP library would send the measured requests through HTTP_PROXY."""
+    names = ("NO_PROXY", "no_proxy")
+    return {**environ, **{n: ",".join(filter(None, (environ.get(n), host))) for n in names}}
 
 
 def longest(case: Case, timeout: float) -> float:
@@ -264,7 +303,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
     plain = not target.tls and not endpoint.prefix
     limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
     return [
-        "python3", "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
+        bench_place.PYTHON, "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
         "--backend", options.backend,
         *(["--host", target.host, "--port", str(target.port)] if plain
           else ["--base-url", endpoint.url]),
@@ -319,6 +358,8 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     if empty:
         problems.append(f"{empty} outputs are empty")
     problems += wrong_lengths(case, record, outputs)
+    latencies = record.get("e2els", []) if math.isfinite(case.rate) else []
+    record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
     if not detailed:
         for key in DETAILS:
             record.pop(key, None)
@@ -326,7 +367,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
     share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
-    return record | {"valid": not problems, "problems": problems, "notes": [], "client": {}}
+    return record | {"valid": not problems, "problems": problems, "notes": [UNKNOWN], "client": {}}
 
 
 def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:

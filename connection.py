@@ -29,6 +29,7 @@ READ_SIZE = 1 << 16
 ANCILLARY_SIZE = 128
 SECOND = 1_000_000_000
 CONNECT_TIMEOUT = 10.0
+TOO_LATE = "no whole answer within"
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
 
 Step = Callable[[int], None]  # what to do when the socket is ready; given the time
@@ -238,7 +239,7 @@ class Stream:
     def too_late(self) -> str:
         if self.opening:
             return f"no connection within {CONNECT_TIMEOUT:g} s"
-        return f"no whole answer within {self.loop.load.timeout:g} s"
+        return f"{TOO_LATE} {self.loop.load.timeout:g} s"
 
     def close(self) -> None:
         if self.sock:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
-
-import requests
 
 from loadgen import Target
 from nodes import Failure, die
+from settings import setting
+
+if TYPE_CHECKING:
+    from requests import Response
 
 TIMEOUT = 10.0
-DEFAULT_PORT = 8000
 
 
 @dataclass(frozen=True)
@@ -25,33 +28,45 @@ class Endpoint:
 
     url: str
     model: str  # the id in /v1/models
-    asked: str  # what -m said, or the id: benchmark_serving finds the tokenizer by it
+    asked: str  # what names its tokenizer: -m, the launcher's MODEL, or the id
     api_key: str = ""
     verify: bool = True
-    record: Path | None = None  # the launcher's endpoint.json, when the server was found by it
+    record: Path | None = None  # the launcher's endpoint.json, when it is about this server
 
     @property
     def target(self) -> Target:
         parts = urlsplit(self.url)
-        tls = parts.scheme == "https"
-        port = parts.port or (443 if tls else 80)
-        return Target(parts.hostname or "", port, tls, self.api_key, self.verify)
+        return Target(
+            parts.hostname or "", port_of(self.url), parts.scheme == "https",
+            self.api_key, self.verify,
+        )  # fmt: skip
 
     @property
     def prefix(self) -> str:
         return urlsplit(self.url).path
 
 
+# --- which server ---------------------------------------------------------------------------------
+
+
 def find_endpoint(
     host: str, port: int | None, model: str, environ: Mapping[str, str], *, verify: bool = True
 ) -> Endpoint:
-    """-H and -p, else what the launcher wrote into logs/endpoint.json, else localhost:8000."""
-    record = None if host or port else find_record(environ)
-    url = str(read_record(record).get("url") or base_url(host or "localhost", port)).rstrip("/")
-    key = environ.get("OPENAI_API_KEY", "")
-    endpoint = Endpoint(url, "", model, key, verify, record)
-    served = models(endpoint)
-    return Endpoint(url, choose(model, served, url), model or served[0], key, verify, record)
+    """-H and -p, else what the launcher wrote into logs/endpoint.json, else localhost and PORT."""
+    record = find_record(environ)
+    left = read_record(record)
+    url = str(left.get("url") or "").rstrip("/")
+    if record and not url and not (host or port):
+        die(f"{record} does not name a server", hint="remove it, or name the server with -H and -p")
+    if not url or host or port not in (None, port_of(url)):
+        asked = base_url(host or "localhost", port, int(setting("PORT", environ)))
+        if not (url and same_server(asked, url)):
+            record, left = None, {}
+        url = asked
+    endpoint = Endpoint(url, "", "", environ.get("OPENAI_API_KEY", ""), verify, record)
+    name = choose(model, models(endpoint), url)
+    given = str(left.get("model_argument") or name)
+    return replace(endpoint, model=name, asked=given if model in ("", name) else model)
 
 
 def find_record(environ: Mapping[str, str]) -> Path | None:
@@ -62,20 +77,16 @@ def find_record(environ: Mapping[str, str]) -> Path | None:
 
 
 def read_record(record: Path | None) -> dict[str, Any]:
-    """What the launcher wrote; nothing when it has been removed since."""
-    if not record or not record.is_file():
-        return {}
+    """What the launcher wrote; nothing where it did not, or has removed it."""
     try:
-        found = json.loads(record.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        die(f"{record} does not name a server", hint="remove it, or name the server with -H and -p")
-    return found
+        found = json.loads(record.read_text()) if record else {}
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
-def base_url(host: str, port: int | None) -> str:
-    """From a name, an address, HOST:PORT or a whole URL."""
+def base_url(host: str, port: int | None, default: int) -> str:
+    """From a name, an address, HOST:PORT or a whole URL, to which no default port is added."""
     bare_ipv6 = host.count(":") > 1 and "[" not in host and "://" not in host
     parts: SplitResult = urlsplit(
         host if "://" in host else f"http://[{host}]" if bare_ipv6 else f"http://{host}"
@@ -86,8 +97,41 @@ def base_url(host: str, port: int | None) -> str:
         die(f"{host!r} is neither a host nor a URL")
     if not parts.hostname or parts.scheme not in ("http", "https"):
         die(f"{host!r} is neither a host nor an http(s) URL")
-    tail = f":{port or DEFAULT_PORT}" if own is None and (port or "://" not in host) else ""
+    if own and port not in (None, own):
+        die(f"{host!r} and -p {port} name two ports: which one?")
+    tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
     return f"{parts.scheme}://{parts.netloc}{tail}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+def port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def same_server(one: str, other: str) -> bool:
+    """Do two URLs, by whatever names, lead to one port of one machine?"""
+    hosts = [addresses(urlsplit(url).hostname or "") for url in (one, other)]
+    return port_of(one) == port_of(other) and bool(hosts[0] & hosts[1])
+
+
+def is_this_machine(host: str) -> bool:
+    return "here" in addresses(host)
+
+
+def addresses(host: str) -> set[str]:
+    """A host's addresses; all that are this machine's count as one."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return {host}
+    return {"here" if can_bind(family, at) else str(at[0]) for family, *_, at in found}
+
+
+def can_bind(family: int, address: Any) -> bool:  # noqa: ANN401
+    with socket.socket(family) as sock, suppress(OSError):
+        sock.bind(address)
+        return True
+    return False
 
 
 def choose(model: str, served: list[str], url: str) -> str:
@@ -100,16 +144,35 @@ def choose(model: str, served: list[str], url: str) -> str:
     die(f"{url} serves {', '.join(served)}, not {model}", hint="leave -m out to take what is there")
 
 
+# --- what it says ---------------------------------------------------------------------------------
+
+
 def models(endpoint: Endpoint) -> list[str]:
+    return [str(card["id"]) for card in model_cards(endpoint)]
+
+
+def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
     answer = get(endpoint, "/v1/models")
     data = answer.get("data") if isinstance(answer, dict) else None
     listed = data if isinstance(data, list) else []
-    found = [str(m["id"]) for m in listed if isinstance(m, dict) and m.get("id")]
+    found = [card for card in listed if isinstance(card, dict) and card.get("id")]
     return found or die(f"{endpoint.url}/v1/models names no model")
 
 
 def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
-    """A JSON answer; never through a proxy, which would be measured, too."""
+    try:
+        return fetch(endpoint, path).json()
+    except ValueError as e:
+        die(f"{endpoint.url}{path}: {e}")
+
+
+def fetch(endpoint: Endpoint, path: str) -> Response:
+    """Never through a proxy, which would be measured, too."""
+    import requests
+    import urllib3
+
+    if not endpoint.verify:
+        urllib3.disable_warnings()  # it was asked for
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     with requests.Session() as session:
         session.trust_env = False
@@ -118,15 +181,25 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
                 endpoint.url + path, headers=headers, timeout=TIMEOUT, verify=endpoint.verify
             )
             answer.raise_for_status()
-            return answer.json()
+            return answer
+        except requests.exceptions.SSLError as e:
+            die(f"{endpoint.url}: TLS failed: {innermost(e)}",
+                hint="--insecure takes any certificate")  # fmt: skip
         except requests.ConnectionError:
             die(f"no server answers at {endpoint.url}", hint="name it with -H and -p")
         except requests.HTTPError:
             refused = answer.status_code in (401, 403)
             die(f"{endpoint.url}{path}: {answer.status_code} {answer.reason}",
                 hint="set OPENAI_API_KEY" if refused else "")  # fmt: skip
-        except (requests.RequestException, ValueError) as e:
+        except requests.RequestException as e:
             die(f"{endpoint.url}{path}: {e}")
+
+
+def innermost(error: BaseException) -> str:
+    """requests and urllib3 wrap an error in two or three of their own."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error)
 
 
 def version(endpoint: Endpoint) -> str | None:
@@ -137,9 +210,27 @@ def version(endpoint: Endpoint) -> str | None:
         return None
 
 
+# --- is it still the same one? --------------------------------------------------------------------
+
+
 def identity(endpoint: Endpoint) -> dict[str, Any]:
     """What must not change while it is measured."""
-    return {"model": models(endpoint), "started": read_record(endpoint.record).get("started")}
+    cards = model_cards(endpoint)
+    ours = any("tensorrt_llm" in str(card.get("owned_by")) for card in cards)
+    launched = read_record(endpoint.record).get("started")
+    # TensorRT-LLM's /metrics is no Prometheus page, and to read it empties it.
+    started = None if ours or launched else process_start(endpoint)
+    return {"model": [str(card["id"]) for card in cards], "started": launched or started}
+
+
+def process_start(endpoint: Endpoint) -> str | None:
+    """By its Prometheus metrics, which vLLM has. `created` in a list of models is no start."""
+    try:
+        page = fetch(endpoint, "/metrics").text
+    except Failure:
+        return None
+    found = re.search(r"^process_start_time_seconds (\S+)$", page, re.M)
+    return found[1] if found else None
 
 
 def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> list[str]:
@@ -153,18 +244,29 @@ def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> list[str]:
     return [] if now == before else ["the server was restarted during the run"]
 
 
-def environment() -> dict[str, str]:
-    """The environment over .env here over .env beside the scripts.
+class Witness:
+    """A connection on which nothing is said, for as long as a run lasts.
 
-    Not HOST from the environment: conda's compilers and tcsh set it to other things.
+    uvicorn (TensorRT-LLM, vLLM, SGLang) keeps it while it lives; but a proxy may close it, too.
     """
-    found: dict[str, str | None] = {}
-    try:
-        from dotenv import dotenv_values
-    except ImportError:
-        pass
-    else:
-        for path in (Path(__file__).resolve().with_name(".env"), Path(".env")):
-            found |= dotenv_values(path)
-    found |= {name: value for name, value in os.environ.items() if name != "HOST" and value}
-    return {name: value for name, value in found.items() if value}
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        target, self.sock = endpoint.target, None
+        if not target.tls:  # a server waits for a handshake for so long only
+            with suppress(OSError):
+                self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
+
+    def notes(self) -> list[str]:
+        """To be asked once, at the end."""
+        if self.sock is None:
+            return []
+        with self.sock:
+            self.sock.setblocking(False)
+            try:
+                self.sock.recv(1)
+            except BlockingIOError:
+                return []
+            except OSError:
+                pass
+        return ["an idle connection was closed during the run: by a proxy, or because the server "
+                "was restarted"]  # fmt: skip

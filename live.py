@@ -14,7 +14,7 @@ def colour(text: str, code: str, stream: TextIO) -> str:
 
 
 class LiveLine:
-    """Requests done, tokens a second and the time left, on one line of a terminal."""
+    """On one line of a terminal: what is done, tokens a second if there are any, the time left."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.start = label, total, time.monotonic()
@@ -25,8 +25,8 @@ class LiveLine:
         took = time.monotonic() - self.start
         left = f"{took / done * (self.total - done):.0f} s left" if done else "waiting"
         wrong = colour(f", {failed} failed", "31", sys.stderr) if failed else ""
-        rate = tokens / took if took else 0.0
-        words = f"{self.label}: {done}/{self.total}{wrong}, {rate:,.0f} tokens/s, {left}"
+        rate = f", {tokens / took:,.0f} tokens/s" if tokens and took else ""
+        words = f"{self.label}: {done}/{self.total}{wrong}{rate}, {left}"
         print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:

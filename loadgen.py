@@ -514,7 +514,7 @@ def work(load: Load, shard: int, shards: int, pipe: Pipe) -> None:
 def merged(results: list[Result]) -> Result:
     return Result(
         outcomes=sorted((o for r in results for o in r.outcomes), key=lambda o: o.index),
-        kernel_stamps=results[0].kernel_stamps,
+        kernel_stamps=all(r.kernel_stamps for r in results),
         shards=len(results),
         clock_step=max((r.clock_step for r in results), key=abs),
         lags=sum((r.lags for r in results), Counter()),

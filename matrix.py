@@ -17,26 +17,18 @@ class Row:
     requests: int
     concurrency: tuple[int | None, ...]
     per_stream: int = 0  # so many requests for each in flight, when more than `requests`
-    about: str = ""
 
 
 # fmt: off
 MATRIX = (
-    Row("throughput",  ((512, 256),), 100, (UNLIMITED,),
-        about="most output tokens a second: all requests at once"),
-    Row("prefill",     ((128, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1)), 100, (4,),
-        about="TTFT as the input grows"),
-    Row("decode",      ((128, 128), (128, 256), (128, 512), (128, 1024)), 100, (4,),
-        about="ITL as the output grows"),
-    Row("latency",     ((128, 128), (512, 256)), 100, (1,),
-        about="one request at a time"),
-    Row("concurrency", ((512, 256),), 0, (1, 4, 16, 64, 256), per_stream=5,
-        about="throughput against latency"),
-    Row("sharegpt",    (), 100, (UNLIMITED, 4),
-        about="real conversations"),
+    Row("throughput",  ((512, 256),), 100, (UNLIMITED,)),
+    Row("prefill",     ((128, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1)), 100, (4,)),
+    Row("decode",      ((128, 128), (128, 256), (128, 512), (128, 1024)), 100, (4,)),
+    Row("latency",     ((128, 128), (512, 256)), 100, (1,)),
+    Row("concurrency", ((512, 256),), 0, (1, 4, 16, 64, 256), per_stream=5),
+    Row("sharegpt",    (), 100, (UNLIMITED, 4)),
 )
-SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=5,
-            about="more and more load until it does not pay, or the --goodput limits break")
+SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=5)
 # fmt: on
 TYPES = tuple(row.type for row in MATRIX)
 

@@ -6,11 +6,14 @@ The names are those of benchmark_serving's result files, so that what reads them
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from loadgen import Load, Result
@@ -18,6 +21,8 @@ from response import Outcome
 
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # a value a request
+KINDS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
 SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
 CLOCK_STEP_MS = 1.0
@@ -62,7 +67,10 @@ def summarise(
     duration = span(good)
     tokens_in = sum(o.prompt_tokens or 0 for o in good)
     tokens_out = sum(o.output_tokens or 0 for o in good)
-    problems = find_problems(load, result, wanted)
+    itl = describe("itl", (round(gap, 3) for o in good for gap in o.gaps))
+    client = client_facts(load, result, itl["mean_itl_ms"] or 0.0)
+    problems = [*find_problems(load, result.outcomes, wanted), *client["problems"]]
+    in_limits = goodput_of(timings, goodput)
 
     def per_second(count: float) -> float:
         return count / duration if duration else 0.0
@@ -76,16 +84,21 @@ def summarise(
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": per_second(len(good)),
-        "request_goodput": per_second(goodput_of(timings, goodput)) if goodput else None,
-        "goodput_share": goodput_of(timings, goodput) / load.count if goodput else None,
+        "request_goodput": per_second(in_limits) if goodput else None,
+        "goodput_share": in_limits / load.count if goodput else None,
         "output_throughput": per_second(tokens_out),
         "total_token_throughput": per_second(tokens_in + tokens_out),
         "user_throughput": mean(t.tokens / t.e2el * 1e3 for t in timings if t.e2el > 0),
-        **describe("ttft", [t.ttft for t in timings]),
-        **describe("tpot", [t.tpot for t in timings if t.tpot is not None]),
-        **describe("itl", gaps(good)),
-        **describe("e2el", [t.e2el for t in timings]),
-        "client": client_facts(load, result, good) | {"problems": slow_client(load, result, good)},
+        **describe("ttft", (t.ttft for t in timings)),
+        **describe("tpot", (t.tpot for t in timings if t.tpot is not None)),
+        **itl,
+        **describe("e2el", (t.e2el for t in timings)),
+        "e2el_growth": growth(
+            ((o.intended - good[0].intended) / 1e9 for o in good), (t.e2el / 1e3 for t in timings)
+        )
+        if load.open_loop
+        else None,
+        "client": client,
     }
 
 
@@ -96,32 +109,43 @@ def span(good: Sequence[Outcome]) -> float:
     return (max(o.last for o in good) - min(o.sent for o in good)) / 1e9
 
 
-def gaps(good: Iterable[Outcome]) -> array[float]:
-    together = array("f")
-    for outcome in good:
-        together.extend(outcome.gaps)
-    return together
+class Distribution:
+    """Values in order, equal ones kept once: a run has millions of gaps, of few lengths."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        counts = Counter(values)
+        self.values = sorted(counts)
+        self.counts = [counts[value] for value in self.values]
+        self.upto = list(accumulate(self.counts))
+
+    def __len__(self) -> int:
+        return self.upto[-1] if self.upto else 0
+
+    def mean(self) -> float:
+        return math.fsum(map(operator.mul, self.values, self.counts)) / (len(self) or 1)
+
+    def deviation(self) -> float:
+        middle = self.mean()
+        squares = ((v - middle) ** 2 * n for v, n in zip(self.values, self.counts, strict=True))
+        return math.sqrt(math.fsum(squares) / (len(self) or 1))
+
+    def percentile(self, p: float) -> float:
+        """Between the two nearest values, as numpy does."""
+        position = (len(self) - 1) * p / 100
+        low, high = self.at(math.floor(position)), self.at(math.ceil(position))
+        return low + (high - low) * (position % 1)
+
+    def at(self, position: int) -> float:
+        return self.values[bisect_right(self.upto, position)]
 
 
-def describe(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        keys = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
-        return {f"{key}_{name}_ms": None for key in keys}
-    ordered = sorted(values)
-    return {
-        f"mean_{name}_ms": mean(ordered),
-        f"median_{name}_ms": percentile(ordered, 50),
-        f"std_{name}_ms": deviation(ordered),
-        **{f"p{p}_{name}_ms": percentile(ordered, p) for p in PERCENTILES},
-    }
-
-
-def percentile(ordered: Sequence[float], p: float) -> float:
-    """Between the two nearest values, as numpy does."""
-    position = (len(ordered) - 1) * p / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def describe(name: str, values: Iterable[float]) -> dict[str, float | None]:
+    found = Distribution(values)
+    if not found:
+        return {f"{kind}_{name}_ms": None for kind in KINDS}
+    numbers = (found.mean(), found.percentile(50), found.deviation(),
+               *map(found.percentile, PERCENTILES))  # fmt: skip
+    return {f"{kind}_{name}_ms": n for kind, n in zip(KINDS, numbers, strict=True)}
 
 
 def mean(values: Iterable[float]) -> float:
@@ -129,9 +153,16 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(found) / len(found) if found else 0.0
 
 
-def deviation(values: Sequence[float]) -> float:
-    middle = mean(values)
-    return math.sqrt(mean((v - middle) ** 2 for v in values))
+def growth(times: Iterable[float], latencies: Iterable[float]) -> float | None:
+    """By how many seconds a latency grew in each second of load: 0 where the server keeps up.
+
+    Of the second half alone: at first a batch fills, and requests grow slower for that.
+    """
+    points = sorted(zip(times, latencies, strict=True))
+    points = points[len(points) // 2 :]
+    if len({at for at, _ in points}) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def goodput_of(timings: Iterable[Timing], limits: Mapping[str, float]) -> int:
@@ -142,13 +173,12 @@ def goodput_of(timings: Iterable[Timing], limits: Mapping[str, float]) -> int:
 # --- can it be believed? --------------------------------------------------------------------------
 
 
-def find_problems(load: Load, result: Result, wanted: Wanted) -> list[str]:
-    good = [o for o in result.outcomes if not o.error]
+def find_problems(load: Load, outcomes: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    good = [o for o in outcomes if not o.error]
     return [
-        *failures(load, result.outcomes),
+        *failures(load, outcomes),
         *odd_outputs(good, wanted),
         *other_models(good, wanted.model),
-        *slow_client(load, result, good),
     ]
 
 
@@ -203,32 +233,14 @@ def other_models(good: Sequence[Outcome], model: str) -> list[str]:
     return [f"answers came from {', '.join(others)}, not from {model}"] if others else []
 
 
-def slow_client(load: Load, result: Result, good: Sequence[Outcome]) -> list[str]:
-    """A client that cannot keep up measures itself."""
-    found, facts = [], client_facts(load, result, good)
-    queueing = load.open_loop and load.streams is not None  # then waiting was asked for
-    if facts["late_share"] > SLOW_CLIENT and not queueing:
-        found.append(f"the client held requests back for {facts['late_share']:.0%} of their time")
-    gap = mean(g for o in good for g in o.gaps)
-    behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > gap / 2 > 0
-    held_up = facts["blurred_share"] > BLURRED and result.waited > gap
-    if behind or held_up:
-        share = facts["merged_share"] if behind else facts["blurred_share"]
-        found.append(f"the client read so late that {share:.0%} of the events have another's time")
-    if not result.kernel_stamps and result.cpu > 0.9:
-        found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
-    if abs(result.clock_step) > CLOCK_STEP_MS:
-        found.append(f"the clock was set by {result.clock_step:.1f} ms during the run")
-    return found
-
-
-def client_facts(load: Load, result: Result, good: Sequence[Outcome]) -> dict[str, Any]:
-    """What the load generator knows of itself."""
+def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:
+    """What the load generator knows of itself, and whether it kept up; `itl` is the mean in ms."""
+    good = [o for o in result.outcomes if not o.error]
     events = sum(o.events for o in good)
     late = [max(o.sent - o.intended, 0) / 1e6 for o in good]
     served = math.fsum(timing(o, False).e2el for o in good)
     tokens = sum(o.output_tokens or 0 for o in good)
-    return {
+    facts = {
         "offered_rate": offered_rate(load, result.outcomes),
         "stamps": "kernel" if result.kernel_stamps else "user space",
         "shards": result.shards,
@@ -245,6 +257,25 @@ def client_facts(load: Load, result: Result, good: Sequence[Outcome]) -> dict[st
         "retried": sum(o.retried for o in result.outcomes),
         "clock_step_ms": round(result.clock_step, 3),
     }
+    return {**facts, "problems": slow_client(load, result, facts, itl)}
+
+
+def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float) -> list[str]:
+    """A client that cannot keep up measures itself."""
+    found = []
+    queueing = load.open_loop and load.streams is not None  # then waiting was asked for
+    if facts["late_share"] > SLOW_CLIENT and not queueing:
+        found.append(f"the client held requests back for {facts['late_share']:.0%} of their time")
+    behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > itl / 2 > 0
+    held_up = facts["blurred_share"] > BLURRED and result.waited > itl
+    if behind or held_up:
+        share = facts["merged_share"] if behind else facts["blurred_share"]
+        found.append(f"the client read so late that {share:.0%} of the events have another's time")
+    if not result.kernel_stamps and result.cpu > 0.9:
+        found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
+    if abs(result.clock_step) > CLOCK_STEP_MS:
+        found.append(f"the clock was set by {result.clock_step:.1f} ms during the run")
+    return found
 
 
 def offered_rate(load: Load, outcomes: Sequence[Outcome]) -> float | None:
@@ -262,9 +293,3 @@ def lag(lags: Counter[int], share: float) -> float:
         if seen >= wanted:
             return max(step, 0) / 10
     return 0.0
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation between repeats, as a share of their mean."""
-    middle = mean(values)
-    return statistics.stdev(values) / middle if len(values) > 1 and middle else 0.0

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-import sh
-
 # srun reads these from the environment of an allocation, and they bend a step that did not ask.
 LEAKS = (
     "SLURM_CPU_BIND",
@@ -100,6 +98,8 @@ def run(argv: Sequence[str], *, timeout: float = 60) -> str:
 
     Its process ends with ours: a signal that stops us stops it, too.
     """
+    import sh  # late: it brings asyncio
+
     say(f"$ {shown(argv)}")
     try:
         process = sh.Command(argv[0])(
@@ -135,12 +135,24 @@ def by_node(what: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in nodes.items())
 
 
-def write_json(path: Path, data: Mapping[str, object]) -> None:
-    """All of it or nothing, for readers that look at any moment."""
+def write_json(path: Path, data: object) -> None:
+    with whole_file(path) as file:
+        json.dump(data, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """To write all of it or nothing, for readers that look at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)

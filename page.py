@@ -5,9 +5,10 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
 from charts import Chart, Picture
+from results import Column, Group
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --bad: #c0392b; }
@@ -28,30 +29,6 @@ figure { margin: 1rem 0; } figure img { width: 100%; max-width: 45rem; height: a
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dd { margin: 0; overflow-wrap: anywhere; } dt { opacity: .7; }
 """
-
-
-class Group(Protocol):
-    """A load, averaged over its repeats (report.Group)."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def records(self) -> tuple[dict[str, Any], ...]: ...
-    @property
-    def valid(self) -> bool: ...
-    @property
-    def problems(self) -> list[str]: ...
-    def value(self, key: str) -> float | None: ...
-    def spread(self, key: str) -> float: ...
-
-
-class Column(Protocol):
-    @property
-    def key(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def digits(self) -> int: ...
 
 
 def html(
@@ -106,16 +83,12 @@ def header(columns: Iterable[Column]) -> str:
 
 def row(group: Group, columns: Iterable[Column]) -> str:
     mark = "" if group.valid else ' <span class="bad">invalid</span>'
-    cells = "".join(f"<td>{cell(group, c)}" for c in columns)
+    cells = "".join("<td>" + cell(*group.shown(c)) for c in columns)
     return f"<tr><td>{escape(group.label)}{mark}{cells}\n"
 
 
-def cell(group: Group, column: Column) -> str:
-    value = group.value(column.key)
-    if value is None:
-        return "&ndash;"
-    around = f" <small>±{group.spread(column.key):.1%}</small>" if len(group.records) > 1 else ""
-    return f"{value:,.{column.digits}f}{around}"
+def cell(value: str, around: str) -> str:
+    return value + (f" <small>{around}</small>" if around else "")
 
 
 def figure(chart: Chart, picture: Picture) -> str:

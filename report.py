@@ -10,95 +10,38 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
-import json
-import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import charts
 import page
-from clients import DETAILS
+from bench_place import exit_code
+from compare import comparison
 from live import colour
-from metrics import spread
-from nodes import Failure, complain, die, say
-
-Record = dict[str, Any]
-SUMMARY = ("summary.json", "summary.csv")
-REPEATED = 2.0  # a change has to be so many times the spread between repeats to mean something
-NOTICED = 0.03  # and at least this much
-
-
-@dataclass(frozen=True)
-class Column:
-    key: str
-    title: str
-    digits: int = 1
-    more_is_better: bool = False
-
-
-COLUMNS = (
-    Column("request_throughput", "req/s", 2, more_is_better=True),
-    Column("output_throughput", "out tok/s", 0, more_is_better=True),
-    Column("mean_ttft_ms", "TTFT ms"),
-    Column("p99_ttft_ms", "p99"),
-    Column("mean_tpot_ms", "TPOT ms", 2),
-    Column("mean_itl_ms", "ITL ms", 2),
-    Column("p99_itl_ms", "p99", 2),
-    Column("mean_e2el_ms", "E2EL ms", 0),
+from metrics import KINDS, METRICS
+from nodes import say, whole_file, write_json
+from results import (
+    COLUMNS,
+    GOODPUT,
+    SUMMARY,
+    Group,
+    Record,
+    columns_for,
+    columns_of,
+    groups,
+    load,
 )
-GOODPUT = Column("request_goodput", "good req/s", 2, more_is_better=True)
+
 CSV_FIELDS = (
     "name", "type", "input_len", "output_len", "concurrency", "request_rate", "repeat",
     "num_prompts", "completed", "valid", "duration",
     "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
     "output_throughput", "total_token_throughput", "user_throughput",
-    *(f"{kind}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")
-      for kind in ("mean", "median", "std", "p90", "p95", "p99")),
+    *(f"{kind}_{name}_ms" for name in METRICS for kind in KINDS),
     "problems",
 )  # fmt: skip
-
-
-# --- groups: a load and its repeats ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    label: str
-    records: tuple[Record, ...]
-
-    @property
-    def valid(self) -> bool:
-        return all(r["valid"] for r in self.records)
-
-    def values(self, key: str) -> list[float]:
-        return [float(r[key]) for r in self.records if r.get(key) is not None]
-
-    def value(self, key: str) -> float | None:
-        values = self.values(key)
-        return statistics.fmean(values) if values else None
-
-    def spread(self, key: str) -> float:
-        return spread(self.values(key))
-
-    @property
-    def case(self) -> Record:
-        found: Record = self.records[0]["case"]
-        return found
-
-    @property
-    def problems(self) -> list[str]:
-        return list(dict.fromkeys(p for r in self.records for p in r["problems"]))
-
-
-def groups(records: Iterable[Record]) -> list[Group]:
-    together: dict[str, list[Record]] = {}
-    for record in records:
-        together.setdefault(record["case"]["label"], []).append(record)
-    return [Group(label, tuple(found)) for label, found in together.items()]
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -107,15 +50,11 @@ def groups(records: Iterable[Record]) -> list[Group]:
 def table(records: Sequence[Record]) -> str:
     """A row a load; repeats are averaged, with their spread."""
     found, columns = groups(records), columns_for(records)
-    rows = [[g.label, *(cell(g, c) for c in columns), "" if g.valid else "INVALID"] for g in found]
+    rows = [[g.label, *(" ".join(filter(None, g.shown(c))) for c in columns),
+             "" if g.valid else "INVALID"] for g in found]  # fmt: skip
     lines = columns_of([["", *(c.title for c in columns), ""], *rows])
     lines += [f"INVALID {g.label}: {problem}" for g in found for problem in g.problems]
     return "\n".join([*lines, *(f"note: {note}" for note in notes(records))])
-
-
-def columns_for(records: Iterable[Record]) -> tuple[Column, ...]:
-    limited = any(r.get(GOODPUT.key) is not None for r in records)
-    return (*COLUMNS, GOODPUT) if limited else COLUMNS
 
 
 def notes(records: Sequence[Record]) -> list[str]:
@@ -132,30 +71,10 @@ def notes(records: Sequence[Record]) -> list[str]:
     return found
 
 
-def cell(group: Group, column: Column) -> str:
-    value = group.value(column.key)
-    if value is None:
-        return "-"
-    text = f"{value:,.{column.digits}f}"
-    return f"{text} ±{group.spread(column.key):.1%}" if len(group.records) > 1 else text
-
-
-def columns_of(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            word.rjust(width) if position else word.ljust(width)
-            for position, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
 def one_line(record: Record) -> str:
     """For the terminal, when a run is done."""
     group = Group(record["case"]["name"], (record,))
-    facts = ", ".join(f"{c.title} {cell(group, c)}" for c in COLUMNS if c.title != "p99")
+    facts = ", ".join(f"{c.title} {group.shown(c)[0]}" for c in COLUMNS if c.title != "p99")
     if record["valid"]:
         return f"{group.label}: {facts}"
     return colour(f"{group.label}: INVALID: {'; '.join(record['problems'])}", "31", sys.stderr)
@@ -165,7 +84,7 @@ def brief(record: Record) -> Record:
     """A run in the one document that bench.py prints."""
     return {"name": record["case"]["name"], "valid": record["valid"],
             "problems": record["problems"],
-            **{c.key: rounded(record.get(c.key)) for c in COLUMNS}}  # fmt: skip
+            **{c.key: rounded(record.get(c.key)) for c in (*COLUMNS, GOODPUT)}}  # fmt: skip
 
 
 def rounded(value: float | None) -> float | None:
@@ -177,114 +96,23 @@ def rounded(value: float | None) -> float | None:
 
 def write(folder: Path, records: Sequence[Record]) -> None:
     """Everything that is made from the runs' own files."""
-    brief = [{k: v for k, v in r.items() if k not in DETAILS} for r in records]
-    save(folder / "summary.json", json.dumps(brief, indent=2) + "\n")
-    save(folder / "summary.csv", as_csv(records))
+    write_json(folder / SUMMARY, records)
+    with whole_file(folder / "summary.csv") as file:
+        write_csv(file, records)
     drawn = [chart for chart in charts.all_charts(groups(records)) if chart.series]
     pictures = charts.draw(drawn)
     for chart, picture in zip(drawn, pictures, strict=False):
         (folder / f"{chart.name}.png").write_bytes(picture.png)
-    save(
-        folder / "report.html",
-        page.html(groups(records), columns_for(records), drawn, pictures, notes(records)),
-    )
+    with whole_file(folder / "report.html") as file:
+        columns = columns_for(records)
+        file.write(page.html(groups(records), columns, drawn, pictures, notes(records)))
 
 
-def save(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def as_csv(records: Iterable[Record]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
+def write_csv(file: IO[str], records: Iterable[Record]) -> None:
+    writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
         writer.writerow({**record, **record["case"], "problems": "; ".join(record["problems"])})
-    return out.getvalue()
-
-
-def load(folder: Path) -> list[Record]:
-    """The runs of a folder, in the order they were made."""
-    if not folder.is_dir():
-        die(f"{folder}: no such folder")
-    found = []
-    for path in folder.glob("*.json"):
-        if path.name in SUMMARY or path.name.startswith("."):
-            continue
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            die(f"{path} is not JSON: {e}")
-        if isinstance(record, dict) and "case" in record:
-            found.append(record)
-    return sorted(found, key=lambda r: (r["date"], r["case"]["name"])) or die(
-        f"{folder}: no results in it"
-    )
-
-
-# --- two folders ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    label: str
-    column: Column
-    before: float
-    after: float
-    spread: float
-
-    @property
-    def relative(self) -> float:
-        return self.after / self.before - 1 if self.before else 0.0
-
-    @property
-    def verdict(self) -> str:
-        if abs(self.relative) < max(REPEATED * self.spread, NOTICED):
-            return ""
-        return "better" if (self.relative > 0) == self.column.more_is_better else "WORSE"
-
-
-def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
-    """What both folders measured, and measured validly."""
-    left, right = ({g.label: g for g in groups(r) if g.valid} for r in (before, after))
-    found = []
-    for label in (name for name in left if name in right):
-        for column in COLUMNS:
-            a, b = left[label].value(column.key), right[label].value(column.key)
-            if a is not None and b is not None:
-                noise = max(left[label].spread(column.key), right[label].spread(column.key))
-                found.append(Change(label, column, a, b, noise))
-    return found
-
-
-def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
-    changes = compare(before, after)
-    head = ["load", "", "before", "after", "change", "spread", ""]
-    rows = [
-        [
-            c.label, c.column.key, f"{c.before:,.{c.column.digits}f}",
-            f"{c.after:,.{c.column.digits}f}", f"{c.relative:+.1%}",
-            f"±{c.spread:.1%}" if c.spread else "-", c.verdict,
-        ]
-        for c in changes
-    ]  # fmt: skip
-    return "\n".join([*columns_of([head, *rows]), *left_out(before, after)])
-
-
-def left_out(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    """What could not be compared must not look as if nothing had changed."""
-    sides: Mapping[str, Sequence[Record]] = {"before": before, "after": after}
-    names = {side: {g.label for g in groups(records)} for side, records in sides.items()}
-    lines = [f"only {side}: {label}" for side, other in (("before", "after"), ("after", "before"))
-             for label in sorted(names[side] - names[other])]  # fmt: skip
-    return lines + [
-        f"INVALID {side}, not compared: {g.label}"
-        for side, records in sides.items()
-        for g in groups(records)
-        if not g.valid
-    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -302,17 +130,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = parse(argv).words
-    try:
-        if words[0] == "compare":
-            print(comparison(load(Path(words[1])), load(Path(words[2]))))
-        else:
-            records = load(Path(words[0]))
-            write(Path(words[0]), records)
-            print(table(records))
-            say(f"{words[0]}/report.html")
-    except (Failure, OSError) as error:
-        return complain(error)
+    args = parse(argv)
+    return exit_code(lambda: report(*map(Path, args.words)))
+
+
+def report(first: Path, *others: Path) -> int:
+    """Of one folder; or, after the word `compare`, of two side by side."""
+    if others:
+        print(comparison(*map(load, others)))
+        return 0
+    records = load(first)
+    write(first, records)
+    print(table(records))
+    say(f"{first}/report.html")
     return 0
 
 

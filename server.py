@@ -14,7 +14,7 @@ from container import launch_command, remove_command
 from health import Health, Probe, names_of
 from log import Log, tail_of
 from nodes import Failure, Step, die, last_words, launcher, run, say, write_json
-from plan import Plan, Spread
+from plan import Plan, Spread, is_directory
 from preflight import Node
 
 TICK = 0.05  # seconds between two looks at the process and its log
@@ -280,6 +280,7 @@ def announce(server: Server, path: Path) -> dict[str, object]:
     endpoint: dict[str, object] = {
         "url": server.url,
         "model": server.health.model,
+        "model_argument": model_argument(server.plan),
         "job": server.plan.place.job,
         "nodes": [node.name for node in server.nodes],
         "container": f"trtllm-{server.plan.place.job}-{server.node}"
@@ -294,6 +295,12 @@ def announce(server: Server, path: Path) -> dict[str, object]:
     write_json(path, endpoint)
     say(f"READY after {server.age:.1f} s: {server.url} serves {server.health.model}")
     return endpoint
+
+
+def model_argument(plan: Plan) -> str:
+    """What the engine was given: the served name may be no more than a directory's last part."""
+    model = plan.engine[1]
+    return str(Path(model).absolute()) if is_directory(model) else model
 
 
 def iso(when: float) -> str:

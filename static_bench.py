@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench_place
-from endpoint import environment
-from nodes import Failure, complain, die, say
+from nodes import die, say
+from settings import setting
 
 PREPARE = "/app/tensorrt_llm/benchmarks/cpp/prepare_dataset.py"  # in NVIDIA's image
 # fmt: off
@@ -54,9 +54,9 @@ def parse(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    model = environ.get("MODEL", "Qwen/Qwen2.5-7B-Instruct")
-    add("-m", "--model", default=model, help="Hugging Face id or path; default: %(default)s")
-    add("--tp", type=int, default=environ.get("TP", "1"), help="GPUs; default: %(default)s")
+    add("-m", "--model", default=setting("MODEL", environ), help="Hugging Face id or path; "
+        "default: %(default)s")  # fmt: skip
+    add("--tp", type=int, default=1, help="GPUs; default: %(default)s")
     add("--num-requests", type=int, default=100, help="default: %(default)s")
     add("--input-len", type=int, default=128, help="tokens; default: %(default)s")
     add("--output-len", type=int, default=128, help="tokens; default: %(default)s")
@@ -68,7 +68,7 @@ def parse(
 
 
 def static_bench(argv: Sequence[str] | None) -> int:
-    environ = environment()
+    environ = bench_place.environment()
     args, more = parse(argv, environ)
     folder = (args.output or Path("results") / time.strftime("static-%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,27 +77,22 @@ def static_bench(argv: Sequence[str] | None) -> int:
     tag = args.image
     if tag or not bench_place.is_installed():
         tag = bench_place.provide_image(tag, environ)
-    asked = environ.get("GPUS", "auto")
+    asked = setting("GPUS", environ)
     gpus = {"auto": "all", "none": ""}.get(asked, asked)
     prefix = bench_place.prefix(tag, mounts, environ, gpus=gpus)
     report = folder / "report.json"
     report.unlink(missing_ok=True)  # an earlier run's
-    status = bench_place.run([*prefix, *command(args, more, folder)], environ)
+    status, words = bench_place.run([*prefix, *command(args, more, folder)], environ)
     if status or not report.exists():
-        die(f"trtllm-bench ended with exit code {status}" + ("" if status else " and no report"))
+        ended = f"exit code {status}" + ("" if status else " and no report")
+        die(f"trtllm-bench ended with {ended}: {words or 'it said nothing'}")
     print(report.read_text())
     say(f"report and data set: {folder}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    bench_place.end_on_signals()
-    try:
-        return static_bench(argv)
-    except KeyboardInterrupt:
-        return 130
-    except (Failure, OSError) as error:
-        return complain(error)
+    return bench_place.exit_code(lambda: static_bench(argv))
 
 
 if __name__ == "__main__":

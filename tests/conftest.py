@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -778,3 +779,25 @@ def config_digest(data: bytes) -> str:
         assert content
         config = str(json.load(content)[0]["Config"])
     return "sha256:" + Path(config).name.removesuffix(".json")
+
+
+@pytest.fixture
+def same_signals() -> Iterator[None]:
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> ssl.SSLContext:
+    """A server's, that nobody trusts."""
+    if not shutil.which("openssl"):
+        assert not CI, "openssl is needed in CI"
+        pytest.skip("openssl is not installed")
+    key, pem = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", pem], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key)
+    return context

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
-import math
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 import tracemalloc
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,18 @@ import pytest
 import bench
 import bench_place
 import clients
-import endpoint
 import image
 import metrics
+import nodes
 import sharegpt
-from endpoint import Endpoint, base_url, choose
+from endpoint import Endpoint
+from live import LiveLine
 from loadgen import Load, Result, Target, measure
-from matrix import MATRIX, Case, Overrides, cases
-from metrics import Wanted, find_problems, goodput_of, percentile, summarise
+from matrix import Case
+from metrics import Distribution, Wanted, goodput_of, summarise
 from nodes import Failure
 from payload import RandomPrompts, Requests
 from response import Outcome
-from sweep import stop_reason, sweep
 from tests.loopback import (
     MODEL,
     Answer,
@@ -46,34 +49,19 @@ from tests.loopback import (
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = ROOT / "tests" / "stand_in"
-QUICK = ("--num-prompts", "4", "--concurrency", "2", "--warmup", "1", "--output-len", "4")
+SHORT = ("--num-prompts", "4", "--concurrency", "2", "--output-len", "4")
+QUICK = (*SHORT, "--warmup", "1")
 MS = 1_000_000
 
 
+pytestmark = pytest.mark.usefixtures("same_signals")
+
+
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_folder(clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings of the developer's, no results in the repository."""
     monkeypatch.chdir(tmp_path)
-    for name in (
-        "HOST",
-        "PORT",
-        "MODEL",
-        "WORKSPACE",
-        "SLURM_JOB_ID",
-        "BENCH_TYPE",
-        "OPENAI_API_KEY",
-    ):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def same_signals() -> Iterator[None]:
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 class Run:
@@ -136,6 +124,7 @@ def test_the_warm_up_is_not_counted_and_has_prompts_of_its_own(
 def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--backend", "openai-chat")
     assert run.code == 0, run.stdout
+    assert "its exact length is the server's to say" in run.stdout
     request = next(r for r in run.server.requests if r.body)
     assert "/v1/chat/completions" in request.line
     assert request.body["max_completion_tokens"] == 4
@@ -229,7 +218,7 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def fails_once(request: Request) -> None:
-    if request.number == 6:  # after /v1/models, /version and the warm-up
+    if request.number == 6:  # the first that is measured
         request.document({"object": "error", "message": "no room"}, "400 Bad Request")
     else:
         obedient(request)
@@ -300,18 +289,78 @@ def test_a_server_that_is_gone_is_one_invalid_run_after_the_other(
     assert [r["valid"] for r in run.last["runs"]] == [True, False]
 
 
-def test_a_server_that_starts_anew_under_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = iter([{"model": [MODEL], "started": "9:00"}, {"model": [MODEL], "started": "9:05"}])
-    monkeypatch.setattr(endpoint, "identity", lambda _: next(seen))
-    server = Endpoint("http://x:1", MODEL, MODEL)
-    before = endpoint.identity(server)
-    assert endpoint.changes(server, before) == ["the server was restarted during the run"]
+def test_a_restart_between_two_requests_is_seen_though_none_fails(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server is named by flags; the launcher's record is about the same one."""
+
+    def write_record(started: str) -> None:
+        record = {"url": f"http://127.0.0.1:{server.port}", "model": MODEL, "started": started}
+        Path("logs/endpoint.json").write_text(json.dumps(record))
+
+    def answer(request: Request) -> None:
+        if len(request.body["prompt"]) == 9:
+            write_record("9:05")
+        obedient(request)
+
+    Path("logs").mkdir()
+    with serving(model_server(answer)) as server:
+        write_record("9:00")
+        named = ["-H", "localhost", "-p", str(server.port), "-o", "out"]
+        assert bench.main([*named, "-t", "prefill", *QUICK, "--input-len", "8,9"]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    restarted = ["the server was restarted during the run"]
+    assert [r["problems"] for r in last["runs"]] == [[], restarted]
 
 
-def test_a_server_with_another_model_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "models", lambda _: ["another"])
-    (problem,) = endpoint.changes(Endpoint("http://x:1", MODEL, MODEL), {})
-    assert problem == f"the server now serves another, not {MODEL}"
+def test_an_idle_connection_that_the_server_closes_is_noted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(request: Request) -> None:
+        if len(server.requests) == 9:  # the last one; all other connections have had one
+            used = [r.socket for r in server.requests]
+            (idle,) = (s for s in server.sockets if s not in used)
+            idle.shutdown(socket.SHUT_RDWR)
+        obedient(request)
+
+    with serving(model_server(answer)) as server:
+        code = bench.main(["-p", str(server.port), "-o", "out", "-t", "throughput", *QUICK])
+    assert "an idle connection was closed during the run" in capsys.readouterr().out
+    assert code == 0
+
+
+def test_a_server_that_only_lists_its_models_ends_the_matrix(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    began = time.monotonic()
+    run = Run(capsys, lambda _: time.sleep(2), "--timeout", "0.3", "--num-prompts", "2")
+    assert time.monotonic() - began < 10
+    assert run.code == 1
+    assert [r["name"] for r in run.last["runs"]] == ["throughput-in512-out256-unlimited"]
+    assert (run.last["stopped"], run.last["valid"]) == (True, False)
+    assert "does not answer even one short request: no whole answer within 0.3 s" in run.stderr
+    assert Path("out/report.html").exists()
+
+
+def test_one_stream_after_the_other_does_not_wait_for_each(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
+    assert run.last["runs"][0]["problems"] == ["no warm-up request had its answer within 0.3 s"]
+    assert len([r for r in run.server.requests if r.body]) == 1 + 1  # the warm-up, the short one
+
+
+def test_a_server_that_answers_the_short_request_is_measured_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(request: Request) -> None:
+        if len(request.body["prompt"]) == 128:
+            time.sleep(2)
+        obedient(request)
+
+    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "0.5")
+    assert [r["valid"] for r in run.last["runs"]] == [False, True]
+    assert not run.last["stopped"]
 
 
 def outcome(**facts: Any) -> Outcome:
@@ -321,7 +370,7 @@ def outcome(**facts: Any) -> Outcome:
 
 
 def problems(load: Load, result: Result) -> list[str]:
-    return find_problems(load, result, Wanted(MODEL, 5, 4))
+    return list(summarise(load, result, Wanted(MODEL, 5, 4), {})["problems"])
 
 
 LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
@@ -397,74 +446,7 @@ def test_ignore_eos_is_dropped_only_when_it_is_refused(capsys: pytest.CaptureFix
     assert "refuses ignore_eos" in Path("out/report.html").read_text()
 
 
-# --- finding the server ---------------------------------------------------------------------------
-
-
-def test_the_launchers_record_names_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(model_server(obedient)) as server:
-        Path("logs").mkdir()
-        record = {"url": f"http://127.0.0.1:{server.port}", "model": MODEL, "started": "9:00"}
-        Path("logs/endpoint.json").write_text(json.dumps(record))
-        assert bench.main(["-o", "out", "-t", "throughput", *QUICK]) == 0
-    assert f":{server.port} serves {MODEL}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["{half", "[]"])
-def test_a_launchers_record_that_names_nothing(
-    capsys: pytest.CaptureFixture[str], text: str
-) -> None:
-    Path("logs").mkdir()
-    Path("logs/endpoint.json").write_text(text)
-    assert bench.main(["-o", "out"]) == 1
-    assert "endpoint.json does not name a server" in capsys.readouterr().err
-
-
-def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["-p", "1", "-o", "out"]) == 1
-    assert "no server answers at http://localhost:1" in capsys.readouterr().err
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
-def test_a_server_that_wants_a_key(capsys: pytest.CaptureFixture[str], status: str) -> None:
-    with serving(lambda request: request.document({"error": "no key"}, status)) as server:
-        assert bench.main(["-p", str(server.port), "-o", "out"]) == 1
-    said = capsys.readouterr().err
-    assert f"/v1/models: {status[:3]}" in said and "next: set OPENAI_API_KEY" in said
-
-
-def test_another_model_than_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(capsys, obedient, "-m", "another/model")
-    assert run.code == 1
-    assert f"serves {MODEL}, not another/model" in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("host", "port", "url"),
-    [
-        ("localhost", None, "http://localhost:8000"),
-        ("10.0.0.1", 9000, "http://10.0.0.1:9000"),
-        ("node:9001", None, "http://node:9001"),
-        ("fe80::1", 8000, "http://[fe80::1]:8000"),
-        ("https://api.example.com/base/v1/", None, "https://api.example.com/base"),
-        ("http://node", 81, "http://node:81"),
-    ],
-)
-def test_urls(host: str, port: int | None, url: str) -> None:
-    assert base_url(host, port) == url
-
-
-@pytest.mark.parametrize("host", ["ftp://x", "http://", "host:port"])
-def test_what_is_no_url(host: str) -> None:
-    with pytest.raises(Failure):
-        base_url(host, None)
-
-
-def test_a_directory_is_served_under_its_name() -> None:
-    assert choose("/models/Qwen", ["Qwen"], "") == "Qwen"
-    assert choose("", ["first", "second"], "") == "first"
-    with pytest.raises(Failure):
-        choose("org/Qwen", ["Qwen"], "")
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,6 +454,7 @@ def test_a_directory_is_served_under_its_name() -> None:
     [
         ["-t", "nonsense"], ["--concurrency", "0"], ["--goodput", "itl:3"], ["--resume"],
         ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
+        ["-p", "99999"], ["--tokenizer", "t"],
         ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
     ],
 )  # fmt: skip
@@ -484,12 +467,41 @@ def test_usage_errors(args: list[str]) -> None:
 def test_flags_win_over_the_environment_which_wins_over_env_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Path(".env").write_text("PORT=1\nBENCH_TYPE=latency\nHOST=from-file\n")
-    monkeypatch.setenv("PORT", "2")
+    Path(".env").write_text("BENCH_TYPE=latency\nMODEL=file\nSHAREGPT_PATH=/data/s.json\n")
+    monkeypatch.setenv("MODEL", "environment")
+    args = bench.parse([], bench_place.environment())
+    assert (args.model, args.type) == ("environment", ("latency",))
+    assert (args.sharegpt, bench.parse([], {}).sharegpt) == (
+        Path("/data/s.json"),
+        Path("ShareGPT.json"),
+    )
+    assert bench.parse(["-m", "flag"], bench_place.environment()).model == "flag"
+
+
+def test_a_host_of_the_environment_is_a_shells_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
-    args = bench.parse([], endpoint.environment())
-    assert (args.port, args.type, args.host) == (2, ("latency",), "from-file")
-    assert bench.parse(["-p", "3"], endpoint.environment()).port == 3
+    assert "HOST" not in bench_place.environment()
+    Path(".env").write_text("HOST=from-file\nPORT=1\n")
+    monkeypatch.setenv("HOST", "x86_64-conda-linux-gnu")
+    monkeypatch.setenv("PORT", "2")
+    environ = bench_place.environment()
+    assert (environ["HOST"], environ["PORT"]) == ("from-file", "2")
+
+
+def test_a_port_of_the_environment_that_is_none_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse([], {"PORT": "http"})
+    assert "PORT=http: a port is 1 to 65535" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "requests", None)
+    assert bench.main(["-p", "1"]) == 1
+    assert "package 'requests' is missing: run `make setup`" in capsys.readouterr().err
 
 
 # --- stopping -------------------------------------------------------------------------------------
@@ -519,74 +531,6 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
     assert (last["stopped"], last["valid"]) == (True, False)
     assert Path("out/summary.json").exists()
-
-
-# --- the matrix and the sweep ---------------------------------------------------------------------
-
-
-def test_the_matrix() -> None:
-    found = list(cases([row.type for row in MATRIX], Overrides()))
-    assert [c.name for c in found] == [
-        "throughput-in512-out256-unlimited",
-        *(f"prefill-in{n}-out1-c4" for n in (128, 512, 1024, 2048, 4096)),
-        *(f"decode-in128-out{n}-c4" for n in (128, 256, 512, 1024)),
-        "latency-in128-out128-c1",
-        "latency-in512-out256-c1",
-        *(f"concurrency-in512-out256-c{n}" for n in (1, 4, 16, 64, 256)),
-        "sharegpt-unlimited",
-        "sharegpt-c4",
-    ]
-    assert [c.num_prompts for c in found if c.type == "concurrency"] == [5, 20, 80, 320, 1280]
-    assert {c.num_prompts for c in found if c.type != "concurrency"} == {100}
-
-
-def test_overrides_change_the_table() -> None:
-    change = Overrides(7, (1, None), (10,), (20, 30), (math.inf, 2.5), repeat=2)
-    found = list(cases(["prefill"], change))
-    assert len(found) == 2 * 2 * 2 * 2
-    assert found[0] == Case("prefill", 10, 20, 7, 1)
-    assert found[-1].name == "prefill-in10-out30-rate2.5-unlimited-r2"
-
-
-def record(throughput: float, **facts: Any) -> dict[str, Any]:
-    return {"valid": True, "output_throughput": throughput, "request_throughput": 1.0,
-            "duration": 10.0, "completed": 10, "mean_e2el_ms": 0.0, "request_rate": "inf",
-            **facts}  # fmt: skip
-
-
-def test_the_sweep_stops_where_more_load_brings_no_more() -> None:
-    speed = {1: 100, 2: 190, 4: 350, 8: 360, 16: 365}
-    found, knee = sweep(Overrides(), lambda c: record(speed[c.concurrency or 0]), False)
-    assert len(found) == 4
-    assert knee is not None
-    assert knee["output_throughput"] == 350
-    assert stop_reason(found, False) == "twice the streams brought +3% throughput"
-
-
-def test_the_sweep_stops_where_the_limits_break() -> None:
-    def run(case: Case) -> dict[str, Any]:
-        streams = case.concurrency or 0
-        return record(100 * streams, goodput_share=1.0 if streams < 8 else 0.9)
-
-    found, knee = sweep(Overrides(), run, False)
-    assert knee is not None
-    assert (len(found), knee["output_throughput"]) == (4, 400)
-
-
-def test_a_sweep_by_rate_stops_where_the_server_falls_behind() -> None:
-    def run(case: Case) -> dict[str, Any]:
-        done = min(case.rate, 5.0)
-        return record(done, request_rate=case.rate, duration=10 / done)
-
-    found, knee = sweep(Overrides(), run, True)
-    assert [r["request_rate"] for r in found] == [1, 2, 4, 8]
-    assert knee is not None
-    assert knee["request_rate"] == 4
-
-
-def test_a_sweep_whose_first_step_is_invalid_has_no_knee() -> None:
-    found, knee = sweep(Overrides(), lambda _: record(1, valid=False), False)
-    assert (len(found), knee) == (1, None)
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -619,7 +563,7 @@ def test_an_open_loop_counts_from_the_intended_time() -> None:
 
 @pytest.mark.parametrize(("p", "value"), [(0, 1), (50, 2.5), (90, 3.7), (100, 4)])
 def test_percentiles_are_numpys(p: float, value: float) -> None:
-    assert percentile([1, 2, 3, 4], p) == pytest.approx(value)
+    assert Distribution([1, 2, 3, 4]).percentile(p) == pytest.approx(value)
 
 
 def test_nothing_completed_has_no_numbers_and_no_crash() -> None:
@@ -747,7 +691,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_benchmark_serving_takes_our_arguments(
     capfd: pytest.CaptureFixture[str], more: tuple[str, ...]
 ) -> None:
-    run = Run(capfd, obedient, "-t", "throughput,latency", *QUICK, *more)
+    run = Run(capfd, obedient, "-t", "throughput,latency", *SHORT, *more)
     assert run.code == 0, run.stderr
     record = run.record(run.last["runs"][0]["name"])
     assert (record["metadata"]["client"], record["completed"]) == ("trtllm", 4)
@@ -758,7 +702,7 @@ def test_benchmark_serving_takes_our_arguments(
 @pytest.mark.usefixtures("installed")
 def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> None:
     write_sharegpt(Path("share gpt.json"))
-    run = Run(capfd, obedient, "-t", "sharegpt", *QUICK, "--sharegpt", "share gpt.json")
+    run = Run(capfd, obedient, "-t", "sharegpt", *SHORT, "--sharegpt", "share gpt.json")
     assert run.code == 0, run.stderr
 
 
@@ -771,22 +715,103 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("empty=2", "2 outputs are empty"),
         ("blank=2", "2 outputs are empty"),
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
-        ("silent=1", "benchmark_serving wrote no result (exit code 0)"),
+        ("silent=1", "benchmark_serving wrote no result (exit code 0): ======"),
+        ("half=1", "benchmark_serving wrote no result (exit code 0)"),
+        ("die=1", "benchmark_serving wrote no result (exit code 1): OSError: no such tokenizer"),
     ],
 )
 def test_its_exit_status_is_not_trusted(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str, words: str
 ) -> None:
     monkeypatch.setenv("STAND_IN", fault)
-    run = Run(capfd, obedient, "-t", "throughput", *QUICK)
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT)
     assert run.code == 1
     assert words in run.record("throughput-in512-out4-c2")["problems"][0]
+
+
+@pytest.mark.usefixtures("installed")
+def test_nobody_knows_whether_its_client_kept_up(capfd: pytest.CaptureFixture[str]) -> None:
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT)
+    assert clients.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
+    assert clients.UNKNOWN in unescape(Path("out/report.html").read_text())
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_proxy_stays_out_of_what_it_measures(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "example.com")
+    monkeypatch.setenv("TRTLLM_STAND_IN", "measure")
+    run = Run(capfd, obedient, "-H", "localhost", "-t", "throughput", *SHORT)
+    assert run.code == 0, run.stderr
+    assert clients.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("flags", [["--warmup", "0"], ["--shards", "2"], ["--insecure"]])
+def test_what_its_client_cannot_do_is_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench.parse(flags, {})
+    assert stop.value.code == 2
+    assert f"{flags[0]}: NVIDIA's client cannot, --client builtin can" in capsys.readouterr().err
+    assert bench.parse([*flags, "--client", "builtin"], {"BENCH_IMAGE": "x"}).client == "builtin"
+
+
+@pytest.mark.parametrize(("code", "there"), [(0, True), (1, False)])
+def test_the_python_of_path_is_asked_whether_tensorrt_llm_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, there: bool
+) -> None:
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\nexit {code}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert bench_place.is_installed() is there
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not bench_place.is_installed()
+
+
+def test_without_its_client_an_image_of_the_settings_is_nobodys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENCH_IMAGE", "image:1")
+    run = Run(capsys, obedient, "--client", "builtin", "-t", "throughput", *QUICK)
+    assert run.record("throughput-in512-out4-c2")["metadata"]["image"] is None
+
+
+def test_gpus_are_named_only_where_they_are_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_place, "gpu_names", lambda environ: [environ.get("SLURM_JOB_ID", "")])
+    job = {"SLURM_JOB_ID": "7"}
+    record = Path("endpoint.json")
+    record.write_text('{"job": "7"}')
+    assert bench.gpus_of(Endpoint("http://192.0.2.1:1", "m", "m"), job) == []
+    assert bench.gpus_of(Endpoint("http://127.0.0.1:1", "m", "m"), job) == [""]
+    launched = Endpoint("http://192.0.2.1:1", "m", "m", record=record)
+    assert (bench.gpus_of(launched, job), bench.gpus_of(launched, {})) == (["7"], [])
+
+
+def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
+    """The launcher wrote down what the engine was given; its container sees it, too."""
+    model = Path("models/Qwen").absolute()
+    model.mkdir(parents=True)
+    server = Endpoint("http://10.0.0.1:8000", "Qwen", str(model))
+    client = clients.BenchmarkServing(server, clients.Options(Path("share.json")))
+    assert client.mounts(Path("out")) == [Path("out").absolute(), model]
+    command = clients.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
+    assert command[command.index("--model") + 1] == str(model)
+    assert command[command.index("--served-model-name") + 1] == "Qwen"
 
 
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)
-    command = clients.benchmark_serving(case, server, clients.Options(seed=5), Path("/out/x.json"))
+    command = clients.benchmark_serving(
+        case, server, clients.Options(Path("x"), seed=5), Path("/out/x.json")
+    )
     assert command == [
         "python3", "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
         "--backend", "openai",
@@ -831,6 +856,7 @@ def test_the_image_is_brought_to_where_it_is_needed(
 ) -> None:
     brought: list[tuple[str, int]] = []
     monkeypatch.setattr(bench_place, "image_id", lambda *_: None)
+    monkeypatch.setattr(bench_place, "find_tag", lambda *_: None)
     monkeypatch.setattr(image, "provide", lambda i, place: brought.append((i.tag, place.size)))
     allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
     assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
@@ -842,27 +868,47 @@ def test_where_tensorrt_llm_is_installed_there_is_no_container() -> None:
     assert bench_place.prefix("", [], {}) == []
 
 
-def test_through_docker(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A docker that runs what follows the image, and knows no other command than `run`."""
-    docker = tmp_path / "bin" / "docker"
-    docker.parent.mkdir()
-    docker.write_text(
+@pytest.fixture
+def docker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A docker that has one image and runs what follows it; it knows `run` and `image inspect`."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(
         "#!/bin/sh\n"
-        '[ "$1" = run ] || exit 1\n'
+        'last() { shift $(($# - 1)); printf %s "$1"; }\n'
+        'if [ "$1 $2" = "image inspect" ]; then\n'
+        '    [ "$(last "$@")" = image:1 ] && echo sha256:1 && exit\n'
+        '    echo "Error: No such image: $(last "$@")" >&2; exit 1\n'
+        "fi\n"
+        '[ "$1" = run ] || exit 64\n'
         'while [ "$1" != image:1 ]; do shift; done\n'
         'shift; exec "$@"\n'
     )
-    docker.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{docker.parent}:{os.environ['PATH']}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home/cache"))
-    run = Run(capfd, obedient, "-t", "throughput", *QUICK, "-i", "image:1")
+
+
+@pytest.mark.usefixtures("docker")
+def test_through_docker(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "-i", "image:1")
     assert run.code == 0, run.stderr
     assert run.last["client"] == "trtllm"
     assert " docker run --rm" in run.stderr
     assert (tmp_path / "home/cache").is_dir()
+    metadata = run.record("throughput-in512-out4-c2")["metadata"]
+    assert (metadata["image"], metadata["image_id"]) == ("image:1", "sha256:1")
+
+
+@pytest.mark.usefixtures("docker")
+def test_an_image_that_is_not_there_fails_once_and_before_anything_is_measured(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capfd, obedient, "-i", "image:2")
+    assert (run.code, run.stdout) == (1, "")
+    assert "Error: No such image: image:2" in run.stderr
+    assert not Path("out").exists()
 
 
 def test_a_container_that_cannot_be_removed_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -889,7 +935,7 @@ def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_token_without_text_is_none_that_is_missing() -> None:
     one = Result([outcome(has_text=False, output_tokens=1, last=50 * MS)])
-    assert find_problems(LOAD, one, Wanted(MODEL, 1, 4)) == []
+    assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]
     record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
               "total_input_tokens": 128}  # fmt: skip
     assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
@@ -909,28 +955,21 @@ def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFix
 
 def test_without_ignore_eos_a_conversation_may_be_shorter() -> None:
     wanted = Wanted(MODEL, None, exact=False, output_lens=lambda _: 9)
-    assert find_problems(LOAD, Result([outcome()]), wanted) == []
-
-
-@pytest.mark.parametrize("document", [[], [1], {"data": None}, {"data": 7}, {"data": ["x"]}])
-def test_a_list_of_models_that_is_none(capsys: pytest.CaptureFixture[str], document: Any) -> None:
-    with serving(lambda request: request.document(document)) as server:
-        assert bench.main(["-p", str(server.port), "-o", "out"]) == 1
-    assert "/v1/models names no model" in capsys.readouterr().err
+    assert summarise(LOAD, Result([outcome()]), wanted, {})["valid"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("odd")])
 def test_whatever_happens_what_is_finished_is_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real = bench.write_json
+    real = nodes.write_json
 
     def write(path: Path, data: Any) -> None:
         if "in512" in path.name:
             raise error
         real(path, data)
 
-    monkeypatch.setattr(bench, "write_json", write)
+    monkeypatch.setattr("bench.write_json", write)
     try:
         Run(capsys, obedient, "-t", "latency", *QUICK)
     except RuntimeError as e:
@@ -961,9 +1000,19 @@ def test_benchmark_serving_on_a_server_that_hangs_is_ended(
 ) -> None:
     monkeypatch.setenv("STAND_IN", "slow=10")
     began = time.monotonic()
-    run = Run(capfd, obedient, "-t", "throughput", *QUICK, "--timeout", "0.2")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "0.2")
     assert time.monotonic() - began < 5
     assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
+    assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
+    assert "benchmark_serving" not in run.stderr
 
 
 def test_how_long_benchmark_serving_may_take() -> None:
@@ -977,3 +1026,27 @@ def test_a_mean_keeps_no_list_of_millions() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20 * 100_000
+
+
+def test_what_is_kept_of_millions_of_gaps_is_small() -> None:
+    rng = random.Random(0)
+    outcomes = [outcome(gaps=array("f", (rng.gauss(10, 0.1) for _ in range(1000))))
+                for _ in range(200)]  # fmt: skip
+    tracemalloc.start()
+    found = summarise(LOAD, Result(outcomes), Wanted(MODEL, 5, 4), {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found["std_itl_ms"] == pytest.approx(0.1, rel=0.02)
+    assert peak < 1_000_000  # a list of them takes 6 MB
+
+
+def test_a_download_has_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    line = LiveLine("data, MB", 9)
+    line.start -= 1
+    line(3, 0, 0)
+    assert screen.getvalue() == "\r\033[Kdata, MB: 3/9, 2 s left"
+    line(3, 0, 60)
+    assert ", 60 tokens/s, 2 s left" in screen.getvalue()

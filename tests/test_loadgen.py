@@ -5,21 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import socket
 import ssl
 import statistics
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 import connection
-from loadgen import Load, LoadError, Result, Target, arrivals, measure
+from loadgen import Load, LoadError, Result, Target, arrivals, measure, merged
 from response import BROKEN_OFF, NO_ANSWER, Outcome
 from tests.loopback import (
     DONE,
@@ -366,22 +363,13 @@ def test_shards_add_up() -> None:
     assert server.connections == 4
 
 
+def test_one_shard_without_kernel_stamps_is_told() -> None:
+    assert not merged([Result([]), Result([], kernel_stamps=False)]).kernel_stamps
+
+
 def test_a_shard_that_cannot_connect_is_an_error_here() -> None:
     with pytest.raises(LoadError, match="refused"):
         measure(Load(Target("127.0.0.1", 1), "/", Body(), 2, 2, shards=2))
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> ssl.SSLContext:
-    if not shutil.which("openssl"):
-        assert not os.environ.get("CI"), "openssl is needed in CI"
-        pytest.skip("openssl is not installed")
-    key, pem = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", key, "-out", pem], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem, key)
-    return context
 
 
 def test_https_works_and_says_whose_times_it_has(certificate: ssl.SSLContext) -> None:

@@ -114,6 +114,14 @@ def test_only_an_image_on_the_command_line_asks_for_the_other_benchmark_client(
     assert given == ["bench.py", "--type", "throughput,prefill", "--image", "$(x):1"]
 
 
+@pytest.mark.parametrize(("target", "script"), [("bench", "bench.py"), ("test", "test.py")])
+def test_only_a_port_on_the_command_line_names_a_server(
+    checkout: Path, target: str, script: str
+) -> None:
+    assert make(checkout, target, PORT="81") == [script]
+    assert make(checkout, target, "PORT=$(x)") == [script, "--port", "$(x)"]
+
+
 def test_extra_args_are_words_of_the_shell(checkout: Path) -> None:
     words = make(checkout, "serve", "MODEL=m", "EXTRA_ARGS=--a 1 --b 'c d'")
     assert words == ["run_sbatch.py", "m", "--a", "1", "--b", "c d"]

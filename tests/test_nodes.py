@@ -356,6 +356,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(TypeError):
         nodes.write_json(path, {"b": object()})
+    assert list(path.parent.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"b": 1}
 
 

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
+import compare
 import report
+import results
 from matrix import Case
 
+pytestmark = pytest.mark.usefixtures("same_signals")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -79,6 +82,7 @@ def test_repeats_are_one_row_with_their_spread() -> None:
 def test_goodput_has_a_column_when_it_was_asked_for() -> None:
     assert "good req/s" not in report.table([record(LATENCY, request_goodput=None)])
     assert "good req/s" in report.table([record(LATENCY, request_goodput=1.25)])
+    assert report.brief(record(LATENCY, request_goodput=1.25))["request_goodput"] == 1.25
 
 
 def test_the_clients_own_delay_is_told(tmp_path: Path) -> None:
@@ -118,8 +122,9 @@ def test_the_csv_holds_every_run(tmp_path: Path) -> None:
 
 
 def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
-    report.write(tmp_path, [record(LATENCY, ttfts=[0.1] * 10_000)])
-    (found,) = json.loads((tmp_path / "summary.json").read_text())
+    folder = put(tmp_path / "a", record(LATENCY, ttfts=[0.1] * 10_000))
+    assert report.main([str(folder)]) == 0
+    (found,) = json.loads((folder / "summary.json").read_text())
     assert "ttfts" not in found
     assert found["mean_ttft_ms"] == 10
 
@@ -231,10 +236,65 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
 
 
+def words_of(folder: Path, capsys: pytest.CaptureFixture[str], *sides: dict[str, Any]) -> str:
+    a, b = (put(folder / name, one) for name, one in zip("ab", sides, strict=True))
+    assert report.main(["compare", str(a), str(b)]) == 0
+    return capsys.readouterr().out
+
+
+def test_goodput_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = (record(LATENCY, request_goodput=g) for g in (2.0, 1.0))
+    text = " ".join(words_of(tmp_path, capsys, before, after).split())
+    assert "request_goodput 2.00 1.00 -50.0% - WORSE" in text
+
+
+def test_from_nothing_to_something_is_a_change() -> None:
+    before, after = (record(LATENCY, request_goodput=g) for g in (0.0, 1.0))
+    (change,) = (c for c in compare.compare([before], [after]) if c.column == results.GOODPUT)
+    assert (change.verdict, change.row[4]) == ("better", "+inf%")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"metadata": {"client": "trtllm"}}, "client: builtin before, trtllm after"),
+        ({"metadata": {"client": "builtin", "backend": "openai-chat"}}, "API: None before, openai"),
+        ({"metadata": {"client": "builtin", "served_model": "b"}}, "model: org/model before, b"),
+        ({"completed": 10, "total_input_tokens": 1300}, "input tokens a request: 128 before, 130"),
+        ({"completed": 10, "total_output_tokens": 90}, "output tokens a request: 0 before, 9"),
+    ],
+)  # fmt: skip
+def test_unlike_runs_are_not_compared_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any], words: str
+) -> None:
+    like: dict[str, Any] = {"metadata": {"client": "builtin"}, "completed": 10}
+    like["total_input_tokens"] = 1280
+    before, after = record(LATENCY, **like), record(LATENCY, **{**like, **other})
+    assert "UNLIKE" not in "\n".join(compare.differences([before], [before]))
+    text = words_of(tmp_path, capsys, before, after)
+    assert f"UNLIKE {words}" in text
+    assert "(every load)" in text
+
+
+def test_another_number_of_requests_is_told_with_its_load() -> None:
+    more = Case("latency", 128, 128, 200, 1)
+    same = record(Case("decode", 1, 2, 3, 4))
+    lines = compare.differences([record(LATENCY), same], [record(more), same])
+    assert lines == ["UNLIKE requests: 100 before, 200 after (latency-in128-out128-c1)"]
+
+
+def test_what_another_client_left_is_no_repeat() -> None:
+    ours = record(LATENCY, 10.0, metadata={"client": "builtin"})
+    theirs = record(SECOND, 90.0, metadata={"client": "trtllm"})
+    text = report.table([ours, theirs])
+    assert "±" not in text
+    assert "latency-in128-out128-c1 (trtllm, org/model, 100 requests)" in text
+
+
 def test_a_change_within_the_spread_is_no_change() -> None:
     before = [record(LATENCY, 8.0), record(SECOND, 12.0)]
     after = [record(LATENCY, 9.0), record(SECOND, 13.0)]
-    verdicts = {c.column.key: c.verdict for c in report.compare(before, after)}
+    verdicts = {c.column.key: c.verdict for c in compare.compare(before, after)}
     assert verdicts["mean_ttft_ms"] == ""
 
 

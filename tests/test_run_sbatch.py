@@ -310,6 +310,7 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     endpoint = json.loads(Path("logs/endpoint.json").read_text())
     assert endpoint["nodes"] == ["localhost", "n2"]
     assert (endpoint["job"], endpoint["model"]) == ("77", "org/m")
+    assert endpoint["model_argument"] == "org/m"
     assert re.search(rf"READY after \d+\.\d s: {endpoint['url']} serves org/m", started.output)
     assert fakes.containers() == [f"localhost/{endpoint['container']}"]
     assert fakes.container()["environment"]["HF_TOKEN"] == TOKEN

@@ -5,7 +5,7 @@
  *
  * A request that was read whole at time t gets token k at t + ttft + k * itl, each in a chunk and a
  * packet of its own, and /admin/stats says when they really went out: that is the truth a client is
- * compared with. One thread, one epoll, the last 0.1 ms before a deadline are spent spinning.
+ * compared with; "sent" in each event says it, too (ns since 1970). One thread, one epoll, the last 0.1 ms before a deadline are spent spinning.
  *
  *   GET /admin/config?ttft_ms=50&itl_ms=10     sets the timetable, and forgets the statistics
  *   GET /admin/stats                           what was sent
@@ -56,11 +56,13 @@ static ns ttft = 50000000, itl = 10000000, first_at, last_at;
 static struct histogram ttfts, itls;
 static long long finished;
 
-static ns now(void) {
+static ns time_of(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
+
+static ns now(void) { return time_of(CLOCK_MONOTONIC); }
 
 /* ---- deadlines: a binary heap, the next one first ---- */
 
@@ -163,11 +165,13 @@ static int token_event(char *out, const struct connection *c, int k) {
         return sprintf(out,
                        "data: {\"id\":\"chatcmpl-0123456789abcdef\",\"object\":\"chat.completion.chunk\","
                        "\"created\":1700000000,\"model\":\"timetable\",\"choices\":[{\"index\":0,\"delta\":"
-                       "{\"role\":\"assistant\",\"content\":\" token\"},\"finish_reason\":%s}]}\n\n", reason);
+                       "{\"role\":\"assistant\",\"content\":\" token\"},\"finish_reason\":%s}],\"sent\":%lld}\n\n",
+                       reason, time_of(CLOCK_REALTIME));
     return sprintf(out,
                    "data: {\"id\":\"cmpl-0123456789abcdef\",\"object\":\"text_completion\",\"created\":"
                    "1700000000,\"model\":\"timetable\",\"choices\":[{\"index\":0,\"text\":\" token\","
-                   "\"logprobs\":null,\"finish_reason\":%s}]}\n\n", reason);
+                   "\"logprobs\":null,\"finish_reason\":%s}],\"sent\":%lld}\n\n",
+                   reason, time_of(CLOCK_REALTIME));
 }
 
 static void put_end(int fd) {

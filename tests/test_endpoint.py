@@ -1,0 +1,230 @@
+"""endpoint.py: which server is measured, and whether it is the same one afterwards."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import endpoint
+from endpoint import Endpoint, Witness, base_url, choose, find_endpoint
+from nodes import Failure
+from tests.loopback import MODEL, Request, Server, model_server, obedient, serving
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+def write_record(port: int, **facts: Any) -> None:
+    record = {"url": f"http://127.0.0.1:{port}", "model": MODEL, "started": "9:00", **facts}
+    Path("logs").mkdir(exist_ok=True)
+    Path("logs/endpoint.json").write_text(json.dumps(record))
+
+
+# --- which server ---------------------------------------------------------------------------------
+
+
+def found(host: str = "", port: int | None = None, model: str = "", **environ: str) -> Endpoint:
+    return find_endpoint(host, port, model, environ)
+
+
+def test_the_launchers_record_names_the_server() -> None:
+    with serving(model_server(obedient)) as server:
+        write_record(server.port)
+        assert found().target.port == server.port
+        assert found().record == Path("logs/endpoint.json")
+        assert found(port=server.port).target.host == "127.0.0.1"
+
+
+def test_a_port_of_the_environment_does_not_hide_the_record() -> None:
+    with serving(model_server(obedient)) as server:
+        write_record(server.port)
+        assert found(PORT="1").target.port == server.port
+
+
+def test_without_a_record_it_is_this_machine_and_the_port_of_the_environment() -> None:
+    with serving(model_server(obedient)) as server:
+        assert found(PORT=str(server.port)).url == f"http://localhost:{server.port}"
+        assert found("127.0.0.1", PORT=str(server.port)).url == f"http://127.0.0.1:{server.port}"
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", socket.gethostname()])
+def test_a_server_that_is_named_may_be_the_one_of_the_record(host: str) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        write_record(listener.getsockname()[1])
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        assert endpoint.same_server(url, json.loads(Path("logs/endpoint.json").read_text())["url"])
+
+
+def test_a_named_server_takes_the_record_along_only_if_it_is_about_it() -> None:
+    with serving(model_server(obedient)) as server:
+        write_record(server.port)
+        assert found("localhost", server.port).record
+        write_record(server.port + 1)
+        assert found("localhost", server.port).record is None
+        write_record(server.port, url=f"http://192.0.2.1:{server.port}")
+        assert found("localhost", server.port).record is None
+
+
+@pytest.mark.parametrize("text", ["{half", "[]", "{}"])
+def test_a_record_that_names_nothing(text: str) -> None:
+    Path("logs").mkdir()
+    Path("logs/endpoint.json").write_text(text)
+    with pytest.raises(Failure, match=r"endpoint\.json does not name a server"):
+        found()
+    with serving(model_server(obedient)) as server:
+        assert found("localhost", server.port).record is None
+
+
+def test_what_the_engine_was_given_names_the_tokenizer() -> None:
+    with serving(model_server(obedient)) as server:
+        write_record(server.port, model_argument=f"/models/{MODEL}")
+        assert found().asked == found("localhost", server.port).asked == f"/models/{MODEL}"
+        assert found().model == MODEL
+        assert found(model=MODEL).asked == f"/models/{MODEL}"
+        assert found(model=f"/mine/{MODEL}").asked == f"/mine/{MODEL}"
+
+
+def test_no_server() -> None:
+    with pytest.raises(Failure, match="no server answers at http://localhost:1"):
+        found(port=1)
+
+
+def test_a_certificate_that_is_not_trusted_is_named_as_such(certificate: ssl.SSLContext) -> None:
+    with serving(model_server(obedient), certificate) as server:
+        url = f"https://localhost:{server.port}"
+        with pytest.raises(Failure, match=r"TLS failed: .*certificate"):
+            found(url)
+        assert find_endpoint(url, None, "", {}, verify=False).model == MODEL
+
+
+def test_another_model_than_asked_for() -> None:
+    with serving(model_server(obedient)) as server, pytest.raises(Failure) as failure:
+        found(port=server.port, model="another/model")
+    assert f"serves {MODEL}, not another/model" in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("localhost", None, "http://localhost:8001"),
+        ("10.0.0.1", 9000, "http://10.0.0.1:9000"),
+        ("node:9001", None, "http://node:9001"),
+        ("node:9001", 9001, "http://node:9001"),
+        ("fe80::1", 8000, "http://[fe80::1]:8000"),
+        ("https://api.example.com/base/v1/", None, "https://api.example.com/base"),
+        ("https://api.example.com:444/", None, "https://api.example.com:444"),
+        ("http://node", 81, "http://node:81"),
+    ],
+)
+def test_urls(host: str, port: int | None, url: str) -> None:
+    assert base_url(host, port, 8001) == url
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("ftp://x", None), ("http://", None), ("host:port", None), ("node:1", 2)]
+)
+def test_what_is_no_url(host: str, port: int | None) -> None:
+    with pytest.raises(Failure):
+        base_url(host, port, 8000)
+
+
+def test_a_directory_is_served_under_its_name() -> None:
+    assert choose("/models/Qwen", ["Qwen"], "") == "Qwen"
+    assert choose("", ["first", "second"], "") == "first"
+    with pytest.raises(Failure):
+        choose("org/Qwen", ["Qwen"], "")
+
+
+@pytest.mark.parametrize("document", [[], [1], {"data": None}, {"data": 7}, {"data": ["x"]}])
+def test_a_list_of_models_that_is_none(document: Any) -> None:
+    with (
+        serving(lambda request: request.document(document)) as server,
+        pytest.raises(Failure, match="/v1/models names no model"),
+    ):
+        found(port=server.port)
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("localhost", True), ("127.0.0.1", True), ("192.0.2.1", False), ("no.such.invalid", False)],
+)
+def test_is_this_machine(host: str, here: bool) -> None:
+    assert endpoint.is_this_machine(host) is here
+
+
+# --- the same one ---------------------------------------------------------------------------------
+
+RESTARTED = ["the server was restarted during the run"]
+
+
+def at(server: Server) -> Endpoint:
+    return found(port=server.port)
+
+
+def test_a_restart_that_the_launchers_record_tells() -> None:
+    with serving(model_server(obedient)) as server:
+        write_record(server.port)
+        named = find_endpoint("localhost", server.port, "", {})
+        before = endpoint.identity(named)
+        assert endpoint.changes(named, before) == []
+        write_record(server.port, started="9:05")
+        assert endpoint.changes(named, before) == RESTARTED
+
+
+def test_a_restart_that_prometheus_metrics_tell() -> None:
+    """As vLLM's."""
+    started = 1000.5
+
+    def answer(request: Request) -> None:
+        if request.line.split()[1] == "/metrics":
+            text = f"# TYPE this\nprocess_start_time_seconds {started}\n"
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n"
+            request.send((head + text).encode())
+        else:
+            model_server(obedient)(request)
+
+    with serving(answer) as server:
+        before = endpoint.identity(at(server))
+        assert endpoint.changes(at(server), before) == []
+        started = 1234.5
+        assert endpoint.changes(at(server), before) == RESTARTED
+
+
+def test_metrics_that_reading_empties_are_left_alone() -> None:
+    def answer(request: Request) -> None:
+        assert request.line.split()[1] == "/v1/models"
+        request.document({"data": [{"id": MODEL, "owned_by": "tensorrt_llm"}]})
+
+    with serving(answer) as server:
+        assert endpoint.changes(at(server), endpoint.identity(at(server))) == []
+
+
+def test_a_server_with_another_model_after_the_run() -> None:
+    with serving(model_server(obedient, "another")) as server:
+        ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
+        (problem,) = endpoint.changes(ours, {})
+    assert problem == f"the server now serves another, not {MODEL}"
+
+
+def test_an_idle_connection_that_is_closed_is_told() -> None:
+    with serving(model_server(obedient)) as server:
+        lasting, broken = Witness(at(server)), Witness(at(server))
+        server.sockets[-1].shutdown(socket.SHUT_RDWR)
+        assert lasting.notes() == []
+        assert "closed during the run" in broken.notes()[0]
+
+
+def test_where_nothing_listens_there_is_no_witness() -> None:
+    assert Witness(Endpoint("http://127.0.0.1:1", MODEL, MODEL)).notes() == []
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_a_server_that_wants_a_key(status: str) -> None:
+    with serving(lambda request: request.document({"error": "no key"}, status)) as server:
+        with pytest.raises(Failure, match=f"/v1/models: {status[:3]}") as raised:
+            found(port=server.port)
+        assert raised.value.hint == "set OPENAI_API_KEY"
