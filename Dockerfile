@@ -76,6 +76,7 @@ COPY <<'EOT' /opt/nvidia/entrypoint.d/90-efa.sh
 if grep -qs 0x1d0f /sys/class/infiniband/*/device/vendor \
         && compgen -G '/dev/infiniband/uverbs*' > /dev/null; then
     # NCCL makes libnccl-net-ofi.so of it. Some base images say aws-ofi, the library's former name.
+    # It is NCCL's tuner, too, and names itself as that.
     case "${NCCL_NET_PLUGIN:-}" in '' | aws-ofi) export NCCL_NET_PLUGIN=ofi ;; esac
     export FI_PROVIDER="${FI_PROVIDER:-efa}"
     # MPI's few messages go over TCP, as in AWS's own images: not over UCX, which takes an EFA device

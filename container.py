@@ -28,11 +28,10 @@ CONTAINER = script(r"""
     for device in /dev/infiniband/uverbs* /dev/gdrdrv; do
         [ ! -e "$device" ] || set -- --device "$device" "$@";
     done;
-    present=$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l);
-    given=$(printf %s "$SLURM_STEP_GPUS" | tr ',' '\n' | grep -c .);
     if [ "$gpus" = auto ]; then
-        gpus=all;
-        [ "$given" = 0 ] || [ "$given" -ge "$present" ] || gpus="\"device=$SLURM_STEP_GPUS\"";
+        gpus=all; present=(/dev/nvidia[0-9]*); IFS=, read -ra given <<<"$SLURM_STEP_GPUS";
+        [ -z "$given" ] || [ ${#given[@]} -ge ${#present[@]} ] ||
+        gpus="\"device=$SLURM_STEP_GPUS\"";
     fi;
     [ "$gpus" = none ] || set -- --gpus "$gpus" "$@";
 """)
@@ -40,13 +39,14 @@ CONTAINER = script(r"""
 # The container ends with its script, whoever asks: we, scancel, the death of the launcher.
 # `docker rm` is repeated until the client has gone: before that a container may yet be created.
 ATTACHED = script(r"""
+    remove() { said=$(timeout 5 docker rm --force "$name" 2>&1); };
     stop() {
         trap '' TERM INT HUP; SECONDS=0;
         while [ -n "$client" ] && kill -0 $client 2>/dev/null && [ $SECONDS -lt 12 ]; do
-            timeout 5 docker rm --force "$name" >/dev/null 2>&1; sleep 0.1;
+            remove; sleep 0.1;
         done;
         [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        timeout 5 docker rm --force "$name" >/dev/null 2>&1;
+        remove;
         exit 143;
     };
     trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
@@ -113,11 +113,8 @@ def passed_on(environ: Mapping[str, str]) -> list[str]:
     return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
 
 
-def docker_arguments(plan: Plan, environ: Mapping[str, str]) -> list[str]:
-    """What follows `docker run --name NAME` and the devices that the node itself finds.
-
-    A container of a spread launch sleeps: its ranks are run in it.
-    """
+def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
+    """What follows `docker run --name NAME` and the devices that the node itself finds."""
     names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *passed_on(environ)]
     return [
         "--rm",
@@ -136,23 +133,23 @@ def docker_arguments(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         *([f"--workdir={plan.cwd}"] if plan.cwd else []),
         *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),
         *(f"--env={name}" for name in names),
-        *(["--entrypoint=sleep", plan.tag, "infinity"] if plan.spread else ()),
-        *(() if plan.spread else [plan.tag, *plan.engine]),
     ]  # fmt: skip
 
 
-def container_words(plan: Plan, environ: Mapping[str, str]) -> list[str]:
-    """The arguments of the scripts that run a container."""
-    return [plan.place.job, plan.gpus, plan.cache, *docker_arguments(plan, environ)]
+def container_words(plan: Plan, environ: Mapping[str, str], *command: str) -> list[str]:
+    """The arguments of the scripts that run a container; `command` begins with the image."""
+    return [plan.place.job, plan.gpus, plan.cache, *docker_options(plan, environ), *command]
 
 
 def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
     """The one command that is the server, for as long as its standard input is open."""
     if plan.runtime == "bare":
         return [*plan.place.head, "bash", "-c", BARE, "launch", *plan.engine]
-    return [*plan.place.head, "bash", "-c", DOCKER, "launch", *container_words(plan, environ)]
+    words = container_words(plan, environ, plan.tag, *plan.engine)
+    return [*plan.place.head, "bash", "-c", DOCKER, "launch", *words]
 
 
 def remove_command(plan: Plan) -> list[str]:
     """Removes this job's containers, and no others, should a node not have done so itself."""
-    return [*plan.place.every, "bash", "-c", REMOVE_BY_NAME, "remove", plan.place.job]
+    nodes = plan.place.on(plan.spread.nodes) if plan.spread else plan.place.head
+    return [*nodes, "bash", "-c", REMOVE_BY_NAME, "remove", plan.place.job]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,35 +17,52 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
-from nodes import HOLD, TELL, Step, Told, die, last_words, run, script
+from nodes import HOLD, TELL, Step, Told, die, last_words, script
 from plan import Plan, Spread
 from preflight import Node
 
 UP_WITHIN = 60.0  # seconds until every node's container runs
-SILENCE = 8.0  # seconds without a sign of life from a node's container
-SLURMD_EVERY, SLURMD_MISSES = 2.0, 3  # a slurmd that is only restarted is back by then
+SILENCE = 8.0  # seconds without a sign of life from a node
+SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
+FAREWELL, SHORT_FAREWELL = 15.0, 2.0  # seconds a node has to clean up; and one that is in trouble
 
-# PMIx's files are below slurmd's spool directory; the step that will use them does not exist yet.
-SPOOL = script(r"""
-    spool=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdSpoolDir *= //p' |
-        sed "s/%h/$(hostname -s)/g; s/%n/$node/g");
+# What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
+# use them does not exist yet), and slurmd itself, known by its port: a step outlives its slurmd.
+SLURM = script(r"""
+    config=$(scontrol show config 2>/dev/null);
+    value() { [[ $config =~ $'\n'$1\ *=\ ([^$'\n']+) ]] && printf %s "${BASH_REMATCH[1]}"; };
+    spool=$(value SlurmdSpoolDir); spool=${spool//%n/$node};
+    case $spool in *%h*) spool=${spool//%h/$(hostname -s)} ;; esac;
     [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
+    port=$(value SlurmdPort);
+    printf -v listening ':%04X [0-9A-F]+:0000 0A ' "${port:-6818}";
 """)
 
 # A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
 BEAT = script(r"""
-    {
-        until [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ]; do
-            kill -0 $$ || exit; sleep 0.05;
-        done;
-        while kill -0 $$; do tell up "$name"; sleep 2; done;
-    } 2>/dev/null &
+    beat() {
+        if grep -Eqs "$listening" /proc/net/tcp /proc/net/tcp6; then tell beat slurmd;
+        else tell beat; fi;
+    };
+    { while kill -0 $$; do beat; sleep 2; done; } 2>/dev/null &
     beat=$!;
-    trap 'kill $watch $beat 2>/dev/null' EXIT;
+    farewell() {
+        kill $watch $beat 2>/dev/null; SECONDS=0;
+        while
+            remove;
+            case $said in "$name" | *"No such container"*) tell left ""; return ;; esac;
+            [ $SECONDS -lt 1 ];
+        do sleep 0.1; done;
+        tell left "${said:-Docker does not answer}";
+    };
+    trap farewell EXIT;
 """)
 
-HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, SPOOL, ATTACHED, BEAT, FINISH,
-                   'tell ended "$code";', "exit $code;"])  # fmt: skip
+# The node's name follows; a container of a spread launch sleeps, for the ranks to run in.
+SLEEP = r"""printf '%s\tup\t\n' "$1"; exec sleep infinity"""
+
+HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM, ATTACHED,
+                   BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
 # The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
@@ -87,8 +103,10 @@ RANK = TELL + " " + HOLD + " " + script(r"""
 
 def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
     """A container on each node that sleeps, for the ranks to run in."""
-    words = container_words(plan, environ)
-    return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
+    words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", SLEEP, "sleep")
+    # Where Slurm is configured to kill a step with its first task, no node would end by itself.
+    step = [*plan.place.on(spread.nodes), "--kill-on-bad-exit=0"]
+    return [*step, "bash", "-c", HOLDER, "holder", *words]
 
 
 def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
@@ -117,8 +135,11 @@ class Holders(threading.Thread):
         super().__init__(daemon=True)
         self.step, self.spread = step, spread
         self.names = [node.name for node in nodes[: spread.nodes]]
-        self.seen: dict[str, float] = {}
-        self.ended: dict[str, str] = {}
+        self.up: set[str] = set()
+        self.seen: dict[str, float] = {}  # when a node gave its last sign of life
+        self.slurmd: dict[str, float] = {}  # when it last saw its slurmd; never: it is not judged
+        self.ended: dict[str, str] = {}  # exit codes of containers
+        self.left: dict[str, str] = {}  # why a node's container may be there still; '': it is gone
         self.talk: list[str] = []
 
     def run(self) -> None:
@@ -127,34 +148,48 @@ class Holders(threading.Thread):
                 self.note(told)
 
     def note(self, told: Told) -> None:
+        now = time.monotonic()
         if told.key == "up":
-            self.seen[told.node] = time.monotonic()
+            self.up.add(told.node)
+        elif told.key == "beat":
+            self.seen[told.node] = now
+            if told.value:
+                self.slurmd[told.node] = now
         elif told.key == "ended":
             self.ended[told.node] = told.value
+        elif told.key == "left":
+            self.left[told.node] = told.value
         else:
             self.talk = [*self.talk[-50:], told.line]
 
     def fault(self) -> str:
-        """What is wrong with a node's container, or ''."""
-        now = time.monotonic()
+        """What is wrong with the first node that is in trouble, or ''."""
         for index, name in enumerate(self.names):
-            where = f"{name} ({self.spread.ranks_of(index)})"
-            if code := self.ended.get(name):
-                words = last_words("\n".join(self.talk))
-                return f"{where}: its container ended with exit code {code}: {words}".rstrip(": ")
-            if name in self.seen and now - self.seen[name] > SILENCE:
-                return f"{where}: no sign of life from its container for {SILENCE:g} s"
+            if trouble := self.trouble(name):
+                return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
+        return ""
+
+    def trouble(self, name: str) -> str:
+        if code := self.ended.get(name):
+            words = last_words("\n".join(self.talk))
+            return f"its container ended with exit code {code}: {words}".rstrip(": ")
+        now = time.monotonic()
+        seen = self.seen.get(name, now)
+        if now - seen > SILENCE:
+            return f"no sign of life for {SILENCE:g} s"
+        if seen - self.slurmd.get(name, seen) > SLURMD_AWAY:
+            return f"its slurmd has been gone for {SLURMD_AWAY:g} s"
         return ""
 
     def await_up(self) -> None:
         """Return when every node's container runs."""
         deadline = time.monotonic() + UP_WITHIN
-        while len(self.seen) < self.spread.nodes:
+        while len(self.up) < self.spread.nodes:
             if ended := self.step.poll() is not None:
                 self.join(1)  # until all that it said has been read
             if fault := self.fault():
                 die(fault, passing=True)
-            missing = [name for name in self.names if name not in self.seen]
+            missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 die(
@@ -164,51 +199,23 @@ class Holders(threading.Thread):
                 )
             time.sleep(0.02)
 
+    def await_farewell(self) -> dict[str, str]:
+        """Wait for the nodes' word on their containers; what is not gone, and why, by node.
 
-class Slurmds(threading.Thread):
-    """Whether every node's slurmd listens: a step outlives its slurmd, so that nobody else says.
+        A node in trouble is not waited for long. '' where a node ended without a word.
+        """
+        begun = time.monotonic()
+        patience = {name: SHORT_FAREWELL if self.trouble(name) else FAREWELL for name in self.names}
+        while any(time.monotonic() - begun < patience[name] for name in self.silent()):
+            if self.step.poll() is not None:
+                self.join(1)
+                break
+            time.sleep(0.02)
+        silent = {name: self.trouble(name) for name in self.silent()}
+        return silent | {name: why for name, why in self.left.items() if why}
 
-    A node whose slurmd never answered here (another port or address) is not judged by it.
-    """
-
-    def __init__(self, holders: Holders, port: int) -> None:
-        super().__init__(daemon=True)
-        self.holders, self.port = holders, port
-        self.known: set[str] = set()
-        self.misses = dict.fromkeys(holders.names, 0)
-
-    def run(self) -> None:
-        while self.holders.step.poll() is None:
-            for name in self.misses:
-                self.look(name)
-            time.sleep(SLURMD_EVERY)
-
-    def look(self, name: str) -> None:
-        if self.listens(name):
-            self.known.add(name)
-            self.misses[name] = 0
-        elif name in self.known:
-            self.misses[name] += 1
-
-    def listens(self, name: str) -> bool:
-        try:
-            socket.create_connection((name, self.port), 2).close()
-        except OSError:
-            return False
-        return True
-
-    def fault(self) -> str:
-        for index, (name, misses) in enumerate(self.misses.items()):
-            if misses >= SLURMD_MISSES:
-                ranks = self.holders.spread.ranks_of(index)
-                return f"{name} ({ranks}): its slurmd does not answer on port {self.port}"
-        return ""
-
-
-def slurmd_port() -> int:
-    config = run(["scontrol", "show", "config"])
-    found = re.search(r"^SlurmdPort\s*=\s*(\d+)", config, re.M)
-    return int(found[1]) if found else 6818
+    def silent(self) -> list[str]:
+        return [name for name in self.names if name not in self.left]
 
 
 RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)

@@ -205,7 +205,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
 # Every script begins by knowing its node's name and how to tell something about it.
 TELL = script(r"""
     node=${SLURMD_NODENAME:-$(hostname)};
-    tell() { printf '%s\t%s\t%s\n' "$node" "$1" "$(printf %s "$2" | tr '\n\t' '  ')"; };
+    tell() { printf '%s\t%s\t%s\n' "$node" "$1" "${2//[$'\n\t']/ }"; };
 """)
 
 # A held script: when standard input ends, it gets SIGTERM and does in its trap what has to be done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,11 @@ SIZES = {
     "tensor_parallel_size": ("--tp_size", "--tensor_parallel_size"),
     "pipeline_parallel_size": ("--pp_size", "--pipeline_parallel_size"),
     "context_parallel_size": ("--cp_size", "--context_parallel_size"),
+}
+MOE_SIZES: dict[str, tuple[str, ...]] = {
+    "moe_tensor_parallel_size": (),  # in the YAML only
+    "moe_expert_parallel_size": ("--ep_size", "--moe_expert_parallel_size"),
+    "moe_cluster_parallel_size": ("--cluster_size", "--moe_cluster_parallel_size"),
 }
 # trtllm-serve's options that take no value; after any other one comes its value.
 SWITCHES = (
@@ -89,13 +94,25 @@ def is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 1000 and int(text) > 0
 
 
-def find_world(args: Sequence[str]) -> World:
-    """The world size that the engine will want."""
+def merged(args: Sequence[str]) -> dict[str, Any]:
+    """The settings as the engine will see them: sizes given by flags, and over them the YAML."""
     path = value_of(args, *CONFIG_FLAGS)
     config = read_config(path) if path is not None else {}
-    given = [(config.get(key), value_of(args, *flags)) for key, flags in SIZES.items()]
-    sizes = [flag or 1 if size is None else size for size, flag in given]
-    for key, size in zip(SIZES, sizes, strict=True):
-        if isinstance(size, bool) or not is_count(str(size)):
-            die(f"{key} is {size!r}, not a number of GPUs")
-    return World(*map(int, sizes))
+    given = {key: value_of(args, *flags) for key, flags in (SIZES | MOE_SIZES).items()}
+    flags = {key: size for key, size in given.items() if size}
+    return flags | {k: v for k, v in config.items() if v is not None or k not in flags}
+
+
+def size_of(settings: Mapping[str, Any], key: str) -> int:
+    """A size; 1 where it is not given. Failure where it is no number."""
+    value = settings.get(key)
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not is_count(str(value)):
+        die(f"{key} is {value!r}, not a number of GPUs")
+    return int(value)
+
+
+def find_world(settings: Mapping[str, Any]) -> World:
+    """The world size that the engine will want."""
+    return World(*(size_of(settings, key) for key in SIZES))

@@ -200,6 +200,7 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
 
 def choose_mpi(asked: str) -> str:
     """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
+    refuse_others(asked)
     offered = run(["sh", "-c", "exec srun --mpi=list 2>&1"])
     if asked == "auto":
         return pick_mpi(offered)
@@ -212,8 +213,18 @@ def choose_mpi(asked: str) -> str:
     return asked
 
 
+def refuse_others(asked: str) -> None:
+    """Failure for what is neither `auto` nor PMIx."""
+    if asked != "auto" and not asked.startswith("pmix"):
+        die(
+            f"MPI={asked}: only PMIx reaches ranks in containers (pmi2 hands each rank an open "
+            "file, which no container inherits)",
+            hint="MPI=auto takes the PMIx that srun offers",
+        )
+
+
 def pick_mpi(offered: str) -> str:
-    """pmix, else its newest version. (pmi2 hands on an open file, which no container inherits.)"""
+    """pmix, else its newest version."""
     if re.search(r"^(srun:)?\s*(mpi/)?pmix\s*$", offered, re.M):
         return "pmix"
     if versions := re.findall(r"\bpmix_v(\d+)\b", offered):
@@ -238,6 +249,7 @@ def expect_spread(world: World, plan: Plan, environ: Mapping[str, str]) -> Sprea
     if not is_spread(world, gpus, "each node", plan):
         return None
     mpi = setting("MPI")
+    refuse_others(mpi)
     return spread_over(world, gpus, "pmix" if mpi == "auto" else mpi)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from image import GET_ONE, Image, is_pulled_anew
@@ -18,29 +18,34 @@ PREFLIGHT = (
     TELL
     + " "
     + script(r"""
+    shopt -s nullglob;
     runtime=$1; port=$2; tag=$3; shift 3;
     tell rank "${SLURM_NODEID:-0}";
     tell addresses "$(hostname -I 2>/dev/null)";
-    gpus=$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l);
+    nvidia=(/dev/nvidia[0-9]*); gpus=${#nvidia[@]};
     [ "$gpus" != 0 ] || gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU);
     tell gpus "$gpus";
     tell allocated "$SLURM_STEP_GPUS";
-    tell efa "$(ls -d /dev/infiniband/uverbs* 2>/dev/null | wc -l)";
-    tell gdrdrv "$(ls -d /dev/gdrdrv 2>/dev/null | wc -l)";
-    listening=$(printf ':%04X [0-9A-F]+:0000 0A ' "$port");
-    grep -Eqh "$listening" /proc/net/tcp /proc/net/tcp6 2>/dev/null &&
+    efa=(/dev/infiniband/uverbs*); tell efa "${#efa[@]}";
+    gdrdrv=(/dev/gdrdr[v]); tell gdrdrv "${#gdrdrv[@]}";
+    printf -v listening ':%04X [0-9A-F]+:0000 0A ' "$port";
+    grep -Eqs "$listening" /proc/net/tcp /proc/net/tcp6 &&
     tell taken "$(ss -Hltnp "sport = :$port" 2>/dev/null | sed -n 's/.*users:((\([^)]*\)).*/\1/p')";
     for path; do [ -r "$path" ] || tell unseen "$path"; done;
     if [ "$runtime" = bare ]; then tell engine "$(command -v trtllm-serve)"; exit 0; fi;
     command -v docker >/dev/null || { tell no-docker "docker: not found in PATH"; exit 0; };
-    version=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1) ||
-    { tell no-docker "${version:-it did not answer within 10 s}"; exit 0; };
+    info=$(timeout 10 docker info --format
+        '{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}' 2>/dev/null) ||
+    {
+        why=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1);
+        tell no-docker "${why:-it did not answer within 10 s}"; exit 0;
+    };
+    { read -r version; read -r store; read -r root; } <<<"$info";
     tell docker "$version";
-    tell store "$(docker info --format '{{.DriverStatus}}' 2>/dev/null)";
+    tell store "$store";
     tell image "$(docker image inspect --format
         '{{.Id}} {{json .RootFS.Layers}}' "$tag" 2>/dev/null)";
-    tell free "$(df -B1 --output=avail "$(docker info --format '{{.DockerRootDir}}' 2>/dev/null)"
-        2>/dev/null | tail -n 1 | tr -d ' ')";
+    tell free "$(df -B1 --output=avail "$root" 2>/dev/null | tail -n 1)";
     docker ps --all --filter "label=LABEL.job" --format
         '{{.ID}} {{.Names}} {{.Label "LABEL.job"}} {{.Label "LABEL.launcher"}}
          {{.Label "LABEL.user"}}' |
@@ -284,7 +289,7 @@ def must_provide(nodes: Sequence[Node], image: Image) -> bool:
     )
 
 
-def orphans(nodes: Sequence[Node], place: Place, user: str, jobs: set[str] | None) -> list[str]:
+def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str]:
     """Ids of this user's containers whose launcher is gone: their job has ended, or it was killed.
 
     `jobs` are the user's jobs that Slurm knows; None where nobody can say.
@@ -323,7 +328,7 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
     """Remove what launchers that were killed left behind. True when something was."""
     if not any(node.containers for node in nodes):
         return False
-    gone = orphans(nodes, place, user, jobs_of(user))
+    gone = orphans(nodes, user, jobs_of(user))
     if name := ours_already(nodes, place, gone):
         die(
             f"this job already runs the container {name}",
@@ -335,8 +340,8 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
     return bool(gone)
 
 
-def summary(nodes: Sequence[Node], facts: Mapping[str, str]) -> str:
-    head = nodes[0]
-    names = ", ".join(node.name for node in nodes)
+def summary(nodes: Sequence[Node]) -> str:
+    names, facts = ", ".join(node.name for node in nodes), nodes[0].facts
     what = f"Docker {facts['docker']}" if "docker" in facts else facts.get("engine", "")
-    return f"preflight: {len(nodes)} node(s) ready ({names}): {what}, {head.gpus} GPU(s) each"
+    gpus = " and ".join(dict.fromkeys(str(node.gpus) for node in nodes))
+    return f"preflight: {len(nodes)} node(s) ready ({names}): {what}, {gpus} GPU(s) each"

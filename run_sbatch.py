@@ -189,19 +189,20 @@ def dry_run(
 ) -> None:
     """Every command, one a line, as a shell takes it."""
 
-    def show(why: str, command: Sequence[str]) -> None:
-        print(f"# {why}\n{shlex.join(command)}")
+    def show(why: str, line: str) -> None:
+        print(f"# {why}\n{line}")
 
-    show("ask every node", preflight.preflight_command(wanted, plan.place))
+    show("ask every node", shlex.join(preflight.preflight_command(wanted, plan.place)))
     if plan.runtime == "docker" and args.force:
-        show("--force: take the image off every node", image.forget_command(found, plan.place))
+        forget = shlex.join(image.forget_command(found, plan.place))
+        show("--force: take the image off every node", forget)
     if plan.runtime == "docker" and (found.tarball or found.registry):
         command = shlex.join(image.provide_command(found, plan.place))
         if password := image.password_command(found):
             command = f"{{ {shlex.join(password)}; cat; }} | {command}"
-        print(f"# where a node lacks the image; stops when its standard input ends\n{command}")
-    for why, words in server.commands(plan, os.environ, supervise.log_path(plan, args.workspace)):
-        show(why, words)
+        show("where a node lacks the image; stops when its standard input ends", command)
+    for why, line in server.commands(plan, os.environ, supervise.log_path(plan, args.workspace)):
+        show(why, line)
 
 
 def prepare_nodes(
@@ -214,7 +215,7 @@ def prepare_nodes(
     elif preflight.reap(nodes, plan.place, plan.user):
         nodes = preflight.ask_nodes(wanted, plan.place)
     preflight.stop_if_bad(preflight.judge(nodes, wanted))
-    say(preflight.summary(nodes, nodes[0].facts))
+    say(preflight.summary(nodes))
     return nodes
 
 
@@ -281,8 +282,9 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return manage.act(args)
     place = find_place(os.environ)
     model, serve_args, port = engine_arguments(rest)
-    shape = strategy.check(serve_args, setting("TRTLLM_VERSION"))
-    world = parallelism.find_world(serve_args)
+    settings = parallelism.merged(serve_args)
+    shape = strategy.check(serve_args, settings, setting("TRTLLM_VERSION"))
+    world = parallelism.find_world(settings)
     found = image.find_image(args.image, args.workspace) if args.runtime == "docker" else image.NONE
     plan = make_plan(args, place, model, serve_args, found)
     wanted = wanted_of(plan, found, port)

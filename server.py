@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ CANCEL_WORDS = {
     "NODE FAILURE": "has lost a node",
     "PREEMPTION": "was preempted",
 }
-Guards = Sequence[multinode.Holders | multinode.Slurmds]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Server:
     probe: Probe
     started: float
     rank0: Log | None = None
-    guards: Guards = ()
+    holders: multinode.Holders | None = None  # of a spread launch
     ready_at: float | None = None
 
     @property
@@ -94,10 +94,10 @@ def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path, every: f
     """
     log, started = Log(log_path), time.monotonic()
     rank0: Log | None = None
-    guards: Guards = ()
+    holders: multinode.Holders | None = None
     try:
         if plan.spread:
-            step, rank0, guards = launch_spread(plan, plan.spread, nodes, log)
+            step, rank0, holders = launch_spread(plan, plan.spread, nodes, log)
         else:
             step = Step(launch_command(plan, os.environ), output=log.sink)
     except BaseException:
@@ -105,14 +105,13 @@ def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path, every: f
         raise
     health, probe = Health(url, names_of(plan.engine)), Probe(url, every)
     health.start()
-    return Server(plan, nodes, url, step, log, health, probe, started, rank0, guards)
+    return Server(plan, nodes, url, step, log, health, probe, started, rank0, holders)
 
 
 def launch_spread(
     plan: Plan, spread: Spread, nodes: Sequence[Node], log: Log
-) -> tuple[Step, Log, Guards]:
+) -> tuple[Step, Log, multinode.Holders]:
     """A container on every node first, then the ranks in them."""
-    port = multinode.slurmd_port()
     holders = multinode.Holders(Step(multinode.holder_command(plan, spread, os.environ)),
                                 spread, nodes)  # fmt: skip
     holders.start()
@@ -121,26 +120,30 @@ def launch_spread(
         rank0 = Log(multinode.rank_log(log.path, "0"))
         step = Step(multinode.ranks_command(plan, spread, log.path), output=log.sink)
     except BaseException:
-        holders.step.stop()
+        stop_world(plan, holders)
         raise
-    slurmds = multinode.Slurmds(holders, port)
-    slurmds.start()
-    return step, rank0, (holders, slurmds)
+    return step, rank0, holders
 
 
-def commands(plan: Plan, environ: Mapping[str, str], log: Path) -> list[tuple[str, list[str]]]:
-    """The commands of a launch, each with what it is for."""
+def commands(plan: Plan, environ: Mapping[str, str], log: Path) -> list[tuple[str, str]]:
+    """The commands of a launch as a shell takes them, each with what it is for."""
     if plan.spread:
-        holder = multinode.holder_command(plan, plan.spread, environ)
+        holder = shlex.join(multinode.holder_command(plan, plan.spread, environ))
         ranks = multinode.ranks_command(plan, plan.spread, log)
         shown = [
-            ("a container on every node, until its standard input ends", holder),
-            ("the ranks in them; rank 0 serves", ranks),
+            ("a place for the logs", shlex.join(["mkdir", "--parents", str(log.parent)])),
+            (
+                "a container on every node, until its `sleep` is killed",
+                f"sleep infinity | {holder} &",
+            ),
+            ("when every node has said `up`: the ranks; rank 0 serves", shlex.join(ranks)),
         ]
     else:
-        shown = [("the server, until its standard input ends", launch_command(plan, environ))]
+        serve = shlex.join(launch_command(plan, environ))
+        shown = [("the server, until its standard input ends", serve)]
     if plan.runtime == "docker":
-        shown.append(("should a node not have cleaned up itself", remove_command(plan)))
+        remove = shlex.join(remove_command(plan))
+        shown.append(("should a node not have cleaned up itself", remove))
     return shown
 
 
@@ -192,7 +195,7 @@ def tick(server: Server, when: str) -> None:
     """One look at the log and the process."""
     code = server.step.poll()
     server.pump()
-    die_if_unguarded(server, when)
+    die_of_a_node(server, when)
     if code is not None:
         report_death(server, code, when)
     time.sleep(TICK)
@@ -213,7 +216,7 @@ def report_death(server: Server, code: int, when: str) -> None:
             f"{CANCEL_WORDS.get(cancelled[2], 'was cancelled')}",
             hint=f"its log: {server.log.path}",
         )
-    await_guards(server, when)
+    await_holders(server, when)
     who, path = f"{server.node}: trtllm-serve", server.main_log.path
     if server.plan.spread and not death and server.log.tail():
         who, path = "srun", server.log.path
@@ -233,16 +236,16 @@ def report_death(server: Server, code: int, when: str) -> None:
     )
 
 
-def await_guards(server: Server, when: str) -> None:
+def await_holders(server: Server, when: str) -> None:
     """Ranks die with their container; give it a moment to be the one that is named."""
     deadline = time.monotonic() + 1
-    while server.guards and time.monotonic() < deadline:
-        die_if_unguarded(server, when)
+    while server.holders and time.monotonic() < deadline:
+        die_of_a_node(server, when)
         time.sleep(TICK)
 
 
-def die_if_unguarded(server: Server, when: str) -> None:
-    if fault := next(filter(None, (guard.fault() for guard in server.guards)), ""):
+def die_of_a_node(server: Server, when: str) -> None:
+    if server.holders and (fault := server.holders.fault()):
         die(f"{fault}, {when}", hint=f"the logs: {server.log.path.parent}", passing=True)
 
 
@@ -251,18 +254,32 @@ def stop(server: Server) -> None:
     server.health.end()
     server.probe.end()
     died_alone = server.step.poll() is not None
-    steps = [guard.step for guard in server.guards if isinstance(guard, multinode.Holders)]
-    steps.append(server.step)
-    for step in steps:
-        step.let_go()
-    deadline = time.monotonic() + 15  # one for all: they stop at the same time
-    ended = all([step.stop(max(0.1, deadline - time.monotonic())) for step in steps])
+    if server.holders:
+        stop_world(server.plan, server.holders, server.step)
+    elif (not server.step.stop() or died_alone) and server.plan.runtime == "docker":
+        remove_once_more(server.plan)
     server.pump()
     for log in filter(None, (server.log, server.rank0)):
         log.close()
-    if server.plan.runtime == "docker" and (not ended or died_alone):
-        remove_once_more(server.plan)
     say(f"stopped; the log is {server.main_log.path}")
+
+
+def stop_world(plan: Plan, holders: multinode.Holders, *ranks: Step) -> None:
+    """End a spread launch; a node that is out of reach does not hold up the end of the others."""
+    steps = (*ranks, holders.step)
+    for step in steps:
+        step.let_go()
+    left = holders.await_farewell()
+    for step in steps:
+        step.stop(1)
+    if "" in left.values():
+        remove_once_more(plan)
+    for name, why in left.items():
+        if why:
+            say(
+                f"{name}: the container trtllm-{plan.place.job}-{name} may be there still ({why}); "
+                f"your next launch there removes it, or `docker rm --force` by hand"
+            )
 
 
 def remove_once_more(plan: Plan) -> None:

@@ -28,7 +28,7 @@ SETTINGS = (
     Setting("PROBE_SECONDS", "60", "pause between two one-token probes of the server; 0: none"),
     Setting("PORT", "8000", "port of the server"),
     Setting("GPUS", "auto", "auto: what Slurm gave, else all; none; or docker's --gpus words"),
-    Setting("MPI", "auto", "type for several nodes, as srun --mpi=list has it; auto: PMIx"),
+    Setting("MPI", "auto", "PMIx of several nodes, as srun --mpi=list has it: pmix, pmix_v4"),
     Setting("TRTLLM_VERSION", "1.1.0", "the image's; decides which options are known"),
     Setting("PRIVILEGED", "0", "1: docker run --privileged"),
     Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from nodes import die, say
-from parallelism import CONFIG_FLAGS, SIZES, SWITCHES, is_count, read_config, value_of
+from parallelism import CONFIG_FLAGS, MOE_SIZES, SWITCHES, size_of, value_of
 
 # `trtllm-serve serve --help` of 1.1.0. TRTLLM_VERSION says that the image holds another version.
 KNOWN_VERSION = "1.1.0"
@@ -34,13 +34,6 @@ KNOWN_KEYS = (
     "attn_backend allreduce_strategy enable_chunked_prefill num_postprocess_workers "
     "reasoning_parser enable_autotuner garbage_collection_gen0_threshold"
 ).split()
-
-# Keys of the YAML that flags set, too, besides the three of the world size.
-MOE_FLAGS = {
-    "moe_tensor_parallel_size": (),
-    "moe_expert_parallel_size": ("--ep_size", "--moe_expert_parallel_size"),
-    "moe_cluster_parallel_size": ("--cluster_size", "--moe_cluster_parallel_size"),
-}
 
 
 def flags_of(args: Sequence[str]) -> list[str]:
@@ -84,28 +77,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return next(iter(get_close_matches(word, list(known), 1, 0.8)), "")
 
 
-def merged(args: Sequence[str]) -> dict[str, Any]:
-    """The parallelism settings as the engine will see them: flags, and over them the YAML."""
-    path = value_of(args, *CONFIG_FLAGS)
-    config = read_config(path) if path is not None else {}
-    given = {k: value_of(args, *flags) for k, flags in (SIZES | MOE_FLAGS).items() if flags}
-    return {k: v for k, v in given.items() if v is not None} | config
-
-
-def size_of(settings: Mapping[str, Any], key: str) -> int:
-    """A size; 1 where it is not given. Failure where it is no number."""
-    value = settings.get(key)
-    if value is None:
-        return 1
-    if isinstance(value, bool) or not is_count(str(value)):
-        die(f"{key} is {value!r}, not a number of GPUs")
-    return int(value)
-
-
 def check_moe(settings: Mapping[str, Any]) -> None:
     """moe_tp x moe_ep (x moe_cluster) has to be tp; where one is left out, it follows."""
     tp, cp = (size_of(settings, f"{name}_parallel_size") for name in ("tensor", "context"))
-    given = [key for key in MOE_FLAGS if settings.get(key) is not None]
+    given = [key for key in MOE_SIZES if settings.get(key) is not None]
     product = 1
     for key in given:
         product *= size_of(settings, key)
@@ -143,11 +118,9 @@ def name_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def check(args: Sequence[str], version: str) -> str:
-    """All checks; returns the strategy's name."""
+def check(args: Sequence[str], settings: Mapping[str, Any], version: str) -> str:
+    """All checks of serve arguments and the settings that they amount to; the strategy's name."""
     check_flags(args, version)
-    settings = merged(args)
-    if path := value_of(args, *CONFIG_FLAGS):
-        check_keys(read_config(path), path, version)
+    check_keys(settings, value_of(args, *CONFIG_FLAGS) or "", version)
     check_moe(settings)
     return name_of(settings)

@@ -42,10 +42,11 @@ def main(argv: Sequence[str]) -> int:
         settings = read_settings(os.environ)
         rank, size = _number(RANKS, 0), _number(SIZES, 1)
         _yellow(f"mpi_rank: {rank}")
-        _prepare(os.environ, size)
-        if rank:
-            return _worker(rank, size, settings)
-        return RankZero(argv, settings).run(size)
+        with _reserve() as listener:
+            _prepare(os.environ, size, listener.getsockname()[1])
+            if rank == 0:
+                return RankZero(argv, settings, listener).run(size)
+        return _worker(rank, size, settings)
     except Fatal as error:
         crash(error)
         return 1
@@ -61,20 +62,24 @@ def _number(names: Sequence[str], default: int) -> int:
     return default
 
 
-def _prepare(env: MutableMapping[str, str], size: int) -> None:
+def _prepare(env: MutableMapping[str, str], size: int, port: int) -> None:
     """Export what trtllm-serve and the leader read. The key is for the environment alone."""
-    address = f"tcp://127.0.0.1:{_free_port()}"
+    address = f"tcp://127.0.0.1:{port}"
     env.update({PROXY: "1", "tllm_mpi_size": str(size), ADDRESS: address})
     env[KEY] = secrets.token_hex(32)
     _yellow(f"tllm_mpi_size: {size}")
     _yellow(f"{ADDRESS}: {address}")
 
 
-def _free_port() -> int:
+def _reserve() -> socket.socket:
+    """Bind the first free port. The real script only looks for one: two that look at the same
+    moment, be they ranks of one world, find the same one, and then a leader cannot listen."""
     for port in count(FIRST_PORT):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
+        listener = socket.socket()
+        with suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return listener
+        listener.close()
     raise AssertionError("bind refuses numbers that are no ports")
 
 
@@ -92,7 +97,8 @@ def without_mpi(env: Mapping[str, str]) -> dict[str, str]:
 class RankZero:
     """The two children, and which of their ends ends the rank."""
 
-    def __init__(self, command: Sequence[str], settings: Settings) -> None:
+    def __init__(self, command: Sequence[str], settings: Settings, listener: socket.socket) -> None:
+        self._listener = listener
         self._propagate = settings.launch == "propagate"
         # The older script loses the quotes around its arguments.
         self._command = list(command) if self._propagate else " ".join(command).split()
@@ -110,7 +116,11 @@ class RankZero:
         server = self._spawn(self._command, without_mpi(os.environ))
         _yellow(f"rank0 run mgmn leader node with mpi_world_size: {size} ...")
         _yellow(f"rank0 host: {socket.gethostname()}")
-        return server, self._spawn([sys.executable, str(LEADER), str(size)], dict(os.environ))
+        self._listener.set_inheritable(True)
+        fd = str(self._listener.fileno())
+        leader = self._spawn([sys.executable, str(LEADER), str(size), fd], dict(os.environ))
+        self._listener.close()
+        return server, leader
 
     def _spawn(self, command: list[str], env: dict[str, str]) -> int:
         pid = os.fork()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 import time
 import traceback
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from console import Fatal, crash, log
 from environment import read_settings
-from leader_link import Message, read_address, read_key, seal, unseal
+from leader_link import Message, read_key, seal, unseal
 from mpi_world import POLL, Comm, Part, Report, Request, Task, advance, die_of_signals, enter
 
 HEARTBEAT = 1.0  # seconds between two questions whether all ranks are alive
@@ -173,11 +174,11 @@ class Leader:
             await self._world.ask({"op": "beat"}, PATIENCE)
 
 
-async def lead(comm: Comm) -> bool:
+async def lead(comm: Comm, listener: socket.socket) -> bool:
     """Serve until told to stop; say whether all ranks are still there then."""
     world = World(comm, Part(comm, read_settings(os.environ)))
     leader = Leader(world, read_key(os.environ))
-    server = await asyncio.start_server(leader.connected, *read_address(os.environ))
+    server = await asyncio.start_server(leader.connected, sock=listener)
     idle = asyncio.create_task(world.idle())
     await leader.stopped.wait()
     idle.cancel()
@@ -186,10 +187,11 @@ async def lead(comm: Comm) -> bool:
     return world.whole
 
 
-def main(size: int) -> int:
+def main(size: int, listener: socket.socket) -> int:
+    """Lead `size` ranks; `listener` is bound already, and listens once all of them are there."""
     die_of_signals()
     try:
-        whole = asyncio.run(lead(enter(size)))
+        whole = asyncio.run(lead(enter(size), listener))
     except Fatal as error:
         crash(error)
         return 1
@@ -202,4 +204,4 @@ def main(size: int) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1])))
+    raise SystemExit(main(int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))))

@@ -277,8 +277,9 @@ match args:
         print("27.0.1")
     case ["info", "--format", "{{.DriverStatus}}"]:
         print(faults.get("store", "[[Backing Filesystem extfs]]"))
-    case ["info", "--format", "{{.DockerRootDir}}"]:
-        print(home)
+    case ["info", "--format",
+          "{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}"]:
+        print("27.0.1", faults.get("store", "[[Backing Filesystem extfs]]"), home, sep="\n")
     case ["image", "inspect", "--format", form, tag]:
         if not (image := images().get(tag)):
             fail("Error response from daemon: No such image: " + tag)
@@ -386,6 +387,8 @@ if mpi != "none":
         fail(f"srun: error: Couldn't find the specified plugin name for mpi/{mpi}")
 elif per_node != 1:
     unknown()
+elif command[:1] == ["--kill-on-bad-exit=0"]:
+    del command[0]
 if not command or command[0].startswith("-"):
     unknown()
 if faults.get("launch_failed"):
@@ -616,7 +619,7 @@ class Fakes:
             with contextlib.suppress(OSError):
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes() + b"\0":
                     words = (entry / "cmdline").read_bytes().split(b"\0")
-                    found[int(entry.name)] = b" ".join(words).decode(errors="replace")[:200]
+                    found[int(entry.name)] = b" ".join(words).decode(errors="replace")[:300]
         return {pid: command for pid, command in found.items() if pid != os.getpid()}
 
     def nothing_is_left(self, seconds: float = 3) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 import multinode
-from multinode import Death, Holders, Slurmds, first_failure, holder_command, rank_log
+from multinode import Death, Holders, first_failure, holder_command, rank_log
 from nodes import Failure, Place, Step, Told, launcher
 from plan import Plan, Spread
 from preflight import Node
@@ -29,7 +28,6 @@ from tests.conftest import (
     TOKEN,
     Fakes,
     Script,
-    free_port,
     plan,
     wait_until,
 )
@@ -61,6 +59,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--nodes=2",
         "--ntasks=2",
         "--relative=0",
+        "--kill-on-bad-exit=0",
         "bash",
         "-c",
         multinode.HOLDER,
@@ -88,9 +87,11 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--env=TP_SOCKET_IFNAME",
         "--env=HF_TOKEN",
         "--env=NCCL_DEBUG",
-        "--entrypoint=sleep",
+        "--entrypoint=sh",
         TAG,
-        "infinity",
+        "-c",
+        multinode.SLEEP,
+        "sleep",
     ]
     assert TOKEN not in " ".join(command)
 
@@ -134,7 +135,7 @@ def test_each_rank_has_a_log_beside_the_launchs() -> None:
 
 def test_scripts_are_one_line() -> None:
     for text in (multinode.HOLDER, multinode.RANK):
-        assert "\n" not in text and "#" not in text.replace("$#", "")
+        assert "\n" not in text and " #" not in text
 
 
 # Whose end it is
@@ -241,22 +242,51 @@ def test_only_the_nodes_of_the_spread_are_watched() -> None:
     assert holders().names == ["n1", "n2"]
 
 
+BEATS = ("n1\tbeat\tslurmd", "n2\tbeat\tslurmd")
+
+
 def test_a_beat_is_a_sign_of_life(clock: Clock) -> None:
     guard = holders()
     assert guard.fault() == ""  # nobody has been seen, nobody is missed
     clock.now += 1000
     assert guard.fault() == ""
-    note(guard, "n1\tup\tx", "n2\tup\tx")
+    note(guard, *BEATS)
     for _ in range(10):
         clock.now += multinode.SILENCE - 0.1
         assert guard.fault() == ""
-        note(guard, "n1\tup\tx", "n2\tup\tx")
+        note(guard, *BEATS)
     clock.now += multinode.SILENCE - 0.1
-    note(guard, "n1\tup\tx")
+    note(guard, BEATS[0])
     clock.now += 0.2
-    assert guard.fault() == "n2 (ranks 8-15): no sign of life from its container for 8 s"
-    note(guard, "n2\tup\tx")
+    assert guard.fault() == "n2 (ranks 8-15): no sign of life for 8 s"
+    note(guard, BEATS[1])
     assert guard.fault() == ""
+
+
+def test_a_slurmd_that_is_gone_for_a_while_is_named_with_its_ranks(clock: Clock) -> None:
+    guard = holders()
+    note(guard, *BEATS)
+    for _ in range(2):  # a restart
+        clock.now += 2
+        note(guard, BEATS[0], "n2\tbeat\t")
+        assert guard.fault() == ""
+    note(guard, *BEATS)
+    for _ in range(3):
+        assert guard.fault() == ""
+        clock.now += 2
+        note(guard, BEATS[0], "n2\tbeat\t")
+    assert guard.fault() == "n2 (ranks 8-15): its slurmd has been gone for 5 s"
+    note(guard, BEATS[1])  # and it comes back
+    assert guard.fault() == ""
+
+
+def test_a_slurmd_that_was_never_seen_is_not_judged(clock: Clock) -> None:
+    """It listens on a port that the configuration does not name."""
+    guard = holders()
+    for _ in range(9):
+        note(guard, "n1\tbeat\t", "n2\tbeat\t")
+        assert guard.fault() == ""
+        clock.now += 2
 
 
 @pytest.mark.parametrize(
@@ -271,12 +301,12 @@ def test_a_container_that_ended_is_told_with_its_code_and_words(
     clock: Clock, talk: list[str], words: str
 ) -> None:
     guard = holders()
-    note(guard, "n1\tup\tx", "n2\tup\tx", *talk, "n2\tended\t125")
+    note(guard, *BEATS, *talk, "n2\tended\t125")
     message = f"n2 (ranks 8-15): its container ended with exit code 125{words}"
     assert guard.fault().startswith(message)
     assert guard.fault() == message or words.endswith(" ")
     clock.now += 1000  # the end is the reason, not the silence after it
-    note(guard, "n1\tup\tx")
+    note(guard, BEATS[0])
     assert guard.fault().startswith(message)
 
 
@@ -364,90 +394,42 @@ def test_letting_go_while_it_talks_is_no_error(
     assert "Traceback" not in capfd.readouterr().err
 
 
-# Slurm's daemons
+# The end
 
 
-@pytest.fixture
-def slurmds(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Slurmds]]:
-    """Guards of two nodes that are this machine."""
-    monkeypatch.setattr(multinode, "SLURMD_EVERY", 0.01)
-    started: list[threading.Thread] = []
-
-    def watch(guard: Slurmds) -> None:
-        with contextlib.suppress(Over):
-            guard.run()
-
-    def start(port: int) -> Slurmds:
-        nodes = [Node("127.0.0.1"), Node("127.0.0.2")]
-        guard = Slurmds(Holders(cast(Step, Silent()), SPREAD, nodes), port)
-        started.append(threading.Thread(target=watch, args=(guard,)))
-        started[-1].start()
-        return guard
-
-    yield start
-    clock.over = True
-    for each in started:
-        each.join(3)
-        assert not each.is_alive()
+SLOWLY = "cat; sleep 0.2; printf 'n1\\tleft\\t\\nn2\\tleft\\t{}\\n'; sleep 9"
 
 
-def test_a_slurmd_that_listens_is_well(slurmds: Callable[[int], Slurmds]) -> None:
-    with socket.create_server(("0.0.0.0", 0)) as listener:
-        guard = slurmds(listener.getsockname()[1])
-        for _ in range(10):
-            listener.accept()[0].close()
-        assert guard.fault() == ""
-        assert guard.misses == {"127.0.0.1": 0, "127.0.0.2": 0}
-
-
-def test_a_slurmd_that_is_gone_for_a_while_is_named_with_its_ranks(
-    slurmds: Callable[[int], Slurmds],
+@pytest.mark.parametrize("why", ["", "Cannot connect"])
+def test_the_nodes_word_on_their_containers_is_waited_for(
+    step: Callable[[str], Step], why: str
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        with socket.create_server(("127.0.0.2", port)):
-            guard = slurmds(port)
-            wait_until(lambda: guard.known == {"127.0.0.1", "127.0.0.2"})
-        wait_until(guard.fault)
-        assert guard.fault() == (
-            f"127.0.0.2 (ranks 8-15): its slurmd does not answer on port {port}"
-        )
-        with socket.create_server(("127.0.0.2", port)):  # and it comes back
-            wait_until(lambda: guard.fault() == "")
+    guard = holders(step(SLOWLY.format(why)))
+    guard.start()
+    guard.step.let_go()
+    begun = time.monotonic()
+    assert guard.await_farewell() == ({"n2": why} if why else {})
+    assert 0.1 < time.monotonic() - begun < 2
 
 
-@pytest.mark.parametrize(("misses", "fault"), [(0, False), (2, False), (3, True), (9, True)])
-def test_a_slurmd_that_is_only_restarted_is_not_missed(misses: int, fault: bool) -> None:
-    guard = Slurmds(holders(), 6818)
-    guard.misses["n1"] = misses
-    assert bool(guard.fault()) is fault
-    if fault:
-        assert guard.fault() == "n1 (ranks 0-7): its slurmd does not answer on port 6818"
+def test_a_node_in_trouble_is_not_waited_for_for_long(
+    step: Callable[[str], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multinode, "SHORT_FAREWELL", 0.3)
+    guard = holders(step(r"printf 'n1\tleft\t\n'; sleep 9"))
+    guard.start()
+    guard.seen["n2"] = time.monotonic() - 20
+    begun = time.monotonic()
+    assert guard.await_farewell() == {"n2": "no sign of life for 8 s"}
+    assert 0.2 < time.monotonic() - begun < 2
 
 
-def test_a_slurmd_that_never_answered_here_is_not_judged() -> None:
-    guard = Slurmds(holders(), free_port())
-    for _ in range(9):
-        guard.look("n1")
-    assert guard.fault() == ""
-
-
-def test_a_name_that_nobody_knows_does_not_listen() -> None:
-    assert Slurmds(holders(), free_port()).listens("no-such-host.invalid") is False
-
-
-@pytest.mark.parametrize(
-    ("config", "port"),
-    [
-        ("SlurmdPort              = 7003\n", 7003),
-        ("SlurmctldPort           = 1\nSlurmdPort = 6818\nSlurmdPidFile = 2\n", 6818),
-        ("SlurmctldPort           = 1\n", 6818),
-    ],
-)
-def test_slurm_is_asked_for_its_port(fakes: Fakes, config: str, port: int) -> None:
-    os.environ.update(fakes.environment())
-    fakes.set(config=config)
-    assert multinode.slurmd_port() == port
+def test_a_node_that_ends_without_a_word_is_told_apart(step: Callable[[str], Step]) -> None:
+    guard = holders(step(r"printf 'n1\tleft\t\n'"))
+    guard.start()
+    begun = time.monotonic()
+    assert guard.await_farewell() == {"n2": ""}
+    assert time.monotonic() - begun < 2
 
 
 # The script that holds a container
@@ -458,6 +440,11 @@ def told(script: Script, key: str) -> list[str]:
 
 
 Start = Callable[..., Script]
+
+
+def until_up(fakes: Fakes, held: Script) -> None:
+    """The fake docker writes a container down when it runs already."""
+    held.until(lambda: told(held, "up") and fakes.containers())
 
 
 @pytest.fixture
@@ -479,26 +466,62 @@ def hold(ready: Fakes, script: Start) -> Iterator[Start]:
 
 def test_a_container_sleeps_and_beats_are_told(ready: Fakes, hold: Start) -> None:
     held = hold(HF_TOKEN=TOKEN)
-    held.until(lambda: len(told(held, "up")) > 2)
-    assert set(told(held, "up")) == {NAME}
+    held.until(lambda: len(told(held, "beat")) > 2)
+    assert len(told(held, "up")) == 1
     assert ready.containers() == [f"local/{NAME}"]
     [call] = ready.calls("docker", "run")
     assert call[:4] == ["docker", "run", "--name", NAME]
-    assert call[-3:] == ["--entrypoint=sleep", TAG, "infinity"]
+    assert call[-6:] == ["--entrypoint=sh", TAG, "-c", multinode.SLEEP, "sleep", "local"]
     assert ready.container()["environment"]["HF_TOKEN"] == TOKEN
     held.close()
     assert held.code() == 143
     assert told(held, "ended") == []
+    assert told(held, "left") == [""]
     ready.nothing_is_left()
 
 
-def test_no_beat_comes_before_the_container_runs(ready: Fakes, hold: Start) -> None:
+def test_a_node_is_up_when_its_container_runs(ready: Fakes, hold: Start) -> None:
     ready.set(create_delay=0.4)
     held = hold()
-    held.until(lambda: ready.calls("docker", "inspect"))
-    assert held.output == ""
-    held.until(lambda: told(held, "up"))
+    held.until(lambda: len(told(held, "beat")) > 1)
+    assert told(held, "up") == []
+    until_up(ready, held)
     assert ready.containers() == [f"local/{NAME}"]
+
+
+def test_a_beat_tells_whether_slurmd_listens(ready: Fakes, hold: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready.set(config=f"X\nSlurmdPort              = {listener.getsockname()[1]}\n")
+        held = hold()
+        held.until(lambda: told(held, "beat"))
+        assert set(told(held, "beat")) == {"slurmd"}
+    held.until(lambda: told(held, "beat")[-1] == "")
+
+
+@pytest.mark.parametrize(
+    ("faults", "words"),
+    [
+        ({"down": True}, "Cannot connect to the Docker daemon"),
+        ({"rm_delay": 6}, "Docker does not answer"),
+    ],
+)
+def test_a_container_that_cannot_be_removed_is_told(
+    ready: Fakes, hold: Start, faults: dict[str, Any], words: str
+) -> None:
+    held = hold()
+    until_up(ready, held)
+    container = ready.container()["pid"]
+    ready.set(**faults)
+    for client in [p for p, c in ready.processes().items() if "docker run --name" in c]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(client, signal.SIGKILL)
+    held.until(lambda: told(held, "left"), 20)
+    assert told(held, "ended") == ["137"]
+    assert told(held, "left")[0].startswith(words)
+    ready.set()
+    os.killpg(container, signal.SIGKILL)
+    for path in ready.home.glob("*/container-*.json"):
+        path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -515,7 +538,7 @@ def test_the_end_of_a_holder_removes_its_container(
     ready: Fakes, hold: Start, signum: int | None, group: bool
 ) -> None:
     held = hold()
-    held.until(lambda: told(held, "up"))
+    until_up(ready, held)
     if signum is None:
         held.close()
     elif group:
@@ -540,10 +563,11 @@ def test_a_holder_may_be_ended_at_any_moment(ready: Fakes, hold: Start) -> None:
 
 def test_a_container_that_dies_is_told(ready: Fakes, hold: Start) -> None:
     held = hold()
-    held.until(lambda: told(held, "up"))
+    until_up(ready, held)
     os.kill(ready.container()["pid"], signal.SIGKILL)
     assert held.code() == 137
     assert told(held, "ended") == ["137"]
+    assert told(held, "left") == [""]
     ready.nothing_is_left()
 
 
@@ -563,9 +587,9 @@ def test_slurms_spool_directory_is_mounted(
     ready.hold_image(node="n7")
     (tmp_path / "a b" / there).mkdir(parents=True)
     directory = f"{tmp_path}/a b/{pattern or there}"
-    ready.set(config=f"SlurmdPort = 1\nSlurmdSpoolDir          = {directory}\nSlurmUser = x\n")
+    ready.set(config=f"SlurmUser = x\nSlurmdSpoolDir          = {directory}\nSlurmUser = x\n")
     held = hold(SLURMD_NODENAME="n7")
-    held.until(lambda: told(held, "up"))
+    until_up(ready, held)
     [call] = ready.calls("docker", "run")
     path = f"{tmp_path}/a b/{there}"
     assert call[4:6] == ["--mount", f"type=bind,source={path},target={path}"]
@@ -578,7 +602,7 @@ def test_without_a_spool_directory_nothing_is_mounted(
     if missing == "scontrol":
         ready.without("scontrol")
     held = hold()
-    held.until(lambda: told(held, "up"))
+    until_up(ready, held)
     [call] = ready.calls("docker", "run")
     assert "--mount" not in call
 
@@ -596,7 +620,7 @@ OTHERS = {"HF_TOKEN": TOKEN, "MY_SLURM_X": "1", "SALLOC_X": "1", "LD_PRELOAD_X":
 def container(ready: Fakes, hold: Start) -> Iterator[Script]:
     """A container to run ranks in."""
     held = hold(HF_TOKEN="inside")
-    held.until(lambda: told(held, "up"))
+    until_up(ready, held)
     yield held
     assert list(ready.temporary.iterdir()) == []
 

@@ -9,7 +9,7 @@ import pytest
 
 import parallelism
 from nodes import Failure
-from parallelism import World, find_world, rename_config, split_model, value_of
+from parallelism import World, find_world, merged, rename_config, split_model, value_of
 from tests.conftest import HOSTILE
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -114,6 +114,7 @@ def test_config_gets_the_name_that_every_version_knows(
         (["--pipeline_parallel_size=2", "--context_parallel_size=3"], None, World(1, 2, 3)),
         (["--tp_size", "2", "--tp_size", "4"], None, World(4, 1, 1)),
         ([], "", World(1, 1, 1)),
+        (["--tp_size", "8"], "tensor_parallel_size:\n", World(8, 1, 1)),
         ([], "# nothing\n", World(1, 1, 1)),
         ([], "---\n", World(1, 1, 1)),
         (["--tp_size", "8"], "tensor_parallel_size: 2\n", World(2, 1, 1)),
@@ -132,7 +133,7 @@ def test_yaml_wins_over_the_flags(
     if yaml is not None:
         (tmp_path / "a b.yaml").write_text(yaml)
         args = [*args, flag, str(tmp_path / "a b.yaml")]
-    assert find_world(args) == world
+    assert find_world(merged(args)) == world
     assert world.size == world.tp * world.pp * world.cp
 
 
@@ -144,22 +145,24 @@ def test_a_size_that_is_no_number_of_gpus_is_refused(tmp_path: Path, size: str) 
     path = tmp_path / "c.yaml"
     path.write_text(f"pipeline_parallel_size: {size}\n")
     with pytest.raises(Failure, match=r"pipeline_parallel_size is .*, not a number of GPUs"):
-        find_world(["--config", str(path)])
+        find_world(merged(["--config", str(path)]))
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "", "8x", "eight", "1.0", " 8", "²"])
 def test_a_flag_that_is_no_number_of_gpus_is_refused(size: str) -> None:
     if size == "":
-        assert find_world([f"--tp_size={size}"]).size == 1  # the engine says what it thinks of it
+        assert (
+            find_world(merged([f"--tp_size={size}"])).size == 1
+        )  # the engine says what it thinks of it
         return
     with pytest.raises(Failure, match=r"tensor_parallel_size is .*, not a number of GPUs"):
-        find_world([f"--tp_size={size}"])
+        find_world(merged([f"--tp_size={size}"]))
 
 
 def test_a_huge_size_is_a_size_or_refused_in_a_sentence() -> None:
-    assert find_world(["--tp_size", "9" * 30]).size == int("9" * 30)
+    assert find_world(merged(["--tp_size", "9" * 30])).size == int("9" * 30)
     with pytest.raises(Failure):
-        find_world(["--tp_size", "9" * 5000])
+        find_world(merged(["--tp_size", "9" * 5000]))
 
 
 @pytest.mark.parametrize(
@@ -179,31 +182,31 @@ def test_a_huge_size_is_a_size_or_refused_in_a_sentence() -> None:
 def test_bad_yaml_is_told_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(Failure, match=r"c\.yaml is not YAML: ") as failure:
-        find_world(["--config", str(tmp_path / "c.yaml")])
+        find_world(merged(["--config", str(tmp_path / "c.yaml")]))
     assert "\n" not in failure.value.message
 
 
 def test_yaml_that_is_not_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(Failure, match=r"c\.yaml is not YAML"):
-        find_world(["--config", str(tmp_path / "c.yaml")])
+        find_world(merged(["--config", str(tmp_path / "c.yaml")]))
 
 
 @pytest.mark.parametrize("text", ["[1]", "8", "text", "- a\n- b", "true"])
 def test_yaml_that_is_no_mapping_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(Failure, match="not a mapping"):
-        find_world(["--config", str(tmp_path / "c.yaml")])
+        find_world(merged(["--config", str(tmp_path / "c.yaml")]))
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "n" * 300, ""])
 def test_a_config_that_cannot_be_read_is_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(Failure, match="cannot read the config file"):
-        find_world([f"--config={tmp_path}/none/{name}"])
+        find_world(merged([f"--config={tmp_path}/none/{name}"]))
     with pytest.raises(Failure, match="cannot read the config file"):
-        find_world([f"--config={tmp_path}"])
+        find_world(merged([f"--config={tmp_path}"]))
     with pytest.raises(Failure, match="cannot read the config file"):
-        find_world([f"--config={name}"] if len(name) > 250 else ["--config="])
+        find_world(merged([f"--config={name}"] if len(name) > 250 else ["--config="]))
 
 
 def test_the_world_says_its_factors() -> None:

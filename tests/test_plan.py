@@ -286,10 +286,18 @@ def test_a_slurm_without_pmix_is_told_with_what_it_offers(offered: str) -> None:
     assert " ".join(offered.split()) in failure.value.message
 
 
+@pytest.mark.parametrize("asked", ["pmi2", "none", "openmpi"])
+def test_mpi_that_cannot_reach_into_a_container_is_refused(asked: str) -> None:
+    os.environ["MPI"], environ = asked, {"SLURM_GPUS_ON_NODE": "8"}
+    for refuses in (lambda: choose_mpi(asked), lambda: expect_spread(of(16), AUTO, environ)):
+        with pytest.raises(Failure, match=f"^MPI={asked}: only PMIx reaches ranks in containers"):
+            refuses()
+
+
 def test_srun_is_asked_whether_it_has_the_type(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
     assert choose_mpi("auto") == "pmix"
-    assert choose_mpi("pmi2") == "pmi2"
+    assert choose_mpi("pmix_v4") == "pmix_v4"
     assert fakes.calls() == [["srun", "--mpi=list"]] * 2
     with pytest.raises(Failure, match=r"no MPI type pmix_v9 .srun --mpi=list says: .*pmi2"):
         choose_mpi("pmix_v9")
@@ -327,9 +335,9 @@ def test_a_dry_run_expects_what_the_allocation_suggests(
     assert expect_spread(of(size), AUTO, environ) == (
         Spread(nodes, ranks, "pmix") if nodes else None
     )
-    os.environ["MPI"] = "x"
+    os.environ["MPI"] = "pmix_v9"
     found = expect_spread(of(size), AUTO, environ)
-    assert (found.mpi if found else None) == ("x" if nodes else None)
+    assert (found.mpi if found else None) == ("pmix_v9" if nodes else None)
     assert expect_spread(of(size), plan(gpus="auto"), environ) is None  # not in an allocation
 
 

@@ -236,7 +236,7 @@ def test_only_my_containers_whose_launcher_is_gone_are_orphans(
 ) -> None:
     bare = node()
     bare.containers = [line.replace("LAUNCHER", launcher())]
-    assert orphans([bare], HERE, "me", jobs) == (["id"] if gone else [])
+    assert orphans([bare], "me", jobs) == (["id"] if gone else [])
 
 
 def test_a_container_of_this_very_job_is_named_unless_it_goes_anyway() -> None:
@@ -395,3 +395,9 @@ def test_where_nothing_runs_slurm_is_not_asked(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
     assert preflight.reap([node()], HERE, "me") is False
     assert fakes.calls("squeue") == []
+
+
+@pytest.mark.parametrize(("gpus", "words"), [("8", "8 GPU(s) each"), ("4", "8 and 4 GPU(s) each")])
+def test_the_summary_is_of_all_nodes(gpus: str, words: str) -> None:
+    said = preflight.summary([node(), node("n2", gpus=gpus)])
+    assert said == f"preflight: 2 node(s) ready (n1, n2): Docker 27.0.1, {words}"

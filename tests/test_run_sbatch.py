@@ -997,6 +997,33 @@ def test_the_death_of_a_container_is_told_as_that(fakes: Fakes, spread: Launcher
     assert left() == set()
 
 
+def test_what_a_node_cannot_remove_is_said_and_does_not_hold_up_the_end(
+    fakes: Fakes, spread: Launcher
+) -> None:
+    started = spread()
+    started.until("stop it with")
+    [path] = fakes.home.glob("127.0.0.2/container-*.json")
+    known = json.loads((fakes.home / "faults.json").read_text())
+    fakes.set(**{**known, "down": ["127.0.0.2"]})
+    begun = time.monotonic()
+    for pid, command in fakes.processes().items():
+        if "docker run --name trtllm-77-127.0.0.2" in command:
+            os.kill(pid, signal.SIGKILL)
+    container = json.loads(path.read_text())
+    for pid in (container["pid"], *container["ranks"]):
+        os.killpg(pid, signal.SIGKILL)
+    words = "127.0.0.2 (ranks 2-3): its container ended with exit code 137"
+    assert error(started).startswith(words)
+    assert time.monotonic() - begun < 8
+    assert (
+        "127.0.0.2: the container trtllm-77-127.0.0.2 may be there still "
+        "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.); your next"
+    ) in started.output
+    assert fakes.containers() == ["127.0.0.2/trtllm-77-127.0.0.2"]
+    path.unlink()
+    assert left() == set()
+
+
 def test_a_node_that_cannot_start_its_container_is_named(fakes: Fakes, spread: Launcher) -> None:
     words = error(spread(no_run=["127.0.0.2"]))
     assert words.startswith(
@@ -1049,18 +1076,21 @@ def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Laun
         for line, following in pairwise(lines)
         if line.startswith("# ")
     }
-    holder = shown["a container on every node, until its standard input ends"]
-    ranks = shown["the ranks in them; rank 0 serves"]
+    assert shown["a place for the logs"] == ["mkdir", "--parents", f"{Path.cwd()}/logs"]
+    before, holder = (shown["a container on every node, until its `sleep` is killed"][i:j]
+                      for i, j in ((0, 3), (3, -1)))  # fmt: skip
+    assert before == ["sleep", "infinity", "|"]
+    ranks = shown["when every node has said `up`: the ranks; rank 0 serves"]
     assert "the server, until its standard input ends" not in shown
     assert holder[:3] == ranks[:3] == ["srun", "--overlap", "--export=ALL"]
     assert {"--mpi=none", "--nodes=2", "--ntasks=2"} <= set(holder)
-    assert holder[-3:] == ["--entrypoint=sleep", TAG, "infinity"]
+    assert holder[-5:-2] == ["--entrypoint=sh", TAG, "-c"]
     assert {"--mpi=pmix_v4", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"} <= set(ranks)
     assert f"--output={Path.cwd()}/logs/trtllm_server_77_rank%t.log" in ranks
     assert ranks[ranks.index("trtllm-serve") :][:6] == ["trtllm-serve", *WORLD]
     remove = shown["should a node not have cleaned up itself"]
     assert {"--nodes=2", "--ntasks=2"} <= set(remove)
-    assert holder[-4].startswith("--env=")
+    assert holder[-6].startswith("--env=")
 
 
 # Under sbatch

@@ -165,6 +165,20 @@ def test_the_address_is_the_first_free_one() -> None:
     assert 10012 < port < 10112
 
 
+def test_launches_of_the_same_moment_have_addresses_of_their_own() -> None:
+    """And each leader gets the address that its rank 0 has told."""
+    env = {**environment(LAUNCH="propagate"), "PATH": SYSTEM_PATH}
+    command = [*ALONE, "sh", "-c", 'echo "$TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR"; read _; true']
+    pipe = subprocess.PIPE
+    together = [
+        subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(8)
+    ]
+    addresses = {each.stdout.readline() for each in together if each.stdout}
+    said = [each.communicate(timeout=20)[1] for each in together]
+    assert [each.returncode for each in together] == [0] * 8, said
+    assert len(addresses) == 8, said
+
+
 @pytest.mark.parametrize(
     ("env", "rank", "size"),
     [

@@ -26,6 +26,10 @@ NAMES = {
 }
 
 
+def check(args: list[str]) -> str:
+    return strategy.check(args, parallelism.merged(args), "1.1.0")
+
+
 def config(path: Path, text: str) -> list[str]:
     path.write_text(text)
     return ["--extra_llm_api_options", str(path)]
@@ -34,8 +38,8 @@ def config(path: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_what_it_says(name: str) -> None:
     args = ["--extra_llm_api_options", str(CONFIGS / f"{name}.yaml")]
-    assert strategy.check(args, "1.1.0") == NAMES[name][0]
-    assert parallelism.find_world(args).size == NAMES[name][1]
+    assert check(args) == NAMES[name][0]
+    assert parallelism.find_world(parallelism.merged(args)).size == NAMES[name][1]
 
 
 def test_every_config_has_a_name_here() -> None:
@@ -77,8 +81,8 @@ def test_values_that_look_like_flags_are_values() -> None:
 
 def test_a_slip_in_a_key_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Failure, match="unknown key tensor_paralel_size; tensor_parallel_size"):
-        strategy.check(config(tmp_path / "c.yaml", "tensor_paralel_size: 8\n"), "1.1.0")
-    strategy.check(config(tmp_path / "c.yaml", "brand_new: 8\n"), "1.1.0")
+        check(config(tmp_path / "c.yaml", "tensor_paralel_size: 8\n"))
+    check(config(tmp_path / "c.yaml", "brand_new: 8\n"))
     assert "brand_new" in capsys.readouterr().err
 
 
@@ -100,15 +104,15 @@ MOE = {
 def test_experts_have_to_fit_the_tensor_parallelism(text: str, tmp_path: Path) -> None:
     args = ["--tp_size", "8", *config(tmp_path / "c.yaml", text)]
     if not MOE[text]:
-        strategy.check(args, "1.1.0")
+        check(args)
         return
     with pytest.raises(Failure) as failure:
-        strategy.check(args, "1.1.0")
+        check(args)
     assert MOE[text] in failure.value.message
 
 
 def test_the_yaml_wins_over_the_flags(tmp_path: Path) -> None:
     args = ["--tp_size", "2", "--ep_size", "2",
             *config(tmp_path / "c.yaml", "tensor_parallel_size: 8\n")]  # fmt: skip
-    assert strategy.check(args, "1.1.0") == "TP 8, EP 2"
-    assert strategy.check([], "1.1.0") == "one GPU"
+    assert check(args) == "TP 8, EP 2"
+    assert check([]) == "one GPU"

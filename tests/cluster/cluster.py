@@ -63,7 +63,9 @@ ReturnToService=2
 SlurmdTimeout=30
 MpiDefault=none
 NodeName={names} CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=YES:4 State=UP
+PartitionName=DEFAULT MaxTime=INFINITE OverSubscribe=YES:4 State=UP
+PartitionName=first Nodes={first} Default=YES
+PartitionName=all Nodes=ALL
 """
 
 # The real NVIDIA hook would put the driver into the container; here it has only to exist.
@@ -307,15 +309,29 @@ class Machine:
             f"dockerd on {self.name}",
         )
 
+    @property
+    def slurmd_log(self) -> Path:
+        return self.state / f"slurmd-{self.name}.log"
+
     def start_slurmd(self) -> None:
         self.start("slurmd", "slurmd", "-D", "-N", self.name)
 
 
 class Cluster:
-    """`with Cluster(2) as cluster:`; `cluster.ctl` is the login node, `cluster.nodes` the rest."""
+    """`with Cluster(2) as cluster:`; `cluster.ctl` is the login node, `cluster.nodes` the rest.
 
-    def __init__(self, nodes: int = 2, gpus: int = GPUS_PER_NODE) -> None:
-        self.gpus = gpus
+    Jobs that name no partition get the first `default` nodes (all of them); the partition `all`
+    has every node. With `in_memory` no disk is slow, and none has to be tidied up.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 2,
+        gpus: int = GPUS_PER_NODE,
+        default: int | None = None,
+        in_memory: bool = False,
+    ) -> None:
+        self.gpus, self.default, self.in_memory = gpus, default, in_memory
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
         self.nodes: dict[str, Machine] = {}
         self.made_fsx = False
@@ -327,8 +343,8 @@ class Cluster:
         self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))
         self.lock = take_lock(self.state)
         try:
-            self._files()
             self._share()
+            self._files()
             self._machines()
             self._daemons()
         except BaseException:
@@ -340,14 +356,18 @@ class Cluster:
         self.close()
 
     def _files(self) -> None:
-        for name in ("bin", "etc/slurm", "fsx", "slurmctld"):
+        for name in ("bin", "etc/slurm", "slurmctld"):
             (self.state / name).mkdir(parents=True)
         addresses = {"ctl": 1} | {name: 10 + i for i, name in enumerate(self.names, 1)}
         self.addresses = {name: f"{SUBNET}.{last}" for name, last in addresses.items()}
         hosts = [f"{ip} {name}\n" for name, ip in self.addresses.items()]
         (self.state / "etc/hosts").write_text("127.0.0.1 localhost\n" + "".join(hosts))
         slurm_conf = SLURM_CONF.format(
-            state=self.state, names=",".join(self.names), cpus=CPUS_PER_NODE, gpus=self.gpus
+            state=self.state,
+            names=",".join(self.names),
+            first=",".join(self.names[: self.default]),
+            cpus=CPUS_PER_NODE,
+            gpus=self.gpus,
         )
         (self.state / "etc/slurm/slurm.conf").write_text(slurm_conf)
         devices = ",".join(f"/dev/nvidia{i}" for i in range(self.gpus))
@@ -371,6 +391,9 @@ class Cluster:
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
             raise ClusterError(f"unshare: {os.strerror(ctypes.get_errno())}")
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        if self.in_memory:
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(self.state)], check=True)
+        (self.state / "fsx").mkdir()
         subprocess.run(["mount", "--bind", f"{self.state}/fsx", "/fsx"], check=True)
 
     def _machines(self) -> None:
@@ -441,12 +464,12 @@ class Cluster:
             node.start_slurmd()
         for node in self.nodes.values():
             node.start_dockerd()
-        wait_until(lambda: self.idle() == len(self.names), 30, "all nodes idle")
+        wait_until(self.idle, 30, "all nodes idle")
 
-    def idle(self) -> int:
-        """How many nodes are idle."""
+    def idle(self) -> bool:
+        """Whether all nodes are idle."""
         states = self.ctl.run("sinfo", "-hN", "-o", "%t", check=False).stdout.split()
-        return states.count("idle")
+        return set(states) == {"idle"}
 
     def close(self) -> None:
         """End every process, then remove every file. Mounts and links end with their namespaces."""
@@ -465,7 +488,7 @@ class Cluster:
             machine.holder.wait()
             for daemon in machine.daemons.values():
                 daemon.wait()
-        subprocess.run(["umount", "--lazy", "/fsx"], capture_output=True)
+        subprocess.run(["umount", "--lazy", "/fsx", str(self.state)], capture_output=True)
         shutil.rmtree(self.state, ignore_errors=True)
         os.close(self.lock)
         if self.made_fsx:

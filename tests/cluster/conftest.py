@@ -23,12 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: Path(__file__).parent in item.path.parents)
 
 
+def available_memory() -> float:
+    """In bytes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(float(line.split()[1]) for line in lines if "MemAvailable" in line)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes with an image tarball, and on each a container of somebody else's."""
+    """Two nodes (four in the partition `all`): an image tarball, on each a stranger's container."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
-    with Cluster(nodes=2) as cluster:
+    with Cluster(nodes=4, default=2, in_memory=available_memory() > 8e9) as cluster:
         prepare(cluster)
         yield cluster
 

@@ -27,6 +27,7 @@ TAG = "tensorrt-llm-serve:latest"
 TARBALL = Path("/fsx/images/tensorrt-llm-serve-latest.tar.gz")
 REPO = Path("/fsx/repo")
 WHOLE = "-N2 --gpus-per-node=8 --exclusive"
+FOUR = "-p all -N4 --gpus-per-node=2 --exclusive"
 QUICK = {"TRTLLM_SIM_LOAD_SECONDS": "0.3"}
 SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}
 
@@ -54,18 +55,17 @@ def start_stranger(node: Machine) -> None:
 
 def strangers(cluster: Cluster) -> list[str]:
     """Identity and start of everything on the nodes that is not ours."""
-    form = "{{.ID}} {{.Names}} {{.CreatedAt}}"
-    return [
-        node.docker("ps", "--filter", "name=^trtllm$", "--format", form)
-        + node.docker("image", "inspect", "--format", "{{.Id}}", "stranger:1")
-        for node in cluster.nodes.values()
-    ]
+    container = ("container", "inspect", "--format", "{{.Id}} {{.State.StartedAt}}", "trtllm")
+    image = ("image", "inspect", "--format", "{{.Id}}", "stranger:1")
+    nodes = cluster.nodes.values()
+    return [node.docker(*question) for node in nodes for question in (container, image)]
 
 
 def ours(cluster: Cluster) -> list[str]:
     """Our containers on all nodes, running or not."""
     command = ("ps", "-aq", "--filter", "label=tensorrt-llm-serve.job")
-    return [line for n in cluster.nodes.values() for line in n.docker(*command).split()]
+    reachable = [node for node in cluster.nodes.values() if "dockerd" in node.daemons]
+    return [line for node in reachable for line in node.docker(*command).split()]
 
 
 def forget_image(cluster: Cluster) -> None:
