@@ -198,7 +198,7 @@ def limit(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(
             f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
         )
-    return name, float(ms)
+    return name, positive(ms)
 
 
 def count(text: str) -> int:

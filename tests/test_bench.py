@@ -454,7 +454,7 @@ def test_ignore_eos_is_dropped_only_when_it_is_refused(capsys: pytest.CaptureFix
     [
         ["-t", "nonsense"], ["--concurrency", "0"], ["--goodput", "itl:3"], ["--resume"],
         ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
-        ["-p", "99999"], ["--tokenizer", "t"],
+        ["-p", "99999"], ["--tokenizer", "t"], ["--goodput", "ttft:0"],
         ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
     ],
 )  # fmt: skip
