@@ -126,7 +126,7 @@ def parents_of_nobody(server: Server) -> set[int]:
 
 
 def until_ready(server: Server) -> None:
-    eventually(lambda: READY in server.log or server.process.poll() is not None, 20)
+    eventually(lambda: READY in server.log or server.process.poll() is not None, 40)
     assert server.process.poll() is None, server.log
 
 
@@ -375,7 +375,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]
             world = ranks(count, path, "--tp_size", str(count), mpirun=flags, **settings)
             servers[name] = stack.enter_context(world)
             # Two that look for a free port at the same moment find the same one.
-            eventually(partial(says, path, "loading part"), 20)
+            eventually(partial(says, path, "loading part"), 40)
         until_ready(servers["unhealthy"])
         assert health(servers["unhealthy"]) == 200
         yield servers
@@ -405,7 +405,7 @@ def test_sixteen_ranks_serve_idle_and_end_together(log: Path) -> None:
 @pytest.mark.usefixtures("slow")  # they have their time from here on
 def test_wrong_number_of_ranks_is_an_error(log: Path) -> None:
     with ranks(3, log, "--tp_size", "4", LAUNCH="propagate", GPUS="4") as server:
-        assert server.process.wait(timeout=10) == 1
+        assert server.process.wait(timeout=30) == 1
         assert "got 4 vs 3" in server.log
 
 
@@ -413,7 +413,7 @@ def test_wrong_number_of_ranks_is_an_error(log: Path) -> None:
 def test_ranks_that_share_a_gpu_are_an_error(log: Path) -> None:
     flags = ("--tp_size", "4", "--gpus_per_node", "2")
     with ranks(4, log, *flags, LAUNCH="propagate") as server:
-        assert server.process.wait(timeout=10) == 1
+        assert server.process.wait(timeout=30) == 1
         assert "Duplicate GPU detected : rank 2 and rank 0" in server.log
 
 
@@ -430,7 +430,7 @@ def test_ranks_on_two_hosts_must_lie_in_blocks(log: Path, host: str) -> None:
             until_ready(server)
             assert "rank 3 on node1: loading part 4 of 4 of org/some-model on GPU 1" in server.log
         else:
-            assert server.process.wait(timeout=10) == 1
+            assert server.process.wait(timeout=30) == 1
             assert "rank 2 and rank 0 both on CUDA device 0 of node0" in server.log
 
 
@@ -440,7 +440,7 @@ def test_ranks_on_two_hosts_must_lie_in_blocks(log: Path, host: str) -> None:
 )
 def test_death_of_a_rank_is_seen_by_whoever_started_it(log: Path, fault: str, code: int) -> None:
     with ranks(3, log, "--tp_size", "3", FAULT=fault) as server:
-        assert server.process.wait(timeout=10) == code
+        assert server.process.wait(timeout=30) == code
         assert (READY in server.log) == (fault.count(":") == 3)
 
 
