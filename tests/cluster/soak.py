@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import subprocess
 import tempfile
@@ -35,7 +36,6 @@ from tests.cluster.launches import (
 
 SPEEDS = {"TRTLLM_SIM_TTFT_MS": "50", "TRTLLM_SIM_ITL_MS": "20"}
 LOAD = "-t concurrency --concurrency 256 --input-len 128 --output-len 64 --num-prompts 2560"
-ENDLESS = 1_000_000  # runs; the ^C comes first
 SAMPLES = 100  # or one every ten seconds, if that is more
 SHARE = 0.1  # of the time: the first and the last part, whose peaks are compared
 LOG_BYTES = 1000  # a request may write to the server's log
@@ -73,7 +73,7 @@ def soak(cluster: Cluster, workspace: Path, seconds: float) -> int:
     served = Launch(cluster, workspace, command, {**QUICK, **SPEEDS})
     served.until("READY", 60)
     (log,) = workspace.glob("logs/trtllm_server_*.log")
-    bench = start_bench(cluster, workspace)
+    bench = start_bench(cluster, workspace, runs=math.ceil(seconds))  # more than there is time for
     used = watch({"launcher": served.pid, "bench.py": bench.pid}, seconds)
     bench.send_signal(signal.SIGINT)
     ended = {"bench.py": bench.wait(120)}
@@ -89,9 +89,9 @@ def soak(cluster: Cluster, workspace: Path, seconds: float) -> int:
     return 0 if good and not (grown or failed or left) else 1
 
 
-def start_bench(cluster: Cluster, workspace: Path) -> subprocess.Popen[Any]:
+def start_bench(cluster: Cluster, workspace: Path, runs: int) -> subprocess.Popen[Any]:
     command = [PYTHON, str(REPO / "bench.py"), *LOAD.split(), "--client", "builtin",
-               "--repeat", str(ENDLESS), "-o", "results"]  # fmt: skip
+               "--repeat", str(runs), "-o", "results"]  # fmt: skip
     with (workspace / "bench.out").open("wb") as sink:
         return cluster.ctl.popen(*command, cwd=str(workspace), stdout=sink, stderr=sink)
 
