@@ -147,7 +147,7 @@ soak: $(READY) ## Hours of load on the cluster: what grows, fails, or stays behi
 
 .PHONY: clean
 clean: ## Remove what the targets made here; logs/ and images stay
-	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml

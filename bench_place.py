@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nodes
-from nodes import Failure, Place, complain, die, find_place, last_words, say, shown
+from nodes import Failure, Place, complain, die, find_place, keep_ours, last_words, say, shown
 from settings import load_env_files
 from signals import Stopped, obey
 
@@ -31,6 +31,7 @@ WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
 def exit_code(work: Callable[[], int]) -> int:
     """Do a script's work; whatever stops it is one sentence and an exit code."""
     obey()
+    keep_ours()
     try:
         return work()
     except Stopped as stopped:

@@ -31,6 +31,8 @@ ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
 WARM_UP_TOKENS = 32
 WARM_UP_STREAMS = 16
 REFUSALS = ("HTTP 400", "HTTP 422")
+LONGEST = 2048  # tokens of a conversation's answer
+ROOM, ROOM_A_TOKEN = 1 << 18, 1 << 12  # bytes of an answer; an event takes a few hundred
 
 UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
@@ -76,7 +78,7 @@ def die_if_silent(endpoint: Endpoint, options: Options) -> None:
     body = Requests(endpoint.model, RandomPrompts(PROBE_PROMPT, 1, "probe", options.chat),
                     options.chat, ignore_eos=False)  # fmt: skip
     path = endpoint.prefix + options.path
-    load = Load(endpoint.target, path, body, 1, timeout=seconds, chat=options.chat)
+    load = Load(endpoint.target, path, body, 1, timeout=seconds, chat=options.chat, largest=ROOM)
     try:
         (outcome,) = measure(load).outcomes
         error = outcome.error
@@ -155,6 +157,7 @@ class Builtin:
             seed=options.seed,
             chat=options.chat,
             shards=options.shards,
+            largest=ROOM + ROOM_A_TOKEN * (case.output_len or LONGEST),
         )
 
     def prompts(self, case: Case, attempt: int) -> Prompts:

@@ -174,6 +174,8 @@ class Stream:
         try:
             if self.reply.add(data, stamp, now):
                 self.done(stamp)
+            elif len(self.reply.raw) > self.loop.load.largest:
+                raise Malformed(f"the answer does not end: {len(self.reply.raw):,} bytes so far")
         except Malformed as e:
             self.broken(str(e), retry=False)
 

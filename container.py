@@ -21,7 +21,9 @@ INTERFACES = script(r"""
     fi;
 """)
 
-# A container's arguments come as "$@"; what only the node knows is put before them.
+# A container's arguments come as "$@"; what only the node knows is put before them. Devices: EFA's
+# verbs (uverbs*, RDMA between nodes) and gdrdrv (NCCL's copies of small messages, GDRCopy), where
+# they are; GPUs come with --gpus. Each is that device alone.
 CONTAINER = script(r"""
     name=trtllm-$1-$node; gpus=$2; cache=$3; shift 3;
     [ -z "$cache" ] || mkdir -p "$cache";
@@ -123,12 +125,13 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         f"--label={LABEL}.job={plan.place.job}",
         f"--label={LABEL}.launcher={launcher()}",
         f"--label={LABEL}.user={plan.user}",
-        "--uts=host",
+        # No capability beyond Docker's own, no device but those of CONTAINER. What else is shared:
+        "--uts=host",                               # MPI and logs know a rank by its node's name
         "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
-        "--net=host",
-        "--ulimit=memlock=-1",                      # EFA and GPUDirect register memory
-        "--ulimit=stack=67108864",
-        *(["--privileged"] if plan.privileged else []),
+        "--net=host",                               # NCCL, EFA and MPI bind the node's interfaces
+        "--ulimit=memlock=-1",                      # EFA and GPUDirect register (pin) memory
+        "--ulimit=stack=67108864",                  # as NVIDIA's documentation starts its images
+        *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
         *map(mount_flag, plan.mounts),
         *([f"--workdir={plan.cwd}"] if plan.cwd else []),
         *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 import socket
+import ssl
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from ask import Answer, ask
 from loadgen import Target
 from nodes import Failure, die
-from settings import setting
-
-if TYPE_CHECKING:
-    from requests import Response
+from response import ERROR_LENGTH, Malformed
+from settings import setting, trust
 
 TIMEOUT = 10.0
 
@@ -55,7 +55,7 @@ def find_endpoint(
     """-H and -p, else what the launcher wrote into logs/endpoint.json, else localhost and PORT."""
     record = find_record(environ)
     left = read_record(record)
-    url = str(left.get("url") or "").rstrip("/")
+    url = left_url(left)
     if record and not url and not (host or port):
         die(f"{record} does not name a server", hint="remove it, or name the server with -H and -p")
     if not url or host or port not in (None, port_of(url)):
@@ -63,10 +63,29 @@ def find_endpoint(
         if not (url and same_server(asked, url)):
             record, left = None, {}
         url = asked
-    endpoint = Endpoint(url, "", "", environ.get("OPENAI_API_KEY", ""), verify, record)
+    endpoint = Endpoint(url, "", "", api_key(environ, record), verify, record)
     name = choose(model, models(endpoint), url)
     given = str(left.get("model_argument") or name)
     return replace(endpoint, model=name, asked=given if model in ("", name) else model)
+
+
+def left_url(record: Mapping[str, Any]) -> str:
+    """The launcher's own URL, or none that can be used."""
+    try:
+        return base_url(str(record.get("url") or ""), None, 80)
+    except Failure:
+        return ""
+
+
+def api_key(environ: Mapping[str, str], record: Path | None) -> str:
+    """OPENAI_API_KEY, but not for a server that somebody else's record names."""
+    key = environ.get("OPENAI_API_KEY", "")
+    if not re.fullmatch("[!-~]*", key):
+        die("OPENAI_API_KEY has characters that no HTTP header can carry")
+    if key and record and record.is_file():
+        why = "OPENAI_API_KEY is not sent where it says; name the server with -H and -p"
+        trust(record, record.stat(), why)
+    return key
 
 
 def find_record(environ: Mapping[str, str]) -> Path | None:
@@ -80,7 +99,7 @@ def read_record(record: Path | None) -> dict[str, Any]:
     """What the launcher wrote; nothing where it did not, or has removed it."""
     try:
         found = json.loads(record.read_text()) if record else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
 
@@ -88,15 +107,18 @@ def read_record(record: Path | None) -> dict[str, Any]:
 def base_url(host: str, port: int | None, default: int) -> str:
     """From a name, an address, HOST:PORT or a whole URL, to which no default port is added."""
     bare_ipv6 = host.count(":") > 1 and "[" not in host and "://" not in host
-    parts: SplitResult = urlsplit(
-        host if "://" in host else f"http://[{host}]" if bare_ipv6 else f"http://{host}"
-    )
     try:
+        parts: SplitResult = urlsplit(
+            host if "://" in host else f"http://[{host}]" if bare_ipv6 else f"http://{host}"
+        )
         own = parts.port
+        (parts.hostname or "").encode("idna")
     except ValueError:
-        die(f"{host!r} is neither a host nor a URL")
-    if not parts.hostname or parts.scheme not in ("http", "https"):
-        die(f"{host!r} is neither a host nor an http(s) URL")
+        die(f"{host[:99]!r} is neither a host nor a URL")
+    odd = own == 0 or not re.fullmatch(r"[^\s@?#\\]+", host) or not host.isprintable()
+    if odd or not parts.hostname or parts.scheme not in ("http", "https"):
+        # With a login in it, it would be in every result.
+        die(f"{host[:99]!r} is neither a host nor an http(s) URL (without login or query)")
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
     tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
@@ -141,7 +163,8 @@ def choose(model: str, served: list[str], url: str) -> str:
     for name in names if model else served:
         if name in served:
             return name
-    die(f"{url} serves {', '.join(served)}, not {model}", hint="leave -m out to take what is there")
+    there = ", ".join(served)[:ERROR_LENGTH]
+    die(f"{url} serves {there}, not {model}", hint="leave -m out to take what is there")
 
 
 # --- what it says ---------------------------------------------------------------------------------
@@ -166,46 +189,31 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
         die(f"{endpoint.url}{path}: {e}")
 
 
-def fetch(endpoint: Endpoint, path: str) -> Response:
-    """Never through a proxy, which would be measured, too."""
-    import requests
-    import urllib3
-
-    if not endpoint.verify:
-        urllib3.disable_warnings()  # it was asked for
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    with requests.Session() as session:
-        session.trust_env = False
-        try:
-            answer = session.get(
-                endpoint.url + path, headers=headers, timeout=TIMEOUT, verify=endpoint.verify
-            )
-            answer.raise_for_status()
-            return answer
-        except requests.exceptions.SSLError as e:
-            die(f"{endpoint.url}: TLS failed: {innermost(e)}",
-                hint="--insecure takes any certificate")  # fmt: skip
-        except requests.ConnectionError:
-            die(f"no server answers at {endpoint.url}", hint="name it with -H and -p")
-        except requests.HTTPError:
-            refused = answer.status_code in (401, 403)
-            die(f"{endpoint.url}{path}: {answer.status_code} {answer.reason}",
-                hint="set OPENAI_API_KEY" if refused else "")  # fmt: skip
-        except requests.RequestException as e:
-            die(f"{endpoint.url}{path}: {e}")
-
-
-def innermost(error: BaseException) -> str:
-    """requests and urllib3 wrap an error in two or three of their own."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return str(error)
+def fetch(endpoint: Endpoint, path: str) -> Answer:
+    """A whole answer of status 200."""
+    url = endpoint.url + path
+    try:
+        answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
+    except TimeoutError:
+        die(f"{url}: no whole answer within {TIMEOUT:g} s")
+    except ssl.SSLError as e:
+        die(f"{endpoint.url}: TLS failed: {e}", hint="--insecure takes any certificate")
+    except OSError as e:
+        why = "" if isinstance(e, ConnectionRefusedError) else f" ({e.strerror or e})"
+        die(f"no server answers at {endpoint.url}{why}", hint="name it with -H and -p")
+    except Malformed as e:
+        die(f"{url}: {e}")
+    if answer.status != 200:
+        moved = ": a redirect, not followed" if 300 <= answer.status < 400 else ""
+        hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
+        die(f"{url}: {answer.status}{moved}", hint=hint)
+    return answer
 
 
 def version(endpoint: Endpoint) -> str | None:
     """Not every server tells."""
     try:
-        return str(get(endpoint, "/version")["version"])
+        return str(get(endpoint, "/version")["version"])[:ERROR_LENGTH]
     except (Failure, KeyError, TypeError):
         return None
 
@@ -226,7 +234,7 @@ def identity(endpoint: Endpoint) -> dict[str, Any]:
 def process_start(endpoint: Endpoint) -> str | None:
     """By its Prometheus metrics, which vLLM has. `created` in a list of models is no start."""
     try:
-        page = fetch(endpoint, "/metrics").text
+        page = fetch(endpoint, "/metrics").body.decode(errors="replace")
     except Failure:
         return None
     found = re.search(r"^process_start_time_seconds (\S+)$", page, re.M)

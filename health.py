@@ -10,18 +10,17 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import parallelism
+from ask import ask
 from nodes import say
-
-if TYPE_CHECKING:
-    import requests  # takes as long to import as all else of the launcher: only when needed
+from response import ERROR_LENGTH, Malformed
 
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
 PROBE_MISSES = 3
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
+DAY = 86400.0
 ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
 
 
@@ -31,13 +30,8 @@ def names_of(engine: Sequence[str]) -> tuple[str, ...]:
     return tuple(filter(None, (named, model, Path(model).name)))
 
 
-def direct_session() -> requests.Session:
-    """A session without a proxy: it has no business between us and the node."""
-    import requests
-
-    session = requests.Session()
-    session.trust_env = False
-    return session
+def why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 class Health(threading.Thread):
@@ -57,47 +51,44 @@ class Health(threading.Thread):
         self.answer = "no answer yet"
 
     def run(self) -> None:
-        with direct_session() as session:
-            wait, asked = 0.0, time.monotonic()
-            while not self.ended.is_set():
-                self.hurry.wait(wait)
-                self.hurry.clear()
-                if self._ask(session) and not self.ready.is_set():
-                    self.ready.set()
-                # 0.25 s at first; an engine that loads for minutes is asked every 2 s.
-                young = time.monotonic() - asked < 60
-                wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
+        wait, asked = 0.0, time.monotonic()
+        while not self.ended.is_set():
+            self.hurry.wait(wait)
+            self.hurry.clear()
+            if self._ask() and not self.ready.is_set():
+                self.ready.set()
+            # 0.25 s at first; an engine that loads for minutes is asked every 2 s.
+            young = time.monotonic() - asked < 60
+            wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
 
-    def _ask(self, session: requests.Session) -> bool:
+    def _ask(self) -> bool:
         try:
-            reply = session.get(
-                f"{self.url}/health",
-                timeout=(2, HEALTH_TIMEOUT),
-                allow_redirects=False,
-                stream=True,
-            )
-            reply.close()
-            self.answer = f"/health answered {reply.status_code}"
-            good = reply.status_code == 200 and (bool(self.model) or self._learn_model(session))
-        except OSError as error:  # requests' exceptions are OSErrors
-            self.answer = f"/health did not answer ({type(error).__name__})"
-            good = False
+            status = ask(f"{self.url}/health", HEALTH_TIMEOUT, whole=False).status
+            self.answer = f"/health answered {status}"
+            good = status == 200 and (bool(self.model) or self._learn_model())
+        except OSError as error:
+            self.answer, good = f"/health did not answer ({why(error)})", False
+        except Malformed as error:
+            self.answer, good = f"/health gave no answer ({error})", False
         except ValueError as error:
-            self.answer, good = f"/v1/models gave no list of models ({error})", False
+            words = str(error)[:ERROR_LENGTH]
+            self.answer, good = f"/v1/models gave no list of models ({words})", False
         self.misses = 0 if good else self.misses + 1
         return good
 
-    def _learn_model(self, session: requests.Session) -> bool:
+    def _learn_model(self) -> bool:
         """Whether it is our server that answers: it serves what we asked for, or has the port."""
-        reply = session.get(f"{self.url}/v1/models", timeout=(2, HEALTH_TIMEOUT))
         try:
-            served = [str(model["id"]) for model in reply.json()["data"]]
+            found = ask(f"{self.url}/v1/models", HEALTH_TIMEOUT).json()["data"]
+            served = [str(model["id"])[:ERROR_LENGTH] for model in found]
             self.model = next((name for name in served if name in self.names), "")
             if not self.model and self.listening:
                 self.model = served[0]
             self.stranger = "" if self.model else served[0]
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(repr(error)) from error
+        except (LookupError, TypeError):
+            raise ValueError("it has another shape") from None
+        except Malformed as error:
+            raise ValueError(str(error)) from None
         self.strange = self.strange + 1 if self.stranger else 0
         return bool(self.model)
 
@@ -147,27 +138,22 @@ class Probe(threading.Thread):
             self.start()
 
     def run(self) -> None:
-        with direct_session() as session:
-            while not self.ended.wait(min(self.every, threading.TIMEOUT_MAX)):
-                self.asked = time.monotonic()
-                self._judge(self._ask(session))
-                self.asked = 0.0
+        while not self.ended.wait(min(self.every, threading.TIMEOUT_MAX)):
+            self.asked = time.monotonic()
+            self._judge(self._ask())
+            self.asked = 0.0
 
-    def _ask(self, session: requests.Session) -> int:
+    def _ask(self) -> int:
         """The answer's status; 0 where there was none."""
+        body = {"model": self.model, **ONE_TOKEN}
         try:
-            reply = session.post(
-                f"{self.url}/v1/completions",
-                json={"model": self.model, **ONE_TOKEN},
-                timeout=(HEALTH_TIMEOUT, None),
-                headers={"Connection": "close"},  # an idle one is cut by the server after 5 s
-                allow_redirects=False,
-            )
-        except OSError as error:
-            self.answer = f"no answer ({type(error).__name__})"
+            answer = ask(f"{self.url}/v1/completions", DAY, body=body)
+        except (OSError, Malformed) as error:
+            self.answer = f"no answer ({why(error)})"
             return 0
-        self.answer = f"{reply.status_code} {reply.text[:200].strip()}".strip()
-        return reply.status_code
+        words = answer.body[:200].decode(errors="replace").strip()
+        self.answer = f"{answer.status} {words}".strip()
+        return answer.status
 
     def _judge(self, status: int) -> None:
         if status == 200:

@@ -22,6 +22,11 @@ GET_ONE = (
     "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
     "--image nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
 )
+# More than Docker takes, but nothing that it would read as an option.
+REFERENCE = re.compile(r"[\w\[][\w.:/@+\[\]-]{0,1000}", re.ASCII)
+DIGEST = re.compile(r"\w+:[\w.-]{1,200}", re.ASCII)
+SLOWEST = 10e6  # bytes a second that a file system has to give
+SMALL = 16 << 20  # bytes; a larger manifest or sidecar is none
 ECR = re.compile(r"^\d+\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?$")
 
 
@@ -39,6 +44,7 @@ class Image:
     packed: int = 0  # bytes of the tarball
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
+    sha256: str = ""  # of the tarball, as its sidecar says
 
     @property
     def room(self) -> int:
@@ -63,6 +69,8 @@ def find_image(asked: str, workspace: Path) -> Image:
     if asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~")):
         return read_tarball(Path(asked))
     registry, slash, _ = asked.partition("/")
+    if not REFERENCE.fullmatch(asked):
+        die(f"{asked[:99]!r} is neither a tarball nor the name of an image", hint=GET_ONE)
     if slash and ("." in registry or ":" in registry or registry == "localhost"):
         return Image(asked, registry=registry)
     return Image(asked)
@@ -100,9 +108,12 @@ def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
     if not sidecar.exists():
         return None
     try:
+        if sidecar.stat().st_size > SMALL:
+            raise ValueError("far too large")
         image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec, size)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        say(f"image: {sidecar} cannot be used ({error!r}): reading the tarball itself")
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        why = repr(error)[:200]
+        say(f"image: {sidecar} cannot be used ({why}): reading the tarball itself")
         return None
     if image.packed != size:
         say(f"image: {sidecar} describes another tarball (its size differs): reading this one")
@@ -118,6 +129,8 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
     layers = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
     if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
         raise ValueError("no tag or no image id")
+    if not REFERENCE.fullmatch(tag) or not all(map(DIGEST.fullmatch, ids)):
+        raise ValueError("a tag or an image id that is none")
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
     return Image(
@@ -128,6 +141,7 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
         "" if manifest else layers,
         int(data["packed_bytes"]),
         int(data["unpacked_bytes"]),
+        sha256=str(data.get("sha256", "")),
     )
 
 
@@ -144,7 +158,7 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         assert proc.stdout and proc.stderr
         try:
             manifest = manifest_in(proc.stdout)
-        except (tarfile.TarError, ValueError, TypeError, EOFError) as error:
+        except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
             die(
@@ -155,12 +169,12 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
             proc.kill()
     try:
         tag, config = manifest[0]["RepoTags"][0], manifest[0]["Config"]
-        if not (isinstance(tag, str) and isinstance(config, str)):
+        digest = f"sha256:{Path(config).name.removesuffix('.json')}"
+        if not (REFERENCE.fullmatch(tag) and DIGEST.fullmatch(digest)):
             raise TypeError
     except (LookupError, TypeError):
         die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
-    digest = Path(config).name.removesuffix(".json")
-    return Image(tag, tarball, codec, (f"sha256:{digest}",), packed=size)
+    return Image(tag, tarball, codec, (digest,), packed=size)
 
 
 def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
@@ -168,7 +182,7 @@ def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             if member.name == "manifest.json" and (content := tar.extractfile(member)):
-                return list(json.loads(content.read()))
+                return list(json.loads(content.read(SMALL)))
     raise ValueError("no manifest.json in it: not made by docker save?")
 
 
@@ -324,6 +338,37 @@ def password_command(image: Image) -> list[str]:
     if not (region := ECR.match(image.registry)):
         return []
     return ["aws", "ecr", "get-login-password", "--region", region[1]]
+
+
+def sum_command(image: Image) -> list[str]:
+    """The command that prints the tarball's sha256.
+
+    One reading, here, is enough: the nodes read the same file, and what each has loaded is known by
+    its id, which Docker computes from what it took in.
+    """
+    return ["sha256sum", "--", str(image.tarball)]
+
+
+def check_verifiable(image: Image) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", image.sha256):
+        die(
+            f"--verify: there is no sha256 to compare {image.tarball or 'a tarball'} with",
+            hint="the sidecar of a tarball that `make save` made has one; a registry's image is "
+            "verified by its name: --image name@sha256:...",
+        )
+
+
+def verify(image: Image) -> None:
+    """Failure unless the tarball is, byte for byte, the one that its sidecar describes."""
+    say(f"image: reading {image.packed / 1e6:.0f} MB for their sha256")
+    # A name with a newline or backslash in it is marked by a backslash before the sum.
+    found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
+    if found != image.sha256:
+        die(
+            f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}",
+            hint="it is damaged or not the one that was saved: copy both again, or `make save`",
+        )
+    say(f"image: sha256 {found[:12]}... is the sidecar's")
 
 
 def is_pulled_anew(image: Image, identities: set[str]) -> bool:

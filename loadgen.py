@@ -25,7 +25,6 @@ import resource
 import select
 import signal
 import socket
-import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ask import tls_context
 from connection import CONNECT_TIMEOUT, SECOND, Step, Stream
 from response import Outcome, Reply, read_reply
 
@@ -58,6 +58,10 @@ class Target:
     tls: bool = False
     api_key: str = ""
     verify: bool = True
+
+    def without_key(self, text: str) -> str:
+        """Some servers repeat what they refuse."""
+        return text.replace(self.api_key, "***") if self.api_key else text
 
     def request(self, path: str, body: bytes) -> bytes:
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
@@ -85,6 +89,7 @@ class Load:
     seed: int = 0
     chat: bool = False
     shards: int = 0  # processes; 0: as many as the load needs
+    largest: int = 64 << 20  # bytes of an answer; a server that never ends must not fill our memory
 
     @property
     def open_loop(self) -> bool:
@@ -128,7 +133,7 @@ class Loop:
         self.width = len(range(shard, load.width, shards))
         self.arrivals: Iterator[int] = iter(())
         self.address = resolve(load.target)
-        self.tls = tls_context(load.target) if load.target.tls else None
+        self.tls = tls_context(load.target.verify) if load.target.tls else None
         self.epoll = select.epoll()
         self.ready: dict[int, Step] = {}
         self.streams: set[Stream] = set()
@@ -251,6 +256,7 @@ class Loop:
         outcome, reply = self.unread.popleft()
         self.unread_bytes -= len(reply.raw)
         self.outcomes.append(read_reply(reply, outcome, self.load.chat))
+        outcome.error = self.load.target.without_key(outcome.error)
         self.failed += bool(outcome.error)
         self.tokens += outcome.output_tokens or 0
         self.lags.update([(b - a) // 100_000 for a, b in zip(reply.stamps, reply.seen)])  # noqa: B905
@@ -350,13 +356,6 @@ def is_open(address: Address) -> bool:
     with socket.socket(*address[:3]) as sock:
         sock.settimeout(CONNECT_TIMEOUT)
         return sock.connect_ex(address[4]) == 0
-
-
-def tls_context(target: Target) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if not target.verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 # --- measuring ------------------------------------------------------------------------------------

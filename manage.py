@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ask import ask
 from nodes import die, is_alive, launcher, run, say, write_json
 from plan import Plan, user_name
 from preflight import jobs_of
+from response import Malformed
 
+HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 
@@ -50,8 +53,11 @@ def read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text())
         who = {key: str(record[key]) for key in ("job", "url", "model")}
-        return {**record, **who, "alive": is_alive(record["launcher"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if record["launcher"].count(":") < 2:
+            raise ValueError
+        owner, alive = path.stat().st_uid, is_alive(record["launcher"])
+        return {**record, **who, "owner": owner, "alive": alive}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -86,14 +92,10 @@ def status(logs: Path) -> int:
 
 
 def health(url: str) -> str:
-    import requests
-
-    with requests.Session() as session:
-        session.trust_env = False
-        try:
-            code = session.get(f"{url}/health", timeout=5, allow_redirects=False).status_code
-        except requests.RequestException:
-            return "not ready"
+    try:
+        code = ask(f"{url}/health", HEALTH_TIMEOUT, whole=False).status
+    except (OSError, ValueError, Malformed):
+        return "not ready"
     return "ready" if code == 200 else f"unwell ({code})"
 
 
@@ -112,12 +114,19 @@ def stop(logs: Path) -> int:
 
 
 def tell(record: dict[str, Any]) -> None:
-    """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job."""
+    """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job.
+
+    What others have written may name any process or job of ours: it must be their own.
+    """
     where, pid, _ = record["launcher"].rsplit(":", 2)
+    if os.geteuid() not in (record["owner"], 0):
+        die(f"the record of {record['job']} is somebody else's: they have to stop it")
     if record["alive"]:
         try:
+            if Path(f"/proc/{pid}").stat().st_uid != record["owner"]:
+                raise PermissionError
             os.kill(int(pid), signal.SIGTERM)
-        except ProcessLookupError:
+        except (ProcessLookupError, FileNotFoundError):
             pass  # it ended in this very moment
         except PermissionError:
             die(f"the launcher of {record['job']}, process {pid}, is somebody else's")

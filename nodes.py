@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -71,6 +72,11 @@ def say(message: str) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
+def keep_ours() -> None:
+    """What we write is not for everybody to change, whatever umask we were given."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def script(text: str) -> str:
     """A shell script on one line, so that a command can be printed on one; no comments in it."""
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
@@ -114,6 +120,8 @@ def run(argv: Sequence[str], *, timeout: float = 60) -> str:
         )
     except sh.CommandNotFound:
         die(f"{argv[0]}: not found in PATH")
+    except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
+        die(f"{argv[0]} cannot be run: {last_words(str(error))}")
     try:
         process.wait()
     except sh.TimeoutException:
@@ -194,6 +202,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
     """This machine, or the allocation that SLURM_JOB_ID names."""
     if not (job := environ.get("SLURM_JOB_ID")):
         return Place(f"local{os.getpid()}", 1, ())
+    if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
+        die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
     nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
     size = int(nodes) if nodes.isdecimal() else 1
     leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
@@ -252,8 +262,8 @@ class Step:
                 errors="replace",
                 start_new_session=True,
             )
-        except OSError as error:
-            die(f"{argv[0]} cannot be run: {error.strerror}")
+        except (OSError, ValueError) as error:
+            die(f"{argv[0]} cannot be run: {getattr(error, 'strerror', error)}")
         if secret is not None and self.process.stdin:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.write(secret + "\n")

@@ -82,8 +82,15 @@ def read_config(path: str) -> dict[str, Any]:
         config = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         die(f"cannot read the config file {path}: {error.strerror}")
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that is none
-        die(f"the config file {path} is not YAML: {' '.join(str(error).split())}")
+    except RecursionError:
+        die(f"the config file {path} is not YAML: nested too deeply")
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # a date that is none
+        die(f"the config file {path} is not YAML: {' '.join(str(error).split())[:300]}")
     if not isinstance(config, dict | None):
         die(f"the config file {path} is not a mapping of settings")
     return config or {}

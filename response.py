@@ -25,6 +25,8 @@ NO_ANSWER = "the connection closed before the answer began"
 LATE = 1.5  # times the usual pace
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
+HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
+INTERIMS = 9
 
 Json = Any
 
@@ -42,31 +44,44 @@ class Head(NamedTuple):
     length: int | None
     close: bool
     event_stream: bool
+    encoding: str  # gzip and its like, which was not asked for; mostly ''
 
 
-def parse_head(raw: bytes | bytearray, start: int = 0) -> Head | None:
-    end = raw.find(b"\r\n\r\n", start)
-    if end < 0:
-        return None
-    text = raw[start:end].decode("latin-1")
-    if not (line := re.match(r"HTTP/1\.(\d) (\d{3})", text)):
+def parse_head(raw: bytes | bytearray) -> Head | None:
+    end = -4
+    for _ in range(INTERIMS):
+        start = end + 4
+        if not b"HTTP/1.".startswith(bytes(raw[start : start + 7])):
+            raise Malformed(f"not an HTTP response: {bytes(raw[start : start + 60])!r}")
+        end = raw.find(b"\r\n\r\n", start, HEAD_LIMIT)
+        if end < 0 and len(raw) >= HEAD_LIMIT:
+            raise Malformed(f"the header does not end: {len(raw):,} bytes so far")
+        if end < 0:
+            return None
+        head = read_head(raw[start:end].decode("latin-1"), end + 4)
+        if head.status >= 200:  # 100 Continue and its like come before the answer
+            return head
+    raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
+
+
+def read_head(text: str, end: int) -> Head:
+    if not (line := re.match(r"HTTP/1\.(\d) (\d{3})(?!\d)", text, re.ASCII)):
         raise Malformed(f"not an HTTP response: {text[:60]!r}")
-    if line[2].startswith("1"):  # 100 Continue and its like come before the answer
-        return parse_head(raw, end + 4)
     fields = {
         k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
     }
     length = fields.get("content-length")
-    if length is not None and not length.isdecimal():
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")
     connection = fields.get("connection", "").lower()
     return Head(
         status=int(line[2]),
-        end=end + 4,
+        end=end,
         chunked="chunked" in fields.get("transfer-encoding", "").lower(),
         length=None if length is None else int(length),
         close=connection == "close" or (line[1] == "0" and connection != "keep-alive"),
         event_stream="event-stream" in fields.get("content-type", ""),
+        encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
     )
 
 
@@ -118,7 +133,9 @@ def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
         try:
             size = int(raw[at:eol].partition(b";")[0], 16)
         except ValueError:
-            raise Malformed(f"bad chunk size {bytes(raw[at:eol][:20])!r}") from None
+            size = -1
+        if size < 0:  # one that went back would be read for ever
+            raise Malformed(f"bad chunk size {bytes(raw[at:eol][:20])!r}")
         if eol + 4 + size > len(raw):
             return
         yield eol + 2, size
@@ -161,6 +178,8 @@ class Body(NamedTuple):
 
 
 def read_body(raw: bytearray, head: Head) -> Body:
+    if head.encoding:
+        raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
     if not head.chunked:
         data = bytes(raw[head.end :])
         if head.length is not None and len(data) < head.length:
@@ -210,7 +229,7 @@ def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
         _read(reply, outcome, chat)
     except Malformed as e:
         outcome.error = outcome.error or str(e)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         outcome.error = outcome.error or f"unreadable answer: {e!r}"[:ERROR_LENGTH]
     return outcome
 
@@ -291,10 +310,15 @@ def _note(document: Json, outcome: Outcome) -> None:
         return
     if document.get("error") or document.get("object") == "error":
         raise Malformed(f"error from the server: {error_message(json.dumps(document).encode())}")
-    outcome.model = document.get("model") or outcome.model
+    outcome.model = str(document.get("model") or outcome.model)[:ERROR_LENGTH]
     if usage := document.get("usage"):
-        outcome.prompt_tokens = usage.get("prompt_tokens")
-        outcome.output_tokens = usage.get("completion_tokens")
+        outcome.prompt_tokens = counted(usage.get("prompt_tokens"))
+        outcome.output_tokens = counted(usage.get("completion_tokens"))
+
+
+def counted(value: Json) -> int | None:
+    """A number of tokens; None for what cannot be one."""
+    return value if type(value) is int and 0 <= value < 1 << 32 else None
 
 
 def says(document: Json) -> bool:
@@ -313,7 +337,7 @@ def error_message(body: bytes) -> str:
     try:
         document = json.loads(text[start : end + 1])
         found = document.get("error") or document.get("message") or document.get("detail") or text
-        text = found.get("message", text) if isinstance(found, dict) else str(found)
-    except ValueError:
+        text = str(found.get("message", text) if isinstance(found, dict) else found)
+    except (ValueError, RecursionError):
         pass
     return " ".join(text.split())[:ERROR_LENGTH] or "(empty body)"

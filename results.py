@@ -105,13 +105,38 @@ def load(folder: Path) -> list[Record]:
             continue
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             die(f"{path} is not JSON: {e}")
         if isinstance(record, dict) and "case" in record:
+            if not is_sound(record):
+                die(f"{path} is no result of bench.py")
             found.append(without_details(record))
     return sorted(found, key=lambda r: (r["date"], r["case"]["name"])) or die(
         f"{folder}: no results in it"
     )
+
+
+def is_sound(record: Record) -> bool:
+    """Whether a document has what reports are made of, each of its kind."""
+    case, client = record["case"], record.get("client", {})
+    lists = [record.get("problems"), record.get("notes", [])]
+    if not all(isinstance(part, dict) for part in (case, client, record.get("metadata", {}))):
+        return False
+    if not all(isinstance(part, list) for part in lists) or type(record.get("valid")) is not bool:
+        return False
+    texts = [record.get("date"), record.get("model_id"), *(t for part in lists for t in part)]
+    texts += [case.get(key) for key in ("name", "label", "type")]
+    numbers = [record.get(column.key) for column in (*COLUMNS, GOODPUT)]
+    numbers += [
+        case.get(key, "") for key in ("input_len", "output_len", "concurrency", "num_prompts")
+    ]
+    numbers += [client.get(key, "") for key in ("late_share", "p99_read_lag_ms") if client]
+    numbers += [] if case.get("rate") == "inf" else [case.get("rate", "")]
+    return all(isinstance(text, str) for text in texts) and all(map(is_number, numbers))
+
+
+def is_number(value: Any) -> bool:  # noqa: ANN401
+    return value is None or (type(value) in (int, float) and abs(value) < 1e15)
 
 
 def without_details(record: Record) -> Record:

@@ -80,7 +80,7 @@ def missing_package() -> str:
     def has(name: str) -> bool:
         return name in sys.modules or find_spec(name) is not None
 
-    return next((name for name in ("sh", "requests", "dotenv", "yaml") if not has(name)), "")
+    return next((name for name in ("sh", "dotenv", "yaml") if not has(name)), "")
 
 
 if __name__ == "__main__":
@@ -93,6 +93,7 @@ if missing := missing_package():
     )
 
 import argparse  # noqa: E402
+import io  # noqa: E402
 import math  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
@@ -107,7 +108,7 @@ import preflight  # noqa: E402
 import server  # noqa: E402
 import strategy  # noqa: E402
 import supervise  # noqa: E402
-from nodes import Failure, Place, Told, complain, die, find_place, run, say  # noqa: E402
+from nodes import Failure, Place, Told, complain, die, find_place, keep_ours, run, say  # noqa: E402
 from plan import (  # noqa: E402
     Plan,
     describe,
@@ -136,6 +137,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     option("--workspace", "-w", metavar="DIR", help="has the default image and logs/ (default: .)")
     option("--container-mount", metavar="DIR", help="the containers see it, too (default: /fsx)")
     option("--force", "-f", action="store_true", help="take the image off the nodes, load it anew")
+    option("--verify", action="store_true", help="a tarball to load: compare its sha256 first")
     option = parser.add_argument_group("serving").add_argument
     option("--runtime", choices=("docker", "bare"), help="bare: trtllm-serve from PATH")
     option("--ready-timeout", metavar="SECONDS", help="given to it to be ready (default: 3600)")
@@ -193,6 +195,9 @@ def dry_run(
         print(f"# {why}\n{line}")
 
     show("ask every node", shlex.join(preflight.preflight_command(wanted, plan.place)))
+    if args.verify:
+        line = shlex.join(image.sum_command(found))
+        show("the tarball's sha256, compared with its sidecar's", line)
     if plan.runtime == "docker" and args.force:
         forget = shlex.join(image.forget_command(found, plan.place))
         show("--force: take the image off every node", forget)
@@ -228,8 +233,14 @@ def check_force(found: image.Image) -> None:
         )
 
 
-def put_image(plan: Plan, found: image.Image, nodes: Sequence[preflight.Node], force: bool) -> None:
+def put_image(
+    plan: Plan, found: image.Image, nodes: Sequence[preflight.Node], force: bool, verify: bool
+) -> None:
     """The image on every node that lacks it; with --force on all of them, afresh."""
+    if not (force or preflight.must_provide(nodes, found)):
+        return
+    if verify:
+        image.verify(found)
     if force:
         for told in map(Told, run(image.forget_command(found, plan.place)).splitlines()):
             say(f"image: {told.node}: not removed: {told.value}")
@@ -264,6 +275,9 @@ def address_of(head: preflight.Node) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     obey()
+    keep_ours()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
     try:
         load_env_files()
         return go(*parse(argv))
@@ -286,6 +300,8 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     shape = strategy.check(serve_args, settings, setting("TRTLLM_VERSION"))
     world = parallelism.find_world(settings)
     found = image.find_image(args.image, args.workspace) if args.runtime == "docker" else image.NONE
+    if args.verify:
+        image.check_verifiable(found)
     plan = make_plan(args, place, model, serve_args, found)
     wanted = wanted_of(plan, found, port)
     if args.dry_run:
@@ -301,7 +317,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.check:
         return 0
     if plan.runtime == "docker":
-        put_image(plan, found, nodes, args.force)
+        put_image(plan, found, nodes, args.force, args.verify)
     supervise.serve(plan, nodes, url, args)
     return 0
 

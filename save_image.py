@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -317,7 +318,7 @@ class Archive:
         # Errors are not raised here: an archive cut short is explained by whoever cut it, and one
         # that is no archive by `identity`, which then finds nothing.
         with (
-            suppress(tarfile.TarError, ValueError),
+            suppress(tarfile.TarError, ValueError, RecursionError),
             tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar,  # type: ignore[call-overload]
         ):
             for member in tar:
@@ -559,7 +560,22 @@ def load_env() -> None:
     except ImportError:
         die("python-dotenv is not installed", hint="`make setup`, or `pip install python-dotenv`")
     for folder in (Path.cwd(), Path(__file__).resolve().parent):
-        load_dotenv(folder / ".env")
+        path = folder / ".env"
+        try:
+            check_env(path)
+            load_dotenv(path)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            die(f"cannot read {path}: {error}")
+
+
+def check_env(path: Path) -> None:
+    """Die where others may have written it: its variables are those of every program we start."""
+    state = path.stat()
+    ours = {os.geteuid(), 0, Path(__file__).stat().st_uid}
+    if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
+        die(f"{path} is somebody else's, or everybody may write it", hint="make it your own")
 
 
 def work(args: argparse.Namespace) -> str:
@@ -574,6 +590,7 @@ def work(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    os.umask(os.umask(0o077) | 0o002)  # a tarball that everybody may change is nobody's image
     load_env()
     for each in STOPS:
         if signal.getsignal(each) is not signal.SIG_IGN:  # nohup

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from nodes import die, say
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,55 @@ SETTINGS = (
 PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
 
 
+# What the kernel takes for one variable or argument; .env is the one way around it.
+LONGEST = 128 * 1024 - 1
+SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")
+
+
+def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
+    """Failure for a file that anybody may have written: what it says can mean running their code.
+
+    Ours, root's, and the owner's of these scripts, whose code we run anyway, are as good as told by
+    us. Who owns the directory does not matter: what others put there is theirs.
+    """
+    friends = {os.geteuid(), 0, Path(__file__).stat().st_uid}
+    if state.st_uid not in friends:
+        who = f"user {state.st_uid}, neither you, nor root, nor the owner of the scripts"
+        die(f"{path} belongs to {who}: {otherwise}")
+    if state.st_mode & stat.S_IWOTH:
+        die(f"{path} may be written by everybody: {otherwise}")
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a .env file; {} where there is none. Failure where it is not sound."""
+    from dotenv import dotenv_values
+
+    try:
+        if not (path.is_file() or path.is_fifo()):
+            return {}
+        with path.open(encoding="utf-8") as file:
+            state = os.fstat(file.fileno())
+            trust(path, state, "it is not read; make it your own (chown, chmod o-w) or remove it")
+            found = {name: value for name, value in dotenv_values(stream=file).items() if value}
+    except (OSError, ValueError) as error:
+        die(f"cannot read {path}: {error}")
+    for name, value in found.items():
+        if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
+            die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
+    if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
+        say(f"{path} holds a secret and others may read it: chmod 600 {path}")
+    return found
+
+
 def load_env_files() -> list[str]:
     """Read .env of the current directory, then beside the scripts; returns the names they set.
 
     By explicit path: under sbatch the script that runs is a copy in a spool directory.
     """
-    from dotenv import dotenv_values
-
     before = {name for name, value in os.environ.items() if value}
     for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parent)):
-        try:
-            found = dotenv_values(directory / ".env")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"cannot read {directory / '.env'}: {error}") from None
-        os.environ.update({n: v for n, v in found.items() if v and not os.environ.get(n)})
+        found = read_env_file(directory / ".env")
+        os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
     return sorted(set(os.environ) - before)
 
 

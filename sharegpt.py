@@ -46,7 +46,8 @@ def pick(path: Path, count: int, seed: int | str) -> Conversations:
 
 def usable_turns(path: Path) -> Iterator[tuple[str, int]]:
     for conversation in read_array(path):
-        turns = conversation.get("conversations") or conversation.get("conversation") or []
+        found = conversation.get("conversations") or conversation.get("conversation")
+        turns = [t for t in found if isinstance(t, dict)] if isinstance(found, list) else []
         if len(turns) < 2:
             continue
         prompt, answer = (str(t.get("value") or t.get("content") or "") for t in turns[:2])
@@ -62,7 +63,7 @@ def tokens(text: str) -> int:
 def read_array(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a long JSON array, one by one: the file is larger than a client's memory."""
     decode, text = json.JSONDecoder().raw_decode, ""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         file.read(1)  # [
         while piece := file.read(PIECE):
             text += piece
@@ -70,7 +71,7 @@ def read_array(path: Path) -> Iterator[dict[str, Any]]:
             while (at := text.find("{", at)) >= 0:
                 try:
                     value, at = decode(text, at)
-                except ValueError:
+                except (ValueError, RecursionError):
                     break  # the rest of it is in the next piece
                 yield value
             text = text[at:] if at >= 0 else ""

@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 import threading
 import time
@@ -240,6 +241,7 @@ def settings() -> dict[str, str]:
         from dotenv import dotenv_values
 
         for path in (Path(__file__).resolve().with_name(".env"), Path(".env")):
+            check_owner(path, "it would say who gets the key: make it your own")
             found |= dotenv_values(path)
     except ImportError:
         pass
@@ -248,6 +250,15 @@ def settings() -> dict[str, str]:
     # Not HOST: conda's compilers export HOST=x86_64-conda-linux-gnu, tcsh the client's own name.
     found |= {name: value for name, value in os.environ.items() if name != "HOST" and value}
     return {name: value for name, value in found.items() if value}
+
+
+def check_owner(path: Path, why: str) -> None:
+    """What others may have written could send our key to them."""
+    if path.is_file():
+        state, ours = path.stat(), {os.geteuid(), 0, Path(__file__).stat().st_uid}
+        if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
+            whose = "somebody else's, or everybody may write it"
+            raise Trouble(f"{path} is {whose}, and {why}", code=1)
 
 
 def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
@@ -464,7 +475,10 @@ def smoke(args: argparse.Namespace) -> int:
     target = find_target(args, env)
     # requests reads these itself, but in a Session.
     bundle = env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE", "")
-    server = Server(target.url, api_key(env), args.timeout, bundle)
+    key = api_key(env)
+    if key and target.file:
+        check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
+    server = Server(target.url, key, args.timeout, bundle)
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
         out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale

@@ -19,11 +19,13 @@ import ssl
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from nodes import Place
@@ -37,6 +39,22 @@ TOKEN = "hf_do_not_print_me"
 # An srun that ignores its flags and has one node, this one.
 ONE_NODE = ("bash", "-c", 'while [[ $1 = --* ]]; do shift; done; exec "$@"', "srun")
 HOSTILE = ["a b", "it's", 'a"b', "$HOME $(id)", "a;b|c&d", "a,b", "*", "-x", "ünï", "a\\b", "a\nb"]
+
+
+# A `make check` has time for a few examples, the same ones each time. Many more, and new ones:
+#     HYPOTHESIS_PROFILE=long .venv/bin/pytest --timeout=0 tests/test_hostile_*.py
+hypothesis.settings.register_profile(
+    "short",
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("short"), max_examples=1000, derandomize=False
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def pytest_configure() -> None:
@@ -87,6 +105,7 @@ TOOLS = [
     "seq",
     "setsid",
     "sh",
+    "sha256sum",
     "sleep",
     "sort",
     "ss",
@@ -660,6 +679,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
             del os.environ[name]
     monkeypatch.setattr(settings, "__file__", str(tmp_path / "scripts/settings.py"))
     (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/settings.py").touch()
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -727,6 +747,31 @@ def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
         if each.process.poll() is None:
             each.process.kill()
         each.process.wait()
+
+
+class Watch(threading.Thread):
+    """Every argument of every process, as anybody may read them, for as long as it is watched."""
+
+    def __init__(self, *secrets: str) -> None:
+        super().__init__(daemon=True)
+        self.secrets, self.looks, self.seen = secrets, 0, set[str]()
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.005):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    words = path.read_bytes().decode(errors="replace")
+                    self.seen |= {words for secret in self.secrets if secret in words}
+            self.looks += 1
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
 
 
 def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str = "") -> Plan:

@@ -446,6 +446,18 @@ def test_ignore_eos_is_dropped_only_when_it_is_refused(capsys: pytest.CaptureFix
     assert "refuses ignore_eos" in Path("out/report.html").read_text()
 
 
+def test_nothing_that_is_written_may_be_changed_by_everybody(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mask = os.umask(0)
+    try:
+        assert Run(capsys, obedient, "-t", "throughput", *QUICK).code == 0
+    finally:
+        os.umask(mask)
+    written = [Path("out"), *Path("out").iterdir()]
+    assert len(written) > 4 and [p for p in written if p.stat().st_mode & 0o002] == []
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -499,9 +511,9 @@ def test_a_port_of_the_environment_that_is_none_is_a_usage_error(
 def test_a_package_that_is_missing_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "requests", None)
+    monkeypatch.setitem(sys.modules, "dotenv", None)
     assert bench.main(["-p", "1"]) == 1
-    assert "package 'requests' is missing: run `make setup`" in capsys.readouterr().err
+    assert "package 'dotenv' is missing: run `make setup`" in capsys.readouterr().err
 
 
 # --- stopping -------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_no_answer_is_told_as_that() -> None:
     wait_until(lambda: asked.misses)
     asked.end()
     asked.join()
-    assert asked.answer == "/health did not answer (ConnectionError)"
+    assert asked.answer == "/health did not answer (Connection refused)"
 
 
 def test_misses_count_in_a_row(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,4 +286,4 @@ def test_a_server_that_cuts_connections_has_failed(prober: Prober) -> None:
     prober.probe.url = "http://127.0.0.1:1"
     prober.probe.begin("org/m")
     wait_until(prober.probe.fault)
-    assert prober.probe.fault().endswith("the last: no answer (ConnectionError)")
+    assert prober.probe.fault().endswith("the last: no answer (Connection refused)")

@@ -77,9 +77,23 @@ def test_what_is_a_path_has_to_be_a_file(tmp_path: Path, asked: str) -> None:
     assert failure.value.hint == "" or "make" in failure.value.hint
 
 
+PIN = "sha256:" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize("name", [f"a/b@{PIN}", f"a:1@{PIN}", PIN, f"r.io:5000/a@{PIN}"])
+def test_an_image_can_be_pinned_by_its_digest(tmp_path: Path, name: str) -> None:
+    """And is not pulled anew where it is: a digest does not move."""
+    found = find_image(name, tmp_path)
+    assert (found.tag, found.tarball) == (name, None)
+    assert not is_pulled_anew(found, {"sha256:x"})
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_reference_of_any_name_stays_as_it_is(tmp_path: Path, name: str) -> None:
-    assert find_image(name, tmp_path).tag == name
+def test_what_docker_might_take_for_something_else_is_no_reference(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(Failure, match="neither a tarball nor the name of an image"):
+        find_image(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

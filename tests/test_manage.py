@@ -70,6 +70,7 @@ def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
         "url": URL,
         "model": "it's",
         "log": str(logs / "x.log"),
+        "owner": os.geteuid(),
         "alive": True,
     }
     manage.remove_records(path, logs / "none.json")
@@ -134,6 +135,29 @@ def test_a_launcher_that_lives_here_is_told_and_waited_for(
     record(logs, "local5", name_of(child))
     assert manage.stop(logs) == 0
     assert child.wait(5) == 143
+
+
+@pytest.mark.parametrize("we_are_root", [True, False])
+def test_a_record_of_somebody_else_stops_nothing_of_ours(
+    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, we_are_root: bool
+) -> None:
+    """In a shared workspace anybody may write one that names any process or job."""
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    told: list[object] = []
+    monkeypatch.setattr(manage, "run", told.append)
+    named = record(logs, "local5", name_of(child))
+    os.chown(named, 12345, -1)
+    if not we_are_root:
+        monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(Failure, match="is somebody else's"):
+        manage.stop(logs)
+    named.unlink()
+    if not we_are_root:
+        os.chown(record(logs, "7", "elsewhere/boot/1:5:6"), 12345, -1)
+        with pytest.raises(Failure, match="is somebody else's"):
+            manage.stop(logs)
+    assert child.poll() is None and told == []
 
 
 def test_a_launcher_that_ends_in_that_very_moment_is_no_error(

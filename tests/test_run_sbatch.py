@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from tests.conftest import (
     TAG,
     TOKEN,
     Fakes,
+    Watch,
     archive,
     config_digest,
     free_port,
@@ -666,6 +668,105 @@ def test_an_ecr_image_is_pulled_and_served(fakes: Fakes, launch: Launcher) -> No
     assert started.stop() == 130
 
 
+def test_no_secret_is_in_any_argument_while_it_is_used(fakes: Fakes, launch: Launcher) -> None:
+    """The registry's password, the model's token, the API key: all the time."""
+    fakes.set(login_delay=0.3, pull_delay=0.1, create_delay=0.1)
+    with Watch("pass word$(id)", TOKEN, "sk-do-not-show") as watch:
+        env = {"OPENAI_API_KEY": "sk-do-not-show"}
+        started = launch("m", "--image", f"{ECR}/x:1", slurm=True, **env)
+        started.until("stop it with")
+        assert started.stop() == 130
+    assert watch.looks > 20 and watch.seen == set()
+    assert (fakes.home / "login").read_text().startswith(f"{ECR} pass word$(id)' ")
+    for path in [started.path, *Path("logs").iterdir()]:
+        assert b"sk-do-not" not in path.read_bytes() and b"pass word" not in path.read_bytes()
+
+
+def test_a_watch_sees_what_is_there() -> None:
+    with Watch("a-secret-of-a-sleeper") as watch:
+        sleeper = subprocess.Popen(["sh", "-c", "read x", "a-secret-of-a-sleeper"], stdin=-1)
+        wait_until(lambda: watch.seen, what="the sleeper")
+        sleeper.communicate(b"")
+
+
+def test_nothing_that_is_written_may_be_changed_by_everybody(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    mask = os.umask(0)
+    try:
+        started = launch("m")
+        started.until("stop it with")
+        written = [*Path().rglob("*"), *(fakes.home / ".cache").rglob("*")]
+    finally:
+        os.umask(mask)
+    names = {path.name for path in written}
+    assert {"logs", "endpoint.json", "huggingface"} <= names and len(names) >= 5
+    assert [path for path in written if path.stat().st_mode & 0o002] == []
+    assert started.stop() == 130
+
+
+def sidecar_of(tarball: str, **changes: object) -> str:
+    """The sidecar of the default tarball; returns the tarball's sha256."""
+    path = Path("tensorrt-llm-serve-latest.tar.gz")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    data: dict[str, object] = {
+        "tags": [TAG],
+        "config_digest": tarball,
+        "manifest_digest": None,
+        "diff_ids": [],
+    }
+    data |= {"packed_bytes": path.stat().st_size, "unpacked_bytes": 9, "sha256": digest}
+    Path(f"{path}.json").write_text(json.dumps(data | changes))
+    return digest
+
+
+def test_verify_reads_the_tarball_once_before_a_load(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    digest = sidecar_of(tarball)
+    started = launch("m", "--verify", slurm=True)
+    started.until("stop it with")
+    assert f"sha256 {digest[:12]}... is the sidecar's" in started.output
+    assert started.output.count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
+    assert started.stop() == 130
+    again = launch("m", "--verify", slurm=True)
+    again.until("stop it with")
+    assert "sha256" not in again.output  # nothing is loaded, so nothing is read
+    assert again.stop() == 130
+
+
+def test_verify_loads_nothing_that_is_not_what_was_saved(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    path = Path("tensorrt-llm-serve-latest.tar.gz")
+    digest = sidecar_of(tarball)
+    damaged = bytearray(path.read_bytes())
+    damaged[1000] ^= 1
+    path.write_bytes(damaged)
+    words = error(launch("m", "--verify"))
+    found = hashlib.sha256(damaged).hexdigest()
+    assert words.startswith(f"the sha256 of {path.resolve()} is {found}, its sidecar says {digest}")
+    assert fakes.calls("docker", "load") == fakes.calls("docker", "run") == []
+
+
+@pytest.mark.parametrize("image", ["", "a/b:1", "reg.example.com/a@sha256:" + "0" * 64])
+def test_verify_needs_a_sum_to_compare_with(
+    fakes: Fakes, launch: Launcher, tarball: str, image: str
+) -> None:
+    if not image:
+        sidecar_of(tarball, sha256="no")
+    words = error(launch("m", "--verify", *(["--image", image] if image else [])))
+    assert words.startswith("--verify: there is no sha256 to compare ")
+    assert fakes.calls() == []
+
+
+def test_a_dry_run_shows_the_comparison(launch: Launcher, tarball: str) -> None:
+    sidecar_of(tarball)
+    done = launch("m", "--verify", "--dry-run")
+    assert done.code() == 0
+    assert f"\nsha256sum -- {Path('tensorrt-llm-serve-latest.tar.gz').resolve()}\n" in done.output
+
+
 def test_force_loads_afresh(fakes: Fakes, launch: Launcher, tarball: str) -> None:
     fakes.hold_image(identity=tarball)
     started = launch("m", "--force")
@@ -750,7 +851,7 @@ def test_status_shows_and_stop_stops_what_runs(fakes: Fakes, launch: Launcher) -
     assert shown.code() == 0
     assert shown.output == f"{endpoint['job']}\tready\t{endpoint['url']}\tm\n"
     assert launch("--stop").code() == 0
-    assert started.process.poll() == 143
+    assert started.code() == 143
     assert fakes.containers() == []
 
 
@@ -1160,7 +1261,7 @@ def test_a_copy_on_a_machine_without_slurm_says_so(
     assert "nodes.py is not beside it" in failed.output
 
 
-@pytest.mark.parametrize("there", [(), ("sh",), ("sh", "dotenv"), ("sh", "dotenv", "yaml")])
+@pytest.mark.parametrize("there", [(), ("sh",), ("sh", "dotenv")])
 def test_missing_packages_are_one_sentence(
     fakes: Fakes, toolset: Path, tmp_path: Path, there: tuple[str, ...]
 ) -> None:

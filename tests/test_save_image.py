@@ -376,6 +376,16 @@ def test_containerd_id_is_recorded_and_packed_layers_noted(box: Box) -> None:
     assert box.sidecar("x.tar.gz")["manifest_digest"] == image.manifest
 
 
+def test_nothing_that_is_written_may_be_changed_by_everybody(box: Box, classic: Image) -> None:
+    box.hold(classic)
+    mask = os.umask(0)
+    try:
+        assert box.run("-o", "x.tar").returncode == 0
+    finally:
+        os.umask(mask)
+    assert [path.stat().st_mode & 0o002 for path in box.cwd.iterdir()] == [0, 0]
+
+
 HOSTILE = ["a b'c$HOME;e\nf\"", "-a", "ä"]
 
 

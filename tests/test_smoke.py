@@ -43,6 +43,8 @@ def clean_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/test.py").touch()
     monkeypatch.setattr(smoke, "__file__", str(tmp_path / "scripts" / "test.py"))
 
 
@@ -508,7 +510,6 @@ def test_flags_beat_the_environment_beats_dotenv(
 
 
 def test_dotenv_here_beats_the_one_next_to_the_script(tmp_path: Path) -> None:
-    (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / ".env").write_text("HOST=there\nMODEL=there\n")
     (tmp_path / ".env").write_text("HOST=here\n")
     assert target() == ("http://here:8000", "there", "")
