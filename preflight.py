@@ -37,7 +37,7 @@ PREFLIGHT = (
     info=$(timeout 10 docker info --format
         '{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}' 2>/dev/null) ||
     {
-        why=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1);
+        [ $? = 124 ] || why=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1);
         tell no-docker "${why:-it did not answer within 10 s}"; exit 0;
     };
     { read -r version; read -r store; read -r root; } <<<"$info";

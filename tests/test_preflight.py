@@ -304,6 +304,13 @@ def test_a_node_tells_that_docker_is_down(fakes: Fakes) -> None:
     assert "image" not in facts
 
 
+def test_a_docker_that_hangs_is_asked_once(fakes: Fakes) -> None:
+    calls = fakes.home / "timeouts"
+    fakes.program("timeout", f"open({str(calls)!r}, 'a').write('x'); raise SystemExit(124)")
+    assert ask(fakes, wanted()).facts["no-docker"] == "it did not answer within 10 s"
+    assert calls.read_text() == "x"
+
+
 def test_a_node_without_the_image_says_so(fakes: Fakes) -> None:
     assert ask(fakes, wanted()).facts["image"] == ""
 
