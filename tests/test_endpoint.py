@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import time
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,8 @@ def test_a_server_with_another_model_after_the_run() -> None:
 def test_an_idle_connection_that_is_closed_is_told() -> None:
     with serving(model_server(obedient)) as server:
         lasting, broken = Witness(at(server)), Witness(at(server))
+        while len(server.sockets) < 2:  # a connection is there before it is accepted
+            time.sleep(0.01)
         server.sockets[-1].shutdown(socket.SHUT_RDWR)
         assert lasting.notes() == []
         assert "closed during the run" in broken.notes()[0]
