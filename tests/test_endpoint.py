@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +212,21 @@ def test_a_server_with_another_model_after_the_run() -> None:
     assert problem == f"the server now serves another, not {MODEL}"
 
 
+def other_end(server: Server, sock: socket.socket) -> socket.socket:
+    """The server's side of a connection, once it has been accepted."""
+    while True:
+        for each in server.sockets:
+            with suppress(OSError):  # one that has ended
+                if each.getpeername() == sock.getsockname():
+                    return each
+        time.sleep(0.01)
+
+
 def test_an_idle_connection_that_is_closed_is_told() -> None:
     with serving(model_server(obedient)) as server:
         lasting, broken = Witness(at(server)), Witness(at(server))
-        while len(server.sockets) < 2:  # a connection is there before it is accepted
-            time.sleep(0.01)
-        server.sockets[-1].shutdown(socket.SHUT_RDWR)
+        assert broken.sock
+        other_end(server, broken.sock).shutdown(socket.SHUT_RDWR)
         assert lasting.notes() == []
         assert "closed during the run" in broken.notes()[0]
 
