@@ -74,6 +74,11 @@ def test_what_the_tree_names_is_there(name: str) -> None:
         assert (ROOT / name).exists()
 
 
+def test_the_tree_names_every_script_and_module() -> None:
+    tree = README.split("## What is where")[1]
+    assert [path.name for path in ROOT.glob("*.py") if path.name not in tree] == []
+
+
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(), re.M))
     named = re.findall(r"(?:`|^|&& )make ([a-z][a-z-]*\b)(?!\S*=)", README + CONTRIBUTING, re.M)
