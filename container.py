@@ -28,7 +28,7 @@ REMOVE = script(r"""
     remove() {
         ids=$(timeout 3 docker ps --all --quiet --filter "label=LABEL.launcher=$launcher" 2>&1) ||
         { said=${ids:-Docker does not answer}; return 1; };
-        ids=$(grep -E '^[[:alnum:]-]+$' <<<"$ids");
+        ids=$(grep -E '^[[:alnum:].-]+$' <<<"$ids");
         [ -z "$ids" ] || said=$(timeout 4 docker rm --force $ids 2>&1) ||
         { said=${said:-Docker does not answer}; return 1; };
     };
