@@ -121,6 +121,10 @@ check: $(READY) ## Lint, types, and all tests; as root also those on a real clus
 cluster: $(READY) ## A shell on the login node of a real two-node cluster (as root)
 	$(PY) -m tests.cluster.cluster
 
+.PHONY: faults
+faults: $(READY) ## Play every fault in every phase on it: the README's table (as root; FAULTS=scancel,dockerd)
+	@$(PY) -m tests.cluster.faults
+
 .PHONY: bench-launch
 bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figures (as root)
 	$(PY) -m tests.cluster.bench_launch

@@ -21,11 +21,27 @@ INTERFACES = script(r"""
     fi;
 """)
 
+# Another launch of the job may have a container of the same name: ours has our label.
+# Time is that since boot, which nobody sets.
+REMOVE = script(r"""
+    clock() { read -r clock _ </proc/uptime; clock=${clock%.*}; };
+    remove() {
+        ids=$(timeout 3 docker ps --all --quiet --filter "label=LABEL.launcher=$launcher" 2>&1) ||
+        { said=${ids:-Docker does not answer}; return 1; };
+        ids=$(grep -E '^[[:alnum:].-]+$' <<<"$ids");
+        [ -z "$ids" ] || said=$(timeout 4 docker rm --force $ids 2>&1) ||
+        { said=${said:-Docker does not answer}; return 1; };
+    };
+""").replace("LABEL", LABEL)
+
 # A container's arguments come as "$@"; what only the node knows is put before them. Devices: EFA's
 # verbs (uverbs*, RDMA between nodes) and gdrdrv (NCCL's copies of small messages, GDRCopy), where
 # they are; GPUs come with --gpus. Each is that device alone.
-CONTAINER = script(r"""
-    name=trtllm-$1-$node; gpus=$2; cache=$3; shift 3;
+CONTAINER = (
+    REMOVE
+    + " "
+    + script(r"""
+    name=trtllm-$1-$node; launcher=$2; gpus=$3; cache=$4; shift 4;
     [ -z "$cache" ] || mkdir -p "$cache";
     for device in /dev/infiniband/uverbs* /dev/gdrdrv; do
         [ ! -e "$device" ] || set -- --device "$device" "$@";
@@ -37,15 +53,15 @@ CONTAINER = script(r"""
     fi;
     [ "$gpus" = none ] || set -- --gpus "$gpus" "$@";
 """)
+)
 
 # The container ends with its script, whoever asks: we, scancel, the death of the launcher.
-# `docker rm` is repeated until the client has gone: before that a container may yet be created.
+# It is removed until the client has gone, too: before that a container may yet be created.
 ATTACHED = script(r"""
-    remove() { said=$(timeout 5 docker rm --force "$name" 2>&1); };
     stop() {
-        trap '' TERM INT HUP; SECONDS=0;
-        while [ -n "$client" ] && kill -0 $client 2>/dev/null && [ $SECONDS -lt 12 ]; do
-            remove; sleep 0.1;
+        trap '' TERM INT HUP; clock; end=$((clock + 12));
+        while [ -n "$client" ] && kill -0 $client 2>/dev/null && [ $clock -lt $end ]; do
+            remove; sleep 0.1; clock;
         done;
         [ -z "$client" ] || kill -KILL $client 2>/dev/null;
         remove;
@@ -56,12 +72,14 @@ ATTACHED = script(r"""
     client=$!;
 """)
 
+# 125 is the client's own failure: where the daemon went away, its container may live on.
 FINISH = script(r"""
     wait $client; code=$?;
     trap '' TERM INT HUP;
 """)
+RELEASE = "[ $code != 125 ] || remove;"
 
-DOCKER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, ATTACHED, FINISH, "exit $code;"])
+DOCKER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, ATTACHED, FINISH, RELEASE, "exit $code;"])
 
 # Without a container: the engine is a session of its own, to be signalled as one. MPI must not see
 # Slurm's variables, or its spawning of workers inside a step fails.
@@ -92,14 +110,38 @@ BARE = (
 """)
 )
 
-REMOVE_BY_NAME = (
+# A daemon that is only restarted is back soon.
+REMOVE_OURS = (
     TELL
     + " "
+    + REMOVE
+    + " "
     + script(r"""
-    docker inspect "trtllm-$1-$node" >/dev/null 2>&1 || exit 0;
-    timeout 10 docker rm --force "trtllm-$1-$node";
+    launcher=$1;
+    clock; end=$((clock + 3));
+    until remove; do
+        clock; [ $clock -lt $end ] || { tell left "$said"; exit 0; };
+        sleep 0.3;
+    done;
 """)
 )
+
+
+# Whose is a port? A listening socket has a number that its owner's open files have, too.
+LISTENS = script(r"""
+    listening=$(printf ':%04X [0-9A-F]+:0000 0A ' "$1");
+    for inode in $(grep -Eh "$listening" /proc/net/tcp /proc/net/tcp6 | awk '{print $10}'); do
+        ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF "socket:[$inode]" && echo own && exit;
+    done;
+    true;
+""")
+
+ASK_OWNER = TELL + " " + script(r"""
+    name=trtllm-$1-$node; runtime=$2; shift 2;
+    if [ "$runtime" = bare ]; then inside=; else inside="docker exec $name"; fi;
+    said=$(timeout 5 $inside sh -c "$2" listens "$1" 2>&1) || said=unknown;
+    tell port "${said:-not own}";
+""")  # fmt: skip
 
 
 def mount_flag(path: str) -> str:
@@ -141,7 +183,8 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
 
 def container_words(plan: Plan, environ: Mapping[str, str], *command: str) -> list[str]:
     """The arguments of the scripts that run a container; `command` begins with the image."""
-    return [plan.place.job, plan.gpus, plan.cache, *docker_options(plan, environ), *command]
+    options = docker_options(plan, environ)
+    return [plan.place.job, launcher(), plan.gpus, plan.cache, *options, *command]
 
 
 def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
@@ -153,6 +196,12 @@ def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
 
 
 def remove_command(plan: Plan) -> list[str]:
-    """Removes this job's containers, and no others, should a node not have done so itself."""
+    """Removes this launch's containers, and no others, should a node not have done so itself."""
     nodes = plan.place.on(plan.spread.nodes) if plan.spread else plan.place.head
-    return [*nodes, "bash", "-c", REMOVE_BY_NAME, "remove", plan.place.job]
+    return [*nodes, "bash", "-c", REMOVE_OURS, "remove", launcher()]
+
+
+def owner_command(plan: Plan, port: str) -> list[str]:
+    """Tells whether the port of the first node is served from within this launch's container."""
+    words = [plan.place.job, plan.runtime, port, LISTENS]
+    return [*plan.place.head, "bash", "-c", ASK_OWNER, "owner", *words]

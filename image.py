@@ -13,7 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nodes import HOLD, TELL, Place, Told, by_node, die, held, last_words, run, say, script
+from nodes import (
+    HOLD,
+    SEE_NODES,
+    TELL,
+    Place,
+    Told,
+    by_node,
+    die,
+    held,
+    last_words,
+    run,
+    say,
+    script,
+    slurms_word,
+)
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
@@ -396,6 +410,9 @@ def provide(image: Image, place: Place) -> None:
                 progress.show(told)
             else:
                 words.append(told.line)
+    if len(have) < place.size and (word := slurms_word("\n".join(words))):
+        # It kills what is unpacking, too, and that looks like a broken tarball.
+        die(f"{word}; the image was being loaded", hint=SEE_NODES)
     if errors:
         die(by_node(sorted(errors.items())), hint=advice(image))
     if len(have) < place.size:

@@ -28,17 +28,38 @@ def act(args: argparse.Namespace) -> int:
 
 
 def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
-    """Say that a launch is under way, for --status and --stop."""
-    write_json(
-        path,
-        {
-            "job": plan.place.job,
-            "launcher": launcher(),
-            "url": url,
-            "model": plan.engine[1],
-            "log": str(log),
-        },
-    )
+    """Say that a launch is under way, for --status and --stop. Failure if its job has one already.
+
+    Two launches of a job would have one log and one container name between them.
+    """
+    record = {
+        "job": plan.place.job,
+        "launcher": launcher(),
+        "url": url,
+        "model": plan.engine[1],
+        "log": str(log),
+    }
+    mine = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        write_json(mine, record)
+    except OSError as error:
+        die(
+            f"{path.parent} cannot be written to: {error.strerror}",
+            hint="--workspace with a directory for logs/ that has room",
+        )
+    try:
+        os.link(mine, path)  # unlike a rename it replaces nothing
+    except FileExistsError:
+        if (other := read_record(path)) and other["alive"] and other["launcher"] != launcher():
+            where, pid, _ = other["launcher"].rsplit(":", 2)
+            die(
+                f"another launch of job {plan.place.job} is under way in {path.parent}: "
+                f"process {pid} on {where.partition('/')[0]}",
+                hint="stop that one first (make stop), or use another allocation",
+            )
+        mine.replace(path)
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 def remove_records(*paths: Path) -> None:

@@ -24,7 +24,7 @@ from preflight import Node
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
 SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
-FAREWELL, SHORT_FAREWELL = 15.0, 2.0  # seconds a node has to clean up; and one that is in trouble
+FAREWELL, SHORT_FAREWELL = 10.0, 2.0  # seconds a node has to clean up; and one that is in trouble
 
 # What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
 # use them does not exist yet), and slurmd itself, known by its port: a step outlives its slurmd.
@@ -47,13 +47,12 @@ BEAT = script(r"""
     { while kill -0 $$; do beat; sleep 2; done; } 2>/dev/null &
     beat=$!;
     farewell() {
-        kill $watch $beat 2>/dev/null; SECONDS=0;
-        while
-            remove;
-            case $said in "$name" | *"No such container"*) tell left ""; return ;; esac;
-            [ $SECONDS -lt 1 ];
-        do sleep 0.1; done;
-        tell left "${said:-Docker does not answer}";
+        kill $watch $beat 2>/dev/null; clock; end=$((clock + 2));
+        until remove; do
+            clock; [ $clock -lt $end ] || { tell left "$said"; return; };
+            sleep 0.1;
+        done;
+        tell left "";
     };
     trap farewell EXIT;
 """)

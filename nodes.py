@@ -39,6 +39,18 @@ LEAKS = (
 )
 
 
+SEE_NODES = "see what Slurm thinks: `sinfo -R`, `squeue`; leave a node out: salloc --exclude"
+
+
+# The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
+CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
+CANCEL_WORDS = {
+    "TIME LIMIT": "has reached its time limit",
+    "NODE FAILURE": "has lost a node",
+    "PREEMPTION": "was preempted",
+}
+
+
 class Failure(Exception):
     """What failed, in one sentence, and what to do next. Ends the program with exit code 1.
 
@@ -99,6 +111,27 @@ def last_words(text: str, lines: int = 1) -> str:
     return " / ".join(kept[-lines:])
 
 
+def lost_nodes(text: str) -> str:
+    """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
+    if failed := re.findall(r"Task launch for \S+ failed on node (\S+): (.+)", text):
+        return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
+    return by_node(
+        (node, "Slurm has lost this node") for node in re.findall(r"Node failure on (\S+)", text)
+    )
+
+
+def slurms_word(text: str) -> str:
+    """What Slurm says of a step that it could not start, or ended; '' where it did neither."""
+    if lost := lost_nodes(text):
+        return lost
+    cancelled = CANCELLED.search(text)
+    if cancelled or "Job step aborted" in text:
+        unknown = "was cancelled" if cancelled else "was cancelled, or is out of time"
+        how = CANCEL_WORDS.get((cancelled and cancelled[2]) or "", unknown)
+        return f"Slurm ended the job: it {how}"
+    return ""
+
+
 def run(argv: Sequence[str], *, timeout: float = 60) -> str:
     """Run a short command, return its stdout; Failure with the command's own last words.
 
@@ -127,7 +160,10 @@ def run(argv: Sequence[str], *, timeout: float = 60) -> str:
     except sh.TimeoutException:
         die(f"`{shown(argv)}` did not end within {timeout:g} s")
     except sh.ErrorReturnCode as error:
-        words = last_words(error.stderr.decode(errors="replace"), 3)
+        said = error.stderr.decode(errors="replace")
+        if word := slurms_word(said):
+            die(f"{word}; `{shown(argv)}` has failed", hint=SEE_NODES)
+        words = last_words(said, 3)
         die(f"`{shown(argv)}` ended with exit code {error.exit_code}: {words or 'no message'}")
     except BaseException:
         process.terminate()
@@ -158,6 +194,11 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         with part.open("w", encoding="utf-8") as file:
             yield file
         part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -287,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # From here the interpreter takes handlers down: a late signal would be death by signal.
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
+        say(f"stopped by {signal.Signals(stopped.args[0]).name}")
         return 128 + int(stopped.args[0])
 
 
@@ -316,9 +317,11 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     say(f"{shape}: {describe(plan, world, nodes)}")
     if args.check:
         return 0
-    if plan.runtime == "docker":
+
+    def put() -> None:
         put_image(plan, found, nodes, args.force, args.verify)
-    supervise.serve(plan, nodes, url, args)
+
+    supervise.serve(plan, nodes, url, args, put)
     return 0
 
 

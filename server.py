@@ -9,23 +9,39 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import multinode
-from container import launch_command, remove_command
+from container import launch_command, owner_command, remove_command
 from health import Health, Probe, names_of
 from log import Log, tail_of
-from nodes import Failure, Step, die, last_words, launcher, run, say, write_json
+from nodes import (
+    CANCEL_WORDS,
+    CANCELLED,
+    SEE_NODES,
+    Failure,
+    Step,
+    Told,
+    die,
+    last_words,
+    launcher,
+    lost_nodes,
+    run,
+    say,
+    write_json,
+)
 from plan import Plan, Spread, is_directory
 from preflight import Node
 
 TICK = 0.05  # seconds between two looks at the process and its log
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
+STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
 MEANINGS = {
     1: "it failed",
     2: "it refused its arguments",
-    125: "docker could not run it",
+    125: "docker itself failed",
     126: "trtllm-serve cannot be executed",
     127: "trtllm-serve was not found",
     137: "killed, most often for want of memory",
@@ -33,13 +49,6 @@ MEANINGS = {
     143: "terminated",
 }
 FINAL = {2, 126, 127}  # would be so again
-# The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
-CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
-CANCEL_WORDS = {
-    "TIME LIMIT": "has reached its time limit",
-    "NODE FAILURE": "has lost a node",
-    "PREEMPTION": "was preempted",
-}
 
 
 @dataclass
@@ -163,18 +172,35 @@ def await_ready(server: Server, timeout: float) -> None:
         if server.age > beat:
             say(f"loading for {server.age:.0f} s; log: {server.main_log.last_line[:200]}")
             beat += HEARTBEAT
+    check_owner(server)
     if (code := server.step.poll()) is not None:  # then it was not ours that answered
         report_death(server, code, "before it was ready")
+
+
+def check_owner(server: Server) -> None:
+    """While ours loads, its port may be another's, of the same model even."""
+    deadline = time.monotonic() + 1
+    while not server.health.listening and time.monotonic() < deadline:
+        tick(server, "before it was ready")
+    if server.health.listening:
+        return
+    port = server.url.rpartition(":")[2]
+    told = map(Told, run(owner_command(server.plan, port), timeout=10).splitlines())
+    if any(each.key == "port" and each.value == "not own" for each in told):
+        die_of_stranger(server, server.health.model)
 
 
 def die_if_strange(server: Server) -> None:
     """The port was free when the nodes were asked; since then somebody may have taken it."""
     if server.health.is_stranger():
-        die(
-            f"{server.node}: another server has taken {server.url} meanwhile: it serves "
-            f"{server.health.stranger}, not {server.plan.engine[1]}",
-            hint="another --port; `ss -ltnp` on the node says whose it is",
-        )
+        die_of_stranger(server, f"{server.health.stranger}, not {server.plan.engine[1]}")
+
+
+def die_of_stranger(server: Server, serves: str) -> NoReturn:
+    die(
+        f"{server.node}: another server has taken {server.url} meanwhile: it serves {serves}",
+        hint="another --port; `ss -ltnp` on the node says whose it is",
+    )
 
 
 def hold(server: Server) -> None:
@@ -216,6 +242,8 @@ def report_death(server: Server, code: int, when: str) -> None:
             f"{CANCEL_WORDS.get(cancelled[2], 'was cancelled')}",
             hint=f"its log: {server.log.path}",
         )
+    if (lost := lost_nodes(said)) and not death:
+        die(f"{lost}, {when}", hint=f"{SEE_NODES}; its log: {server.log.path}", passing=True)
     await_holders(server, when)
     who, path = f"{server.node}: trtllm-serve", server.main_log.path
     if server.plan.spread and not death and server.log.tail():
@@ -256,7 +284,7 @@ def stop(server: Server) -> None:
     died_alone = server.step.poll() is not None
     if server.holders:
         stop_world(server.plan, server.holders, server.step)
-    elif (not server.step.stop() or died_alone) and server.plan.runtime == "docker":
+    elif (not server.step.stop(STOP_WITHIN) or died_alone) and server.plan.runtime == "docker":
         remove_once_more(server.plan)
     server.pump()
     for log in filter(None, (server.log, server.rank0)):
@@ -276,19 +304,30 @@ def stop_world(plan: Plan, holders: multinode.Holders, *ranks: Step) -> None:
         remove_once_more(plan)
     for name, why in left.items():
         if why:
-            say(
-                f"{name}: the container trtllm-{plan.place.job}-{name} may be there still ({why}); "
-                f"your next launch there removes it, or `docker rm --force` by hand"
-            )
+            say_left(plan, name, why)
+
+
+def say_left(plan: Plan, node: str, why: str) -> None:
+    say(
+        f"{node}: the container trtllm-{plan.place.job}-{node} may be there still ({why}); "
+        f"your next launch there removes it, or `docker rm --force` by hand"
+    )
 
 
 def remove_once_more(plan: Plan) -> None:
     """Where a node's own step could not clean up, or was killed before it did."""
     try:
-        run(remove_command(plan), timeout=20)
+        told = list(map(Told, run(remove_command(plan), timeout=REMOVE_WITHIN).splitlines()))
     except Failure as failure:
         if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
-            say(f"could not confirm that the container is gone: {failure.message}")
+            say(
+                f"could not confirm that the container is gone: {failure.message}; "
+                f"your next launch there removes it"
+            )
+        return
+    for each in told:
+        if each.key == "left":
+            say_left(plan, each.node, each.value)
 
 
 def announce(server: Server, path: Path) -> dict[str, object]:
@@ -309,7 +348,10 @@ def announce(server: Server, path: Path) -> dict[str, object]:
         "ready": iso(time.time()),
         "launcher": launcher(),
     }
-    write_json(path, endpoint)
+    try:
+        write_json(path, endpoint)
+    except OSError as error:  # a full disk is no reason to throw away what took so long to load
+        say(f"{error.filename} could not be written: {error.strerror}; test and bench need HOST=")
     say(f"READY after {server.age:.1f} s: {server.url} serves {server.health.model}")
     return endpoint
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,13 @@ LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
 FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
 
 
-def serve(plan: Plan, nodes: Sequence[Node], url: str, args: argparse.Namespace) -> None:
+def serve(
+    plan: Plan,
+    nodes: Sequence[Node],
+    url: str,
+    args: argparse.Namespace,
+    put_image: Callable[[], object],
+) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
     limit = TimeLimit(plan.place)
     launch = Launch(plan, nodes, url, args, limit)
@@ -30,6 +36,8 @@ def serve(plan: Plan, nodes: Sequence[Node], url: str, args: argparse.Namespace)
         manage.sweep(launch.logs)
         manage.write_record(launch.record, plan, url, launch.log)
         limit.begin()
+        if plan.runtime == "docker":
+            put_image()
         while True:
             try:
                 launch.serve()

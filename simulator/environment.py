@@ -31,6 +31,7 @@ FAULTS = {
     "ignore-term": FaultKind(0, 0),
     "log-flood": FaultKind(1, 1),
     "binary-log": FaultKind(0, 0),
+    "out-of-memory": FaultKind(0, 1),
 }
 LAUNCHES = ("stuck", "propagate")
 

@@ -66,6 +66,7 @@ class Faults:
 
         after("exit-serving", 1, self._exit)
         after("kill-serving", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        after("out-of-memory", 0, _take_memory)
         after("503", 0, self.lose_engine)
         after("hang", 0, hang)
         after("stuck-engine", 0, stick)
@@ -94,6 +95,14 @@ class Faults:
                 b"\xff\xfe\x00\x80 not UTF-8 \xc3\x28\r" + b"#" * (1 << 20) + b"\n"
             )
             sys.stdout.buffer.flush()
+
+
+def _take_memory(most: int = 1 << 30) -> None:
+    """Memory, until the kernel has had enough: a container with less than a gigabyte is ended."""
+    taken = bytearray()
+    while len(taken) < most:
+        taken += b"\xff" * (16 << 20)
+    log("W", "out-of-memory: a gigabyte was taken, and nobody minded")
 
 
 def _flood(megabytes_per_second: float) -> None:

@@ -197,6 +197,9 @@ def run(name, rest):
             seen[variable] = value if equals else os.environ[variable]
     if node.name in faults.get("no_run", []):
         fail("docker: Error response from daemon: could not select device driver.", 125)
+    if container(name).exists():
+        fail(f"docker: Error response from daemon: Conflict. The container name \"/{name}\" is "
+             "already in use.", 125)
     if word not in images():
         fail(f"docker: Error response from daemon: No such image: {word}.", 125)
     labels = dict(f[len("--label="):].split("=", 1) for f in flags if f.startswith("--label="))
@@ -343,12 +346,20 @@ match args:
         run(name, rest)
     case ["exec", "--env-file", file, "--workdir", cwd, name, *command] if command:
         execute(file, cwd, name, command)
+    case ["exec", name, "sh", "-c", _, "listens", port]:
+        print(faults.get("listens", "own"))
     case ["top", name, "-eo", "pid,args"]:
         if faults.get("no_top"):
             fail("Error response from daemon: context deadline exceeded")
         top(name)
-    case ["rm", "--force", name]:
-        remove(name)
+    case ["ps", "--all", "--quiet", "--filter", f] if f.startswith(f"label={LABEL}launcher="):
+        time.sleep(faults.get("inspect_delay", 0))
+        for path in sorted(node.glob("container-*.json")):
+            if json.loads(path.read_text())["labels"].get(LABEL + "launcher") == f.split("=", 2)[2]:
+                print(path.stem[-12:])
+    case ["rm", "--force", *names] if names:
+        for name in names:
+            remove(name)
     case ["inspect", "--format", "{{.State.Running}}", name]:
         if not container(name).exists():
             fail("Error: No such object: " + name)

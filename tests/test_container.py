@@ -7,13 +7,22 @@ import io
 import json
 import os
 import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from container import docker_options, launch_command, mount_flag, passed_on, remove_command
+from container import (
+    LISTENS,
+    docker_options,
+    launch_command,
+    mount_flag,
+    passed_on,
+    remove_command,
+)
 from nodes import launcher
 from plan import Plan
 from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan
@@ -146,7 +155,7 @@ def test_the_end_of_input_removes_the_container(
     assert held.code() == 143
     assert time.monotonic() - begun < 3
     ready.nothing_is_left()
-    assert {call[3] for call in ready.calls("docker", "rm", "--force")} == {NAME}
+    assert {call[3] for call in ready.calls("docker", "rm", "--force")} == {NAME[-12:]}
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -313,12 +322,45 @@ def test_a_bare_engine_whose_children_ignore_the_end_is_killed_with_them(
     fakes.nothing_is_left()
 
 
-def test_removing_by_name_takes_this_jobs_container_only(
+def test_removing_takes_this_launchs_container_only(
     fakes: Fakes, script: Callable[..., Script]
 ) -> None:
-    for name in (NAME, "trtllm", "trtllm-local10-local"):
-        fakes.leave_container(name)
+    fakes.leave_container("trtllm")
+    fakes.leave_container("trtllm-local10-local", launcher="other:1:1")
+    fakes.leave_container(NAME, launcher=launcher())
     for _ in range(2):
         assert script(remove_command(plan())).code() == 0
     assert fakes.containers() == ["local/trtllm", "local/trtllm-local10-local"]
     assert len(fakes.calls("docker", "rm")) == 1
+
+
+def test_a_container_of_another_launch_by_the_same_name_is_left_alone(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    ready.leave_container(NAME, launcher="other:1:1")
+    held = hold(script, plan(*SLEEPER))
+    assert held.code() == 125
+    assert "Conflict. The container name" in held.output
+    assert script(remove_command(plan())).code() == 0
+    assert ready.containers() == [f"local/{NAME}"]
+
+
+def test_a_container_that_could_not_be_removed_is_told(
+    fakes: Fakes, script: Callable[..., Script]
+) -> None:
+    fakes.set(down=True)
+    removing = script(remove_command(plan()))
+    assert removing.code() == 0
+    assert (
+        removing.output
+        == "local\tleft\tCannot connect to the Docker daemon at unix:///var/run/docker.sock.\n"
+    )
+
+
+def test_a_port_belongs_to_who_listens_on_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        ask = ["sh", "-c", LISTENS, "listens", port]
+        assert subprocess.run(ask, text=True, stdout=subprocess.PIPE).stdout == "own\n"
+    free = subprocess.run(ask, text=True, stdout=subprocess.PIPE)
+    assert (free.stdout, free.returncode) == ("", 0)

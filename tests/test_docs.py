@@ -18,6 +18,7 @@ import bench
 import run_sbatch
 import save_image
 from settings import PASSED_ON, SETTINGS
+from tests.cluster.faults import CELLS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,6 +41,12 @@ def test_the_readme_has_the_table_of_settings() -> None:
         f"| `{s.name}` | {f'`{s.default}`' if s.default else ''} | {s.help} |" for s in SETTINGS
     ]
     assert "\n".join(rows) in README
+
+
+def test_the_readme_shows_every_cell_of_the_fault_matrix() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| .+ \| -?\d+ \| [\d.]+ \| .+ \|$", README, re.M)
+    shown = [f"{fault}:{phase}" for fault, phases in rows for phase in phases.split(", ")]
+    assert sorted(shown) == sorted(cell.name for cell in CELLS)
 
 
 def test_every_option_of_the_launcher_is_in_the_readme() -> None:

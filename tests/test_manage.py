@@ -77,6 +77,32 @@ def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
     assert list(logs.iterdir()) == []
 
 
+def test_of_two_launches_of_a_job_the_second_is_refused(
+    logs: Path, child: subprocess.Popen[bytes]
+) -> None:
+    path = record(logs, "local1", name_of(child))
+    before = path.read_text()
+    with pytest.raises(Failure, match=rf"job local1 .* process {child.pid} on "):
+        manage.write_record(path, plan(), URL, logs / "x.log")
+    assert path.read_text() == before
+    assert list(logs.iterdir()) == [path]
+
+
+def test_logs_that_cannot_be_written_to_are_told(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.write_text("a file")
+    with pytest.raises(Failure, match=f"{logs} cannot be written to: ") as failure:
+        manage.write_record(logs / "run_local1.json", plan(), URL, logs / "x.log")
+    assert "--workspace" in failure.value.hint
+
+
+def test_the_record_of_a_launch_that_was_killed_is_replaced(logs: Path) -> None:
+    path = record(logs, "local1", DEAD)
+    manage.write_record(path, plan(), URL, logs / "x.log")
+    assert json.loads(path.read_text())["launcher"] == launcher()
+    assert list(logs.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("who", [DEAD, ELSEWHERE])
 def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
     (logs / "endpoint.json").write_text("{")

@@ -65,6 +65,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         multinode.HOLDER,
         "holder",
         "77",
+        launcher(),
         "auto",
         "/home/a b",
         "--rm",

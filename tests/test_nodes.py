@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -164,6 +165,28 @@ def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("slurmstepd-n1: error: *** STEP 6.1 ON n1 CANCELLED AT 2026 ***", "cancelled"),
+        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.", "cancelled"),
+        ("*** STEP 6.1 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT", "has reached its time limit"),
+        ("*** STEP 6.1 ON n1 CANCELLED AT 2026 DUE TO NODE FAILURE, SEE", "has lost a node"),
+        (
+            "srun: error: Task launch for StepId=17.0 failed on node n2: Connection failure",
+            "n2: Slurm cannot start anything there: Connection failure",
+        ),
+        ("srun: error: Node failure on n2", "n2: Slurm has lost this node"),
+        ("srun: error: n2: task 1: Exited with exit code 1", ""),
+    ],
+)  # fmt: skip
+def test_what_slurm_has_ended_is_told_by_what_slurm_says(said: str, why: str) -> None:
+    with pytest.raises(Failure) as failure:
+        nodes.run(["sh", "-c", f"echo 'srun: noise' >&2; echo '{said}' >&2; exit 143"])
+    assert ("Slurm" in failure.value.message) == bool(why)
+    assert why in failure.value.message
+
+
 def test_run_returns_what_a_command_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert nodes.run(["sh", "-c", "cat; echo out; echo err >&2"]) == "out\n"
     err = capfd.readouterr().err
@@ -219,6 +242,14 @@ def test_talk_to_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.Monke
             sys.stderr.close()
     with contextlib.suppress(OSError):
         full.close()
+
+
+def test_what_cannot_be_written_is_named_and_leaves_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "logs/endpoint.json"
+    path.mkdir(parents=True)
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        nodes.write_json(path, {"a": 1})
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_dead_process_has_no_start_and_a_living_one_keeps_its() -> None:

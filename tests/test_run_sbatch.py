@@ -351,7 +351,7 @@ def test_a_signal_during_the_clean_up_of_a_failure_does_not_break_it(
 ) -> None:
     started = launch("m", TRTLLM_SIM_FAULT="exit-loading:3")
     fakes.set(inspect_delay=0.5)
-    wait_until(lambda: fakes.calls("docker", "inspect"))
+    wait_until(lambda: fakes.calls("docker", "ps", "--all", "--quiet"))
     assert started.stop() in (1, 130)
     assert left() == set()
     assert "stopped; the log is" in started.output
@@ -395,6 +395,31 @@ def test_a_server_that_is_never_ready_fails_at_the_deadline(launch: Launcher) ->
     assert "was not ready within 0.8 s: /health did not answer" in error(started)
     assert "--ready-timeout" in started.output
     assert left() == set()
+
+
+@pytest.mark.parametrize("listens", ["own", ""])
+def test_another_server_on_the_port_is_not_ours(
+    fakes: Fakes, launch: Launcher, listens: str
+) -> None:
+    """Somebody else's answers while ours still loads."""
+    fakes.set(listens=listens)
+    port = free_port()
+    started = launch("m", "--port", str(port), TRTLLM_SIM_LOAD_SECONDS="30")
+    started.until("SIMULATOR")
+    simulator = [sys.executable, str(ROOT / "simulator/trtllm-serve"), "m"]
+    theirs = subprocess.Popen([*simulator, "--port", str(port)], env=fakes.environment(),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        if listens:  # an engine that serves and does not say so, as other versions may
+            started.until("READY")
+            assert started.stop() == 130
+        else:
+            words = f"another server has taken http://127.0.0.1:{port} meanwhile: it serves m"
+            assert words in error(started)
+            assert "READY" not in started.output
+    finally:
+        theirs.kill()
+        theirs.wait()
 
 
 def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, toolset: Path) -> None:
@@ -545,7 +570,7 @@ def test_a_signal_between_two_tries_is_obeyed_at_once(
     started = impatient("m", "--restart", "3", pause=60, TRTLLM_SIM_FAULT="exit-loading:3")
     if when == "the clean-up":
         fakes.set(inspect_delay=0.5)
-        wait_until(lambda: fakes.calls("docker", "inspect"))
+        wait_until(lambda: fakes.calls("docker", "ps", "--all", "--quiet"))
     else:
         started.until("restarting (1 of 3) in 2 s")
     begun = time.monotonic()
@@ -1321,7 +1346,7 @@ def test_settings_come_from_env_files_too(
             signal.signal(each, handler)
     out = capfd.readouterr().out
     assert "trtllm-serve from/cwd --host 0.0.0.0 --port 8123" in out
-    assert re.search(r"launch local\d+ none ", out)
+    assert re.search(r"launch local\d+ \S+ none ", out)
     assert settings.setting("GPUS") == "none"
 
 

@@ -90,7 +90,7 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
         (CANCEL + REST, "n1: Slurm ended the server while serving: job 77 was cancelled", ""),
         (LIMIT, "n1: Slurm ended the server while serving: job 77 has reached its time limit", ""),
         (REST, r"n1: rank 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
-        ("srun: error: Node failure on n2\n", r"srun ended with .*: srun: error: Node fail", ""),
+        ("srun: error: Node failure on n2\n", "n2: Slurm has lost this node, while serving", ""),
         ("", r"n1: trtllm-serve ended with exit code 1 .*: rank 0's words$", "_rank0"),
     ],
 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from tests.cluster.cluster import (
     Machine,
     build_image,
     copy_repository,
+    processes_in_network_of,
     wait_until,
 )
 
@@ -30,6 +34,8 @@ WHOLE = "-N2 --gpus-per-node=8 --exclusive"
 FOUR = "-p all -N4 --gpus-per-node=2 --exclusive"
 QUICK = {"TRTLLM_SIM_LOAD_SECONDS": "0.3"}
 SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}
+STRANGERS = ("trtllm", "trtllm-99999-{node}")
+STRANGE_PROCESS = "trtllm-serve stranger/model"
 
 
 def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
@@ -49,16 +55,22 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
 
 
 def start_stranger(node: Machine) -> None:
-    """A container of somebody else's, named as carelessly as people do."""
-    node.docker("run", "-d", "--name", "trtllm", "--net=host", "stranger:1", "sleep", "100000")
+    """What is somebody else's, named as carelessly as people do: two containers and a process."""
+    for name in STRANGERS:
+        named = name.format(node=node.name)
+        node.docker("run", "-d", "--name", named, "--net=host", "stranger:1", "sleep", "100000")
+    node.start("stranger", "bash", "-c", f"exec -a '{STRANGE_PROCESS}' sleep 100000")
 
 
 def strangers(cluster: Cluster) -> list[str]:
     """Identity and start of everything on the nodes that is not ours."""
-    container = ("container", "inspect", "--format", "{{.Id}} {{.State.StartedAt}}", "trtllm")
-    image = ("image", "inspect", "--format", "{{.Id}}", "stranger:1")
-    nodes = cluster.nodes.values()
-    return [node.docker(*question) for node in nodes for question in (container, image)]
+    form = "{{.Id}} {{.Name}} {{.State.StartedAt}} {{.State.Pid}}"
+    return [
+        node.docker("inspect", "--format", form, *(n.format(node=node.name) for n in STRANGERS))
+        + node.docker("image", "inspect", "--format", " {{.Id}}", "stranger:1")
+        + node.run("pgrep", "--full", "--exact", f"{STRANGE_PROCESS} 100000").stdout
+        for node in cluster.nodes.values()
+    ]
 
 
 def ours(cluster: Cluster) -> list[str]:
@@ -74,18 +86,33 @@ def forget_image(cluster: Cluster) -> None:
 
 
 def traces(cluster: Cluster, workspace: Path) -> list[str]:
-    """Whatever of ours is left on a node or in the workspace, in words."""
-    found = [f"container {name}" for name in ours(cluster)]
-    words = r"docker (run|load|pull|exec)|pigz -dc|zstd -dc|gzip -dc|trtllm-serve"
+    """Whatever of ours is left on a node, on the login node or in the workspace, in words."""
+    found = [f"container {name}" for name in ours(cluster)] + processes(cluster)
     for node in cluster.nodes.values():
-        seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
-        found += [f"{node.name}: {line}" for line in seen if re.search(words, line)]
+        if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
+            found.append(f"{node.name}: the lock of the image's load")
     left = [
         *workspace.rglob("run_*.json"),
         *workspace.rglob("endpoint.json"),
         *workspace.rglob("*.part"),
     ]
     return found + [str(path) for path in left]
+
+
+def processes(cluster: Cluster) -> list[str]:
+    """Our processes, by what only our command lines say: every script of ours tells its node."""
+    docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc"
+    words = f"{docker}|{unpackers}|trtllm-serve|SLURMD_NODENAME"
+    found = []
+    for node in cluster.nodes.values():
+        seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
+        found += [f"{node.name}: {line}" for line in seen if re.search(words, line)]
+    for pid in processes_in_network_of([cluster.ctl.holder.pid]):
+        with contextlib.suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if re.search(r"run_sbatch\.py|^srun ", line):
+                found.append(f"ctl: {pid} {line}")
+    return [line for line in found if STRANGE_PROCESS not in line]
 
 
 class Launch:
@@ -100,7 +127,12 @@ class Launch:
         cwd: str | None = None,
     ) -> None:
         self.cluster, self.workspace = cluster, workspace
+        self.in_salloc = command[0] == "salloc"
         self.path = workspace / f"output-{time.monotonic_ns()}"
+        self._start(command, env, cwd)
+
+    def _start(self, command: list[str], env: dict[str, str] | None, cwd: str | None) -> None:
+        cluster, workspace = self.cluster, self.workspace
         with self.path.open("wb") as sink:
             self.process = cluster.ctl.popen(
                 *command,
@@ -128,6 +160,8 @@ class Launch:
     @property
     def pid(self) -> int:
         """The launcher's own process: salloc's child, or the process itself."""
+        if not self.in_salloc:
+            return self.process.pid
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return int((children.split() or [str(self.process.pid)])[0])
 
@@ -161,6 +195,37 @@ class Launch:
 
     def url(self) -> str:
         return str(json.loads((self.workspace / "logs/endpoint.json").read_text())["url"])
+
+
+class TerminalLaunch(Launch):
+    """The same at a terminal of its own, which can be typed at and closed."""
+
+    def _start(self, command: list[str], env: dict[str, str] | None, cwd: str | None) -> None:
+        self.terminal, theirs = pty.openpty()
+        self.process = self.cluster.ctl.popen(
+            "setsid", "--ctty", *command, cwd=cwd or str(self.workspace), env=env,
+            stdin=theirs, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+        self.path.touch()
+        self.closed = threading.Event()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with self.path.open("ab", buffering=0) as sink, contextlib.suppress(OSError):
+            while not self.closed.is_set():
+                if select.select([self.terminal], [], [], 0.05)[0]:
+                    sink.write(os.read(self.terminal, 1 << 16))
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.terminal, keys)
+
+    def hang_up(self) -> None:
+        """The window is closed, the connection lost."""
+        self.closed.set()
+        self.reader.join()
+        os.close(self.terminal)
 
 
 def serve_args(*extra: str) -> list[str]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,17 +12,13 @@ import pytest
 from tests.cluster.cluster import REGISTRY, Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import (
-    PYTHON,
     QUICK,
     REPO,
-    SLOW,
     TAG,
     TARBALL,
-    Launch,
     forget_image,
     ours,
     serve_args,
-    traces,
 )
 
 
@@ -145,18 +138,6 @@ def test_a_taken_port_is_noticed_before_anything_heavy(cluster: Cluster, launch:
         holder.wait()
 
 
-def test_docker_down_on_one_node_names_the_node(cluster: Cluster, launch: Launcher) -> None:
-    cluster.nodes["n2"].stop("dockerd")
-    try:
-        started = launch(*serve_args(), env=QUICK)
-        assert started.code(15) == 1
-        text = sentence(started.output)
-        assert text.startswith("n2: Docker does not answer: Cannot connect"), text
-        assert "n1:" not in text
-    finally:
-        cluster.nodes["n2"].start_dockerd()
-
-
 # --- a registry ---------------------------------------------------------------------------------
 
 
@@ -202,12 +183,6 @@ def test_a_tag_the_registry_does_not_have_names_the_node(launch: Launcher, regis
 
 # --- the engine fails ---------------------------------------------------------------------------
 
-ENGINE_FAULTS = {
-    "exit-loading:3": ("exit code 3", "before it was ready"),
-    "exit-serving:7:1": ("exit code 7", "while serving"),
-    "kill-serving:1": ("exit code 137 (killed", "while serving"),
-}
-
 
 def test_a_flag_that_the_engine_itself_refuses_is_its_word(launch: Launcher) -> None:
     started = launch(*serve_args("--no_such_flag", "1"), env={**QUICK, "TRTLLM_VERSION": "9.9"})
@@ -216,130 +191,7 @@ def test_a_flag_that_the_engine_itself_refuses_is_its_word(launch: Launcher) -> 
         assert word in sentence(started.output), started.output
 
 
-@pytest.mark.parametrize("fault", ENGINE_FAULTS)
-def test_an_engine_that_ends_is_reported_with_code_and_log(
-    fault: str, launch: Launcher, workspace: Path
-) -> None:
-    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": fault})
-    assert started.code(15) == 1
-    text = sentence(started.output)
-    assert text.startswith("n1: trtllm-serve ended with"), started.output
-    for words in ENGINE_FAULTS[fault]:
-        assert words in text
-    log = next((workspace / "logs").glob("*.log"))
-    assert f"the last lines of {log}" in started.output and str(log) in text
-    assert log.stat().st_size > 0
-
-
-def test_an_engine_that_answers_503_for_ever_is_given_up(launch: Launcher) -> None:
-    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": "503:1"})
-    started.until("READY")
-    assert started.code(60) == 1
-    assert "n1: the server is up but no longer serves" in sentence(started.output)
-    assert "/health answered 503" in sentence(started.output)
-
-
-def test_an_engine_that_never_gets_ready_is_given_up_at_the_deadline(launch: Launcher) -> None:
-    env = {"TRTLLM_SIM_FAULT": "hang-loading"}
-    started = launch(*serve_args("--ready-timeout", "2"), env=env)
-    assert started.code(15) == 1
-    assert "n1: the server was not ready within 2 s" in sentence(started.output)
-
-
-# --- stopped, in every phase --------------------------------------------------------------------
-
-
-def in_preflight(cluster: Cluster, launch: Launcher) -> Launch:
-    """A preflight that takes long, because one Docker daemon does not answer."""
-    cluster.nodes["n2"].run("pkill", "-STOP", "dockerd")
-    started = launch(*serve_args(), env=SLOW)
-    started.until("... preflight")
-    time.sleep(0.3)
-    return started
-
-
-def in_load(cluster: Cluster, launch: Launcher) -> Launch:
-    forget_image(cluster)
-    started = launch(*serve_args(), env=SLOW)
-    started.until("... load")
-    time.sleep(0.2)
-    return started
-
-
-def in_engine_loading(cluster: Cluster, launch: Launcher) -> Launch:
-    started = launch(*serve_args(), env=SLOW)
-    started.until("SIMULATOR")
-    return started
-
-
-def in_serving(cluster: Cluster, launch: Launcher) -> Launch:
-    started = launch(*serve_args(), env={**QUICK, "TRTLLM_SIM_FAULT": "ignore-term"})
-    started.until("READY")
-    return started
-
-
-PHASES = {
-    "preflight": in_preflight,
-    "load": in_load,
-    "loading": in_engine_loading,
-    "serving": in_serving,
-}
-
-
-def interrupt_twice(started: Launch) -> None:
-    started.send(signal.SIGINT)
-    time.sleep(0.05)
-    started.send(signal.SIGINT)
-
-
-def interrupt_group(started: Launch) -> None:
-    """^C at a terminal whose foreground job is `salloc python run_sbatch.py`."""
-    os.killpg(started.process.pid, signal.SIGINT)
-
-
-def cancel(started: Launch) -> None:
-    started.cluster.ctl.run("scancel", started.job)
-
-
-# How it is stopped -> the exit codes it may have: salloc answers for a revoked allocation, and
-# says 0 of a command that was killed.
-STOPS: dict[str, tuple[Callable[[Launch], None], set[int]]] = {
-    "SIGINT": (lambda s: s.send(signal.SIGINT), {130}),
-    "SIGTERM": (lambda s: s.send(signal.SIGTERM), {143}),
-    "SIGHUP": (lambda s: s.send(signal.SIGHUP), {129}),
-    "SIGINT twice": (interrupt_twice, {130}),
-    "^C of salloc": (interrupt_group, {1, 130}),
-    "scancel": (cancel, {1, 129, 137, 143}),
-    "SIGKILL": (lambda s: s.send(signal.SIGKILL), {0, 137}),
-}
-
-
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("how", STOPS)
-def test_however_it_is_stopped_no_container_is_left(
-    how: str, phase: str, cluster: Cluster, launch: Launcher, workspace: Path
-) -> None:
-    stop, codes = STOPS[how]
-    try:
-        started = PHASES[phase](cluster, launch)
-        stop(started)
-        assert started.code(10) in codes, started.output
-    finally:
-        cluster.nodes["n2"].run("pkill", "-CONT", "dockerd", check=False)
-    wait_until(lambda: ours(cluster) == [], 5, f"no container left\n{started.output}")
-    wait_until(lambda: not processes_left(cluster, workspace), 12, "no process left")
-    if how == "SIGKILL":
-        sweep(cluster, workspace)
-
-
-def processes_left(cluster: Cluster, workspace: Path) -> list[str]:
-    return [line for line in traces(cluster, workspace) if not line.startswith("/")]
-
-
-def sweep(cluster: Cluster, workspace: Path) -> None:
-    """What a killed launcher could not remove of its records, the next look does."""
-    status = (PYTHON, str(REPO / "run_sbatch.py"), "--status")
-    assert cluster.ctl.run(*status, cwd=str(workspace), check=False).returncode == 1
+# --- what is left, what is kept -------------------------------------------------------------------
 
 
 def test_the_next_start_reaps_what_dead_launchers_left(cluster: Cluster, launch: Launcher) -> None:
