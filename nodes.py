@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -331,7 +332,8 @@ class Step:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # its children, too: they hold the pipe
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             return False
         finally:

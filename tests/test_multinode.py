@@ -398,7 +398,7 @@ def test_letting_go_while_it_talks_is_no_error(
 # The end
 
 
-SLOWLY = "cat; sleep 0.2; printf 'n1\\tleft\\t\\nn2\\tleft\\t{}\\n'; sleep 9"
+SLOWLY = "cat; sleep 0.2; printf 'n1\\tleft\\t\\nn2\\tleft\\t{}\\n'; exec sleep 9"
 
 
 @pytest.mark.parametrize("why", ["", "Cannot connect"])
@@ -417,7 +417,7 @@ def test_a_node_in_trouble_is_not_waited_for_for_long(
     step: Callable[[str], Step], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multinode, "SHORT_FAREWELL", 0.3)
-    guard = holders(step(r"printf 'n1\tleft\t\n'; sleep 9"))
+    guard = holders(step(r"printf 'n1\tleft\t\n'; exec sleep 9"))
     guard.start()
     guard.seen["n2"] = time.monotonic() - 20
     begun = time.monotonic()

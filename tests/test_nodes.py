@@ -10,6 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -435,3 +437,13 @@ def test_without_env_files_nothing_changes() -> None:
     before = json.dumps(dict(os.environ))
     assert load_env_files() == []
     assert json.dumps(dict(os.environ)) == before
+
+
+def test_what_a_step_that_does_not_end_has_started_ends_with_it() -> None:
+    """Its children hold the pipe that we read: closing it would wait for them."""
+    step = Step(["sh", "-c", "sleep 9; :"])
+    reader = threading.Thread(target=lambda: list(step.told()), daemon=True)
+    reader.start()
+    begun = time.monotonic()
+    assert not step.stop(0.1)
+    assert time.monotonic() - begun < 3
