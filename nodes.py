@@ -107,9 +107,11 @@ def shown(argv: Sequence[str]) -> str:
 def last_words(text: str, lines: int = 1) -> str:
     """The last lines that say something; Slurm's and Docker's own postscripts do not."""
     noise = ("srun: ", "slurmstepd: ", "See 'docker", "Run 'docker", "salloc: ")
-    kept = [s.strip() for s in text.splitlines() if s.strip() and not s.startswith(noise)]
-    kept = kept or [s.strip() for s in text.splitlines() if s.strip()]
-    return " / ".join(kept[-lines:])
+    remark = "srun: cluster configuration lacks support for cpu binding"  # never why
+    said = [s.strip() for s in text.splitlines() if s.strip() and not s.startswith(remark)]
+    own = [s for s in said if not s.startswith(noise)]
+    errors = [s for s in said if "error:" in s]
+    return " / ".join((own or errors or said)[-lines:])
 
 
 def lost_nodes(text: str) -> str:

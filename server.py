@@ -249,7 +249,7 @@ def report_death(server: Server, code: int, when: str) -> None:
     if server.plan.spread and not death and server.log.tail():
         who, path = "srun", server.log.path
     elif death:
-        who = f"{death.node}: rank {death.ranks}"
+        who = f"{death.node}: rank{'s' * (not death.ranks.isdecimal())} {death.ranks}"
         code, path = death.code, multinode.rank_log(server.log.path, death.first)
     code = 128 - code if code < 0 else code
     logs = {log.path: log for log in (server.log, server.main_log)}
@@ -286,7 +286,7 @@ def stop(server: Server) -> None:
         stop_world(server.plan, server.holders, server.step)
     elif (not server.step.stop(STOP_WITHIN) or died_alone) and server.plan.runtime == "docker":
         remove_once_more(server.plan)
-    server.pump()
+    # What it still said is in the log; on the screen it would look like a failure.
     for log in filter(None, (server.log, server.rank0)):
         log.close()
     say(f"stopped; the log is {server.main_log.path}")

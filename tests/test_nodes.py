@@ -52,6 +52,8 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
         ("why\nsrun: error: n1: task 0: Exited with exit code 1\n", 1, "why"),
         ("why\nslurmstepd: error: *** STEP 1.0 ***\nsalloc: Relinquishing\n", 1, "why"),
         ("srun: error: Unable to create step\n", 1, "srun: error: Unable to create step"),
+        ("srun: error: why\nsrun: Terminating the step\n", 1, "srun: error: why"),
+        ("srun: cluster configuration lacks support for cpu binding\n", 1, ""),
     ],
 )
 def test_the_last_words_are_not_slurms_postscript(text: str, lines: int, words: str) -> None:

@@ -89,7 +89,7 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
         (FIRST + REST * 500, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
         (CANCEL + REST, "n1: Slurm ended the server while serving: job 77 was cancelled", ""),
         (LIMIT, "n1: Slurm ended the server while serving: job 77 has reached its time limit", ""),
-        (REST, r"n1: rank 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
+        (REST, r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
         ("srun: error: Node failure on n2\n", "n2: Slurm has lost this node, while serving", ""),
         ("", r"n1: trtllm-serve ended with exit code 1 .*: rank 0's words$", "_rank0"),
     ],
