@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -65,21 +66,23 @@ def started(command: list[str], log: Path, **settings: str) -> Iterator[Server]:
     env = environment(**settings)
     if command[0] == "mpirun":  # ranks find python3, and with it mpi4py, where mpirun is
         env["PATH"] = SYSTEM_PATH
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=env,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        yield Server(process, port, log)
-    finally:
-        for pid in session(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+    # An mpirun that is killed leaves its session directory; a short name: there are sockets in it.
+    with tempfile.TemporaryDirectory(prefix="mpi", ignore_cleanup_errors=True) as env["TMPDIR"]:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--host", "127.0.0.1", "--port", str(port)],
+                env=env,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        try:
+            yield Server(process, port, log)
+        finally:
+            for pid in session(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
 
 
 def alone(log: Path, *flags: str, **settings: str) -> AbstractContextManager[Server]:
