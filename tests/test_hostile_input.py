@@ -37,7 +37,7 @@ import settings
 import sharegpt
 from container import launch_command
 from matrix import Case
-from nodes import Failure, Step
+from nodes import Failure, Step, launcher
 from signals import SIGNALS
 from tests.conftest import archive, plan
 from tests.test_report import record as result
@@ -175,7 +175,7 @@ def test_a_dry_run_read_by_bash_has_the_very_arguments(
         engine = ["trtllm-serve", model, *serve, "--host", "0.0.0.0", "--port", "8000"]
         assert commands[1][-len(engine) :] == engine
         assert {command[0] for command in commands} <= {"bash", "env", "srun"}
-        assert [c[-1] for c in commands[2:]] == ["7" if slurm else f"local{os.getpid()}"]
+        assert [c[-1] for c in commands[2:]] == [launcher()]
         assert written(folder) == {"pasted", "record"}
 
 

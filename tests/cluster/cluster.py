@@ -153,6 +153,8 @@ def why_not() -> str | None:
         return "needs root (network namespaces, dockerd)"
     if not shutil.which("apt-get"):
         return "needs Debian (its Slurm, Docker and debootstrap packages)"
+    if Path("/tmp") in HERE.parents:
+        return "needs a checkout outside /tmp, of which each node has its own"
     return None
 
 
