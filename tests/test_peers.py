@@ -47,7 +47,7 @@ def test_the_table_has_the_better_runs(capsys: pytest.CaptureFixture[str]) -> No
 
     show({"peer 1.0": measure}, [1, 16], repeat=2)
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| client | 1 streams | 16 streams | most requests/s |",
+        "| client | 1 | 16 streams | most requests/s |",
         "|---|--:|--:|--:|",
         "| peer 1.0 | +0.50 / -0.25 | -0.25 / -0.25 | 900 |",
     ]
@@ -57,7 +57,7 @@ def test_the_table_has_the_better_runs(capsys: pytest.CaptureFixture[str]) -> No
 def test_an_unknown_engine_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         parse(["--engine", "vllm,llama"])
-    assert "llama: not one of vllm, sglang" in capsys.readouterr().err
+    assert "llama: not one of vllm, sglang, vllm-rs" in capsys.readouterr().err
     assert parse(["--engine", "vllm,sglang", "--streams", "1,2"]).streams == [1, 2]
 
 

@@ -1,7 +1,7 @@
 """Measure other benchmark clients as bench_client.py measures ours: against the same clock.
 
-    make bench-peers                                # vLLM's client, in a folder that is removed
-    make bench-peers ENGINE=vllm,sglang FOLDER=/var/tmp/engines        # kept for the next time
+    make bench-peers                              # vLLM's two, in a folder that is removed
+    make bench-peers ENGINE=vllm,vllm-rs,sglang FOLDER=/var/tmp/engines  # kept for the next time
 
 The server has one core, the client the other. What a client reports is compared with what the
 server sent in that very run. Each point is the better one of a few runs, for every client alike:
@@ -17,14 +17,15 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests import bench_client
 from tests.bench_client import ITL_MS, PROMPT, TOKENS, TTFT_MS, Point
 from tests.engines import tiny_model
-from tests.engines.engines import ENGINES, SGLANG, VLLM, Engine, run
+from tests.engines.engines import ENGINES, SGLANG, VLLM, Engine, run, site_packages
 
 
 class Load(NamedTuple):
@@ -39,6 +40,23 @@ class Load(NamedTuple):
 CEILING = Load(bench_client.CEILING_STREAMS, bench_client.CEILING_REQUESTS, 0, 0)
 
 
+def finish_vllm_rs(venv: Path) -> None:
+    (venv / "bin/vllm-rs").symlink_to(site_packages(venv) / "vllm/vllm-rs")
+
+
+# The client in Rust is a program of its own, in the wheel for NVIDIA only.
+VLLM_RS = replace(
+    VLLM,
+    name="vllm-rs",
+    version="0.33.0",
+    requirement="vllm",
+    pip_options=("--no-deps",),
+    finish=finish_vllm_rs,
+    client=VLLM.client.replace("bin/vllm", "bin/vllm-rs"),
+)
+INSTALLS = {**ENGINES, "vllm-rs": VLLM_RS}
+
+
 @dataclass(frozen=True)
 class Peer:
     name: str
@@ -48,6 +66,7 @@ class Peer:
 
 PEERS = (
     Peer("vllm bench serve", VLLM),
+    Peer("vllm-rs bench serve", VLLM_RS),
     Peer("sglang.bench_serving", SGLANG, "--warmup-requests 0"),
     Peer("sglang.bench_serving --rust-client", SGLANG, "--warmup-requests 0 --rust-client"),
 )
@@ -58,65 +77,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="bench-peers-") as scratch:
         work = Path(scratch)
-        venvs = {n: ENGINES[n].install((args.folder or work).resolve()) for n in args.engine}
+        venvs = {n: INSTALLS[n].install((args.folder or work).resolve()) for n in args.engine}
         tiny_model.write(work / "model")
         with bench_client.server() as (port, pid):
             bench_client.separate_cores(pid)  # the clients inherit this process' core
-            clients = {"bench.py (loadgen)": ours(port)} | {
-                f"{peer.name} {peer.engine.version}": theirs(
-                    peer, venvs[peer.engine.name], work, port
-                )
-                for peer in PEERS
-                if peer.engine.name in venvs
-            }
+            clients = {"bench.py (loadgen)": lambda load: bench_client.once(port, *load)[0]}
+            for peer in PEERS:
+                if venv := venvs.get(peer.engine.name):
+                    name = f"{peer.name} {peer.engine.version}"
+                    clients[name] = partial(measure, peer, venv, work, port)
             show(clients, args.streams, args.repeat)
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", type=names, default=["vllm"], help=",".join(ENGINES))
+    parser.add_argument("--engine", default="vllm,vllm-rs", help=",".join(INSTALLS))
     parser.add_argument("--folder", type=Path, help="keep what is installed here")
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--streams", type=numbers, default=[1, 16, 64, 256])
-    return parser.parse_args(argv)
+    parser.add_argument("--streams", default="1,16,64,256")
+    args = parser.parse_args(argv)
+    args.engine, args.streams = args.engine.split(","), [int(n) for n in args.streams.split(",")]
+    if unknown := set(args.engine) - set(INSTALLS):
+        parser.error(f"{', '.join(unknown)}: not one of {', '.join(INSTALLS)}")
+    return args
 
 
-def names(text: str) -> list[str]:
-    if unknown := set(text.split(",")) - set(ENGINES):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not one of {', '.join(ENGINES)}")
-    return text.split(",")
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
-# --- one run of a client: the load, measured by it and by the server ------------------------------
-
-
-def ours(port: int) -> Callable[[Load], Point]:
-    def measure(load: Load) -> Point:
-        return bench_client.once(port, *load)[0]
-
-    return measure
-
-
-def theirs(peer: Peer, venv: Path, work: Path, port: int) -> Callable[[Load], Point]:
+def measure(peer: Peer, venv: Path, work: Path, port: int, load: Load) -> Point:
+    """One run of a client; the point is what it and the server say of the same requests."""
     file, engine = work / "result.json", peer.engine
-    fixed = {"venv": venv, "model": work / "model", "file": file, "prompt": PROMPT,
-             "tokens": TOKENS, "url": f"http://127.0.0.1:{port}"}  # fmt: skip
-
-    def measure(load: Load) -> Point:
-        file.unlink(missing_ok=True)  # SGLang appends
-        bench_client.admin(port, f"config?ttft_ms={load.ttft}&itl_ms={load.itl}")
-        counts = {"streams": load.streams, "requests": load.requests}
-        words = engine.command(f"{engine.client} {peer.more}", **fixed, **counts)
-        run(words, engine.environment(venv, work))
-        truth = bench_client.admin(port, "stats")
-        return compared(peer.name, load.requests, json.loads(file.read_text()), truth)
-
-    return measure
+    file.unlink(missing_ok=True)  # SGLang appends
+    bench_client.admin(port, f"config?ttft_ms={load.ttft}&itl_ms={load.itl}")
+    words = engine.command(f"{engine.client} {peer.more}", venv=venv, model=work / "model",
+                           url=f"http://127.0.0.1:{port}", file=file, prompt=PROMPT, tokens=TOKENS,
+                           requests=load.requests, streams=load.streams)  # fmt: skip
+    run(words, engine.environment(venv, work))
+    truth = bench_client.admin(port, "stats")
+    return compared(peer.name, load.requests, json.loads(file.read_text()), truth)
 
 
 def compared(name: str, requests: int, said: Any, truth: Any) -> Point:
@@ -129,23 +126,21 @@ def compared(name: str, requests: int, said: Any, truth: Any) -> Point:
     return Point(ttft, itl_p99, truth["requests_per_s"], 0, True)
 
 
-# --- all of them ----------------------------------------------------------------------------------
-
-
 def show(clients: dict[str, Callable[[Load], Point]], streams: list[int], repeat: int) -> None:
-    """The README's table: a line a client, TTFT's and ITL p99's error at each number of streams."""
+    """A line a client: the errors of TTFT and of ITL p99 at each number of streams."""
     print(f"Timetable: TTFT {TTFT_MS} ms, ITL {ITL_MS} ms, {TOKENS} tokens. Errors in ms: mean "
           "TTFT / ITL p99.\n")  # fmt: skip
-    print(f"| client | {' | '.join(f'{n} streams' for n in streams)} | most requests/s |")
+    print(f"| client | {' | '.join(map(str, streams))} streams | most requests/s |")
     print(f"|---|{'--:|' * (len(streams) + 1)}")
-    for name, measure in clients.items():
-        points = [better(name, measure, Load(n, bench_client.requests(n)), repeat) for n in streams]
-        rate = max(measure(CEILING).rate for _ in range(repeat))
+    for name, client in clients.items():
+        loads = [Load(n, bench_client.requests(n)) for n in streams]
+        points = [better(name, client, load, repeat) for load in loads]
+        rate = max(client(CEILING).rate for _ in range(repeat))
         print(f"| {name} | {' | '.join(map(errors, points))} | {rate:.0f} |", flush=True)
 
 
-def better(name: str, measure: Callable[[Load], Point], load: Load, repeat: int) -> Point:
-    points = [measure(load) for _ in range(repeat)]
+def better(name: str, client: Callable[[Load], Point], load: Load, repeat: int) -> Point:
+    points = [client(load) for _ in range(repeat)]
     for point in points:
         print(name, bench_client.row(load.streams, point), file=sys.stderr)
     return min(points, key=lambda point: point.error)
