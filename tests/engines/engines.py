@@ -61,7 +61,7 @@ def run(command: list[str], environ: dict[str, str] | None = None) -> None:
     )
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        raise SystemExit(f"check-engines: {' '.join(command)} failed:\n{words}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{words}")
 
 
 def site_packages(venv: Path) -> Path:

@@ -4,9 +4,9 @@
     make bench-peers ENGINE=vllm,vllm-rs,sglang FOLDER=/var/tmp/engines  # kept for the next time
 
 The server has one core, the client the other. What a client reports is compared with what the
-server sent in that very run. Each point is the better one of a few runs, for every client alike:
-on a machine with other work all of them have bad luck. Each run is told on stderr, the table of the
-errors is for the README.
+server sent in that very run. All clients are run in turn, a few rounds, and each point is the
+better one of its runs, for ours as for theirs: on a machine with other work all have bad luck. Each
+run is told on stderr; the table of the errors, on stdout, is the README's.
 """
 
 from __future__ import annotations
@@ -128,22 +128,31 @@ def compared(name: str, requests: int, said: Any, truth: Any) -> Point:
 
 def show(clients: dict[str, Callable[[Load], Point]], streams: list[int], repeat: int) -> None:
     """A line a client: the errors of TTFT and of ITL p99 at each number of streams."""
+    loads = [*(Load(n, bench_client.requests(n)) for n in streams), CEILING]
+    rounds = [
+        {
+            (name, load): told(name, client, load)
+            for name, client in clients.items()
+            for load in loads
+        }
+        for _ in range(repeat)
+    ]
     print(f"Timetable: TTFT {TTFT_MS} ms, ITL {ITL_MS} ms, {TOKENS} tokens. Errors in ms: mean "
           "TTFT / ITL p99.\n")  # fmt: skip
     print(f"| client | {' | '.join(map(str, streams))} streams | most requests/s |")
-    print(f"|---|{'--:|' * (len(streams) + 1)}")
-    for name, client in clients.items():
-        loads = [Load(n, bench_client.requests(n)) for n in streams]
-        points = [better(name, client, load, repeat) for load in loads]
-        rate = max(client(CEILING).rate for _ in range(repeat))
-        print(f"| {name} | {' | '.join(map(errors, points))} | {rate:.0f} |", flush=True)
+    print(f"|---|{'--:|' * len(loads)}")
+    for name in clients:
+        better = [
+            min((r[name, load] for r in rounds), key=lambda p: p.error) for load in loads[:-1]
+        ]
+        rate = max(r[name, CEILING].rate for r in rounds)
+        print(f"| {name} | {' | '.join(map(errors, better))} | {rate:.0f} |")
 
 
-def better(name: str, client: Callable[[Load], Point], load: Load, repeat: int) -> Point:
-    points = [client(load) for _ in range(repeat)]
-    for point in points:
-        print(name, bench_client.row(load.streams, point), file=sys.stderr)
-    return min(points, key=lambda point: point.error)
+def told(name: str, client: Callable[[Load], Point], load: Load) -> Point:
+    point = client(load)
+    print(name, bench_client.row(load.streams, point), file=sys.stderr, flush=True)
+    return point
 
 
 def errors(point: Point) -> str:
