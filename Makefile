@@ -133,6 +133,10 @@ bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figu
 bench-client: $(READY) ## Measure the measuring client against a server that answers by the clock
 	$(PY) tests/bench_client.py
 
+.PHONY: bench-peers
+bench-peers: $(READY) ## Measure vLLM's or SGLang's client against the same clock (ENGINE= FOLDER=)
+	$(PY) -m tests.engines.peers $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder)
+
 .PHONY: bench-nodes
 bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes

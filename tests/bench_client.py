@@ -97,23 +97,32 @@ def run(
     return load, admin(port, "stats"), result
 
 
-def point(port: int, streams: int) -> Point:
-    """A run that bench.py would call valid: the client was not held up by others."""
-    for _ in range(ATTEMPTS):
-        load, truth, result = run(port, streams, max(ROUNDS * streams, FEWEST), TTFT_MS, ITL_MS)
-        gaps = Distribution(gap for o in result.outcomes for gap in o.gaps)
-        problems = client_facts(load, result, gaps.mean())["problems"]
-        if not problems:
-            break
-        print(f"{streams} streams, again: {problems[0]}", file=sys.stderr)
-    ttft = mean((o.first - o.sent) / 1e6 for o in result.outcomes)
+def requests(streams: int) -> int:
+    return max(ROUNDS * streams, FEWEST)
+
+
+def once(port: int, streams: int, count: int, ttft: float, itl: float) -> tuple[Point, list[str]]:
+    """One run, and what bench.py would say against it."""
+    load, truth, result = run(port, streams, count, ttft, itl)
+    gaps = Distribution(gap for o in result.outcomes for gap in o.gaps)
+    problems = client_facts(load, result, gaps.mean())["problems"]
     return Point(
-        (truth["ttft_ms"]["mean"], ttft),
+        (truth["ttft_ms"]["mean"], mean((o.first - o.sent) / 1e6 for o in result.outcomes)),
         (truth["itl_ms"]["p99"], gaps.percentile(99)),
         truth["requests_per_s"],
         result.cpu,
         not problems,
-    )
+    ), problems
+
+
+def point(port: int, streams: int) -> Point:
+    """A run that bench.py would call valid: the client was not held up by others."""
+    for _ in range(ATTEMPTS):
+        found, problems = once(port, streams, requests(streams), TTFT_MS, ITL_MS)
+        if found.kept_up:
+            break
+        print(f"{streams} streams, again: {problems[0]}", file=sys.stderr)
+    return found
 
 
 def middle(points: Sequence[Point]) -> Point:

@@ -86,6 +86,7 @@ TARGETS = {
     "bench": ["bench.py"],
     "static-bench": ["static_bench.py"],
     "bench-client": ["tests/bench_client.py"],
+    "bench-peers": ["-m", "tests.engines.peers"],
     "bench-nodes": ["-m", "tests.cluster.bench_nodes"],
     "bench-launch": ["-m", "tests.cluster.bench_launch"],
     "check-engines": ["-m", "tests.engines.check"],

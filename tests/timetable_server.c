@@ -220,6 +220,12 @@ static int number(const char *text, const char *key, int otherwise) {
     return at ? atoi(at + strlen(key)) : otherwise;
 }
 
+static bool truth(const char *text, const char *key) {
+    const char *at = strstr(text, key);
+    if (at) at += strlen(key) + strspn(at + strlen(key), " ");
+    return at && !strncmp(at, "true", 4);
+}
+
 static int prompt_tokens(const char *body) {
     const char *at = strstr(body, "\"prompt\":[");
     int count = 1;
@@ -253,7 +259,7 @@ static void begin(int fd, const char *line, const char *body, ns t) {
     c->start = t + ttft;
     c->sent = 0;
     c->chat = strstr(line, "/chat/") != NULL;
-    c->usage = strstr(body, "\"include_usage\":true") != NULL;
+    c->usage = truth(body, "\"include_usage\":");
     c->tokens = number(body, c->chat ? "\"max_completion_tokens\":" : "\"max_tokens\":", 16);
     c->prompt_tokens = prompt_tokens(body);
     if (!first_at) first_at = t;

@@ -28,6 +28,7 @@ class Engine:
     serve: str
     client: str  # its own benchmark client, for the load above; it writes JSON to {file}
     environ: dict[str, str]
+    pip_options: tuple[str, ...] = ()
 
     def install(self, folder: Path) -> Path:
         """The virtual environment with the engine, below `folder`; made once."""
@@ -35,7 +36,7 @@ class Engine:
         if not ready.exists():
             shutil.rmtree(venv, ignore_errors=True)
             run([sys.executable, "-m", "venv", str(venv)])
-            pip(venv, "install", f"{self.requirement}=={self.version}")
+            pip(venv, "install", *self.pip_options, f"{self.requirement}=={self.version}")
             self.finish(venv)
             ready.touch()
         return venv
@@ -60,7 +61,7 @@ def run(command: list[str], environ: dict[str, str] | None = None) -> None:
     )
     if done.returncode:
         words = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        raise SystemExit(f"check-engines: {' '.join(command)} failed:\n{words}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{words}")
 
 
 def site_packages(venv: Path) -> Path:
