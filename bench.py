@@ -53,6 +53,8 @@ class Bench:
         record = self.earlier(case, path) if self.resume else None
         if record is None:
             record = self.measure(case)
+            if path.exists():  # another client's, or of another load: not ours to lose
+                path.replace(path.with_name(f"{path.name}.before"))
             write_json(path, record)
         record = without_details(record)
         self.records.append(record)
@@ -107,7 +109,7 @@ class Bench:
             notes = witness.notes()
         problems = [*found["problems"], *endpoint.changes(self.server, before)]
         # What the launcher or the server itself tells is more than a sign.
-        notes = [] if problems or before["started"] else notes
+        notes = [] if problems or before["launched"] or before["started"] else notes
         return {**found, "problems": problems, "notes": [*found["notes"], *notes]}
 
 
@@ -130,7 +132,8 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
     try:
-        report.write(bench.folder, bench.in_folder())
+        if found := bench.in_folder():
+            report.write(bench.folder, found)
     finally:  # on a full disk, too
         invalid = show(bench, knee, stopped)
     return 1 if invalid or not bench.records else 0
@@ -239,7 +242,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group = parser.add_argument_group("the server").add_argument
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
     group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
-    group("-m", "--model", default=environ.get("MODEL", ""), help="(what the server serves)")
+    group("-m", "--model", default="", help="(what the server serves)")
     group("--insecure", action="store_true", help="take any https certificate")
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,8 @@ def against(
 def load_curve(name: str, title: str, groups: Sequence[Group], type_: str) -> Chart:
     """Each point a step of load: further up more work done, further right a longer wait."""
     series, labels = {}, []
-    for label, mine in families(groups, type_, "concurrency", "rate").items():
+    for label, family in families(groups, type_, "concurrency", "rate").items():
+        mine = sorted(family, key=load_of)  # not as they were measured
         latency, work = (
             (lambda g: g.value("mean_e2el_ms")),
             (lambda g: g.value("output_throughput")),
@@ -71,6 +73,11 @@ def load_curve(name: str, title: str, groups: Sequence[Group], type_: str) -> Ch
     return Chart(
         name, title, "mean end-to-end latency, ms", "output tokens/s", series, tuple(labels)
     )
+
+
+def load_of(group: Group) -> tuple[float, float]:
+    """What orders the steps: the rate, then the streams."""
+    return float(group.case["rate"]), float(group.case["concurrency"] or math.inf)
 
 
 def families(groups: Sequence[Group], type_: str, *running: str) -> dict[str, list[Group]]:

@@ -22,7 +22,7 @@ from endpoint import Endpoint
 from live import LiveLine
 from loadgen import Load, LoadError, Result, measure
 from matrix import Case
-from metrics import DETAILS, PERCENTILES, Wanted, growth, summarise
+from metrics import DETAILS, KINDS, PERCENTILES, Wanted, growth, summarise
 from nodes import die, say
 from payload import Conversations, Prompts, RandomPrompts, Requests
 
@@ -135,6 +135,8 @@ class Builtin:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         record = summarise(load, result, wanted, self.options.goodput)
         record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
+        if isinstance(load.body, Requests):
+            record["notes"] += repeats(load.body.prompts, case.num_prompts)
         return record | (details(load, result) if self.options.detailed else {})
 
     def load_for(self, case: Case, attempt: int) -> Load:
@@ -202,6 +204,14 @@ class Builtin:
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
+
+
+def repeats(prompts: Prompts, count: int) -> list[str]:
+    """Whether a data set was too small for so many requests."""
+    if not isinstance(prompts, Conversations) or len(prompts.turns) >= count:
+        return []
+    return [f"the data set has only {len(prompts.turns)} conversations for {count} requests: a "
+            "prefix cache knows the repeated ones"]  # fmt: skip
 
 
 def notes_for(case: Case, record: Record, chat: bool) -> list[str]:
@@ -303,7 +313,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
     """Its arguments, all of which 1.1.0 has."""
     served = endpoint.model if endpoint.model != endpoint.asked else ""
     target = endpoint.target
-    plain = not target.tls and not endpoint.prefix
+    plain = not target.tls and not endpoint.prefix and ":" not in target.host
     limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
     return [
         bench_place.PYTHON, "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
@@ -361,8 +371,10 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     if empty:
         problems.append(f"{empty} outputs are empty")
     problems += wrong_lengths(case, record, outputs)
-    latencies = record.get("e2els", []) if math.isfinite(case.rate) else []
+    latencies = end_to_end(record) if math.isfinite(case.rate) else []
     record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
+    if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
+        record |= {f"{kind}_{name}_ms": None for name in ("tpot", "itl") for kind in KINDS}
     if not detailed:
         for key in DETAILS:
             record.pop(key, None)
@@ -371,6 +383,12 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
     return record | {"valid": not problems, "problems": problems, "notes": [UNKNOWN], "client": {}}
+
+
+def end_to_end(record: Record) -> list[float]:
+    """Seconds of each request; not every version of the script writes them down."""
+    parts = zip(record.get("ttfts", []), record.get("itls", []), strict=False)
+    return record.get("e2els") or [ttft + sum(gaps) for ttft, gaps in parts]
 
 
 def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:

@@ -64,9 +64,12 @@ def find_endpoint(
             record, left = None, {}
         url = asked
     endpoint = Endpoint(url, "", "", api_key(environ, record), verify, record)
+    # MODEL is what the launcher is to serve: the record of what it does serve is better.
+    model = model or ("" if left else environ.get("MODEL", ""))
     name = choose(model, models(endpoint), url)
     given = str(left.get("model_argument") or name)
-    return replace(endpoint, model=name, asked=given if model in ("", name) else model)
+    asked = str(Path(model).absolute()) if model and Path(model).is_dir() else model
+    return replace(endpoint, model=name, asked=given if asked in ("", name) else asked)
 
 
 def left_url(record: Mapping[str, Any]) -> str:
@@ -228,7 +231,11 @@ def identity(endpoint: Endpoint) -> dict[str, Any]:
     launched = read_record(endpoint.record).get("started")
     # TensorRT-LLM's /metrics is no Prometheus page, and to read it empties it.
     started = None if ours or launched else process_start(endpoint)
-    return {"model": [str(card["id"]) for card in cards], "started": launched or started}
+    return {
+        "model": [str(card["id"]) for card in cards],
+        "launched": launched,
+        "started": started,
+    }
 
 
 def process_start(endpoint: Endpoint) -> str | None:
@@ -249,7 +256,11 @@ def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> list[str]:
         return [f"the server is gone: {e.message}"]
     if endpoint.model not in now["model"]:
         return [f"the server now serves {', '.join(now['model'])}, not {endpoint.model}"]
-    return [] if now == before else ["the server was restarted during the run"]
+    # A page that could not be read once is no restart.
+    read = None not in (before.get("started"), now["started"])
+    keys = ("model", "launched", "started") if read else ("model", "launched")
+    same = all(now[key] == before.get(key) for key in keys)
+    return [] if same else ["the server was restarted during the run"]
 
 
 class Witness:

@@ -194,12 +194,17 @@ def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
     return [
         # A single token may be a special one, which decodes to nothing.
         *count("have no text", [o for o in good if not o.has_text and o.output_tokens != 1]),
-        *count("came without usage", [o for o in good if o.output_tokens is None]),
+        *count("came without usage", [o for o in good if lacks_usage(o, wanted)]),
         *count("came in one piece, not streamed", [o for o in good if not o.streamed]),
         *wrong_length("output", [o.output_tokens for o in good], wanted.output_len, wanted.exact),
         *unlike_asked(good, wanted),
         *wrong_length("prompt", [o.prompt_tokens for o in good], wanted.input_len, True),
     ]
+
+
+def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:
+    counts = (outcome.output_tokens, outcome.prompt_tokens if wanted.input_len else 0)
+    return None in counts
 
 
 def count(what: str, outcomes: Sequence[Outcome]) -> list[str]:

@@ -65,8 +65,8 @@ def notes(records: Sequence[Record]) -> list[str]:
         held, lag = (max(c[k] for c in clients) for k in ("late_share", "p99_read_lag_ms"))
         kernel = all(c.get("stamps") == "kernel" for c in clients)
         found.append(f"the client's own delay: requests held back for at most {held:.1%} of their "
-                     f"time; p99 of reads at most {lag:.1f} ms late"
-                     + (" (kernel stamps undo that)" if kernel else "")
+                     "time" + (f"; p99 of reads at most {lag:.1f} ms late (kernel stamps undo that)"
+                               if kernel else "")
                      )  # fmt: skip
     return found
 

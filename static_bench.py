@@ -73,6 +73,8 @@ def static_bench(argv: Sequence[str] | None) -> int:
     folder = (args.output or Path("results") / time.strftime("static-%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(args.model).resolve()
+    if model.is_dir():  # the container's directory is another
+        args.model = str(model)
     mounts = [folder, *([model] if model.is_dir() else [])]
     tag = args.image
     if tag or not bench_place.is_installed():

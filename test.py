@@ -267,8 +267,8 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
     port = port_number(args.port or ("" if "://" in args.host else env.get("PORT", "")))
     model = args.model or env.get("MODEL", "")
     left = None if host else left_by_launcher(env.get("WORKSPACE", ""))
-    # PORT may be the launcher's own setting; only another port means another server.
-    if left and port in (0, urlsplit(left.url).port):
+    # PORT of the environment is the launcher's own setting: it hides no record.
+    if left and port_number(args.port) in (0, urlsplit(left.url).port):
         return left._replace(model=args.model or left.model)
     url = base_url(host or "localhost", port)
     if args.port and urlsplit(url).port != port:

@@ -87,7 +87,8 @@ def await_endpoint(server: subprocess.Popen[bytes]) -> None:
 
 def measure(words: list[str]) -> int:
     """A part of the short benchmark: its table; what else it says only when it fails."""
-    command = [sys.executable, str(ROOT / "bench.py"), *words, "--output", str(RESULTS)]
+    command = [sys.executable, str(ROOT / "bench.py"), "--client", "builtin", *words,
+               "--output", str(RESULTS)]  # fmt: skip
     with (RESULTS / "logs/bench.log").open("a+") as talk:
         bench = show(command, stdout=subprocess.PIPE, stderr=talk, text=True)
         table = bench.communicate()[0].splitlines()[:-1]  # without the result for programs

@@ -177,6 +177,30 @@ def test_resume_takes_no_result_of_something_else(
     assert requests > 1
 
 
+def test_resume_loses_no_result_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    resumed(capsys, "throughput", "--num-prompts", "5")
+    now, before = (
+        json.loads(Path("out", f"throughput-in512-out4-c2.json{end}").read_text())
+        for end in ("", ".before")
+    )
+    assert (now["num_prompts"], before["num_prompts"]) == (5, 4)
+
+
+def test_resume_that_measures_nothing_leaves_the_reports(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(capsys, obedient, "-t", "throughput", *QUICK)
+    report = Path("out/summary.json").read_text()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clients.Builtin, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Run(capsys, obedient, "-t", "latency", *QUICK, "--resume")
+    assert Path("out/summary.json").read_text() == report
+
+
 def test_resume_takes_no_result_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     Run(capsys, obedient, "-t", "throughput", *QUICK)
     again = Run(capsys, obedient, "-t", "throughput", *QUICK, "--resume")
@@ -479,15 +503,16 @@ def test_usage_errors(args: list[str]) -> None:
 def test_flags_win_over_the_environment_which_wins_over_env_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Path(".env").write_text("BENCH_TYPE=latency\nMODEL=file\nSHAREGPT_PATH=/data/s.json\n")
-    monkeypatch.setenv("MODEL", "environment")
+    Path(".env").write_text("BENCH_TYPE=latency\nSHAREGPT_PATH=/data/s.json\n")
     args = bench.parse([], bench_place.environment())
-    assert (args.model, args.type) == ("environment", ("latency",))
+    assert args.type == ("latency",)
+    monkeypatch.setenv("BENCH_TYPE", "decode")
+    assert bench.parse([], bench_place.environment()).type == ("decode",)
     assert (args.sharegpt, bench.parse([], {}).sharegpt) == (
         Path("/data/s.json"),
         Path("ShareGPT.json"),
     )
-    assert bench.parse(["-m", "flag"], bench_place.environment()).model == "flag"
+    assert bench.parse(["-t", "prefill"], bench_place.environment()).type == ("prefill",)
 
 
 def test_a_host_of_the_environment_is_a_shells_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -951,6 +976,32 @@ def test_one_token_without_text_is_none_that_is_missing() -> None:
     record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
               "total_input_tokens": 128}  # fmt: skip
     assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
+
+
+def test_what_the_other_client_calls_zero_is_nothing() -> None:
+    record = {"output_lens": [1], "errors": [""], "completed": 1, "total_input_tokens": 128,
+              "mean_tpot_ms": 0.0, "p99_itl_ms": 0.0, "mean_ttft_ms": 5.0}  # fmt: skip
+    judged = clients.judge(Case("prefill", 128, 1, 1), record, False)
+    assert (judged["mean_tpot_ms"], judged["p99_itl_ms"]) == (None, None)
+    assert judged["mean_ttft_ms"] == 5.0
+
+
+def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
+    record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
+    assert clients.end_to_end(record) == pytest.approx([0.7, 1.0])
+    assert clients.end_to_end({**record, "e2els": [9.0]}) == [9.0]
+
+
+def test_a_data_set_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    write_sharegpt(Path("share.json"))
+    more = ("--sharegpt", "share.json", "--num-prompts", "100")
+    run = Run(capsys, obedient, "-t", "sharegpt", *more, "--concurrency", "2")
+    assert "conversations for 100 requests" in run.stdout
+
+
+def test_usage_without_the_prompts_length_is_none() -> None:
+    odd = summarise(LOAD, Result([outcome(prompt_tokens=None)]), Wanted(MODEL, 4, 128), {})
+    assert "1 answers came without usage" in odd["problems"]
 
 
 def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFixture[str]) -> None:

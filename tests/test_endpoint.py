@@ -196,6 +196,30 @@ def test_a_restart_that_prometheus_metrics_tell() -> None:
         assert endpoint.changes(at(server), before) == RESTARTED
 
 
+def test_a_page_that_cannot_be_read_once_is_no_restart() -> None:
+    with serving(model_server(obedient)) as server:  # it has no /metrics
+        before = {**endpoint.identity(at(server)), "started": "1000.5"}
+        assert endpoint.changes(at(server), before) == []
+
+
+def test_the_launchers_model_is_not_the_one_to_ask_for() -> None:
+    """MODEL of .env is what is to be served; what is served stands in the record."""
+    with serving(model_server(obedient)) as server:
+        write_record(server.port)
+        assert found(MODEL="another/model").model == MODEL
+        Path("logs/endpoint.json").unlink()
+        with pytest.raises(Failure, match="not another/model"):
+            found(port=server.port, MODEL="another/model")
+
+
+def test_a_model_directory_is_named_by_its_whole_path() -> None:
+    """In NVIDIA's container the current directory is another."""
+    Path(MODEL).mkdir(parents=True)
+    with serving(model_server(obedient, Path(MODEL).name)) as server:
+        asked = found(port=server.port, model=MODEL).asked
+    assert asked == str(Path(MODEL).absolute())
+
+
 def test_metrics_that_reading_empties_are_left_alone() -> None:
     def answer(request: Request) -> None:
         assert request.line.split()[1] == "/v1/models"

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import charts
 import compare
 import report
 import results
@@ -77,6 +78,14 @@ def test_repeats_are_one_row_with_their_spread() -> None:
     text = report.table([record(LATENCY, 9.0), record(SECOND, 11.0)])
     assert text.count("latency-in128") == 1
     assert "10.0 ±14.1%" in text
+
+
+def test_the_curve_goes_from_load_to_load_not_by_date() -> None:
+    runs = [record(Case("concurrency", 512, 256, 10, c), 10.0 * c) for c in (4, 16, 1)]
+    chart = charts.load_curve("n", "t", results.groups(runs), "concurrency")
+    (points,) = chart.series.values()
+    assert [x for x, _ in points] == [10.0, 40.0, 160.0]
+    assert chart.labels == ("c=1", "c=4", "c=16")
 
 
 def test_goodput_has_a_column_when_it_was_asked_for() -> None:

@@ -520,10 +520,15 @@ def test_the_shells_host_is_not_the_server(monkeypatch: pytest.MonkeyPatch) -> N
     assert target()[0] == "http://localhost:8000"
 
 
-def test_the_launchers_endpoint_is_used_unless_host_or_port_is_given(tmp_path: Path) -> None:
+def test_the_launchers_endpoint_is_used_unless_host_or_port_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = endpoint(tmp_path, '{"url": "http://10.0.0.1:8000", "model": "m", "job": 7}')
     assert target() == ("http://10.0.0.1:8000", "m", str(path.relative_to(tmp_path)))
     assert target("-m", "other")[1] == "other"
+    monkeypatch.setenv("PORT", "30000")  # the launcher's setting hides no record
+    assert target()[0] == "http://10.0.0.1:8000"
+    monkeypatch.delenv("PORT")
     assert target("-p", "9000") == ("http://localhost:9000", "", "")
     assert target("-H", "a") == ("http://a:8000", "", "")
 
