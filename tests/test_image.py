@@ -667,16 +667,16 @@ def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("ids", "layers", "fails"),
-    [(("a", "a"), "", False), (("a", "b"), "", True), (("a", "b"), "[]", False)],
+    ("ids", "registry", "fails"),
+    [(("a", "a"), "r.io", False), (("a", "b"), "r.io", True), (("a", "b"), "", False)],
 )
 def test_nodes_with_different_images_cannot_both_be_right(
-    on_path: Fakes, ids: tuple[str, str], layers: str, fails: bool
+    on_path: Fakes, ids: tuple[str, str], registry: str, fails: bool
 ) -> None:
     lines = "".join(f"n{i}\timage\t{each}\n" for i, each in enumerate(ids))
     on_path.program("bash", f"print({lines!r})")
     try:
-        image.provide(Image("x:1", layers=layers), Place("1", 2, ()))
+        image.provide(Image("x:1", registry=registry), Place("1", 2, ()))
     except Failure as failure:
         assert fails and "the nodes hold different images under x:1" in failure.message
     else:
