@@ -30,7 +30,7 @@ from nodes import (
 )
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 GET_ONE = (
     "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
@@ -241,7 +241,11 @@ LOAD = (
     set -m;
     {
         words=$(exec 2>&1; $unpack <&4 | docker load;
-            case "${PIPESTATUS[*]}" in "0 0") ;; "0 "*|"141 "*) exit 1 ;; *) exit 2 ;; esac);
+            case "${PIPESTATUS[*]}" in
+                "0 0"|"141 0") ;;
+                "0 "*|"141 "*) exit 1 ;;
+                *) exit 2 ;;
+            esac);
         case $? in
             0) ;;
             1) tell error "docker load: $words"; exit 1 ;;

@@ -110,12 +110,13 @@ def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> li
 def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
     """All ranks, in blocks, each with a log of its own. The death of one ends all."""
     step = plan.place.on(spread.nodes, spread.ranks, spread.mpi)
+    escaped = Path(str(logs).replace("%", "%%"))  # srun's own sign for what it fills in
     return [
         *step,
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",
-        f"--output={rank_log(logs, '%t')}",
+        f"--output={rank_log(escaped, '%t')}",
         "bash",
         "-c",
         RANK,

@@ -187,6 +187,16 @@ def find_spread(world: World, nodes: Sequence[Node], plan: Plan) -> Spread | Non
     return spread_over(world, gpus, choose_mpi(setting("MPI")))
 
 
+def check_logs(plan: Plan, workspace: Path) -> None:
+    """Failure for a path that srun's --output cannot name: a backslash has no escape there."""
+    if plan.spread and "\\" in str(workspace):
+        die(
+            f"the workspace {workspace} has a backslash in its name, and srun cannot write a log "
+            "for each rank there",
+            hint="use another --workspace",
+        )
+
+
 def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
     """The world over nodes with `gpus` GPUs each. Failure where it does not fill them evenly."""
     if len(set(gpus)) > 1:

@@ -160,7 +160,7 @@ def container(name):
 
 def take_in(stream):
     import io, tarfile
-    data = stream.read()
+    data = stream.read(faults.get("reads", -1))
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             [entry] = json.load(tar.extractfile("manifest.json"))
@@ -491,12 +491,13 @@ match args:
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
-    case ["--noheader", "--jobs=77", "--format=%L"]:
-        print(faults.get("left", "UNLIMITED"))
-    case ["--noheader", "--jobs=77", "--format=%T"]:
+    case ["--noheader", "--jobs=77", "--format=%A %L"]:
+        print("76 1:00\n77", faults.get("left", "UNLIMITED"))  # 76: of the same array
+    case ["--noheader", "--jobs=77", "--format=%A %T %L"]:
         if faults.get("state") == "GONE":
             fail("slurm_load_jobs error: Invalid job id specified")
-        print(faults.get("state", "RUNNING"))
+        state, left = faults.get("state", "RUNNING"), faults.get("left", "UNLIMITED")
+        print("76 TIMEOUT 0:00\n77", state, left)
     case _:
         unknown()
 """

@@ -435,6 +435,15 @@ def test_another_image_of_that_tag_is_replaced(
     assert fakes.images() == {TAG: found.ids[0]}
 
 
+def test_a_docker_that_needs_no_more_of_the_tarball_has_loaded_it(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    data = archive()
+    fakes.set(reads=len(data))
+    loading = load(script, image_file(tmp_path / "x", "none", data + bytes(4_000_000)))
+    assert (loading.code(), told(loading, "error")) == (0, [])
+
+
 def test_what_turns_out_to_be_another_image_is_an_error(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:

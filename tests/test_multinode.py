@@ -131,6 +131,11 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
     ]
 
 
+def test_a_percent_sign_in_a_path_is_not_sruns(tmp_path: Path) -> None:
+    command = multinode.ranks_command(spread_plan(), SPREAD, tmp_path / "50%t/x.log")
+    assert f"--output={tmp_path}/50%%t/x_rank%t.log" in command
+
+
 def test_each_rank_has_a_log_beside_the_launchs() -> None:
     assert rank_log(Path("/a b/trtllm_server_77.log"), "13") == Path(
         "/a b/trtllm_server_77_rank13.log"

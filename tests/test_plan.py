@@ -15,6 +15,7 @@ from parallelism import World
 from plan import (
     Plan,
     Spread,
+    check_logs,
     check_mounted,
     choose_mpi,
     describe,
@@ -374,6 +375,14 @@ def test_a_dry_run_refuses_what_a_launch_would(made: Plan, size: int, words: str
         return
     with pytest.raises(Failure, match=words):
         expect_spread(of(size), made, environ)
+
+
+def test_a_workspace_that_srun_cannot_name_is_refused() -> None:
+    spread = replace(AUTO, spread=Spread(2, 8, "pmix"))
+    with pytest.raises(Failure, match="has a backslash in its name"):
+        check_logs(spread, Path("/a\\b"))
+    check_logs(spread, Path("/a b%t"))
+    check_logs(AUTO, Path("/a\\b"))
 
 
 def test_the_plan_is_one_sentence() -> None:
