@@ -295,6 +295,12 @@ def test_a_bare_tarball_tells_its_tag_and_id(tmp_path: Path, codec: str, oci: bo
     assert read_tarball(path) == Image("team/x:1", path, codec, (config_digest(data),), packed=size)
 
 
+def test_every_suffix_that_save_image_writes_names_a_tarball(tmp_path: Path) -> None:
+    for suffix in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"):
+        with pytest.raises(Failure, match="there is no image tarball"):
+            find_image(f"x{suffix}", tmp_path)
+
+
 @pytest.mark.parametrize("codec", SUFFIX)
 @pytest.mark.parametrize("spoil", ["half", "few", "garbage", "empty"])
 def test_a_spoiled_tarball_is_told_in_a_sentence(tmp_path: Path, codec: str, spoil: str) -> None:
