@@ -24,6 +24,7 @@ from preflight import Node
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
 SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
+ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
 FAREWELL, SHORT_FAREWELL = 10.0, 2.0  # seconds a node has to clean up; and one that is in trouble
 
 # What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
@@ -103,20 +104,19 @@ RANK = TELL + " " + HOLD + " " + script(r"""
 def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
     """A container on each node that sleeps, for the ranks to run in."""
     words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", SLEEP, "sleep")
-    # Where Slurm is configured to kill a step with its first task, no node would end by itself.
-    step = [*plan.place.on(spread.nodes), "--kill-on-bad-exit=0"]
-    return [*step, "bash", "-c", HOLDER, "holder", *words]
+    return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
 
 
 def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
     """All ranks, in blocks, each with a log of its own. The death of one ends all."""
     step = plan.place.on(spread.nodes, spread.ranks, spread.mpi)
+    escaped = Path(str(logs).replace("%", "%%"))  # srun's own sign for what it fills in
     return [
         *step,
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",
-        f"--output={rank_log(logs, '%t')}",
+        f"--output={rank_log(escaped, '%t')}",
         "bash",
         "-c",
         RANK,
@@ -140,6 +140,7 @@ class Holders(threading.Thread):
         self.ended: dict[str, str] = {}  # exit codes of containers
         self.left: dict[str, str] = {}  # why a node's container may be there still; '': it is gone
         self.talk: list[str] = []
+        self.looked = time.monotonic()  # when somebody last asked for a fault
 
     def run(self) -> None:
         with contextlib.suppress(ValueError):  # the step is let go of while we read
@@ -163,10 +164,19 @@ class Holders(threading.Thread):
 
     def fault(self) -> str:
         """What is wrong with the first node that is in trouble, or ''."""
+        self.forgive_absence()
         for index, name in enumerate(self.names):
             if trouble := self.trouble(name):
                 return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
         return ""
+
+    def forgive_absence(self) -> None:
+        """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
+        now = time.monotonic()
+        if now - self.looked > ABSENCE:
+            self.seen = dict.fromkeys(self.seen, now)
+            self.slurmd = dict.fromkeys(self.slurmd, now)
+        self.looked = now
 
     def trouble(self, name: str) -> str:
         if code := self.ended.get(name):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
+import pwd
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,11 +49,11 @@ class Plan:
 
 
 def user_name() -> str:
-    """Who we are; a uid without a name is its number."""
+    """Who we are, whatever $LOGNAME says; a uid without a name is its number."""
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def real(path: str) -> Path:
@@ -83,12 +83,18 @@ def engine_arguments(rest: Sequence[str]) -> tuple[str, list[str], int]:
     return model, args, int(port)
 
 
+def called_otherwise(path: str, where: Path) -> list[Path]:
+    """The name of a link that leads there: the model may be called by it."""
+    called = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+    return [Path(called)] if real(called) == where else []
+
+
 def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
     """Host directories that the containers see under the same path, each once."""
     mount = real(args.container_mount)
     mounts = [args.workspace, cache]
     if is_directory(mount):
-        mounts.insert(0, mount)
+        mounts[:0] = [mount, *called_otherwise(args.container_mount, mount)]
     elif args.asked_mount:
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
     else:
@@ -179,6 +185,16 @@ def find_spread(world: World, nodes: Sequence[Node], plan: Plan) -> Spread | Non
     if not is_spread(world, gpus, nodes[0].name, plan):
         return None
     return spread_over(world, gpus, choose_mpi(setting("MPI")))
+
+
+def check_logs(plan: Plan, workspace: Path) -> None:
+    """Failure for a path that srun's --output cannot name: a backslash has no escape there."""
+    if plan.spread and "\\" in str(workspace):
+        die(
+            f"the workspace {workspace} has a backslash in its name, and srun cannot write a log "
+            "for each rank there",
+            hint="use another --workspace",
+        )
 
 
 def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:

@@ -111,6 +111,7 @@ import supervise  # noqa: E402
 from nodes import Failure, Place, Told, complain, die, find_place, keep_ours, run, say  # noqa: E402
 from plan import (  # noqa: E402
     Plan,
+    check_logs,
     describe,
     engine_arguments,
     expect_spread,
@@ -307,6 +308,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     wanted = wanted_of(plan, found, port)
     if args.dry_run:
         plan = replace(plan, spread=expect_spread(world, plan, os.environ))
+        check_logs(plan, args.workspace)
         dry_run(plan, found, wanted, args)
         return 0
     if args.force:
@@ -314,6 +316,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     nodes = prepare_nodes(plan, wanted, args)
     url = url_of(nodes[0], place, serve_args)
     plan = replace(plan, spread=find_spread(world, nodes, plan))
+    check_logs(plan, args.workspace)
     say(f"{shape}: {describe(plan, world, nodes)}")
     if args.check:
         return 0

@@ -578,12 +578,18 @@ def check_env(path: Path) -> None:
         die(f"{path} is somebody else's, or everybody may write it", hint="make it your own")
 
 
+def image_setting() -> str:
+    """$IMAGE where it names an image; the launcher takes a tarball by that name, too."""
+    name = os.environ.get("IMAGE", "")
+    return "" if codec_of_name(name) or name.startswith(("/", "./", "../", "~")) else name
+
+
 def work(args: argparse.Namespace) -> str:
     if args.verify:
         return verify(args.verify)
     if args.load:
         return load(args.load)
-    image = with_tag(args.image or os.environ.get("IMAGE") or IMAGE)
+    image = with_tag(args.image or image_setting() or IMAGE)
     target = Path(args.output or tarball_name(image, args.compress))
     return save(image, target, args.compress)
 

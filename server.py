@@ -7,7 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +65,7 @@ class Server:
     started: float
     rank0: Log | None = None
     holders: multinode.Holders | None = None  # of a spread launch
+    starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
     ready_at: float | None = None
 
     @property
@@ -102,6 +103,7 @@ def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path, every: f
     What has been started by then ends with a Failure in here.
     """
     log, started = Log(log_path), time.monotonic()
+    starts = {p: p.stat().st_size for p in log_path.parent.glob(f"{log_path.stem}_rank*.log")}
     rank0: Log | None = None
     holders: multinode.Holders | None = None
     try:
@@ -114,7 +116,7 @@ def launch(plan: Plan, nodes: Sequence[Node], url: str, log_path: Path, every: f
         raise
     health, probe = Health(url, names_of(plan.engine)), Probe(url, every)
     health.start()
-    return Server(plan, nodes, url, step, log, health, probe, started, rank0, holders)
+    return Server(plan, nodes, url, step, log, health, probe, started, rank0, holders, starts)
 
 
 def launch_spread(
@@ -253,7 +255,7 @@ def report_death(server: Server, code: int, when: str) -> None:
         code, path = death.code, multinode.rank_log(server.log.path, death.first)
     code = 128 - code if code < 0 else code
     logs = {log.path: log for log in (server.log, server.main_log)}
-    tail = logs[path].tail() if path in logs else tail_of(path)
+    tail = logs[path].tail() if path in logs else tail_of(path, server.starts.get(path, 0))
     say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(

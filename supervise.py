@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import time
@@ -127,7 +128,7 @@ class Launch:
 def mark(log: Path, what: str) -> None:
     """A line in every log of the launch: what follows is another server's."""
     for path in (log, *log.parent.glob(f"{log.stem}_rank*.log")):
-        with path.open("a") as file:
+        with contextlib.suppress(OSError), path.open("a") as file:  # a full disk ends nothing
             file.write(f"===== run_sbatch.py: {what}, {server.iso(time.time())} =====\n")
 
 

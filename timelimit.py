@@ -42,7 +42,7 @@ class TimeLimit(threading.Thread):
         """Seconds left; None without a limit, or where Slurm does not say."""
         try:
             self.asking = subprocess.Popen(
-                squeue(self.job, "%L"),
+                squeue(self.job, "%A %L"),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -51,7 +51,7 @@ class TimeLimit(threading.Thread):
             )
         except OSError:
             return None
-        return seconds(self.asking.communicate()[0])
+        return seconds(answer(self.job, self.asking.communicate()[0]))
 
     def _tell(self, left: float) -> None:
         end = time.monotonic() + left
@@ -71,15 +71,24 @@ class TimeLimit(threading.Thread):
         """What has become of the job, in words; '' while it runs, or where nobody says."""
         if not self.job:
             return ""
-        if self.is_reached():
+        state, left = self._state()
+        # What was last asked may be minutes old, and the limit have been raised since.
+        goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
+        if self.is_reached() and not goes_on:
             return "has reached its time limit"
+        return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
+
+    def _state(self) -> tuple[str, str]:
+        """What squeue says now: the job's state and the time left; '' where it does not say."""
         try:
-            ask = squeue(self.job, "%T")
+            ask = squeue(self.job, "%A %T %L")
             done = subprocess.run(ask, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
-            return ""
-        state = done.stdout.strip() or ("GONE" if "Invalid job id" in done.stderr else "")
-        return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
+            return "", ""
+        if "Invalid job id" in done.stderr:
+            return "GONE", ""
+        state, _, left = answer(self.job, done.stdout).partition(" ")
+        return state, left
 
     def end(self) -> None:
         self.ended.set()
@@ -89,6 +98,12 @@ class TimeLimit(threading.Thread):
 
 def squeue(job: str, what: str) -> list[str]:
     return ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
+
+
+def answer(job: str, text: str) -> str:
+    """What follows our job's id: squeue has a line for each job of an array or of a het job."""
+    lines = (line.strip().partition(" ") for line in text.splitlines())
+    return next((rest.strip() for first, _, rest in lines if first == job), "")
 
 
 def seconds(text: str) -> float | None:

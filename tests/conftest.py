@@ -160,7 +160,7 @@ def container(name):
 
 def take_in(stream):
     import io, tarfile
-    data = stream.read()
+    data = stream.read(faults.get("reads", -1))
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             [entry] = json.load(tar.extractfile("manifest.json"))
@@ -374,7 +374,7 @@ match args:
 """
 
 # Runs its command as so many tasks on each node, as srun does, and copies its input to all of them.
-# With --kill-on-bad-exit the first task that fails takes the others with it.
+# With --kill-on-bad-exit=1 the first task that fails takes the others with it.
 SRUN = r"""
 import threading
 
@@ -401,6 +401,8 @@ for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_
 words = iter(args[2:])
 mpi = flag(words, "--mpi")
 flag(words, "--cpu-bind=none")
+flag(words, "--kill-on-bad-exit=0")
+flag(words, "--wait=0")
 per_node, count, total = (
     int(flag(words, name)) for name in ("--ntasks-per-node", "--nodes", "--ntasks"))
 if total != per_node * count or count > len(faults["nodes"]):
@@ -417,8 +419,6 @@ if mpi != "none":
         fail(f"srun: error: Couldn't find the specified plugin name for mpi/{mpi}")
 elif per_node != 1:
     unknown()
-elif command[:1] == ["--kill-on-bad-exit=0"]:
-    del command[0]
 if not command or command[0].startswith("-"):
     unknown()
 if faults.get("launch_failed"):
@@ -485,16 +485,19 @@ match args:
 
 SQUEUE = r"""
 match args:
-    case ["--noheader", user, "--format=%A"] if user.startswith("--user="):
+    case ["--all", "--noheader", user, "--format=%A"] if user.startswith("--user="):
+        if filters := [name for name in os.environ if name.startswith("SQUEUE_")]:
+            fail(f"squeue: {filters} hide jobs", 64)
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
-    case ["--noheader", "--jobs=77", "--format=%L"]:
-        print(faults.get("left", "UNLIMITED"))
-    case ["--noheader", "--jobs=77", "--format=%T"]:
+    case ["--noheader", "--jobs=77", "--format=%A %L"]:
+        print("76 1:00\n77", faults.get("left", "UNLIMITED"))  # 76: of the same array
+    case ["--noheader", "--jobs=77", "--format=%A %T %L"]:
         if faults.get("state") == "GONE":
             fail("slurm_load_jobs error: Invalid job id specified")
-        print(faults.get("state", "RUNNING"))
+        state, left = faults.get("state", "RUNNING"), faults.get("left", "UNLIMITED")
+        print("76 TIMEOUT 0:00\n77", state, left)
     case _:
         unknown()
 """

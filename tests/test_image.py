@@ -295,6 +295,12 @@ def test_a_bare_tarball_tells_its_tag_and_id(tmp_path: Path, codec: str, oci: bo
     assert read_tarball(path) == Image("team/x:1", path, codec, (config_digest(data),), packed=size)
 
 
+def test_every_suffix_that_save_image_writes_names_a_tarball(tmp_path: Path) -> None:
+    for suffix in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"):
+        with pytest.raises(Failure, match="there is no image tarball"):
+            find_image(f"x{suffix}", tmp_path)
+
+
 @pytest.mark.parametrize("codec", SUFFIX)
 @pytest.mark.parametrize("spoil", ["half", "few", "garbage", "empty"])
 def test_a_spoiled_tarball_is_told_in_a_sentence(tmp_path: Path, codec: str, spoil: str) -> None:
@@ -433,6 +439,15 @@ def test_another_image_of_that_tag_is_replaced(
     fakes.hold_image(identity="sha256:old")
     assert load(script, found).code() == 0
     assert fakes.images() == {TAG: found.ids[0]}
+
+
+def test_a_docker_that_needs_no_more_of_the_tarball_has_loaded_it(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    data = archive()
+    fakes.set(reads=len(data))
+    loading = load(script, image_file(tmp_path / "x", "none", data + bytes(4_000_000)))
+    assert (loading.code(), told(loading, "error")) == (0, [])
 
 
 def test_what_turns_out_to_be_another_image_is_an_error(
@@ -667,16 +682,16 @@ def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("ids", "layers", "fails"),
-    [(("a", "a"), "", False), (("a", "b"), "", True), (("a", "b"), "[]", False)],
+    ("ids", "registry", "fails"),
+    [(("a", "a"), "r.io", False), (("a", "b"), "r.io", True), (("a", "b"), "", False)],
 )
 def test_nodes_with_different_images_cannot_both_be_right(
-    on_path: Fakes, ids: tuple[str, str], layers: str, fails: bool
+    on_path: Fakes, ids: tuple[str, str], registry: str, fails: bool
 ) -> None:
     lines = "".join(f"n{i}\timage\t{each}\n" for i, each in enumerate(ids))
     on_path.program("bash", f"print({lines!r})")
     try:
-        image.provide(Image("x:1", layers=layers), Place("1", 2, ()))
+        image.provide(Image("x:1", registry=registry), Place("1", 2, ()))
     except Failure as failure:
         assert fails and "the nodes hold different images under x:1" in failure.message
     else:

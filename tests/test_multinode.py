@@ -55,11 +55,12 @@ def test_the_command_of_the_containers_is_this() -> None:
         "srun",
         "--mpi=none",
         "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--ntasks-per-node=1",
         "--nodes=2",
         "--ntasks=2",
         "--relative=0",
-        "--kill-on-bad-exit=0",
         "bash",
         "-c",
         multinode.HOLDER,
@@ -107,6 +108,8 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
         "srun",
         "--mpi=pmix_v4",
         "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--ntasks-per-node=8",
         "--nodes=2",
         "--ntasks=16",
@@ -126,6 +129,11 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
         "--tp_size",
         "16",
     ]
+
+
+def test_a_percent_sign_in_a_path_is_not_sruns(tmp_path: Path) -> None:
+    command = multinode.ranks_command(spread_plan(), SPREAD, tmp_path / "50%t/x.log")
+    assert f"--output={tmp_path}/50%%t/x_rank%t.log" in command
 
 
 def test_each_rank_has_a_log_beside_the_launchs() -> None:
@@ -239,6 +247,13 @@ def note(guard: Holders, *lines: str) -> None:
         guard.note(Told(line + "\n"))
 
 
+def watch(guard: Holders, clock: Clock, seconds: float) -> None:
+    """So many seconds, in which nothing is wrong."""
+    for _ in range(8):
+        clock.now += seconds / 8
+        assert guard.fault() == ""
+
+
 def test_only_the_nodes_of_the_spread_are_watched() -> None:
     assert holders().names == ["n1", "n2"]
 
@@ -253,15 +268,26 @@ def test_a_beat_is_a_sign_of_life(clock: Clock) -> None:
     assert guard.fault() == ""
     note(guard, *BEATS)
     for _ in range(10):
-        clock.now += multinode.SILENCE - 0.1
-        assert guard.fault() == ""
+        watch(guard, clock, multinode.SILENCE - 0.1)
         note(guard, *BEATS)
-    clock.now += multinode.SILENCE - 0.1
+    watch(guard, clock, multinode.SILENCE - 0.1)
     note(guard, BEATS[0])
     clock.now += 0.2
     assert guard.fault() == "n2 (ranks 8-15): no sign of life for 8 s"
     note(guard, BEATS[1])
     assert guard.fault() == ""
+
+
+def test_who_stood_still_himself_does_not_blame_the_nodes(clock: Clock) -> None:
+    guard = holders()
+    note(guard, *BEATS)
+    watch(guard, clock, multinode.SILENCE - 0.1)
+    clock.now += 1000  # ^Z and fg: what was said meanwhile has not been read yet
+    assert guard.fault() == ""
+    note(guard, "n1\tbeat\t", "n2\tbeat\t")
+    watch(guard, clock, multinode.SILENCE - 0.1)
+    clock.now += 0.2
+    assert guard.fault() == "n1 (ranks 0-7): no sign of life for 8 s"
 
 
 def test_a_slurmd_that_is_gone_for_a_while_is_named_with_its_ranks(clock: Clock) -> None:

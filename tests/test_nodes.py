@@ -132,6 +132,8 @@ def test_in_an_allocation_srun_is_the_prefix(environ: dict[str, str], size: int)
         "--export=ALL",
         "--mpi=none",
         "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--ntasks-per-node=1",
     ]
     first = ["--relative=0"] if size > 1 else []  # it is the only one otherwise
@@ -148,6 +150,8 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(nodes: int, first: bool) -> Non
         "--export=ALL",
         "--mpi=pmix_v4",
         "--cpu-bind=none",
+        "--kill-on-bad-exit=0",
+        "--wait=0",
         "--ntasks-per-node=8",
         f"--nodes={nodes}",
         f"--ntasks={8 * nodes}",
@@ -156,6 +160,7 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(nodes: int, first: bool) -> Non
 
 
 def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
+    assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES"} < {*LEAKS}
     environ = {"SLURM_JOB_ID": "1", **dict.fromkeys(LEAKS, "x"), "SLURM_CPUS_ON_NODE": "8"}
     for prefix in (find_place(environ).every, find_place(environ).head):
         before = prefix[: prefix.index("srun")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pwd
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from parallelism import World
 from plan import (
     Plan,
     Spread,
+    check_logs,
     check_mounted,
     choose_mpi,
     describe,
@@ -24,6 +26,7 @@ from plan import (
     local_paths,
     pick_mpi,
     spread_over,
+    user_name,
 )
 from preflight import Node
 from tests.conftest import Fakes, plan
@@ -66,6 +69,13 @@ def test_the_models_and_ports_settings_count() -> None:
     assert engine_arguments([])[::2] == ("e", 81)
 
 
+def test_who_we_are_is_no_variables_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    assert user_name() == pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 9)
+    assert user_name() == str(2**31 - 9)
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "80.0", " 80", "²", "9" * 5000])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     with pytest.raises(Failure, match="not a number from 1 to 65535"):
@@ -87,6 +97,14 @@ def test_every_directory_is_mounted_once(tmp_path: Path) -> None:
         fsx / "work",
         fsx / "works",
     ]
+
+
+def test_a_mount_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
+    (tmp_path / "mnt/fsx/m").mkdir(parents=True)
+    (tmp_path / "fsx").symlink_to(tmp_path / "mnt/fsx")
+    mounts = mounts_of(tmp_path / "mnt/fsx", f"{tmp_path}/fsx", tmp_path / "c")
+    assert mounts == [tmp_path / "mnt/fsx", tmp_path / "fsx", tmp_path / "c"]
+    check_mounted([tmp_path / "fsx/m", tmp_path / "mnt/fsx/m"], mounts)
 
 
 def test_a_default_mount_that_is_not_there_is_left_out_with_a_word(
@@ -357,6 +375,14 @@ def test_a_dry_run_refuses_what_a_launch_would(made: Plan, size: int, words: str
         return
     with pytest.raises(Failure, match=words):
         expect_spread(of(size), made, environ)
+
+
+def test_a_workspace_that_srun_cannot_name_is_refused() -> None:
+    spread = replace(AUTO, spread=Spread(2, 8, "pmix"))
+    with pytest.raises(Failure, match="has a backslash in its name"):
+        check_logs(spread, Path("/a\\b"))
+    check_logs(spread, Path("/a b%t"))
+    check_logs(AUTO, Path("/a\\b"))
 
 
 def test_the_plan_is_one_sentence() -> None:

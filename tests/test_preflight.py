@@ -227,6 +227,7 @@ DEAD = f"{here()}:999999999:1"
         ("id name local5 elsewhere/b/1:1:1 me", set(), False),
         ("id name   me", set(), False),
         ("id name 66  me", {"77"}, True),
+        ("id name 66 LAUNCHER me", {"77"}, False),  # whatever squeue hides: it is here and lives
         ("id", {"77"}, False),
         ("", {"77"}, False),
     ],
@@ -250,9 +251,10 @@ def test_a_container_of_this_very_job_is_named_unless_it_goes_anyway() -> None:
 
 def test_slurm_is_asked_for_my_jobs(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
+    os.environ["SQUEUE_PARTITION"] = "debug"
     fakes.set(jobs=["66", "77"])
     assert preflight.jobs_of("me") == {"66", "77"}
-    assert fakes.calls("squeue") == [["squeue", "--noheader", "--user=me", "--format=%A"]]
+    assert fakes.calls("squeue") == [["squeue", "--all", "--noheader", "--user=me", "--format=%A"]]
     fakes.set(jobs=[])
     assert preflight.jobs_of("me") == set()
 

@@ -26,6 +26,7 @@ import run_sbatch
 import settings
 import supervise
 from nodes import Place
+from plan import user_name
 from preflight import Node
 from tests.conftest import (
     HOSTILE,
@@ -898,9 +899,7 @@ def test_a_killed_launcher_leaves_no_container_and_a_record_that_is_swept(
 def test_what_an_earlier_launch_left_behind_is_removed_and_nothing_else(
     fakes: Fakes, launch: Launcher
 ) -> None:
-    import getpass
-
-    user = getpass.getuser()
+    user = user_name()
     fakes.leave_container("old", "n2", job="66", launcher="x", user=user)
     fakes.leave_container("theirs", "n2", job="66", launcher="x", user="them")
     fakes.leave_container("other", "n2", job="78", launcher="x", user=user)

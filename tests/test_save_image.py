@@ -367,6 +367,12 @@ def test_flag_beats_environment_beats_dotenv(box: Box, classic: Image) -> None:
     assert names == ["flag-1.tar.gz\n", "environment-1.tar.gz\n", "dotenv-1.tar.gz\n"]
 
 
+@pytest.mark.parametrize("name", ["old.tar.gz", "/fsx/x.tzst", "./x"])
+def test_the_launchers_tarball_is_not_what_is_saved(box: Box, classic: Image, name: str) -> None:
+    box.hold(classic)
+    assert box.run(env={"IMAGE": name}).stdout == "tensorrt-llm-serve-latest.tar.gz\n"
+
+
 def test_containerd_id_is_recorded_and_packed_layers_noted(box: Box) -> None:
     noise = random.Random(1).randbytes(2_000_000)
     image = build_image("oci", layer=b"\x1f\x8b\x08" + noise)

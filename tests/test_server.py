@@ -117,6 +117,16 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
         each.close()
 
 
+def test_a_rank_that_said_nothing_is_not_lent_an_earlier_launchs_words(
+    run_plan: Callable[..., server.Server], tmp_path: Path
+) -> None:
+    (tmp_path / "x_rank9.log").write_text("an earlier launch\n")
+    running = run_plan("bash", "-c", f"printf '{FIRST.strip()}\\n'; exit 3")
+    running.plan = replace(running.plan, spread=Spread(2, 8, "pmix"))
+    with pytest.raises(Failure, match=r"^n2: rank 9 ended with exit code 3 .*: it said nothing$"):
+        server.await_ready(running, 60)
+
+
 def test_loading_is_told_now_and_then_and_has_a_deadline(
     run_plan: Callable[..., server.Server],
     monkeypatch: pytest.MonkeyPatch,

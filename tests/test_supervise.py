@@ -54,6 +54,13 @@ def test_each_pause_is_twice_the_last_but_never_long(make: Make, pauses: list[fl
         fail(launch)
 
 
+def test_a_full_disk_is_no_reason_not_to_restart(make: Make, pauses: list[float]) -> None:
+    launch = make(1)
+    launch.log.symlink_to("/dev/full")
+    fail(launch)
+    assert pauses == [2]
+
+
 def test_without_the_option_a_failure_is_what_it_was(make: Make, pauses: list[float]) -> None:
     with pytest.raises(Failure, match=r"^it failed$"):
         fail(make(0))

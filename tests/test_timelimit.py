@@ -141,6 +141,15 @@ def test_slurm_says_whether_the_job_has_ended(
     assert limit.how_it_ended() == "has reached its time limit"
 
 
+@pytest.mark.parametrize(("left", "over"), [("UNLIMITED", False), ("5:00", False), ("0:00", True)])
+def test_a_limit_that_was_raised_since_it_was_asked_for_is_not_reached(
+    fakes: Fakes, limit: timelimit.TimeLimit, left: str, over: bool
+) -> None:
+    limit.end_at = time.monotonic() - 100
+    fakes.set(left=left)
+    assert limit.how_it_ended() == ("has reached its time limit" if over else "")
+
+
 def test_without_slurm_nobody_is_asked(fakes: Fakes, limit: timelimit.TimeLimit) -> None:
     here = timelimit.TimeLimit(Place("local1", 1, ()))
     here.begin()
