@@ -10,6 +10,7 @@ import time
 from nodes import Place, say
 
 NOTICE = 600.0  # seconds before the end at which it is told
+COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
 
 
@@ -72,9 +73,14 @@ class TimeLimit(threading.Thread):
         if not self.job:
             return ""
         state, left = self._state()
+        waited = 0.0
+        while state == "COMPLETING" and waited < COMPLETES_WITHIN:  # which comes before the reason
+            time.sleep(0.2)
+            waited += 0.2
+            state, left = self._state()
         # What was last asked may be minutes old, and the limit have been raised since.
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
-        if self.is_reached() and not goes_on:
+        if state == "TIMEOUT" or (self.is_reached() and not goes_on):
             return "has reached its time limit"
         return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
 
@@ -97,7 +103,8 @@ class TimeLimit(threading.Thread):
 
 
 def squeue(job: str, what: str) -> list[str]:
-    return ["squeue", "--noheader", f"--jobs={job}", f"--format={what}"]
+    every = "--states=all"  # one that has ended is not listed otherwise
+    return ["squeue", "--noheader", every, f"--jobs={job}", f"--format={what}"]
 
 
 def answer(job: str, text: str) -> str:

@@ -491,9 +491,9 @@ match args:
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
-    case ["--noheader", "--jobs=77", "--format=%A %L"]:
+    case ["--noheader", "--states=all", "--jobs=77", "--format=%A %L"]:
         print("76 1:00\n77", faults.get("left", "UNLIMITED"))  # 76: of the same array
-    case ["--noheader", "--jobs=77", "--format=%A %T %L"]:
+    case ["--noheader", "--states=all", "--jobs=77", "--format=%A %T %L"]:
         if faults.get("state") == "GONE":
             fail("slurm_load_jobs error: Invalid job id specified")
         state, left = faults.get("state", "RUNNING"), faults.get("left", "UNLIMITED")
