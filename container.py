@@ -128,7 +128,7 @@ REMOVE_OURS = (
 
 
 # Whose is a port? A listening socket has a number that its owner's open files have, too.
-LISTENS = script(r"""
+OWNS = script(r"""
     listening=$(printf ':%04X [0-9A-F]+:0000 0A ' "$1");
     for inode in $(grep -Eh "$listening" /proc/net/tcp /proc/net/tcp6 | awk '{print $10}'); do
         ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF "socket:[$inode]" && echo own && exit;
@@ -203,5 +203,5 @@ def remove_command(plan: Plan) -> list[str]:
 
 def owner_command(plan: Plan, port: str) -> list[str]:
     """Tells whether the port of the first node is served from within this launch's container."""
-    words = [plan.place.job, plan.runtime, port, LISTENS]
+    words = [plan.place.job, plan.runtime, port, OWNS]
     return [*plan.place.head, "bash", "-c", ASK_OWNER, "owner", *words]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
-from nodes import HOLD, TELL, Step, Told, die, last_words, script
+from nodes import HOLD, LISTENS, TELL, Step, Told, die, last_words, script
 from plan import Plan, Spread
 from preflight import Node
 
@@ -36,14 +36,12 @@ SLURM = script(r"""
     case $spool in *%h*) spool=${spool//%h/$(hostname -s)} ;; esac;
     [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
     port=$(value SlurmdPort);
-    printf -v listening ':%04X [0-9A-F]+:0000 0A ' "${port:-6818}";
 """)
 
 # A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
 BEAT = script(r"""
     beat() {
-        if grep -Eqs "$listening" /proc/net/tcp /proc/net/tcp6; then tell beat slurmd;
-        else tell beat; fi;
+        if listens "${port:-6818}"; then tell beat slurmd; else tell beat; fi;
     };
     { while kill -0 $$; do beat; sleep 2; done; } 2>/dev/null &
     beat=$!;
@@ -61,8 +59,8 @@ BEAT = script(r"""
 # The node's name follows; a container of a spread launch sleeps, for the ranks to run in.
 SLEEP = r"""printf '%s\tup\t\n' "$1"; exec sleep infinity"""
 
-HOLDER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM, ATTACHED,
-                   BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip
+HOLDER = " ".join([TELL, LISTENS, HOLD, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
+                   ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
 # The variables go by a pipe: no file is left when Slurm kills the task with another one's death.

@@ -130,12 +130,15 @@ def slurms_word(text: str) -> str:
     """What Slurm says of a step that it could not start, or ended; '' where it did neither."""
     if lost := lost_nodes(text):
         return lost
-    cancelled = CANCELLED.search(text)
-    if cancelled or "Job step aborted" in text:
-        unknown = "was cancelled" if cancelled else "was cancelled, or is out of time"
-        how = CANCEL_WORDS.get((cancelled and cancelled[2]) or "", unknown)
-        return f"Slurm ended the job: it {how}"
-    return ""
+    if cancelled := CANCELLED.search(text):
+        return f"Slurm ended the job: it {how_cancelled(cancelled)}"
+    aborted = "Job step aborted" in text
+    return "Slurm ended the job: it was cancelled, or is out of time" if aborted else ""
+
+
+def how_cancelled(found: re.Match[str]) -> str:
+    """What became of the job, by a match of CANCELLED."""
+    return CANCEL_WORDS.get(found[2], "was cancelled")
 
 
 def run(argv: Sequence[str], *, timeout: float = 60) -> str:
@@ -266,6 +269,14 @@ def find_place(environ: Mapping[str, str]) -> Place:
 TELL = script(r"""
     node=${SLURMD_NODENAME:-$(hostname)};
     tell() { printf '%s\t%s\t%s\n' "$node" "$1" "${2//[$'\n\t']/ }"; };
+""")
+
+# Whether somebody listens on a port of the node, by what the kernel says.
+LISTENS = script(r"""
+    listens() {
+        printf -v socket ':%04X [0-9A-F]+:0000 0A ' "$1";
+        grep -Eqs "$socket" /proc/net/tcp /proc/net/tcp6;
+    };
 """)
 
 # A held script: when standard input ends, it gets SIGTERM and does in its trap what has to be done.

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from image import GET_ONE, Image, is_pulled_anew
-from nodes import TELL, Place, Told, by_node, die, is_alive, run, say, script
+from nodes import LISTENS, TELL, Place, Told, by_node, die, is_alive, run, say, script
 
 LABEL = "tensorrt-llm-serve"
 PATIENCE = 60.0  # seconds for all nodes together
 
 PREFLIGHT = (
     TELL
+    + " "
+    + LISTENS
     + " "
     + script(r"""
     shopt -s nullglob;
@@ -29,8 +31,7 @@ PREFLIGHT = (
     tell allocated "$SLURM_STEP_GPUS";
     efa=(/dev/infiniband/uverbs*); tell efa "${#efa[@]}";
     gdrdrv=(/dev/gdrdr[v]); tell gdrdrv "${#gdrdrv[@]}";
-    printf -v listening ':%04X [0-9A-F]+:0000 0A ' "$port";
-    grep -Eqs "$listening" /proc/net/tcp /proc/net/tcp6 &&
+    listens "$port" &&
     tell taken "$(ss -Hltnp "sport = :$port" 2>/dev/null | sed -n 's/.*users:((\([^)]*\)).*/\1/p')";
     for path; do [ -r "$path" ] || tell unseen "$path"; done;
     if [ "$runtime" = bare ]; then tell engine "$(command -v trtllm-serve)"; exit 0; fi;

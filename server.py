@@ -16,13 +16,13 @@ from container import launch_command, owner_command, remove_command
 from health import Health, Probe, names_of
 from log import Log, tail_of
 from nodes import (
-    CANCEL_WORDS,
     CANCELLED,
     SEE_NODES,
     Failure,
     Step,
     Told,
     die,
+    how_cancelled,
     last_words,
     launcher,
     lost_nodes,
@@ -241,7 +241,7 @@ def report_death(server: Server, code: int, when: str) -> None:
     if server.plan.place.slurm and cancelled and not death:
         die(
             f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} "
-            f"{CANCEL_WORDS.get(cancelled[2], 'was cancelled')}",
+            f"{how_cancelled(cancelled)}",
             hint=f"its log: {server.log.path}",
         )
     if (lost := lost_nodes(said)) and not death:

@@ -31,13 +31,14 @@ class TimeLimit(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.is_set():
-            left = self._ask()
-            if left is not None:
+            pause = ASK_EVERY
+            if (left := self._ask()) is not None:
                 self.end_at = time.monotonic() + left
-            if left is not None and left <= NOTICE:
-                self._tell(left)
-            soon = left is not None and NOTICE < left < NOTICE + ASK_EVERY
-            self.ended.wait(left - NOTICE if left is not None and soon else ASK_EVERY)
+                if left <= NOTICE:
+                    self._tell(left)
+                else:
+                    pause = min(pause, left - NOTICE)
+            self.ended.wait(pause)
 
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""

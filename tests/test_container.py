@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from container import (
-    LISTENS,
+    OWNS,
     docker_options,
     launch_command,
     mount_flag,
@@ -360,7 +360,7 @@ def test_a_container_that_could_not_be_removed_is_told(
 def test_a_port_belongs_to_who_listens_on_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        ask = ["sh", "-c", LISTENS, "listens", port]
+        ask = ["sh", "-c", OWNS, "listens", port]
         assert subprocess.run(ask, text=True, stdout=subprocess.PIPE).stdout == "own\n"
     free = subprocess.run(ask, text=True, stdout=subprocess.PIPE)
     assert (free.stdout, free.returncode) == ("", 0)

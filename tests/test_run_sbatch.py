@@ -603,12 +603,16 @@ def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launc
     assert left() == set()
 
 
+def hold_on_both(fakes: Fakes) -> None:
+    for node in ("localhost", "n2"):
+        fakes.hold_image(node=node)
+
+
 @pytest.mark.parametrize("restart", ["0", "3"])
 def test_the_end_of_the_job_is_no_fault_of_the_server(
     fakes: Fakes, launch: Launcher, restart: str
 ) -> None:
-    fakes.hold_image(node="localhost")
-    fakes.hold_image(node="n2")
+    hold_on_both(fakes)
     started = launch("m", "--restart", restart, slurm=True)
     started.until("stop it with")
     fakes.set(state="COMPLETING")
@@ -619,8 +623,7 @@ def test_the_end_of_the_job_is_no_fault_of_the_server(
 
 
 def test_the_end_of_the_job_is_told_before_it_comes(fakes: Fakes, launch: Launcher) -> None:
-    fakes.hold_image(node="localhost")
-    fakes.hold_image(node="n2")
+    hold_on_both(fakes)
     fakes.set(left="7:30")
     started = launch("m", slurm=True)
     started.until("stop it with")
@@ -630,8 +633,7 @@ def test_the_end_of_the_job_is_told_before_it_comes(fakes: Fakes, launch: Launch
 
 
 def test_a_signal_at_the_end_of_the_job_is_told_as_that(fakes: Fakes, launch: Launcher) -> None:
-    fakes.hold_image(node="localhost")
-    fakes.hold_image(node="n2")
+    hold_on_both(fakes)
     fakes.set(left="0:01")
     started = launch("m", slurm=True)
     started.until("stop it with")
@@ -850,8 +852,7 @@ def test_what_cannot_work_is_told_before_anything_is_started(
 def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
     fakes: Fakes, launch: Launcher
 ) -> None:
-    fakes.hold_image(node="localhost")
-    fakes.hold_image(node="n2")
+    hold_on_both(fakes)
     words = error(launch("m", "--tp_size", "17", slurm=True))
     assert words.startswith("the world size is 17 (tp 17 x pp 1 x cp 1), but the 2 node(s) have 16")
 

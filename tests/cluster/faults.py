@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nodes import whole_file
 from tests.cluster.cluster import Cluster, ClusterError, Machine, wait_until, why_not
 from tests.cluster.launches import (
     PYTHON,
@@ -355,9 +356,8 @@ def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
 
 
 def rename_over(tarball: Path) -> None:
-    new = tarball.with_suffix(".new")
-    new.write_bytes(b"another one")
-    new.replace(tarball)
+    with whole_file(tarball) as file:
+        file.write("another one")
 
 
 def race_in_one_job(scene: Scene) -> None:
@@ -365,8 +365,7 @@ def race_in_one_job(scene: Scene) -> None:
     scene.start_one(["sleep", "1000"], WHOLE, {})
     scene.launch.until("Granted")
     wait_until(lambda: scene.launch.pid != scene.launch.process.pid, 10, "salloc's child")
-    variables = Path(f"/proc/{scene.launch.pid}/environ").read_bytes().split(b"\0")
-    slurm = dict(v.decode().partition("=")[::2] for v in variables if v.startswith(b"SLURM_"))
+    slurm = scene.launch.allocation
     for port in ("8000", "8001"):
         scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})
     await_loser(scene, scene.launches[1:])
@@ -416,9 +415,8 @@ def set_clock(seconds: int) -> Callable[[Scene], None]:
 
 
 def write_clock(seconds: int) -> None:
-    new = CLOCK.with_suffix(".new")
-    new.write_text(f"{seconds:+d}")
-    new.replace(CLOCK)
+    with whole_file(CLOCK) as file:
+        file.write(f"{seconds:+d}")
 
 
 def stepped_clock(_: Scene) -> None:

@@ -170,6 +170,13 @@ class Launch:
         found = re.search(r"allocation (\d+)", self.output)
         return found[1] if found else ""
 
+    @property
+    def allocation(self) -> dict[str, str]:
+        """The environment that a shell inside its allocation has."""
+        variables = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
+        pairs = (v.decode().partition("=")[::2] for v in variables if v.startswith(b"SLURM_"))
+        return dict(pairs)
+
     def send(self, signum: int) -> None:
         os.kill(self.pid, signum)
 

@@ -28,12 +28,6 @@ def served(launch: Launcher) -> Iterator[Launch]:
     started.stop()
 
 
-def allocation(served: Launch) -> dict[str, str]:
-    """The environment that a shell inside the server's allocation has."""
-    variables = Path(f"/proc/{served.pid}/environ").read_bytes().split(b"\0")
-    return dict(v.decode().partition("=")[::2] for v in variables if v.startswith(b"SLURM_"))
-
-
 CLIENTS = {"builtin": [], "trtllm": ["--client", "trtllm", "-i", TAG]}
 
 
@@ -41,7 +35,7 @@ CLIENTS = {"builtin": [], "trtllm": ["--client", "trtllm", "-i", TAG]}
 def test_a_benchmark_agrees_with_the_servers_speeds(
     client: str, cluster: Cluster, served: Launch, workspace: Path
 ) -> None:
-    env = {**allocation(served), "TRTLLM_STAND_IN": "measure"}
+    env = {**served.allocation, "TRTLLM_STAND_IN": "measure"}
     command = [PYTHON, str(REPO / "bench.py"), *LOAD, *CLIENTS[client], "-o", "results"]
     done = cluster.ctl.run(*command, cwd=str(workspace), env=env, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
