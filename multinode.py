@@ -25,7 +25,9 @@ UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
 SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
 ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
-FAREWELL, SHORT_FAREWELL = 10.0, 2.0  # seconds a node has to clean up; and one that is in trouble
+# Seconds a node has to clean up; and one that is in trouble, which gives up after two (BEAT):
+# who stops listening in that very moment does not hear why its container is left.
+FAREWELL, SHORT_FAREWELL = 10.0, 3.0
 
 # What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
 # use them does not exist yet), and slurmd itself, known by its port: a step outlives its slurmd.
