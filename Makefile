@@ -115,7 +115,7 @@ check: $(READY) ## Lint, types, and all tests; as root also those on a real clus
 	@$(VENV)/bin/ruff format --quiet --check .
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/hadolint Dockerfile
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: cluster
 cluster: $(READY) ## A shell on the login node of a real two-node cluster (as root)

@@ -208,6 +208,12 @@ def count(text: str) -> int:
     return numbers(text)[0]
 
 
+def whole(text: str) -> int:
+    if (found := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
+    return found
+
+
 def port(text: str) -> int:
     if not (text.isdecimal() and 0 < int(text) < 65536):
         raise argparse.ArgumentTypeError(f"{text}: a port is 1 to 65535")
@@ -268,11 +274,11 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("-i", "--image", default=environ.get("BENCH_IMAGE", ""),
           help="for trtllm: tarball, tag or reference")  # fmt: skip
     group("--tokenizer", default="", metavar="T", help="for trtllm (the model's)")
-    group("--warmup", type=int, metavar="N", help="unmeasured requests before (up to 16)")
+    group("--warmup", type=whole, metavar="N", help="unmeasured requests before (up to 16)")
     # A new one each time: earlier prompts may still be in the server's prefix cache.
     group("--seed", type=int, default=random.randrange(1 << 31), metavar="N", help="(a new one)")
     group("--timeout", type=positive, default=600.0, metavar="S", help="of a request (600)")
-    group("--shards", type=int, default=0, metavar="N", help="processes (as needed)")
+    group("--shards", type=whole, default=0, metavar="N", help="processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
 
 

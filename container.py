@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 
-from nodes import HOLD, TELL, launcher, script
+from nodes import HOLD_IN_JOB, TELL, launcher, script
 from plan import Plan
 from preflight import LABEL
 from settings import PASSED_ON
@@ -68,8 +68,16 @@ ATTACHED = script(r"""
         exit 143;
     };
     trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
-    docker run --name "$name" "$@" &
+    docker run --name "$name" "$@" <&3 &
     client=$!;
+""")
+
+# In the container: it ends with its standard input, which is the script's. So it does, though the
+# script and docker's client are killed, or nothing reaches the node or its daemon for a while.
+ATTENDED = script(r"""
+    exec 3<&0 </dev/null;
+    ( { cat; kill -TERM $$; sleep 5; kill -KILL $$; } <&3 >/dev/null 2>&1 & );
+    exec 3<&-; exec "$@"
 """)
 
 # 125 is the client's own failure: where the daemon went away, its container may live on.
@@ -79,14 +87,16 @@ FINISH = script(r"""
 """)
 RELEASE = "[ $code != 125 ] || remove;"
 
-DOCKER = " ".join([TELL, HOLD, INTERFACES, CONTAINER, ATTACHED, FINISH, RELEASE, "exit $code;"])
+DOCKER = " ".join(
+    [TELL, HOLD_IN_JOB, INTERFACES, CONTAINER, ATTACHED, FINISH, RELEASE, "exit $code;"]
+)
 
 # Without a container: the engine is a session of its own, to be signalled as one. MPI must not see
 # Slurm's variables, or its spawning of workers inside a step fails.
 BARE = (
     TELL
     + " "
-    + HOLD
+    + HOLD_IN_JOB
     + " "
     + INTERFACES
     + " "
@@ -101,7 +111,7 @@ BARE = (
         exit 143;
     };
     trap '[ -n "$engine" ] || [ "$!" = "$watch" ] || engine=$!; stop' TERM INT HUP;
-    setsid "$@" &
+    setsid "$@" 3<&- &
     engine=$!;
     wait $engine; code=$?;
     trap '' TERM INT HUP;
@@ -163,6 +173,7 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
     return [
         "--rm",
         "--pull=never",                             # a tag nobody has is an error, not a download
+        "--interactive",                            # its standard input ends with its launcher
         "--init",                                   # forwards signals, whatever the engine ignores
         f"--label={LABEL}.job={plan.place.job}",
         f"--label={LABEL}.launcher={launcher()}",
@@ -191,7 +202,8 @@ def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
     """The one command that is the server, for as long as its standard input is open."""
     if plan.runtime == "bare":
         return [*plan.place.head, "bash", "-c", BARE, "launch", *plan.engine]
-    words = container_words(plan, environ, plan.tag, *plan.engine)
+    attended = ["sh", "-c", ATTENDED, "attended", *plan.engine]
+    words = container_words(plan, environ, plan.tag, *attended)
     return [*plan.place.head, "bash", "-c", DOCKER, "launch", *words]
 
 

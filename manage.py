@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ask import ask
-from nodes import die, is_alive, launcher, run, say, write_json
+from nodes import die, is_alive, launcher, run, say, script, write_json
 from plan import Plan, user_name
 from preflight import jobs_of
 from response import Malformed
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
+
+
+# Removes our records, known by our name in them, when its standard input ends: when we do.
+GUARD = script(r"""
+    trap '' TERM INT HUP; launcher=$1; shift; cat >/dev/null;
+    for file; do ! grep -qsF "$launcher" "$file" || rm -f "$file"; done;
+""")
 
 
 def act(args: argparse.Namespace) -> int:
@@ -60,6 +70,25 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
         mine.replace(path)
     finally:
         mine.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def guarded(*paths: Path) -> Iterator[None]:
+    """While the block lasts, the death of this process removes its records, SIGKILL included."""
+    files = [str(path.absolute()) for path in paths]
+    guard = subprocess.Popen(
+        ["bash", "-c", GUARD, "guard", launcher(), *files],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs
+            guard.communicate(timeout=2)
 
 
 def remove_records(*paths: Path) -> None:

@@ -31,6 +31,7 @@ MATRIX = (
 SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=5)
 # fmt: on
 TYPES = tuple(row.type for row in MATRIX)
+MANY = 20  # streams that unlimited ones count as, where requests are so many a stream
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def unique(values: Iterator[int]) -> tuple[int, ...]:
 
 
 def requests_for(row: Row, streams: int | None, change: Overrides) -> int:
-    return change.num_prompts or max(row.requests, row.per_stream * (streams or 1))
+    return change.num_prompts or max(row.requests, row.per_stream * (streams or MANY))
 
 
 def cases(types: Sequence[str], change: Overrides) -> Iterator[Case]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
-from nodes import HOLD, LISTENS, TELL, Step, Told, die, last_words, script
+from nodes import HOLD, HOLD_IN_JOB, LISTENS, TELL, Step, Told, die, last_words, script
 from plan import Plan, Spread
 from preflight import Node
 
@@ -58,10 +58,11 @@ BEAT = script(r"""
     trap farewell EXIT;
 """)
 
-# The node's name follows; a container of a spread launch sleeps, for the ranks to run in.
-SLEEP = r"""printf '%s\tup\t\n' "$1"; exec sleep infinity"""
+# The node's name follows. A container of a spread launch is there for the ranks to run in, for as
+# long as its standard input, the script's, is open.
+UP = r"""printf '%s\tup\t\n' "$1"; exec cat >/dev/null"""
 
-HOLDER = " ".join([TELL, LISTENS, HOLD, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
+HOLDER = " ".join([TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
                    ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
@@ -102,8 +103,8 @@ RANK = TELL + " " + HOLD + " " + script(r"""
 
 
 def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
-    """A container on each node that sleeps, for the ranks to run in."""
-    words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", SLEEP, "sleep")
+    """A container on each node that waits, for the ranks to run in."""
+    words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", UP, "up")
     return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
 
 

@@ -251,6 +251,11 @@ class Place:
         return self.on(1)
 
 
+def unfiltered() -> dict[str, str]:
+    """Our environment for squeue: a filter in it must not make a job look ended."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+
 def find_place(environ: Mapping[str, str]) -> Place:
     """This machine, or the allocation that SLURM_JOB_ID names."""
     if not (job := environ.get("SLURM_JOB_ID")):
@@ -280,6 +285,7 @@ LISTENS = script(r"""
 """)
 
 # A held script: when standard input ends, it gets SIGTERM and does in its trap what has to be done.
+# The input stays open as 3, for a container that is held by it, too.
 # Should the shell be gone by then, its number may be another's: the watcher asks whose child it is.
 HOLD = script(r"""
     exec 3<&0 </dev/null;
@@ -289,9 +295,29 @@ HOLD = script(r"""
         [ "$parent" != $$ ] || kill -TERM $$;
     } <&3 >/dev/null 2>&1 &
     watch=$!;
-    exec 3<&-;
     trap 'kill $watch 2>/dev/null' EXIT;
 """)
+
+# A node that was out of reach may never hear of that end. What lasts asks Slurm, too, every minute,
+# whether its job is over: it does not know it any more, or not as one that runs.
+JOB_IS_OVER = script(r"""
+    over() {
+        [ -n "$SLURM_JOB_ID" ] || return;
+        jobs=$(
+            unset ${!SQUEUE_*};
+            timeout 20 squeue --all --noheader --jobs="$SLURM_JOB_ID" --format=%A 2>&1 </dev/null
+        );
+        case $?:$jobs in
+            0:*) ! grep -qx "$SLURM_JOB_ID" <<<"$jobs" ;;
+            *"Invalid job id"*) true ;;
+            *) false ;;
+        esac;
+    };
+""")
+HOLD_IN_JOB = f"{JOB_IS_OVER} " + HOLD.replace(
+    "while IFS= read -r _; do :; done",
+    "while IFS= read -r -t 60 _ || [ $? -gt 128 ]; do ! over || break; done",
+)
 
 
 class Told:

@@ -92,7 +92,7 @@ def called_otherwise(path: str, where: Path) -> list[Path]:
 def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
     """Host directories that the containers see under the same path, each once."""
     mount = real(args.container_mount)
-    mounts = [args.workspace, cache]
+    mounts = [args.workspace, *called_otherwise(args.called_workspace, args.workspace), cache]
     if is_directory(mount):
         mounts[:0] = [mount, *called_otherwise(args.container_mount, mount)]
     elif args.asked_mount:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections import defaultdict
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from image import GET_ONE, Image, is_pulled_anew
-from nodes import LISTENS, TELL, Place, Told, by_node, die, is_alive, run, say, script
+from nodes import LISTENS, TELL, Place, Told, by_node, die, is_alive, run, say, script, unfiltered
 
 LABEL = "tensorrt-llm-serve"
 PATIENCE = 60.0  # seconds for all nodes together
@@ -320,10 +319,8 @@ def jobs_of(user: str) -> set[str] | None:
     if not shutil.which("squeue"):
         return None
     command = ["squeue", "--all", "--noheader", f"--user={user}", "--format=%A"]
-    # A filter in the environment must not make a job look ended.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, env=unfiltered(), capture_output=True, text=True, timeout=10)
     except subprocess.TimeoutExpired:
         return None
     return set(done.stdout.split()) if done.returncode == 0 else None

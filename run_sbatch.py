@@ -162,13 +162,14 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
     args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
     args.image = args.image or setting("IMAGE")
-    args.workspace = real(args.workspace or setting("WORKSPACE") or ".")
+    args.called_workspace = args.workspace or setting("WORKSPACE") or "."
+    args.workspace = real(args.called_workspace)
     args.runtime = args.runtime or setting("RUNTIME")
     asked = args.ready_timeout or setting("READY_TIMEOUT")
     args.ready_timeout = seconds(parser, "--ready-timeout", asked)
     args.probe_seconds = seconds(parser, "PROBE_SECONDS", setting("PROBE_SECONDS"))
     restart = args.restart or setting("RESTART")
-    if not restart.isdecimal():
+    if not (restart == "0" or parallelism.is_count(restart)):
         parser.error(f"--restart: {restart!r} is not a number of times")
     args.restart = int(restart)
     if args.runtime not in ("docker", "bare"):

@@ -312,7 +312,7 @@ def stop_world(plan: Plan, holders: multinode.Holders, *ranks: Step) -> None:
 def say_left(plan: Plan, node: str, why: str) -> None:
     say(
         f"{node}: the container trtllm-{plan.place.job}-{node} may be there still ({why}); "
-        f"your next launch there removes it, or `docker rm --force` by hand"
+        "it ends by itself once the node answers, your next launch there removes it, too"
     )
 
 
@@ -323,8 +323,8 @@ def remove_once_more(plan: Plan) -> None:
     except Failure as failure:
         if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
             say(
-                f"could not confirm that the container is gone: {failure.message}; "
-                f"your next launch there removes it"
+                f"could not confirm that the container is gone: {failure.message}; it ends by "
+                "itself once the node answers, your next launch there removes it, too"
             )
         return
     for each in told:

@@ -33,9 +33,15 @@ def serve(
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
     limit = TimeLimit(plan.place)
     launch = Launch(plan, nodes, url, args, limit)
+    with manage.guarded(launch.record, launch.endpoint):
+        supervise(launch, put_image)
+
+
+def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
+    plan, limit = launch.plan, launch.limit
     try:
         manage.sweep(launch.logs)
-        manage.write_record(launch.record, plan, url, launch.log)
+        manage.write_record(launch.record, plan, launch.url, launch.log)
         limit.begin()
         if plan.runtime == "docker":
             put_image()

@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 
-from nodes import Place, say
+from nodes import Place, say, unfiltered
 
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
@@ -45,6 +45,7 @@ class TimeLimit(threading.Thread):
         try:
             self.asking = subprocess.Popen(
                 squeue(self.job, "%A %L"),
+                env=unfiltered(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -89,7 +90,7 @@ class TimeLimit(threading.Thread):
         """What squeue says now: the job's state and the time left; '' where it does not say."""
         try:
             ask = squeue(self.job, "%A %T %L")
-            done = subprocess.run(ask, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(ask, env=unfiltered(), capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return "", ""
         if "Invalid job id" in done.stderr:
@@ -105,7 +106,7 @@ class TimeLimit(threading.Thread):
 
 def squeue(job: str, what: str) -> list[str]:
     every = "--states=all"  # one that has ended is not listed otherwise
-    return ["squeue", "--noheader", every, f"--jobs={job}", f"--format={what}"]
+    return ["squeue", "--all", "--noheader", every, f"--jobs={job}", f"--format={what}"]
 
 
 def answer(job: str, text: str) -> str:

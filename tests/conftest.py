@@ -57,11 +57,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if CI and os.geteuid() == 0:
+    if CI and os.geteuid() == 0 and not hasattr(config, "workerinput"):
         packages.install(packages.OTHERS)
 
 
@@ -120,7 +120,7 @@ TOOLS = [
 ]
 
 COMMON = r"""
-import contextlib, fcntl, json, os, signal, subprocess, sys, time
+import contextlib, fcntl, json, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 home = Path(os.environ["FAKE_HOME"])
@@ -184,7 +184,7 @@ def run(name, rest):
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
             "--workdir=", "--env=", "--entrypoint=")) and word not in (
-            "--rm", "--init", "--privileged", "--pull=never"):
+            "--rm", "--init", "--interactive", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
         fail('"docker run" requires at least 1 argument.', 125)
@@ -203,15 +203,16 @@ def run(name, rest):
     if word not in images():
         fail(f"docker: Error response from daemon: No such image: {word}.", 125)
     labels = dict(f[len("--label="):].split("=", 1) for f in flags if f.startswith("--label="))
-    if engine[:1] == ["trtllm-serve"]:
-        engine = [sys.executable, os.environ["FAKE_SIMULATOR"], *engine[1:]]
+    if "trtllm-serve" in engine[:5]:
+        at = engine.index("trtllm-serve")
+        engine[at:at + 1] = [sys.executable, os.environ["FAKE_SIMULATOR"]]
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     time.sleep(faults.get("create_delay", 0))
     with locked():
         process = subprocess.Popen(
-            engine, stdin=subprocess.DEVNULL, start_new_session=True, env=seen,
-            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
+            engine, stdin=standard_input("--interactive" in flags), start_new_session=True,
+            env=seen, preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
         container(name).write_text(json.dumps({
             "pid": process.pid, "name": name, "labels": labels, "flags": flags,
             "environment": seen}))
@@ -222,6 +223,18 @@ def run(name, rest):
                 os.killpg(leader, signal.SIGKILL)
         container(name).unlink(missing_ok=True)
     raise SystemExit(code if code >= 0 else 128 - code)
+
+def standard_input(attached):
+    # The daemon's: it gets what the client reads, and ends when the client does.
+    if not attached:
+        return subprocess.DEVNULL
+    source, feed = os.pipe()
+    def copy():
+        while data := os.read(0, 4096):
+            os.write(feed, data)
+        os.close(feed)
+    threading.Thread(target=copy, daemon=True).start()
+    return source
 
 def leaders(name):
     # The container's process and those that `docker exec` started: each leads a session.
@@ -376,8 +389,6 @@ match args:
 # Runs its command as so many tasks on each node, as srun does, and copies its input to all of them.
 # With --kill-on-bad-exit=1 the first task that fails takes the others with it.
 SRUN = r"""
-import threading
-
 def flag(words, pattern):
     # The value of the flag that has to come next, before it is a value that may be any.
     word = next(words, "")
@@ -484,16 +495,22 @@ match args:
 """
 
 SQUEUE = r"""
+if filters := [name for name in os.environ if name.startswith("SQUEUE_")]:
+    fail(f"squeue: {filters} hide jobs", 64)
 match args:
     case ["--all", "--noheader", user, "--format=%A"] if user.startswith("--user="):
-        if filters := [name for name in os.environ if name.startswith("SQUEUE_")]:
-            fail(f"squeue: {filters} hide jobs", 64)
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
-    case ["--noheader", "--states=all", "--jobs=77", "--format=%A %L"]:
+    case ["--all", "--noheader", "--jobs=77", "--format=%A"]:  # asked by a node
+        if faults.get("over") == "unknown":
+            fail("slurm_load_jobs error: Invalid job id specified")
+        if faults.get("over") == "silent":
+            fail("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+        print("76" if faults.get("over") else "76\n77")
+    case ["--all", "--noheader", "--states=all", "--jobs=77", "--format=%A %L"]:
         print("76 1:00\n77", faults.get("left", "UNLIMITED"))  # 76: of the same array
-    case ["--noheader", "--states=all", "--jobs=77", "--format=%A %T %L"]:
+    case ["--all", "--noheader", "--states=all", "--jobs=77", "--format=%A %T %L"]:
         if faults.get("state") == "GONE":
             fail("slurm_load_jobs error: Invalid job id specified")
         state, left = faults.get("state", "RUNNING"), faults.get("left", "UNLIMITED")

@@ -492,6 +492,7 @@ def test_nothing_that_is_written_may_be_changed_by_everybody(
         ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
         ["-p", "99999"], ["--tokenizer", "t"], ["--goodput", "ttft:0"],
         ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
+        ["--shards", "-1"], ["--warmup", "-1"],
     ],
 )  # fmt: skip
 def test_usage_errors(args: list[str]) -> None:

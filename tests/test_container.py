@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from container import (
+    ATTENDED,
     OWNS,
     docker_options,
     launch_command,
@@ -25,7 +26,7 @@ from container import (
 )
 from nodes import launcher
 from plan import Plan
-from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan
+from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -97,6 +98,7 @@ def test_the_docker_options_are_these() -> None:
     assert docker_options(full, environ) == [
         "--rm",
         "--pull=never",
+        "--interactive",
         "--init",
         "--label=tensorrt-llm-serve.job=local1",
         f"--label=tensorrt-llm-serve.launcher={launcher()}",
@@ -116,7 +118,9 @@ def test_the_docker_options_are_these() -> None:
         "--env=HF_TOKEN",
         "--env=NCCL_DEBUG",
     ]
-    assert launch_command(full, environ)[-5:] == [TAG, "trtllm-serve", "m", "--tp_size", "8"]
+    attended = [TAG, "sh", "-c", ATTENDED, "attended"]
+    engine = ["trtllm-serve", "m", "--tp_size", "8"]
+    assert launch_command(full, environ)[-9:] == [*attended, *engine]
     assert TOKEN not in " ".join(launch_command(full, environ))
 
 
@@ -158,6 +162,25 @@ def test_the_end_of_input_removes_the_container(
     assert {call[3] for call in ready.calls("docker", "rm", "--force")} == {NAME[-12:]}
 
 
+@pytest.mark.parametrize("runtime", ["docker", "bare"])
+@pytest.mark.parametrize("how", ["ended", "unknown"])
+def test_a_node_that_never_hears_of_the_end_asks_slurm(
+    ready: Fakes, script: Callable[..., Script], runtime: str, how: str
+) -> None:
+    made = plan("sleep", "100", runtime=runtime)
+    command = [word.replace("read -r -t 60", "read -r -t 0.2") for word in launch_command(made, {})]
+    ready.set(over="silent")
+    held = script(command, SLURM_JOB_ID="77", SQUEUE_STATES="PENDING")
+    held.until(lambda: len(ready.calls("squeue")) > 2)
+    ready.set()
+    held.until(lambda: len(ready.calls("squeue")) > 5)
+    assert held.process.poll() is None
+    ready.set(over=how)
+    assert held.code() == 143
+    held.close()
+    ready.nothing_is_left()
+
+
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_removes_the_container(
     ready: Fakes, script: Callable[..., Script], signum: int
@@ -181,6 +204,19 @@ def test_a_signal_to_the_whole_group_removes_the_container(
     ready.nothing_is_left()
 
 
+@pytest.mark.parametrize("first", ["", "trap '' TERM; "])
+def test_a_container_ends_though_its_script_and_client_were_killed(
+    ready: Fakes, script: Callable[..., Script], first: str
+) -> None:
+    """As Slurm does on a node that was lost and is back, and we where a daemon does not answer."""
+    held = hold(script, plan("bash", "-c", f"{first}echo up; while :; do sleep 0.1; done"))
+    held.until_said("up")
+    os.killpg(held.process.pid, signal.SIGKILL)
+    held.code()
+    wait_until(lambda: not ready.processes(), 8, "the engine's end")
+    assert not ready.calls("docker", "rm")
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3])
 def test_a_container_that_is_created_late_is_removed_too(
     ready: Fakes, script: Callable[..., Script], delay: float
@@ -192,7 +228,6 @@ def test_a_container_that_is_created_late_is_removed_too(
     held.close()
     assert held.code() in (143, -signal.SIGTERM)  # the latter before anything was started
     ready.nothing_is_left()
-    assert bool(ready.calls("docker", "rm")) is bool(ready.calls("docker", "run"))
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 139, 143, 255])

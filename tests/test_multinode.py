@@ -71,6 +71,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         "/home/a b",
         "--rm",
         "--pull=never",
+        "--interactive",
         "--init",
         "--label=tensorrt-llm-serve.job=77",
         f"--label=tensorrt-llm-serve.launcher={launcher()}",
@@ -92,8 +93,8 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--entrypoint=sh",
         TAG,
         "-c",
-        multinode.SLEEP,
-        "sleep",
+        multinode.UP,
+        "up",
     ]
     assert TOKEN not in " ".join(command)
 
@@ -498,7 +499,7 @@ def test_a_container_sleeps_and_beats_are_told(ready: Fakes, hold: Start) -> Non
     assert ready.containers() == [f"local/{NAME}"]
     [call] = ready.calls("docker", "run")
     assert call[:4] == ["docker", "run", "--name", NAME]
-    assert call[-6:] == ["--entrypoint=sh", TAG, "-c", multinode.SLEEP, "sleep", "local"]
+    assert call[-6:] == ["--entrypoint=sh", TAG, "-c", multinode.UP, "up", "local"]
     assert ready.container()["environment"]["HF_TOKEN"] == TOKEN
     held.close()
     assert held.code() == 143
@@ -546,7 +547,8 @@ def test_a_container_that_cannot_be_removed_is_told(
     assert told(held, "ended") == ["137"]
     assert told(held, "left")[0].startswith(words)
     ready.set()
-    os.killpg(container, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # its input has ended with its client
+        os.killpg(container, signal.SIGKILL)
     for path in ready.home.glob("*/container-*.json"):
         path.unlink()
 

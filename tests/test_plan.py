@@ -83,7 +83,12 @@ def test_a_port_that_is_none_is_refused(port: str) -> None:
 
 
 def mounts_of(workspace: Path, mount: str, cache: Path, asked: str | None = None) -> list[Path]:
-    args = argparse.Namespace(workspace=workspace, container_mount=mount, asked_mount=asked)
+    args = argparse.Namespace(
+        workspace=workspace.resolve(),
+        called_workspace=str(workspace),
+        container_mount=mount,
+        asked_mount=asked,
+    )
     return find_mounts(args, cache)
 
 
@@ -105,6 +110,14 @@ def test_a_mount_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
     mounts = mounts_of(tmp_path / "mnt/fsx", f"{tmp_path}/fsx", tmp_path / "c")
     assert mounts == [tmp_path / "mnt/fsx", tmp_path / "fsx", tmp_path / "c"]
     check_mounted([tmp_path / "fsx/m", tmp_path / "mnt/fsx/m"], mounts)
+
+
+def test_a_workspace_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
+    (tmp_path / "real/m").mkdir(parents=True)
+    (tmp_path / "called").symlink_to(tmp_path / "real")
+    mounts = mounts_of(tmp_path / "called", f"{tmp_path}/none", tmp_path / "c")
+    assert mounts == [tmp_path / "real", tmp_path / "called", tmp_path / "c"]
+    check_mounted([tmp_path / "called/m", tmp_path / "real/m"], mounts)
 
 
 def test_a_default_mount_that_is_not_there_is_left_out_with_a_word(

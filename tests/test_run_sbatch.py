@@ -113,6 +113,7 @@ def test_the_default_mount_was_not_asked_for() -> None:
         ([], {"PROBE_SECONDS": "never"}, "PROBE_SECONDS: 'never' is not a number of seconds"),
         (["--restart", "-1"], {}, "--restart: '-1' is not a number of times"),
         ([], {"RESTART": "yes"}, "'yes' is not a number of times"),
+        (["--restart", "9" * 5000], {}, "is not a number of times"),
         (["--runtime", "podman"], {}, "invalid choice"),
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
@@ -338,7 +339,7 @@ def test_a_signal_ends_it_with_its_own_code(
 
 
 def test_a_second_signal_does_not_break_the_clean_up(fakes: Fakes, launch: Launcher) -> None:
-    started = launch("m")
+    started = launch("m", TRTLLM_SIM_FAULT="ignore-term")
     started.until("stop it with")
     fakes.set(rm_delay=0.3)
     started.process.send_signal(signal.SIGINT)
@@ -884,11 +885,25 @@ def test_status_shows_and_stop_stops_what_runs(fakes: Fakes, launch: Launcher) -
     assert fakes.containers() == []
 
 
-def test_a_killed_launcher_leaves_no_container_and_a_record_that_is_swept(
+def test_a_killed_launcher_leaves_no_container_and_no_record(
     fakes: Fakes, launch: Launcher
 ) -> None:
     started = launch("m")
     started.until("stop it with")
+    assert len(left()) == 2
+    started.process.kill()
+    started.process.wait()
+    fakes.nothing_is_left()
+    assert left() == set()
+
+
+def test_a_launcher_killed_with_its_guard_leaves_a_record_that_is_swept(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    [guard] = [pid for pid, command in fakes.processes().items() if " guard " in command]
+    os.kill(guard, signal.SIGKILL)
     started.process.kill()
     started.process.wait()
     fakes.nothing_is_left()
@@ -1067,7 +1082,7 @@ def test_however_a_world_ends_nothing_of_it_is_left(
     started.until("stop it with")
     assert started.stop(signum) == code
     fakes.nothing_is_left()
-    assert (left() == set()) is (signum != signal.SIGKILL)
+    assert left() == set()
 
 
 def test_a_world_may_be_stopped_while_it_starts(fakes: Fakes, spread: Launcher) -> None:
@@ -1145,7 +1160,7 @@ def test_what_a_node_cannot_remove_is_said_and_does_not_hold_up_the_end(
     assert time.monotonic() - begun < 8
     assert (
         "127.0.0.2: the container trtllm-77-127.0.0.2 may be there still "
-        "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.); your next"
+        "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.); it ends by"
     ) in started.output
     assert fakes.containers() == ["127.0.0.2/trtllm-77-127.0.0.2"]
     path.unlink()

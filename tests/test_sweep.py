@@ -39,6 +39,11 @@ def test_overrides_change_the_table() -> None:
     assert found[-1].name == "prefill-in10-out30-rate2.5-unlimited-r2"
 
 
+def test_unlimited_streams_get_more_than_a_handful_of_requests() -> None:
+    [case] = cases(["concurrency"], Overrides(concurrency=(None,)))
+    assert case.num_prompts == 100
+
+
 def record(throughput: float, **facts: Any) -> dict[str, Any]:
     return {"valid": True, "output_throughput": throughput, "request_throughput": 1.0,
             "duration": 10.0, "completed": 10, "mean_e2el_ms": 0.0, "request_rate": "inf",

@@ -35,7 +35,7 @@ def test_squeue_says_how_long_is_left(text: str, seconds: float | None) -> None:
 
 @pytest.fixture
 def limit(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> timelimit.TimeLimit:
-    os.environ.update(fakes.environment())
+    os.environ.update(fakes.environment(SQUEUE_STATES="PENDING"))
     monkeypatch.setattr(timelimit, "ASK_EVERY", 0.05)
     return timelimit.TimeLimit(SLURM)
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,10 @@ class Machine:
 
     def start_dockerd(self, data_root: str | None = None) -> None:
         """Start this node's Docker daemon and wait until it answers."""
+        self.begin_dockerd(data_root)
+        self.await_dockerd()
+
+    def begin_dockerd(self, data_root: str | None = None) -> None:
         data_root = data_root or str(self.state / "nodes" / self.name / "docker")
         self.start(
             "dockerd",
@@ -305,6 +310,8 @@ class Machine:
             "--default-runtime=clamped",
             env={"PATH": f"{self.state}/bin:{PATH}"},
         )
+
+    def await_dockerd(self) -> None:
         wait_until(
             lambda: self.run("docker", "version", check=False).returncode == 0,
             30,
@@ -464,8 +471,9 @@ class Cluster:
         self.ctl.start("slurmctld", "slurmctld", "-D")
         for node in self.nodes.values():
             node.start_slurmd()
+            node.begin_dockerd()
         for node in self.nodes.values():
-            node.start_dockerd()
+            node.await_dockerd()
         wait_until(self.idle, 30, "all nodes idle")
 
     def idle(self) -> bool:
@@ -475,12 +483,8 @@ class Cluster:
 
     def close(self) -> None:
         """End every process, then remove every file. Mounts and links end with their namespaces."""
-        for node in self.nodes.values():
-            if node.holder.poll() is None and "dockerd" in node.daemons:
-                containers = node.run("docker", "ps", "-aq", check=False).stdout.split()
-                if containers:
-                    node.run("docker", "rm", "-f", *containers, check=False)
-                node.stop("dockerd", signal.SIGKILL)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(remove_containers, self.nodes.values()))
         machines = [*self.nodes.values(), *([self.ctl] if hasattr(self, "ctl") else [])]
         for pid in processes_in_network_of([m.holder.pid for m in machines]):
             with contextlib.suppress(ProcessLookupError):
@@ -496,6 +500,15 @@ class Cluster:
         if self.made_fsx:
             with contextlib.suppress(OSError):
                 Path("/fsx").rmdir()
+
+
+def remove_containers(node: Machine) -> None:
+    """What its containers have mounted is let go of; then its dockerd ends."""
+    if node.holder.poll() is None and "dockerd" in node.daemons:
+        containers = node.run("docker", "ps", "-aq", check=False).stdout.split()
+        if containers:
+            node.run("docker", "rm", "-f", *containers, check=False)
+        node.stop("dockerd", signal.SIGKILL)
 
 
 def take_lock(state: Path) -> int:

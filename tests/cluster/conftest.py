@@ -18,9 +18,13 @@ from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strange
 Launcher = Callable[..., Launch]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes milliseconds comes before what takes a cluster."""
-    items.sort(key=lambda item: Path(__file__).parent in item.path.parents)
+    """What takes milliseconds comes before what takes a cluster, of which there is one."""
+    on_cluster = {item for item in items if Path(__file__).parent in item.path.parents}
+    items.sort(key=on_cluster.__contains__)
+    for item in on_cluster:
+        item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 def available_memory() -> float:

@@ -35,7 +35,6 @@ from tests.cluster.launches import (
     Launch,
     TerminalLaunch,
     forget_image,
-    ours,
     prepare,
     serve_args,
     strangers,
@@ -187,8 +186,8 @@ class Expect:
     says: tuple[str, ...]  # words of the error, or of the whole output where there is no error
     codes: tuple[int, ...]
     within: float  # seconds from the fault to the end
-    left: tuple[str, ...] = ()  # what stays behind until `then`, in words that traces() has
-    then: str = ""  # what takes that away
+    left: str = ""  # what stays behind until the fault has ended, and {} seconds longer
+    heals: float = NODE_SIDE  # seconds after that, in which nothing of ours is left
     serves: bool = False  # it is survived: the server answers, and is stopped by ^C afterwards
     stop: Callable[[Scene], object] = interrupt  # how what is survived is ended
 
@@ -431,6 +430,8 @@ CLOCK, STEPPED_CLOCK = Path("/fsx/clock"), Path("/fsx/stepped_clock.so")
 STEPPED = {"LD_PRELOAD": str(STEPPED_CLOCK), "STEPPED_CLOCK": str(CLOCK)}
 HALF = "-N2 --gpus-per-node=4 --ntasks-per-node=1"
 LOAD_3_S = {"TRTLLM_SIM_LOAD_SECONDS": "3"}
+UNTIL = "its container, until {{:.0f}} s after {}"
+BACK = UNTIL.format("the node was back")
 DIED = ("n1: trtllm-serve ended with ",)
 
 FAULTS: tuple[Fault, ...] = (
@@ -445,8 +446,7 @@ FAULTS: tuple[Fault, ...] = (
         Expect(ALL[:-1], ("stopped by SIGHUP",), (129,), 10),
         Expect(ALL[-1:], ("stopped by SIGINT",), (130,), 20))),
     Fault("SIGKILL to the launcher", send(signal.SIGKILL), (
-        Expect(ALL[:1], (), (0, 137), 10),
-        Expect(ALL[1:], (), (0, 137), 10, left=("run_", "endpoint.json"), then="records")), ci=ALL),
+        Expect(ALL, (), (0, 137), 10),), ci=ALL),
     Fault("^C of salloc", interrupt_group, (Expect(ALL, (), (1, 130), 20),)),
     Fault("^C at a terminal", type_interrupt, (
         Expect(ALL, ("stopped by SIGINT",), (130,), 20),), terminal=True),
@@ -476,14 +476,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dockerd stopped on the 2nd node", stop_dockerd("n2"), (
         Expect(("before the launch",), ("n2: Docker does not answer: Cannot connect",), (1,), 15),
         Expect(("image load",), ("n2: docker load: ",), (1,), 20),
-        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 20, then="reap")),
-        ci=("image load",)),
+        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 20)),
+        ci=()),
     Fault("dockerd stopped", stop_dockerd("n1"), (
-        Expect(UP, ("n1: ",), (1,), 20, left=("container",), then="reap"),), ci=()),
+        Expect(UP, ("n1: ",), (1,), 20),), ci=()),
     Fault("dockerd hangs", lambda scene: scene.freeze(scene.n1, "dockerd"), (
         Expect(("before the launch",), ("n1: Docker does not answer: it did not",), (1,), 25),
         Expect(("stopping",), ("may be there still (Docker does not answer)",),
-               (130,), 20, left=("container", "docker", "trtllm-serve"), then="reap")),
+               (130,), 20, left=UNTIL.format("Docker answered"))),
         holds=True, ci=()),
     Fault("dockerd restarted", restart_dockerd, (Expect(UP, ("n1: ",), (1,), 20),), ci=()),
     # Slurm's daemon of a node.
@@ -498,19 +498,19 @@ FAULTS: tuple[Fault, ...] = (
     Fault("2nd node unreachable", unplug("n2"), (
         Expect(("before the launch",), ("n2: Slurm cannot start anything there",), (1,), 20),
         Expect(("image load",), ("n2: Slurm has lost this node",), (1,), 70,
-               left=("n2: ",), then="reap"),
-        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 40,
-               left=("n2: ", "container"), then="reap")), ci=()),
+               heals=90),
+        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 40, left=BACK,
+               heals=90)), ci=()),
     Fault("node unreachable", unplug("n1"), (
-        Expect(UP, ("n1: ",), (1,), 90, left=("n1: ", "container"), then="reap"),), ci=()),
+        Expect(UP, ("n1: ",), (1,), 90, left=BACK, heals=90),), ci=()),
     Fault("^C while a node is unreachable", unplugged_interrupt("n1"), (
         Expect(UP, ("could not confirm that the container is gone", "stopped by SIGINT"),
-               (130,), 20, left=("n1: ", "container"), then="reap"),), ci=()),
+               (130,), 20, left=BACK, heals=90),), ci=()),
     Fault("^C while the 2nd node is unreachable", unplugged_interrupt("n2"), (
         Expect(("image load",), ("stopped by SIGINT",), (130,), 20,
-               left=("n2: ",), then="reap"),
+               heals=90),
         Expect(("serving on 2 nodes",), ("n2: the container trtllm-", "may be there still"),
-               (130,), 20, left=("n2: ", "container"), then="reap"))),
+               (130,), 20, left=BACK, heals=90)), ci=()),
     # The shared file system.
     Fault("file system read-only", read_only, (
         Expect(("before the launch",), ("logs cannot be written to: Read-only",), (1,), 5),)),
@@ -556,6 +556,14 @@ FAULTS: tuple[Fault, ...] = (
         Expect(("serving",), ("n1: the server is up but no longer serves",
                               "/health answered 503"), (1,), 45),),
         env={"TRTLLM_SIM_FAULT": "503:1"}, ci=()),
+    Fault("engine stops answering", lambda _: None, (
+        Expect(("serving",), ("n1: the server is up but no longer serves",
+                              "/health did not answer"), (1,), 110),),
+        env={"TRTLLM_SIM_FAULT": "hang:1"}, ci=()),
+    Fault("engine fails behind a good /health", lambda _: None, (
+        Expect(("serving",), ("n1: the server is up but no longer serves: 3 requests for one token "
+                              "in a row failed",), (1,), 15),),
+        env={"TRTLLM_SIM_FAULT": "broken-engine:1", "PROBE_SECONDS": "1"}),
     # What it writes.
     Fault("log flood of 100 MB/s", lambda _: time.sleep(3), (
         Expect(("engine loading", "serving"), (), (130,), 10, serves=True),),
@@ -627,12 +635,16 @@ def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
 
 
 def end(launch: Launch) -> None:
-    """Whatever has become of it, it ends."""
+    """Whatever has become of it, it ends.
+
+    One thing at a time: salloc 22.05 can wait for ever for a command that ended meanwhile.
+    """
+    if launch.process.poll() is None:
+        with contextlib.suppress(ClusterError, OSError):
+            launch.send(signal.SIGTERM)
+            launch.code(20)
     if launch.job:
         launch.cluster.ctl.run("scancel", "--quiet", launch.job, check=False)
-    if launch.process.poll() is None:
-        with contextlib.suppress(OSError):
-            launch.send(signal.SIGTERM)
     launch.code(60)
 
 
@@ -663,46 +675,13 @@ def error_of(output: str) -> str:
 
 
 def what_is_left(cell: Cell, scene: Scene) -> str:
-    """Nothing may be; what is expected to be is there, and goes as it should."""
-    output = scene.launch.output
-
-    def left() -> list[str]:
-        found = traces(scene.cluster, scene.workspace)
-        return [line for line in found if not any(word in line for word in cell.expect.left)]
-
+    """Nothing may be; where the fault kept a node from cleaning up, nothing soon after its end."""
+    ended = time.monotonic()
     with contextlib.suppress(ClusterError):
-        wait_until(lambda: not left(), NODE_SIDE, "nothing left")
-    assert not (found := left()), f"left behind: {found}\n{output}"
-    if not cell.expect.then:
-        return "nothing"
-    return THEN[cell.expect.then](scene)
-
-
-def reaped(scene: Scene) -> str:
-    """The next launch removes it."""
-    resume(scene.cluster)
-    wait_until(scene.cluster.idle, 60, "all nodes idle")
-    left = bool(ours(scene.cluster))
-    scene.start_one(launch_words(), WHOLE, QUICK)
-    again = scene.launches[-1]
-    again.until("READY")
-    assert not left or "that an earlier launch left behind" in again.output, again.output
-    again.send(signal.SIGINT)
-    assert again.code() == 130
+        wait_until(lambda: not traces(scene.cluster, scene.workspace), cell.expect.heals, "nothing")
+    took = time.monotonic() - ended
     assert not (found := traces(scene.cluster, scene.workspace)), found
-    return "its container, until the next launch" if left else "nothing"
-
-
-def forgotten(scene: Scene) -> str:
-    """The next look at the workspace removes the records."""
-    status = (PYTHON, str(REPO / "run_sbatch.py"), "--status")
-    done = scene.cluster.ctl.run(*status, cwd=str(scene.workspace), check=False)
-    assert done.returncode == 1
-    assert traces(scene.cluster, scene.workspace) == []
-    return "its records in logs/, until the next command there"
-
-
-THEN = {"reap": reaped, "records": forgotten}
+    return cell.expect.left.format(took) if cell.expect.left else "nothing"
 
 
 def seen(cell: Cell, output: str) -> str:

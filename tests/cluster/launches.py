@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.cluster import (
@@ -47,8 +48,8 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
     first.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(TARBALL))
     first.docker("tag", TAG, "stranger:1")
     first.run("sh", "-c", "docker save stranger:1 >/fsx/images/stranger.tar")
-    for node in others:
-        node.run("docker", "load", "-i", "/fsx/images/stranger.tar")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda node: node.docker("load", "-i", "/fsx/images/stranger.tar"), others))
     for node in cluster.nodes.values():
         start_stranger(node)
     first.docker("rmi", TAG)
@@ -110,7 +111,7 @@ def processes(cluster: Cluster) -> list[str]:
     for pid in processes_in_network_of([cluster.ctl.holder.pid]):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if re.search(r"run_sbatch\.py|^srun ", line):
+            if re.search(r"run_sbatch\.py|^srun |^bash -c .* guard ", line):
                 found.append(f"ctl: {pid} {line}")
     return [line for line in found if STRANGE_PROCESS not in line]
 

@@ -158,10 +158,6 @@ def kill_a_rank(cluster: Cluster, name: str, rank: int) -> None:
     raise AssertionError(f"no rank {rank} on {name}")
 
 
-def kill_a_container(cluster: Cluster, started: Launch) -> None:
-    cluster.nodes["n2"].docker("kill", f"trtllm-{started.job}-n2")
-
-
 def stop_dockerd(cluster: Cluster, started: Launch) -> None:
     cluster.nodes["n2"].stop("dockerd")
 
@@ -179,7 +175,6 @@ FAULTS: dict[str, tuple[Callable[[Cluster, Launch], None], list[str]]] = {
         lambda c, _: kill_a_rank(c, "n1", 3),
         ["n1: rank 3 ended with exit code 137"],
     ),
-    "container": (kill_a_container, ["n2 (ranks 8-15): its container ended with exit code 137"]),
     "dockerd": (stop_dockerd, ["n2 (ranks 8-15)"]),
     "slurmd": (stop_slurmd, ["n2 (ranks 8-15): its slurmd has been gone for 5 s"]),
 }

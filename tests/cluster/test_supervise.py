@@ -7,18 +7,8 @@ from pathlib import Path
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import QUICK, WHOLE, ours, serve_args
-from tests.cluster.test_faults import sentence
 from tests.cluster.test_multinode import WORLD, kill_a_rank
 from tests.cluster.test_serve import smoke
-
-
-def test_an_engine_that_fails_behind_a_good_health_is_found(launch: Launcher) -> None:
-    env = {**QUICK, "PROBE_SECONDS": "0.5", "TRTLLM_SIM_FAULT": "broken-engine:2"}
-    started = launch(*serve_args(), env=env)
-    started.until("READY")
-    assert started.code(20) == 1
-    words = "n1: the server is up but no longer serves: 3 requests for one token in a row failed"
-    assert sentence(started.output).startswith(words), started.output
 
 
 def test_a_server_that_dies_is_started_anew(
