@@ -114,7 +114,8 @@ class Probe(threading.Thread):
       when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
     * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
       are a failure.
-    * A server that refuses the very first one (4xx) will refuse all: it is not asked again.
+    * A server that refuses the very first one (4xx), when it is only just ready, will refuse all:
+      it is not asked again.
 
     The log shows an answer as it begins. An engine that hangs while clients go on opening streams
     therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
@@ -138,10 +139,11 @@ class Probe(threading.Thread):
             self.start()
 
     def run(self) -> None:
-        while not self.ended.wait(min(self.every, threading.TIMEOUT_MAX)):
+        while not self.ended.is_set():
             self.asked = time.monotonic()
             self._judge(self._ask())
             self.asked = 0.0
+            self.ended.wait(min(self.every, threading.TIMEOUT_MAX))
 
     def _ask(self) -> int:
         """The answer's status; 0 where there was none."""

@@ -107,7 +107,7 @@ until [ $(grep -c $'\tup\t' talk) = 2 ]; do sleep 0.1; done
 (eval "${lines[4]}" < <(exec sleep 60 2>&-)) &
 until [ -e enough ]; do sleep 0.1; done
 kill %1 %2
-wait
+wait %1 %2
 eval "${lines[5]}"
 """
 
@@ -224,9 +224,8 @@ def test_however_a_world_is_stopped_nothing_is_left(
     else:
         started.send(getattr(signal, how))
     started.code(20)
-    wait_until(lambda: ours(cluster) == [], 5, f"no container left\n{started.output}")
-    status = (PYTHON, str(REPO / "run_sbatch.py"), "--status")
-    cluster.ctl.run(*status, cwd=str(workspace), check=False)
+    nothing = f"nothing left\n{started.output}"
+    wait_until(lambda: traces(cluster, workspace) == [], 5, nothing)
 
 
 def test_slurm_without_pmix_is_told(launch: Launcher) -> None:
