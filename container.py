@@ -74,9 +74,13 @@ ATTACHED = script(r"""
 
 # In the container: it ends with its standard input, which is the script's. So it does, though the
 # script and docker's client are killed, or nothing reaches the node or its daemon for a while.
+# A `cat` that is killed is no end.
 ATTENDED = script(r"""
     exec 3<&0 </dev/null;
-    ( { cat; kill -TERM $$; sleep 5; kill -KILL $$; } <&3 >/dev/null 2>&1 & );
+    (
+        { until cat; do sleep 1; done; kill -TERM $$; sleep 5; kill -KILL $$; }
+        <&3 >/dev/null 2>&1 &
+    );
     exec 3<&-; exec "$@"
 """)
 
@@ -202,7 +206,7 @@ def launch_command(plan: Plan, environ: Mapping[str, str]) -> list[str]:
     """The one command that is the server, for as long as its standard input is open."""
     if plan.runtime == "bare":
         return [*plan.place.head, "bash", "-c", BARE, "launch", *plan.engine]
-    attended = ["sh", "-c", ATTENDED, "attended", *plan.engine]
+    attended = ["sh", "-c", ATTENDED, "container", *plan.engine]
     words = container_words(plan, environ, plan.tag, *attended)
     return [*plan.place.head, "bash", "-c", DOCKER, "launch", *words]
 

@@ -19,6 +19,7 @@ from response import ERROR_LENGTH, Malformed
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
 PROBE_MISSES = 3
+NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
 DAY = 86400.0
 ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
@@ -160,7 +161,7 @@ class Probe(threading.Thread):
     def _judge(self, status: int) -> None:
         if status == 200:
             self.answered, self.misses = True, 0
-        elif 400 <= status < 500 and not self.answered:
+        elif 400 <= status < 500 and status not in NOT_NOW and not self.answered:
             say(f"the server refuses the one-token probe ({self.answer}): it is not probed")
             self.ended.set()
         elif self.traffic < self.asked:

@@ -25,7 +25,8 @@ PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 # Removes our records, known by our name in them, when its standard input ends: when we do.
 GUARD = script(r"""
-    trap '' TERM INT HUP; launcher=$1; shift; cat >/dev/null;
+    trap '' TERM INT HUP; launcher=$1; shift;
+    while read -r _; do :; done;
     for file; do ! grep -qsF "$launcher" "$file" || rm -f "$file"; done;
 """)
 

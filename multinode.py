@@ -60,7 +60,7 @@ BEAT = script(r"""
 
 # The node's name follows. A container of a spread launch is there for the ranks to run in, for as
 # long as its standard input, the script's, is open.
-UP = r"""printf '%s\tup\t\n' "$1"; exec cat >/dev/null"""
+UP = r"""printf '%s\tup\t\n' "$1"; until cat >/dev/null; do sleep 1; done"""
 
 HOLDER = " ".join([TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
                    ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip

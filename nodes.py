@@ -287,36 +287,41 @@ LISTENS = script(r"""
 # A held script: when standard input ends, it gets SIGTERM and does in its trap what has to be done.
 # The input stays open as 3, for a container that is held by it, too.
 # Should the shell be gone by then, its number may be another's: the watcher asks whose child it is.
-HOLD = script(r"""
+HELD = r"""
     exec 3<&0 </dev/null;
     {
-        while IFS= read -r _; do :; done;
+        WAIT;
         read -r _ _ _ parent _ </proc/$BASHPID/stat;
         [ "$parent" != $$ ] || kill -TERM $$;
     } <&3 >/dev/null 2>&1 &
     watch=$!;
     trap 'kill $watch 2>/dev/null' EXIT;
-""")
+"""
+HOLD = script(HELD.replace("WAIT", "while IFS= read -r _; do :; done"))
 
-# A node that was out of reach may never hear of that end. What lasts asks Slurm, too, every minute,
-# whether its job is over: it does not know it any more, or not as one that runs.
+# A node that was out of reach may never hear of that end. What lasts asks Slurm, too, every minute:
+# the job is over where Slurm says so, after it has said that it runs, and in no other case.
 JOB_IS_OVER = script(r"""
     over() {
         [ -n "$SLURM_JOB_ID" ] || return;
-        jobs=$(
-            unset ${!SQUEUE_*};
-            timeout 20 squeue --all --noheader --jobs="$SLURM_JOB_ID" --format=%A 2>&1 </dev/null
+        said=$(
+            unset ${!SQUEUE_*} SLURM_CLUSTERS;
+            timeout 5 squeue --all --local --noheader --states=all --jobs="$SLURM_JOB_ID"
+            --format="%A %T" 2>&1 </dev/null
         );
-        case $?:$jobs in
-            0:*) ! grep -qx "$SLURM_JOB_ID" <<<"$jobs" ;;
-            *"Invalid job id"*) true ;;
-            *) false ;;
-        esac;
+        if grep -qx "$SLURM_JOB_ID RUNNING" <<<"$said"; then known=1; return 1; fi;
+        [ -n "$known" ] &&
+        grep -Eqx "$SLURM_JOB_ID (FINAL)|.*Invalid job id specified" <<<"$said";
     };
-""")
-HOLD_IN_JOB = f"{JOB_IS_OVER} " + HOLD.replace(
-    "while IFS= read -r _; do :; done",
-    "while IFS= read -r -t 60 _ || [ $? -gt 128 ]; do ! over || break; done",
+""").replace(
+    "FINAL",
+    "BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT",
+)
+HOLD_IN_JOB = f"{JOB_IS_OVER} " + script(
+    HELD.replace(
+        "WAIT",
+        "over; while IFS= read -r -t 60 _ || { [ $? -gt 128 ] && ! over; }; do :; done",
+    )
 )
 
 

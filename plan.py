@@ -89,10 +89,15 @@ def called_otherwise(path: str, where: Path) -> list[Path]:
     return [Path(called)] if real(called) == where else []
 
 
-def find_mounts(args: argparse.Namespace, cache: Path) -> list[Path]:
-    """Host directories that the containers see under the same path, each once."""
+def find_mounts(args: argparse.Namespace, cache: Path, paths: Sequence[Path] = ()) -> list[Path]:
+    """Host directories that the containers see under the same path, each once.
+
+    A link to the workspace is one of them where one of `paths` is called by it.
+    """
     mount = real(args.container_mount)
-    mounts = [args.workspace, *called_otherwise(args.called_workspace, args.workspace), cache]
+    links = called_otherwise(args.called_workspace, args.workspace)
+    called = [link for link in links if any(path.is_relative_to(link) for path in paths)]
+    mounts = [args.workspace, *called, cache]
     if is_directory(mount):
         mounts[:0] = [mount, *called_otherwise(args.container_mount, mount)]
     elif args.asked_mount:
@@ -135,8 +140,9 @@ def make_plan(
     if args.runtime == "bare":
         return Plan(place, "bare", "", gpus, (), "", "", False, user, engine)
     cache = Path(os.path.expanduser(setting("HF_HOME") or "~/.cache/huggingface")).absolute()  # noqa: PTH111
-    mounts = find_mounts(args, cache)
-    check_mounted(local_paths(model, serve_args), mounts)
+    paths = local_paths(model, serve_args)
+    mounts = find_mounts(args, cache, paths)
+    check_mounted(paths, mounts)
     cwd = Path.cwd()
     is_seen = any(cwd.is_relative_to(mount) for mount in mounts)
     return Plan(

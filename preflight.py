@@ -330,7 +330,10 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
     """Remove what launchers that were killed left behind. True when something was."""
     if not any(node.containers for node in nodes):
         return False
-    gone = orphans(nodes, user, jobs_of(user))
+    jobs = jobs_of(user)
+    if place.slurm and place.job not in (jobs or ()):
+        jobs = None  # an answer without our own job is of another cluster, or not whole
+    gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
         die(
             f"this job already runs the container {name}",

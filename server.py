@@ -311,8 +311,9 @@ def stop_world(plan: Plan, holders: multinode.Holders, *ranks: Step) -> None:
 
 def say_left(plan: Plan, node: str, why: str) -> None:
     say(
-        f"{node}: the container trtllm-{plan.place.job}-{node} may be there still ({why}); "
-        "it ends by itself once the node answers, your next launch there removes it, too"
+        f"{node}: the container trtllm-{plan.place.job}-{node} may be there still ({why}). "
+        "It should end by itself once the node and its Docker answer; else your next launch there "
+        "removes it, or `docker rm --force`"
     )
 
 
@@ -323,8 +324,8 @@ def remove_once_more(plan: Plan) -> None:
     except Failure as failure:
         if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
             say(
-                f"could not confirm that the container is gone: {failure.message}; it ends by "
-                "itself once the node answers, your next launch there removes it, too"
+                f"could not confirm that the container is gone: {failure.message}. It should end "
+                "by itself once the node answers; else your next launch there removes it"
             )
         return
     for each in told:

@@ -502,12 +502,14 @@ match args:
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))
-    case ["--all", "--noheader", "--jobs=77", "--format=%A"]:  # asked by a node
+    case ["--all", "--local", "--noheader", "--states=all", "--jobs=77", "--format=%A %T"]:
+        if "SLURM_CLUSTERS" in os.environ:
+            fail("squeue: a node asks its own cluster", 64)
         if faults.get("over") == "unknown":
             fail("slurm_load_jobs error: Invalid job id specified")
         if faults.get("over") == "silent":
             fail("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
-        print("76" if faults.get("over") else "76\n77")
+        print("76 COMPLETED\n77", faults.get("over", "RUNNING"))
     case ["--all", "--noheader", "--states=all", "--jobs=77", "--format=%A %L"]:
         print("76 1:00\n77", faults.get("left", "UNLIMITED"))  # 76: of the same array
     case ["--all", "--noheader", "--states=all", "--jobs=77", "--format=%A %T %L"]:

@@ -60,7 +60,7 @@ def test_every_option_of_the_launcher_is_in_the_readme() -> None:
 
 # Words of Docker, of Slurm and of the engine in the table of symptoms; all others are ours.
 OTHERS_WORDS = ["permission denied", "CUDA out of memory", "gated repo", "unhandled system error",
-                "Access denied"]  # fmt: skip
+                "Access denied", "certificate verify failed"]  # fmt: skip
 
 
 def test_the_symptoms_are_what_the_tool_says() -> None:

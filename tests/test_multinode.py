@@ -492,7 +492,7 @@ def hold(ready: Fakes, script: Start) -> Iterator[Start]:
     ready.nothing_is_left()
 
 
-def test_a_container_sleeps_and_beats_are_told(ready: Fakes, hold: Start) -> None:
+def test_a_container_waits_and_beats_are_told(ready: Fakes, hold: Start) -> None:
     held = hold(HF_TOKEN=TOKEN)
     held.until(lambda: len(told(held, "beat")) > 2)
     assert len(told(held, "up")) == 1

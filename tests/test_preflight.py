@@ -13,7 +13,7 @@ import preflight
 from image import NONE, Image
 from nodes import Failure, Place, Told, here, launcher
 from preflight import Finding, Node, Wanted, gather, judge, must_provide, orphans, ours_already
-from tests.conftest import HOSTILE, TAG, Fakes, free_port
+from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -391,6 +391,19 @@ def test_reaping_removes_orphans_and_no_others(fakes: Fakes) -> None:
     assert preflight.reap(nodes, HERE, "me") is True
     assert fakes.containers() == ["local/alive", "local/theirs"]
     assert preflight.reap(preflight.ask_nodes(wanted(), HERE), HERE, "me") is False
+
+
+@pytest.mark.parametrize(("jobs", "reaped"), [(["77"], True), (["5"], False), ([], False)])
+def test_a_list_without_our_own_job_says_nothing_of_others(
+    fakes: Fakes, jobs: list[str], reaped: bool
+) -> None:
+    """It is another cluster's, as SLURM_CLUSTERS or a federation may have it."""
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
+    fakes.set(jobs=jobs)
+    place = Place("77", 1, ONE_NODE)
+    fakes.leave_container("other", job="66", launcher="elsewhere/b/1:1:1", user="me")
+    assert preflight.reap(preflight.ask_nodes(wanted(), place), place, "me") is reaped
+    assert (fakes.containers() == []) is reaped
 
 
 def test_a_second_launch_in_the_same_job_is_refused(fakes: Fakes) -> None:

@@ -347,6 +347,8 @@ class Cluster:
         self.lock = -1
 
     def __enter__(self) -> Cluster:
+        # Started in the background of a script, we would hand an ignored SIGINT on to every launch.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         packages.install(packages.CLUSTER)
         sweep()
         self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))

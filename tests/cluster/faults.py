@@ -588,6 +588,7 @@ def play(cell: Cell, cluster: Cluster) -> Outcome:
         check_words(cell, output)
         assert code in cell.expect.codes, f"exit code {code}\n{output}"
         assert took <= cell.expect.within, f"{took:.1f} s\n{output}"
+        check_left(cell, scene)
         scene.mend()
         left = what_is_left(cell, scene)
     assert strangers(cluster) == before, "what is others' was touched"
@@ -674,6 +675,15 @@ def error_of(output: str) -> str:
     return output.partition("] ERROR ")[2]
 
 
+def check_left(cell: Cell, scene: Scene) -> None:
+    """What the fault is expected to keep is there: by its first process, as Docker may be mute."""
+    kept = any(
+        node.run("pgrep", "--exact", "docker-init", check=False).returncode == 0
+        for node in scene.cluster.nodes.values()
+    )
+    assert kept or not cell.expect.left, "nothing is left behind, though it was expected"
+
+
 def what_is_left(cell: Cell, scene: Scene) -> str:
     """Nothing may be; where the fault kept a node from cleaning up, nothing soon after its end."""
     ended = time.monotonic()
@@ -737,6 +747,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Play the faults on a cluster; print the table.")
     parser.add_argument("words", nargs="?", default=os.environ.get("FAULTS", ""))
     cells = chosen(parser.parse_args(argv).words)
+    if not cells:
+        parser.error("no fault has that in its name")
     if reason := why_not():
         raise SystemExit(f"faults: {reason}")
     outcomes = []

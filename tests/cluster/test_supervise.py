@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nodes import JOB_IS_OVER
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import QUICK, WHOLE, ours, serve_args
@@ -23,6 +24,23 @@ def test_a_server_that_dies_is_started_anew(
     wait_until((workspace / "logs/endpoint.json").exists, 20, "ready again")
     assert "8/8" in smoke(cluster, started.url())
     assert started.stop() == 130
+
+
+def test_a_node_learns_from_slurm_that_its_job_is_over(cluster: Cluster, launch: Launcher) -> None:
+    """What a container's script asks, by the real squeue."""
+    started = launch(*serve_args(), env=QUICK)
+    started.until("READY")
+
+    def over(job: str, known: str) -> int:
+        ask = ("bash", "-c", f"known={known}; {JOB_IS_OVER} over")
+        env = {"SLURM_JOB_ID": job, "SQUEUE_STATES": "PENDING", "SLURM_CLUSTERS": "other"}
+        return cluster.nodes["n1"].run(*ask, env=env, check=False).returncode
+
+    assert over(started.job, "1") == 1
+    assert over("99999", "1") == 0 and over("99999", "") == 1
+    cluster.ctl.run("scancel", started.job)
+    started.code()
+    wait_until(lambda: over(started.job, "1") == 0, 10, "the job's end, as its node sees it")
 
 
 def test_a_world_is_started_anew_as_a_whole(
