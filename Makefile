@@ -60,7 +60,7 @@ image-check: ## Say what the image has: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
-sqsh: ## Convert it for enroot (IMAGE= FILE=)
+sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 	enroot import --output "$${FILE:-tensorrt-llm-serve-latest.sqsh}" "dockerd://$${IMAGE:-tensorrt-llm-serve:latest}"
 
 ##@ Serve
@@ -95,11 +95,11 @@ bench: $(READY) ## Benchmark a server (HOST= PORT= BENCH_TYPE=throughput,prefill
 
 .PHONY: report
 report: $(READY) ## Write a result folder's report again (RESULTS=)
-	$(PY) report.py "$$RESULTS"
+	$(PY) report.py "$${RESULTS:?RESULTS= names the folder}"
 
 .PHONY: compare
 compare: $(READY) ## Two result folders side by side (BEFORE= AFTER=)
-	$(PY) report.py compare "$$BEFORE" "$$AFTER"
+	$(PY) report.py compare "$${BEFORE:?BEFORE= and AFTER= name the folders}" "$${AFTER:?AFTER= names the other folder}"
 
 .PHONY: static-bench
 static-bench: $(READY) ## The engine alone, no server: trtllm-bench (MODEL= TP= IMAGE=)

@@ -296,20 +296,30 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
 
 def overrides(args: argparse.Namespace) -> Overrides:
     return Overrides(
-        args.num_prompts,
-        args.concurrency,
-        args.input_len,
-        args.output_len,
-        args.request_rate,
-        args.repeat,
+        num_prompts=args.num_prompts,
+        concurrency=args.concurrency,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        rates=args.request_rate,
+        repeat=args.repeat,
     )
 
 
 def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
     return Options(
-        args.sharegpt, args.backend, args.seed, args.warmup, args.burstiness, args.timeout,
-        dict(args.goodput), args.shards, args.save_detailed, args.image, args.tokenizer, environ,
-    )  # fmt: skip
+        sharegpt=args.sharegpt,
+        backend=args.backend,
+        seed=args.seed,
+        warmup=args.warmup,
+        burstiness=args.burstiness,
+        timeout=args.timeout,
+        goodput=dict(args.goodput),
+        shards=args.shards,
+        detailed=args.save_detailed,
+        image=args.image,
+        tokenizer=args.tokenizer,
+        environ=environ,
+    )
 
 
 def make_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:

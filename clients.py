@@ -109,7 +109,8 @@ class Builtin:
         for attempt in range(1, ATTEMPTS + 1):
             record = self.measure(case, attempt)
             own = record["client"].get("problems")
-            if not own or record["problems"] != own or attempt == ATTEMPTS:
+            spoilt_by_us_alone = own and record["problems"] == own
+            if not spoilt_by_us_alone or attempt == ATTEMPTS:
                 break
             say(f"{case.name}: again, for {own[0]}")
         if attempt > 1:
@@ -118,25 +119,17 @@ class Builtin:
         return record
 
     def measure(self, case: Case, attempt: int) -> Record:
-        load, wanted = self.load_for(case, attempt), self.wanted(case)
+        load = self.load_for(case, attempt)
         try:
             load = self.warm_up(load)
-            line = LiveLine(case.name, case.num_prompts)
-            try:
-                result = measure(load, line)
-            finally:
-                line.clear()
+            result = watched(load, case)
         except LoadError as e:
             return nothing(case, str(e))
-        wanted = replace(wanted, exact=self.ignore_eos and wanted.exact)
-        if case.output_len is None:
-            assert isinstance(load.body, Requests)
-            prompts = load.body.prompts
-            wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
+        assert isinstance(load.body, Requests)
+        wanted = self.wanted(case, load.body.prompts)
         record = summarise(load, result, wanted, self.options.goodput)
         record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
-        if isinstance(load.body, Requests):
-            record["notes"] += repeats(load.body.prompts, case.num_prompts)
+        record["notes"] += repeats(load.body.prompts, case.num_prompts)
         return record | (details(load, result) if self.options.detailed else {})
 
     def load_for(self, case: Case, attempt: int) -> Load:
@@ -171,9 +164,14 @@ class Builtin:
             return sharegpt.pick(options.sharegpt, count, seed)
         return RandomPrompts(case.input_len, case.output_len, seed, options.chat)
 
-    def wanted(self, case: Case) -> Wanted:
+    def wanted(self, case: Case, prompts: Prompts) -> Wanted:
+        """What the answers have to be like, now that the warm-up has shown what is refused."""
         text = self.options.chat or case.input_len is None
-        return Wanted(self.endpoint.model, case.output_len, None if text else case.input_len)
+        input_len = None if text else case.input_len
+        wanted = Wanted(self.endpoint.model, case.output_len, input_len)
+        if case.output_len is None:
+            wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
+        return replace(wanted, exact=self.ignore_eos and wanted.exact)
 
     def warm_up(self, load: Load) -> Load:
         """Unmeasured requests with prompts of their own; they also show what the server refuses."""
@@ -204,6 +202,15 @@ class Builtin:
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
+
+
+def watched(load: Load, case: Case) -> Result:
+    """Measure it; a terminal shows how far it is."""
+    line = LiveLine(case.name, case.num_prompts)
+    try:
+        return measure(load, line)
+    finally:
+        line.clear()
 
 
 def repeats(prompts: Prompts, count: int) -> list[str]:

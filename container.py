@@ -37,10 +37,9 @@ REMOVE = script(r"""
 # A container's arguments come as "$@"; what only the node knows is put before them. Devices: EFA's
 # verbs (uverbs*, RDMA between nodes) and gdrdrv (NCCL's copies of small messages, GDRCopy), where
 # they are; GPUs come with --gpus. Each is that device alone.
-CONTAINER = (
-    REMOVE
-    + " "
-    + script(r"""
+CONTAINER = script(
+    REMOVE,
+    r"""
     name=trtllm-$1-$node; launcher=$2; gpus=$3; cache=$4; shift 4;
     [ -z "$cache" ] || mkdir -p "$cache";
     for device in /dev/infiniband/uverbs* /dev/gdrdrv; do
@@ -52,7 +51,7 @@ CONTAINER = (
         gpus="\"device=$SLURM_STEP_GPUS\"";
     fi;
     [ "$gpus" = none ] || set -- --gpus "$gpus" "$@";
-""")
+""",
 )
 
 # The container ends with its script, whoever asks: we, scancel, the death of the launcher.
@@ -91,20 +90,15 @@ FINISH = script(r"""
 """)
 RELEASE = "[ $code != 125 ] || remove;"
 
-DOCKER = " ".join(
-    [TELL, HOLD_IN_JOB, INTERFACES, CONTAINER, ATTACHED, FINISH, RELEASE, "exit $code;"]
-)
+DOCKER = script(TELL, HOLD_IN_JOB, INTERFACES, CONTAINER, ATTACHED, FINISH, RELEASE, "exit $code;")
 
 # Without a container: the engine is a session of its own, to be signalled as one. MPI must not see
 # Slurm's variables, or its spawning of workers inside a step fails.
-BARE = (
-    TELL
-    + " "
-    + HOLD_IN_JOB
-    + " "
-    + INTERFACES
-    + " "
-    + script(r"""
+BARE = script(
+    TELL,
+    HOLD_IN_JOB,
+    INTERFACES,
+    r"""
     unset $(compgen -e | grep -E '^(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_');
     stop() {
         trap '' TERM INT HUP;
@@ -121,23 +115,21 @@ BARE = (
     trap '' TERM INT HUP;
     kill -KILL -- -$engine 2>/dev/null;
     exit $code;
-""")
+""",
 )
 
 # A daemon that is only restarted is back soon.
-REMOVE_OURS = (
-    TELL
-    + " "
-    + REMOVE
-    + " "
-    + script(r"""
+REMOVE_OURS = script(
+    TELL,
+    REMOVE,
+    r"""
     launcher=$1;
     clock; end=$((clock + 3));
     until remove; do
         clock; [ $clock -lt $end ] || { tell left "$said"; exit 0; };
         sleep 0.3;
     done;
-""")
+""",
 )
 
 
@@ -150,7 +142,7 @@ OWNS = script(r"""
     true;
 """)
 
-ASK_OWNER = TELL + " " + script(r"""
+ASK_OWNER = script(TELL, r"""
     name=trtllm-$1-$node; runtime=$2; shift 2;
     if [ "$runtime" = bare ]; then inside=; else inside="docker exec $name"; fi;
     said=$(timeout 5 $inside sh -c "$2" listens "$1" 2>&1) || said=unknown;

@@ -211,12 +211,10 @@ def unpacker(codec: str) -> list[str]:
 
 # One load at a time on a node: /run is a directory that every user may lock and nobody has to make.
 # The shell shares its open tarball with the unpacker: the offset of that file is the progress.
-LOAD = (
-    TELL
-    + " "
-    + HOLD
-    + " "
-    + script(r"""
+LOAD = script(
+    TELL,
+    HOLD,
+    r"""
     tarball=$1; tag=$2; ids=$3; layers=$4; codec=$5; exec 2>/dev/null;
     known() {
         set -- $(docker image inspect --format '{{.Id}} {{json .RootFS.Layers}}' "$tag");
@@ -267,7 +265,7 @@ LOAD = (
     if known; then tell image "$id"; exit 0; fi;
     tell error "the tarball was loaded, but $tag is not the image that it should hold";
     exit 1;
-""")
+""",
 )
 
 # Set before the first secret: whatever ends the script, the directory with the password goes.
@@ -276,12 +274,10 @@ FORGETFUL = script(r"""
     trap '[ -z "$pull" ] || kill -KILL -- -$pull; forget; exit 143' TERM INT HUP;
 """)
 
-PULL = (
-    TELL
-    + " "
-    + HOLD
-    + " "
-    + script(r"""
+PULL = script(
+    TELL,
+    HOLD,
+    r"""
     ref=$1; exec 2>/dev/null; set -m;
     {
         words=$(docker pull --quiet "$ref" 2>&1) ||
@@ -292,30 +288,27 @@ PULL = (
     forget;
     [ $code = 0 ] || exit 1;
     tell image "$(docker image inspect --format '{{.Id}}' "$ref")";
-""")
+""",
 )
 
 # ECR: the password comes as the first line of standard input, and is forgotten with the directory.
-ECR_LOGIN = (
-    TELL
-    + " "
-    + script(r"""
+ECR_LOGIN = script(
+    TELL,
+    r"""
     IFS= read -r password;
     DOCKER_CONFIG_OURS=$(mktemp -d) && export DOCKER_CONFIG=$DOCKER_CONFIG_OURS;
     words=$(printf %s "$password" | docker login --username AWS --password-stdin "$2" 2>&1) ||
     { tell error "docker login $2: $words"; rm -rf "$DOCKER_CONFIG_OURS"; exit 1; };
     unset password;
-""")
-    + " "
+""",
 )
 
-FORGET = (
-    TELL
-    + " "
-    + script(r"""
+FORGET = script(
+    TELL,
+    r"""
     docker image inspect "$1" >/dev/null 2>&1 || exit 0;
     words=$(docker image rm "$1" 2>&1) || tell kept "$words";
-""")
+""",
 )
 
 
@@ -327,7 +320,7 @@ def provide_command(image: Image, place: Place) -> list[str]:
             *place.every,
             "bash",
             "-c",
-            FORGETFUL + " " + login + PULL,
+            script(FORGETFUL, login, PULL),
             "pull",
             image.tag,
             image.registry,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ask import ask
-from nodes import die, is_alive, launcher, run, say, script, write_json
+from nodes import Failure, die, is_alive, launcher, run, say, script, write_json
 from plan import Plan, user_name
 from preflight import jobs_of
 from response import Malformed
@@ -152,15 +152,21 @@ def health(url: str) -> str:
 
 def stop(logs: Path) -> int:
     """Tell every launcher of this workspace to stop, and wait until it has cleaned up."""
-    found = records(logs)
+    found, told, refused = records(logs), [], []
     for record in found:
-        tell(record)
+        try:
+            tell(record)
+            told.append(record)
+        except Failure as failure:  # one that is somebody else's does not keep ours
+            refused.append(failure.message)
     deadline = time.monotonic() + PATIENCE
-    while any((logs / f"run_{record['job']}.json").exists() for record in found):
+    while any((logs / f"run_{record['job']}.json").exists() for record in told):
         if time.monotonic() > deadline:
             die(f"not stopped within {PATIENCE:g} s", hint="scancel the job")
         time.sleep(0.1)
-    say(f"stopped {len(found)} server(s)" if found else f"nothing runs from {logs.parent}")
+    say(f"stopped {len(told)} server(s)" if found else f"nothing runs from {logs.parent}")
+    if refused:
+        die("; ".join(refused))
     return 0
 
 

@@ -62,13 +62,13 @@ BEAT = script(r"""
 # long as its standard input, the script's, is open.
 UP = r"""printf '%s\tup\t\n' "$1"; until cat >/dev/null; do sleep 1; done"""
 
-HOLDER = " ".join([TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
-                   ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;"])  # fmt: skip
+HOLDER = script(TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
+                   ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;")  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
 # The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
 # Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
-RANK = TELL + " " + HOLD + " " + script(r"""
+RANK = script(TELL, HOLD, r"""
     name=trtllm-$1-$node; cwd=$2; shift 2;
     stop() {
         trap '' TERM INT HUP;

@@ -93,9 +93,10 @@ def keep_ours() -> None:
     os.umask(os.umask(0o077) | 0o002)
 
 
-def script(text: str) -> str:
+def script(*parts: str) -> str:
     """A shell script on one line, so that a command can be printed on one; no comments in it."""
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    lines = (line.strip() for part in parts for line in part.splitlines())
+    return " ".join(filter(None, lines))
 
 
 def shown(argv: Sequence[str]) -> str:
@@ -317,11 +318,12 @@ JOB_IS_OVER = script(r"""
     "FINAL",
     "BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT",
 )
-HOLD_IN_JOB = f"{JOB_IS_OVER} " + script(
+HOLD_IN_JOB = script(
+    JOB_IS_OVER,
     HELD.replace(
         "WAIT",
         "over; while IFS= read -r -t 60 _ || { [ $? -gt 128 ] && ! over; }; do :; done",
-    )
+    ),
 )
 
 

@@ -14,12 +14,10 @@ from nodes import LISTENS, TELL, Place, Told, by_node, die, is_alive, run, say, 
 LABEL = "tensorrt-llm-serve"
 PATIENCE = 60.0  # seconds for all nodes together
 
-PREFLIGHT = (
-    TELL
-    + " "
-    + LISTENS
-    + " "
-    + script(r"""
+PREFLIGHT = script(
+    TELL,
+    LISTENS,
+    r"""
     shopt -s nullglob;
     runtime=$1; port=$2; tag=$3; shift 3;
     tell rank "${SLURM_NODEID:-0}";
@@ -51,15 +49,14 @@ PREFLIGHT = (
         '{{.ID}} {{.Names}} {{.Label "LABEL.job"}} {{.Label "LABEL.launcher"}}
          {{.Label "LABEL.user"}}' |
     while IFS= read -r line; do tell container "$line"; done;
-""").replace("LABEL", LABEL)
-)
+""",
+).replace("LABEL", LABEL)
 
-REMOVE = (
-    TELL
-    + " "
-    + script(r"""
+REMOVE = script(
+    TELL,
+    r"""
     for id; do docker rm --force "$id" >/dev/null 2>&1 && tell removed "$id"; done; true;
-""")
+""",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -111,9 +112,14 @@ def load(folder: Path) -> list[Record]:
             if not is_sound(record):
                 die(f"{path} is no result of bench.py")
             found.append(without_details(record))
-    return sorted(found, key=lambda r: (r["date"], r["case"]["name"])) or die(
+    return sorted(found, key=lambda r: (r["date"], natural(r["case"]["name"]))) or die(
         f"{folder}: no results in it"
     )
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """For sorting: prefill-in512 comes before prefill-in1024."""
+    return [(int(word) if word.isdecimal() else 0, word) for word in re.split(r"(\d+)", name)]
 
 
 def is_sound(record: Record) -> bool:

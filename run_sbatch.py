@@ -28,6 +28,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 
@@ -37,12 +38,11 @@ def become_the_original() -> None:
     Slurm remembers it: `Command=` and `WorkDir=` of `scontrol show job`. Its .venv, if there is
     one, is the interpreter that has what this script imports.
     """
-    here = Path(__file__).resolve().parent
-    if not (here / "nodes.py").exists():
-        here = original_directory()
+    mine = Path(__file__).resolve().parent
+    here = mine if (mine / "nodes.py").exists() else original_directory()
     python = here / ".venv/bin/python"
     script = str(here / "run_sbatch.py")
-    if here != Path(__file__).resolve().parent or needs_venv(python):
+    if here != mine or needs_venv(python):
         command = [str(python) if python.exists() else sys.executable, script, *sys.argv[1:]]
         os.environ["TENSORRT_LLM_SERVE_ORIGINAL"] = script  # once is enough
         os.execv(command[0], command)
@@ -58,9 +58,8 @@ def original_directory() -> Path:
     fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
     command, workdir = fields.get("Command", ""), fields.get("WorkDir", "")
     # Command= has the arguments, too, with nothing between that a path could not hold as well.
-    ends = [i for i in range(1, len(command) + 1) if i == len(command) or command[i] == " "]
-    for end in ends:
-        script = Path(workdir, command[:end]).resolve()
+    for path in accumulate(command.split(" "), "{} {}".format):
+        script = Path(workdir, path).resolve()
         if script.is_file() and (script.parent / "nodes.py").is_file():
             return script.parent
     raise SystemExit(
@@ -100,6 +99,7 @@ import signal  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from dataclasses import replace  # noqa: E402
+from functools import partial  # noqa: E402
 
 import image  # noqa: E402
 import manage  # noqa: E402
@@ -322,9 +322,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.check:
         return 0
 
-    def put() -> None:
-        put_image(plan, found, nodes, args.force, args.verify)
-
+    put = partial(put_image, plan, found, nodes, args.force, args.verify)
     supervise.serve(plan, nodes, url, args, put)
     return 0
 

@@ -205,7 +205,7 @@ def die_of_stranger(server: Server, serves: str) -> NoReturn:
     )
 
 
-def hold(server: Server) -> None:
+def hold(server: Server) -> NoReturn:
     """Watch until somebody stops us; Failure when the server ends or stops answering."""
     server.probe.begin(server.health.model)
     while True:
@@ -238,24 +238,11 @@ def report_death(server: Server, code: int, when: str) -> None:
     cancelled = CANCELLED.search(said)
     before = said[: cancelled.start()] if cancelled else said
     death = multinode.first_failure(before) if server.plan.spread else None
-    if server.plan.place.slurm and cancelled and not death:
-        die(
-            f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} "
-            f"{how_cancelled(cancelled)}",
-            hint=f"its log: {server.log.path}",
-        )
-    if (lost := lost_nodes(said)) and not death:
-        die(f"{lost}, {when}", hint=f"{SEE_NODES}; its log: {server.log.path}", passing=True)
+    if not death:
+        die_of_slurm(server, said, cancelled, when)
     await_holders(server, when)
-    who, path = f"{server.node}: trtllm-serve", server.main_log.path
-    if server.plan.spread and not death and server.log.tail():
-        who, path = "srun", server.log.path
-    elif death:
-        who = f"{death.node}: rank{'s' * (not death.ranks.isdecimal())} {death.ranks}"
-        code, path = death.code, multinode.rank_log(server.log.path, death.first)
-    code = 128 - code if code < 0 else code
-    logs = {log.path: log for log in (server.log, server.main_log)}
-    tail = logs[path].tail() if path in logs else tail_of(path, server.starts.get(path, 0))
+    who, code, path = culprit(server, code, death)
+    tail = tail_since_start(server, path)
     say(f"the last lines of {path}:\n{tail}\n")
     meaning = f" ({MEANINGS[code]})" if code in MEANINGS else ""
     die(
@@ -264,6 +251,36 @@ def report_death(server: Server, code: int, when: str) -> None:
         hint=f"the whole log: {path}",
         passing=code not in FINAL,
     )
+
+
+def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None, when: str) -> None:
+    """Failure where Slurm ended the step, or has lost a node of it."""
+    if server.plan.place.slurm and cancelled:
+        die(
+            f"{server.node}: Slurm ended the server {when}: job {server.plan.place.job} "
+            f"{how_cancelled(cancelled)}",
+            hint=f"its log: {server.log.path}",
+        )
+    if lost := lost_nodes(said):
+        die(f"{lost}, {when}", hint=f"{SEE_NODES}; its log: {server.log.path}", passing=True)
+
+
+def culprit(server: Server, code: int, death: multinode.Death | None) -> tuple[str, int, Path]:
+    """Who ended, with which exit code, and where its last words are."""
+    if death:
+        ranks = "rank" if death.ranks.isdecimal() else "ranks"
+        log = multinode.rank_log(server.log.path, death.first)
+        return f"{death.node}: {ranks} {death.ranks}", death.code, log
+    code = 128 - code if code < 0 else code
+    if server.plan.spread and server.log.tail():
+        return "srun", code, server.log.path
+    return f"{server.node}: trtllm-serve", code, server.main_log.path
+
+
+def tail_since_start(server: Server, path: Path) -> str:
+    """The end of a log, of what this launch has written."""
+    logs = {log.path: log for log in (server.log, server.main_log)}
+    return logs[path].tail() if path in logs else tail_of(path, server.starts.get(path, 0))
 
 
 def await_holders(server: Server, when: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import manage
 import server
@@ -20,6 +22,7 @@ from signals import Stopped, postponed, turn_deaf
 from timelimit import TimeLimit
 
 LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
+PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for http
 FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
 
 
@@ -47,7 +50,7 @@ def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
             put_image()
         while True:
             try:
-                launch.serve()
+                launch.attempt()
             except Failure as failure:
                 launch.prepare_restart(failure)
     except Stopped:
@@ -89,8 +92,8 @@ class Launch:
     def endpoint(self) -> Path:
         return self.logs / "endpoint.json"
 
-    def serve(self) -> None:
-        """Ends only with a Failure, or by a signal."""
+    def attempt(self) -> NoReturn:
+        """Start a server and hold it: ends only with a Failure, or by a signal."""
         every = self.args.probe_seconds
         self.running = server.launch(self.plan, self.nodes, self.url, self.log, every)
         server.await_ready(self.running, self.args.ready_timeout)
@@ -146,7 +149,9 @@ def say_how_to_use(endpoint: dict[str, object]) -> None:
     url, model = str(endpoint["url"]), str(endpoint["model"])
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
     host, _, port = url.removeprefix("http://").rpartition(":")
-    say(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+    past_proxy = "--noproxy '*' " if any(os.environ.get(name) for name in PROXIES) else ""
+    header = "-H 'Content-Type: application/json'"
+    say(f"  curl {past_proxy}{url}/v1/completions {header} -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")
     say(f"  make bench HOST={host} PORT={port}")
     job = str(endpoint["job"])

@@ -123,6 +123,15 @@ def test_only_a_port_on_the_command_line_names_a_server(
     assert make(checkout, target, "PORT=$(x)") == [script, "--port", "$(x)"]
 
 
+@pytest.mark.parametrize(
+    ("target", "words"), [("report", "RESULTS= names"), ("compare", "BEFORE= and AFTER= name")]
+)
+def test_a_folder_that_is_missing_is_asked_for(checkout: Path, target: str, words: str) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        make(checkout, target)
+    assert words in failed.value.stderr
+
+
 def test_extra_args_are_words_of_the_shell(checkout: Path) -> None:
     words = make(checkout, "serve", "MODEL=m", "EXTRA_ARGS=--a 1 --b 'c d'")
     assert words == ["run_sbatch.py", "m", "--a", "1", "--b", "c d"]

@@ -186,6 +186,24 @@ def test_a_record_of_somebody_else_stops_nothing_of_ours(
     assert child.poll() is None and told == []
 
 
+def test_a_launch_that_we_may_not_stop_keeps_no_other_from_it(
+    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(logs, "1", launcher())
+    record(logs, "local5", name_of(child))
+    tell = manage.tell
+
+    def refuse_first(found: dict[str, Any]) -> None:
+        if found["job"] == "1":
+            raise Failure("1 is theirs")
+        tell(found)
+
+    monkeypatch.setattr(manage, "tell", refuse_first)
+    with pytest.raises(Failure, match=r"^1 is theirs$"):
+        manage.stop(logs)
+    assert child.wait(5) == 143
+
+
 def test_a_launcher_that_ends_in_that_very_moment_is_no_error(
     logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,8 +171,20 @@ def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
     assert run_sbatch.address_of(Node("n1", {"addresses": addresses})) == address
 
 
+def test_the_curl_line_passes_by_a_proxy(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:1")
+    supervise.say_how_to_use({"url": "http://h:1", "model": "m", "job": "5"})
+    assert "  curl --noproxy '*' http://h:1/v1/completions " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["org/m", *HOSTILE])
-def test_the_curl_line_can_be_pasted(capfd: pytest.CaptureFixture[str], model: str) -> None:
+def test_the_curl_line_can_be_pasted(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    for name in supervise.PROXIES:
+        monkeypatch.delenv(name, raising=False)
     supervise.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
     words = shlex.split(line.partition("] ")[2])
@@ -1160,7 +1172,7 @@ def test_what_a_node_cannot_remove_is_said_and_does_not_hold_up_the_end(
     assert time.monotonic() - begun < 8
     assert (
         "127.0.0.2: the container trtllm-77-127.0.0.2 may be there still "
-        "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.); it ends by"
+        "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.). It should end"
     ) in started.output
     assert fakes.containers() == ["127.0.0.2/trtllm-77-127.0.0.2"]
     path.unlink()
