@@ -7,7 +7,7 @@ that could not keep up is INVALID: in every output, and exit code 1.
   bench.py -H 10.0.128.193 -t throughput,prefill
   bench.py -t sweep --goodput ttft:500           where is the knee?
 
-The last line on stdout is one JSON document; report.py compares two results.
+The last line on stdout is one JSON document. In brackets below: the defaults.
 """
 
 from __future__ import annotations
@@ -256,14 +256,14 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
     group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
-          help="ttft:200 tpot:30 e2el:5000, in ms")  # fmt: skip
+          help="limits in ms: ttft:200 tpot:30 e2el:5000")  # fmt: skip
     group = parser.add_argument_group("the load, instead of the type's own").add_argument
     group("--num-prompts", type=count, metavar="N", help="requests a run")
     group("--concurrency", type=streams, default=(), metavar="N,N", help="or unlimited")
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second (inf)")
-    group("--burstiness", type=positive, default=1.0, metavar="B", help="less: in bursts (1)")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="below 1: in bursts (1)")
     group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
     group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
           help="openai-chat (openai)")  # fmt: skip

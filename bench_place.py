@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nodes
 from nodes import Failure, Place, complain, die, find_place, keep_ours, last_words, say, shown
-from settings import load_env_files
+from settings import load_env_files, setting
 from signals import Stopped, obey
 
 PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
@@ -74,6 +74,7 @@ def provide_image(asked: str, environ: Mapping[str, str]) -> str:
     """Bring the image there if it is not, as run_sbatch.py does; its tag."""
     import image
 
+    asked = asked or setting("IMAGE", environ)
     found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
     if found.tarball or (found.registry and not image_id(found.tag, environ)):
         image.provide(found, node(environ))

@@ -141,7 +141,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     option("--verify", action="store_true", help="a tarball to load: compare its sha256 first")
     option = parser.add_argument_group("serving").add_argument
     option("--runtime", choices=("docker", "bare"), help="bare: trtllm-serve from PATH")
-    option("--ready-timeout", metavar="SECONDS", help="given to it to be ready (default: 3600)")
+    option("--ready-timeout", metavar="SECONDS", help="for it to get ready (default: 3600)")
     option("--restart", metavar="N", help="start a failed server anew, N times (default: 0)")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")

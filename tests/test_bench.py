@@ -899,6 +899,9 @@ def test_the_image_is_brought_to_where_it_is_needed(
     allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
     assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
     assert bench_place.provide_image("local:1", allocation) == "local:1"
+    assert (
+        bench_place.provide_image("", {**allocation, "IMAGE": "local:2"}) == "local:2"
+    )  # the server's
     assert brought == [("nvcr.io/x/y:1", 1)]  # the first node alone
 
 
