@@ -23,11 +23,17 @@ HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 
-# Removes our records, known by our name in them, when its standard input ends: when we do.
+# Removes our records, known by our name in them, when its standard input ends: when we do. For ten
+# minutes it tries, should the file system be read-only just then.
 GUARD = script(r"""
     trap '' TERM INT HUP; launcher=$1; shift;
     while read -r _; do :; done;
-    for file; do ! grep -qsF "$launcher" "$file" || rm -f "$file"; done;
+    for file; do
+        for ((i = 0; i < 600; i++)); do
+            grep -qsF "$launcher" "$file" || break;
+            rm -f "$file" || sleep 1;
+        done;
+    done;
 """)
 
 
@@ -96,7 +102,10 @@ def remove_records(*paths: Path) -> None:
     """Remove our own records; another launch of the workspace keeps its own."""
     for path in paths:
         if (record := read_record(path)) and record["launcher"] == launcher():
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # no reason to leave a server behind
+                say(f"{path} could not be removed: {error.strerror}")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

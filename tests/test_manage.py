@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -109,6 +110,20 @@ def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
     paths = [record(logs, "77", who), logs / "endpoint.json"]
     manage.remove_records(*paths)
     assert all(path.exists() for path in paths)
+
+
+def test_a_record_that_cannot_be_removed_is_said(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server is stopped all the same, whose clean-up goes on after it."""
+    path = record(logs, "local1", launcher())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    manage.remove_records(path)
+    assert f"{path} could not be removed: Read-only file system" in capfd.readouterr().err
 
 
 def test_nothing_runs_from_an_empty_workspace(

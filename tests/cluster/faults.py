@@ -431,6 +431,7 @@ STEPPED = {"LD_PRELOAD": str(STEPPED_CLOCK), "STEPPED_CLOCK": str(CLOCK)}
 HALF = "-N2 --gpus-per-node=4 --ntasks-per-node=1"
 LOAD_3_S = {"TRTLLM_SIM_LOAD_SECONDS": "3"}
 UNTIL = "its container, until {{:.0f}} s after {}"
+RECORDS = "its records in logs/, until {:.0f} s after they could be removed"
 BACK = UNTIL.format("the node was back")
 DIED = ("n1: trtllm-serve ended with ",)
 
@@ -513,7 +514,9 @@ FAULTS: tuple[Fault, ...] = (
                (130,), 20, left=BACK, heals=90)), ci=()),
     # The shared file system.
     Fault("file system read-only", read_only, (
-        Expect(("before the launch",), ("logs cannot be written to: Read-only",), (1,), 5),)),
+        Expect(("before the launch",), ("logs cannot be written to: Read-only",), (1,), 5),
+        Expect(UP, ("run_",), (130,), 10, serves=True, left=RECORDS)),
+        env=LOAD_3_S, ci=("before the launch", "serving")),
     Fault("file system full", fill, (
         Expect(UP, (), (130,), 10, serves=True),), prepare=small_file_system, env=LOAD_3_S),
     # The image.
@@ -676,12 +679,13 @@ def error_of(output: str) -> str:
 
 
 def check_left(cell: Cell, scene: Scene) -> None:
-    """What the fault is expected to keep is there: by its first process, as Docker may be mute."""
-    kept = any(
-        node.run("pgrep", "--exact", "docker-init", check=False).returncode == 0
-        for node in scene.cluster.nodes.values()
-    )
-    assert kept or not cell.expect.left, "nothing is left behind, though it was expected"
+    """What the fault is expected to keep is there."""
+    if cell.expect.left == RECORDS:
+        assert list(scene.workspace.rglob("run_*.json"))
+    elif cell.expect.left:  # seen by its first process, as Docker may be mute
+        seek = ("pgrep", "--exact", "docker-init")
+        found = [n.run(*seek, check=False).stdout for n in scene.cluster.nodes.values()]
+        assert any(found), "no container is left, though one was expected"
 
 
 def what_is_left(cell: Cell, scene: Scene) -> str:
