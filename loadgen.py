@@ -41,7 +41,7 @@ CONNECTS_AT_ONCE = 64  # a server's listen queue can be short
 SPARE_CONNECTIONS = 8  # open loop: so many are kept open and free, so that no request waits for one
 UNREAD_LIMIT = 48 << 20  # bytes of ended answers kept before the loop stops to read one
 PREPARED_LIMIT = 16 << 20  # bytes of requests written ahead of time
-STREAMS_A_SHARD = 1024
+STREAMS_A_SHARD, MOST_STREAMS_A_SHARD = 256, 1024
 PREOPENED = 64  # open loop: how many requests will be in flight is not known
 RAMP = 100_000  # ns between a closed loop's first requests; a burst would queue on the sockets
 MAX_EVENTS = 64  # then look at the clock again
@@ -364,7 +364,9 @@ def is_open(address: Address) -> bool:
 def measure(load: Load, progress: Progress = no_progress) -> Result:
     """Put the load on, from as many processes as it needs."""
     cores = len(os.sched_getaffinity(0))
-    shards = load.shards or min(cores, math.ceil(load.width / STREAMS_A_SHARD))
+    at_ease = min(cores // 2, math.ceil(load.width / STREAMS_A_SHARD))  # half are others'
+    needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
+    shards = load.shards or max(at_ease, needed)
     allow_files(load.width // shards + 64)
     shards = max(1, min(shards, load.width))
     return measure_here(load, progress) if shards == 1 else measure_sharded(load, shards, progress)

@@ -258,6 +258,7 @@ def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:
         "waited_for_core_ms": round(result.waited, 3),
         "merged_share": sum(o.merged for o in good) / events if events else 0.0,
         "blurred_share": sum(o.blurred for o in good) / events if events else 0.0,
+        "blurred_firsts": sum(o.first_blurred for o in good) / len(good) if good else 0.0,
         "tokens_per_event": tokens / events if events else 0.0,
         "retried": sum(o.retried for o in result.outcomes),
         "clock_step_ms": round(result.clock_step, 3),
@@ -276,6 +277,9 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
     if behind or held_up:
         share = facts["merged_share"] if behind else facts["blurred_share"]
         found.append(f"the client read so late that {share:.0%} of the events have another's time")
+    if facts["blurred_firsts"] > BLURRED:
+        share = facts["blurred_firsts"]
+        found.append(f"the client read so late that {share:.0%} of the first tokens have another's")
     if not result.kernel_stamps and result.cpu > 0.9:
         found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
     if abs(result.clock_step) > CLOCK_STEP_MS:

@@ -23,6 +23,7 @@ COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string
 TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
 NO_ANSWER = "the connection closed before the answer began"
 LATE = 1.5  # times the usual pace
+READ_LATE = 1_000_000  # ns after its arrival; a client that keeps up is there much sooner
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
 HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
@@ -159,6 +160,7 @@ class Outcome:
     events: int = 0
     merged: int = 0  # events that came with another in one read, so their times are one
     blurred: int = 0  # those of them that had waited for each other: somebody was late
+    first_blurred: bool = False  # the first one came with others, and was read late
     has_text: bool = False
     streamed: bool = True
     model: str = ""
@@ -291,6 +293,9 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: 
     outcome.merged = len(counted) - len(brought)
     if outcome.merged:
         outcome.blurred = count_blurred(brought, reply.stamps)
+    # A server may send its first tokens at once; then the client has them as soon as they arrive.
+    at = reads[first]
+    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > READ_LATE
 
 
 def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:

@@ -86,6 +86,21 @@ def test_events_that_waited_for_each_other_are_blurred() -> None:
     assert (out.events, out.merged, out.blurred) == (9, 3, 3)
 
 
+@pytest.mark.parametrize(
+    ("events", "late", "blurred"), [(1, 50, False), (3, 0, False), (3, 0.5, False), (3, 50, True)]
+)
+def test_first_tokens_read_late_together_are_blurred(
+    events: int, late: float, blurred: bool
+) -> None:
+    """A server may send several at once; only a client that was late blurs the first one's time."""
+    reply = Reply()
+    reply.add(HEAD + chunk(token()) * events, 50 * MS, int((50 + late) * MS))
+    for at in range(60, 110, 10):
+        reply.add(chunk(token()), at * MS, at * MS)
+    reply.add(chunk(usage(1, events + 5)) + chunk(DONE) + LAST, 120 * MS, 120 * MS)
+    assert read_reply(reply, Outcome(0, 0, 0), False).first_blurred is blurred
+
+
 def test_a_body_with_content_length() -> None:
     body = token() + token() + usage(1, 2) + DONE
     head = (
