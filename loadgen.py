@@ -363,13 +363,16 @@ def is_open(address: Address) -> bool:
 
 def measure(load: Load, progress: Progress = no_progress) -> Result:
     """Put the load on, from as many processes as it needs."""
-    cores = len(os.sched_getaffinity(0))
-    at_ease = min(cores // 2, math.ceil(load.width / STREAMS_A_SHARD))  # half are others'
-    needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
-    shards = load.shards or max(at_ease, needed)
+    shards = shards_for(load, len(os.sched_getaffinity(0)))
     allow_files(load.width // shards + 64)
-    shards = max(1, min(shards, load.width))
     return measure_here(load, progress) if shards == 1 else measure_sharded(load, shards, progress)
+
+
+def shards_for(load: Load, cores: int) -> int:
+    """How many processes: at ease on half of the cores (the rest are others'), else what it takes."""
+    at_ease = min(cores // 2, math.ceil(load.width / STREAMS_A_SHARD))
+    needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
+    return max(1, min(load.shards or max(at_ease, needed), load.width))
 
 
 def measure_here(

@@ -16,7 +16,7 @@ from itertools import pairwise
 import pytest
 
 import connection
-from loadgen import Load, LoadError, Result, Target, arrivals, measure, merged
+from loadgen import Load, LoadError, Result, Target, arrivals, measure, merged, shards_for
 from response import BROKEN_OFF, NO_ANSWER, Outcome
 from tests.loopback import (
     DONE,
@@ -352,6 +352,16 @@ def test_an_open_loop_outlives_idle_connections_that_close() -> None:
 
 
 # --- processes, TLS -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("streams", "cores", "asked", "shards"),
+    [(1, 16, 0, 1), (256, 16, 0, 1), (257, 16, 0, 2), (1024, 16, 0, 4), (1024, 2, 0, 1),
+     (4096, 16, 0, 8), (2048, 2, 0, 2), (1024, 1, 0, 1), (4, 16, 8, 4), (1024, 2, 3, 3)],
+)  # fmt: skip
+def test_a_process_has_so_many_streams(streams: int, cores: int, asked: int, shards: int) -> None:
+    load = Load(Target("h", 1), "/", Body(), 10_000, streams, shards=asked)
+    assert shards_for(load, cores) == shards
 
 
 def test_shards_add_up() -> None:
