@@ -369,7 +369,7 @@ def measure(load: Load, progress: Progress = no_progress) -> Result:
 
 
 def shards_for(load: Load, cores: int) -> int:
-    """How many processes: at ease on half of the cores, as others need theirs; else what it takes."""
+    """How many processes: at ease on half of the cores (others need theirs), else what it takes."""
     at_ease = min(cores // 2, math.ceil(load.width / STREAMS_A_SHARD))
     needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
     return max(1, min(load.shards or max(at_ease, needed), load.width))

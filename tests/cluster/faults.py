@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nodes import whole_file
@@ -318,15 +319,12 @@ def docker(*command: str, node: str = "n1") -> Callable[[Scene], str]:
 
 
 def read_only(scene: Scene) -> None:
-    """The shared file system refuses to be written to, on every machine."""
-    machines = [scene.cluster.ctl, *scene.cluster.nodes.values()]
-
-    def remount(how: str) -> None:
-        for machine in machines:
-            machine.run("mount", "-o", f"remount,bind,{how}", "/fsx", cwd="/")
-
-    scene.undo.append(lambda: remount("rw"))
-    remount("ro")
+    """On every machine the workspace can be written to no more, but by files that are open."""
+    folder = str(scene.workspace)
+    for machine in (scene.cluster.ctl, *scene.cluster.nodes.values()):
+        machine.run("mount", "--bind", folder, folder)
+        machine.run("mount", "-o", "remount,bind,ro", folder)
+        scene.undo.append(partial(machine.run, "umount", "--lazy", folder, cwd="/"))
 
 
 def small_file_system(scene: Scene) -> None:
