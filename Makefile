@@ -48,7 +48,7 @@ docker: ## Build the image from the Dockerfile (IMAGE=)
 
 .PHONY: save
 save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|zst|none)
-	$(PY) save_image.py $(call flag,IMAGE,) $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
+	$(PY) save_image.py $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
 
 .PHONY: load
 load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
