@@ -28,7 +28,7 @@ REMOVE = script(r"""
     remove() {
         ids=$(timeout 3 docker ps --all --quiet --filter "label=LABEL.launcher=$launcher" 2>&1) ||
         { said=${ids:-Docker does not answer}; return 1; };
-        ids=$(grep -E '^[[:alnum:].-]+$' <<<"$ids");
+        ids=$(printf '%s\n' "$ids" | grep -E '^[[:alnum:].-]+$');
         [ -z "$ids" ] || said=$(timeout 4 docker rm --force $ids 2>&1) ||
         { said=${said:-Docker does not answer}; return 1; };
     };
@@ -46,7 +46,7 @@ CONTAINER = script(
         [ ! -e "$device" ] || set -- --device "$device" "$@";
     done;
     if [ "$gpus" = auto ]; then
-        gpus=all; present=(/dev/nvidia[0-9]*); IFS=, read -ra given <<<"$SLURM_STEP_GPUS";
+        gpus=all; present=(/dev/nvidia[0-9]*); given=(${SLURM_STEP_GPUS//,/ });
         [ -z "$given" ] || [ ${#given[@]} -ge ${#present[@]} ] ||
         gpus="\"device=$SLURM_STEP_GPUS\"";
     fi;

@@ -115,8 +115,8 @@ class Probe(threading.Thread):
       when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
     * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
       are a failure.
-    * A server that refuses the very first one (4xx), when it is only just ready, will refuse all:
-      it is not asked again.
+    * A server that refuses one (4xx) before it has answered any will refuse all: it is not asked
+      again. The first is asked when the server is only just ready.
 
     The log shows an answer as it begins. An engine that hangs while clients go on opening streams
     therefore looks busy, and is left to them: an engine at work is never ended for its long queue.

@@ -370,7 +370,8 @@ def measure(load: Load, progress: Progress = no_progress) -> Result:
 
 def shards_for(load: Load, cores: int) -> int:
     """How many processes: at ease on half of the cores (others need theirs), else what it takes."""
-    at_ease = min(cores // 2, math.ceil(load.width / STREAMS_A_SHARD))
+    known = 0 if load.open_loop and load.streams is None else load.width  # streams in flight
+    at_ease = min(cores // 2, math.ceil(known / STREAMS_A_SHARD))
     needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
     return max(1, min(load.shards or max(at_ease, needed), load.width))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -123,22 +124,29 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def sweep(logs: Path) -> None:
     """Remove the records of launchers that were killed, and of jobs that have ended."""
-    jobs: set[str] | None = None
+    jobs_by_owner = functools.cache(lambda owner: jobs_of(user_name(owner)))
     for path in (*logs.glob("run_*.json"), logs / "endpoint.json"):
         if not (record := read_record(path)):
             continue
-        if record["alive"] is None and str(record.get("job")).isdecimal():
-            jobs = jobs_of(user_name()) if jobs is None else jobs
-            if jobs is not None and str(record["job"]) not in jobs:
+        if record["alive"] is None and record["job"].isdecimal():
+            jobs = jobs_by_owner(record["owner"])
+            if jobs is not None and record["job"] not in jobs:
                 record["alive"] = False
         if record["alive"] is False:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may be somebody else's to remove
+                path.unlink(missing_ok=True)
 
 
 def records(logs: Path) -> list[dict[str, Any]]:
     """The launches that have a record, without those that are known to be gone."""
     sweep(logs)
-    return [r for path in sorted(logs.glob("run_*.json")) if (r := read_record(path))]
+    return [r for path in sorted(logs.glob("run_*.json")) if (r := living(path))]
+
+
+def living(path: Path) -> dict[str, Any] | None:
+    """The record of a launcher that is not known to be gone."""
+    record = read_record(path)
+    return record if record and record["alive"] is not False else None
 
 
 def status(logs: Path) -> int:
@@ -169,7 +177,7 @@ def stop(logs: Path) -> int:
         except Failure as failure:  # one that is somebody else's does not keep ours
             refused.append(failure.message)
     deadline = time.monotonic() + PATIENCE
-    while any((logs / f"run_{record['job']}.json").exists() for record in told):
+    while any(living(logs / f"run_{record['job']}.json") for record in told):
         if time.monotonic() > deadline:
             die(f"not stopped within {PATIENCE:g} s", hint="scancel the job")
         time.sleep(0.1)

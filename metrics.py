@@ -279,7 +279,9 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
         found.append(f"the client read so late that {share:.0%} of the events have another's time")
     if facts["blurred_firsts"] > BLURRED:
         share = facts["blurred_firsts"]
-        found.append(f"the client read so late that {share:.0%} of the first tokens have another's")
+        found.append(
+            f"the client read so late that {share:.0%} of first tokens have another's time"
+        )
     if not result.kernel_stamps and result.cpu > 0.9:
         found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
     if abs(result.clock_step) > CLOCK_STEP_MS:

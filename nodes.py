@@ -205,7 +205,8 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
             yield file
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         if error.filename in (None, str(part)):
             error.filename = str(path)
         raise
@@ -303,6 +304,7 @@ HOLD = script(HELD.replace("WAIT", "while IFS= read -r _; do :; done"))
 # A node that was out of reach may never hear of that end. What lasts asks Slurm, too, every minute:
 # the job is over where Slurm says so, after it has said that it runs, and in no other case.
 JOB_IS_OVER = script(r"""
+    known=;
     over() {
         [ -n "$SLURM_JOB_ID" ] || return;
         said=$(

@@ -48,12 +48,13 @@ class Plan:
     spread: Spread | None = None  # None: one server within the first node
 
 
-def user_name() -> str:
-    """Who we are, whatever $LOGNAME says; a uid without a name is its number."""
+def user_name(uid: int | None = None) -> str:
+    """Whose the uid is; without one who we are, whatever $LOGNAME says. Nameless: its number."""
+    uid = os.geteuid() if uid is None else uid
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(uid)
 
 
 def real(path: str) -> Path:

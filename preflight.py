@@ -39,7 +39,7 @@ PREFLIGHT = script(
         [ $? = 124 ] || why=$(timeout 10 docker version --format '{{.Server.Version}}' 2>&1);
         tell no-docker "${why:-it did not answer within 10 s}"; exit 0;
     };
-    { read -r version; read -r store; read -r root; } <<<"$info";
+    { read -r version; read -r store; read -r root; } < <(printf '%s\n' "$info");
     tell docker "$version";
     tell store "$store";
     tell image "$(docker image inspect --format
@@ -328,7 +328,7 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
     if not any(node.containers for node in nodes):
         return False
     jobs = jobs_of(user)
-    if place.slurm and place.job not in (jobs or ()):
+    if place.job not in (jobs or ()):
         jobs = None  # an answer without our own job is of another cluster, or not whole
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):

@@ -23,7 +23,6 @@ COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string
 TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
 NO_ANSWER = "the connection closed before the answer began"
 LATE = 1.5  # times the usual pace
-READ_LATE = 1_000_000  # ns after its arrival; a client that keeps up is there much sooner
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
 HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
@@ -293,9 +292,9 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: 
     outcome.merged = len(counted) - len(brought)
     if outcome.merged:
         outcome.blurred = count_blurred(brought, reply.stamps)
-    # A server may send its first tokens at once; then the client has them as soon as they arrive.
-    at = reads[first]
-    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > READ_LATE
+    # A server may send its first tokens together; then the client has them as soon as they arrive.
+    at, pace = reads[first], (times[last] - times[first]) / max(last - first, 1)
+    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > pace / 2 > 0
 
 
 def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:

@@ -119,7 +119,7 @@ def load(folder: Path) -> list[Record]:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """For sorting: prefill-in512 comes before prefill-in1024."""
-    return [(int(word) if word.isdecimal() else 0, word) for word in re.split(r"(\d+)", name)]
+    return [(len(word) if word.isdecimal() else 0, word) for word in re.split(r"(\d+)", name)]
 
 
 def is_sound(record: Record) -> bool:

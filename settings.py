@@ -44,10 +44,10 @@ SETTINGS = (
     Setting(
         "HOST",
         "localhost",
-        "server to test and benchmark (default: see logs/endpoint.json)",
+        "server to test and benchmark, in .env only; else logs/endpoint.json's",
     ),
     Setting("OPENAI_API_KEY", "", "bearer token for that server; never printed"),
-    Setting("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... and sweep"),
+    Setting("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
     Setting("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
     Setting("SHAREGPT_PATH", "ShareGPT.json", "the data set; downloaded there when missing"),
 )

@@ -23,6 +23,7 @@ class TimeLimit(threading.Thread):
         self.ended = threading.Event()
         self.end_at: float | None = None  # by time.monotonic()
         self.told: float | None = None  # the end that was last told
+        self.known = False  # Slurm has once had a line of this job
         self.asking: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
@@ -54,7 +55,9 @@ class TimeLimit(threading.Thread):
             )
         except OSError:
             return None
-        return seconds(answer(self.job, self.asking.communicate()[0]))
+        left = answer(self.job, self.asking.communicate()[0])
+        self.known = self.known or bool(left)
+        return seconds(left)
 
     def _tell(self, left: float) -> None:
         end = time.monotonic() + left
@@ -93,9 +96,10 @@ class TimeLimit(threading.Thread):
             done = subprocess.run(ask, env=unfiltered(), capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return "", ""
-        if "Invalid job id" in done.stderr:
-            return "GONE", ""
+        if "Invalid job id" in done.stderr:  # of a job that it never knew, it says nothing of ours
+            return ("GONE" if self.known else ""), ""
         state, _, left = answer(self.job, done.stdout).partition(" ")
+        self.known = self.known or bool(state)
         return state, left
 
     def end(self) -> None:

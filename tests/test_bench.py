@@ -406,7 +406,7 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(sent=20 * MS)]), "held requests back"),
         (Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({90: 1})), "read so late"),
         (Result([outcome(gaps=[20.0, 0.0], merged=1, blurred=1)], waited=50.0), "read so late"),
-        (Result([outcome(first_blurred=True)]), "100% of the first tokens have another's"),
+        (Result([outcome(first_blurred=True)]), "100% of first tokens have another's time"),
         (Result([outcome()], kernel_stamps=False, cpu=0.99), "99% of a core"),
         (Result([outcome()], clock_step=-30.0), "the clock was set by -30.0 ms"),
         (Result([outcome(output_tokens=None)]), "without usage"),

@@ -126,6 +126,40 @@ def test_a_record_that_cannot_be_removed_is_said(
     assert f"{path} could not be removed: Read-only file system" in capfd.readouterr().err
 
 
+def test_a_record_is_judged_by_the_jobs_of_its_owner(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks: root has no jobs, and the server of a colleague runs on."""
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    asked: list[str] = []
+
+    def jobs_of(user: str) -> set[str]:
+        asked.append(user)
+        return {"7"} if user == "12345" else set()
+
+    monkeypatch.setattr(manage, "jobs_of", jobs_of)
+    for job in ("7", "8"):
+        os.chown(record(logs, job, ELSEWHERE), 12345, -1)
+    assert [found["job"] for found in manage.records(logs)] == ["7"]
+    assert asked == ["12345"]
+
+
+def test_a_dead_record_that_stays_keeps_nobody_waiting(
+    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that is read-only, say."""
+    record(logs, "1", DEAD)
+    record(logs, "local5", name_of(child))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert manage.stop(logs) == 0
+    assert child.wait(5) == 143
+
+
 def test_nothing_runs_from_an_empty_workspace(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

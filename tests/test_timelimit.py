@@ -132,6 +132,11 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
 def test_slurm_says_whether_the_job_has_ended(
     fakes: Fakes, limit: timelimit.TimeLimit, state: str, words: str
 ) -> None:
+    if state == "GONE":  # of a job that Slurm never knew, it says nothing of ours
+        fakes.set(state=state)
+        assert limit.how_it_ended() == ""
+    fakes.set()
+    assert limit.how_it_ended() == ""
     fakes.set(state=state)
     assert limit.how_it_ended() == words
     fakes.program("squeue", "raise SystemExit('Unable to contact slurm controller')")

@@ -485,7 +485,7 @@ class Cluster:
 
     def close(self) -> None:
         """End every process, then remove every file. Mounts and links end with their namespaces."""
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor() as pool, contextlib.suppress(Exception):  # all the rest goes on
             list(pool.map(remove_containers, self.nodes.values()))
         machines = [*self.nodes.values(), *([self.ctl] if hasattr(self, "ctl") else [])]
         for pid in processes_in_network_of([m.holder.pid for m in machines]):

@@ -323,8 +323,8 @@ def read_only(scene: Scene) -> None:
     folder = str(scene.workspace)
     for machine in (scene.cluster.ctl, *scene.cluster.nodes.values()):
         machine.run("mount", "--bind", folder, folder)
-        machine.run("mount", "-o", "remount,bind,ro", folder)
         scene.undo.append(partial(machine.run, "umount", "--lazy", folder, cwd="/"))
+        machine.run("mount", "-o", "remount,bind,ro", folder)
 
 
 def small_file_system(scene: Scene) -> None:

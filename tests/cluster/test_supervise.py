@@ -32,7 +32,7 @@ def test_a_node_learns_from_slurm_that_its_job_is_over(cluster: Cluster, launch:
     started.until("READY")
 
     def over(job: str, known: str) -> int:
-        ask = ("bash", "-c", f"known={known}; {JOB_IS_OVER} over")
+        ask = ("bash", "-c", f"{JOB_IS_OVER} known={known}; over")
         env = {"SLURM_JOB_ID": job, "SQUEUE_STATES": "PENDING", "SLURM_CLUSTERS": "other"}
         return cluster.nodes["n1"].run(*ask, env=env, check=False).returncode
 
