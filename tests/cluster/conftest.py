@@ -20,9 +20,13 @@ Launcher = Callable[..., Launch]
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes milliseconds comes before what takes a cluster, of which there is one."""
+    """What takes milliseconds comes before what takes a cluster, of which there is one.
+
+    What measures comes last: by then the other processes of a `make check` have no more to do.
+    """
     on_cluster = {item for item in items if Path(__file__).parent in item.path.parents}
-    items.sort(key=on_cluster.__contains__)
+    measures = {item for item in on_cluster if item.path.name == "test_bench.py"}
+    items.sort(key=lambda item: (item in on_cluster, item in measures))
     for item in on_cluster:
         item.add_marker(pytest.mark.xdist_group("cluster"))
 
