@@ -63,7 +63,7 @@ BEAT = script(r"""
 UP = r"""printf '%s\tup\t\n' "$1"; until cat >/dev/null; do sleep 1; done"""
 
 HOLDER = script(TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
-                   ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;")  # fmt: skip
+                ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;")  # fmt: skip
 
 # `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
 # The variables go by a pipe: no file is left when Slurm kills the task with another one's death.

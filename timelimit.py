@@ -55,9 +55,7 @@ class TimeLimit(threading.Thread):
             )
         except OSError:
             return None
-        left = answer(self.job, self.asking.communicate()[0])
-        self.known = self.known or bool(left)
-        return seconds(left)
+        return seconds(self._note(self.asking.communicate()[0]))
 
     def _tell(self, left: float) -> None:
         end = time.monotonic() + left
@@ -98,9 +96,14 @@ class TimeLimit(threading.Thread):
             return "", ""
         if "Invalid job id" in done.stderr:  # of a job that it never knew, it says nothing of ours
             return ("GONE" if self.known else ""), ""
-        state, _, left = answer(self.job, done.stdout).partition(" ")
-        self.known = self.known or bool(state)
+        state, _, left = self._note(done.stdout).partition(" ")
         return state, left
+
+    def _note(self, text: str) -> str:
+        """What squeue says of our job; once it has said anything, it knows the job."""
+        said = answer(self.job, text)
+        self.known = self.known or bool(said)
+        return said
 
     def end(self) -> None:
         self.ended.set()

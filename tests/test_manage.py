@@ -112,16 +112,22 @@ def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
     assert all(path.exists() for path in paths)
 
 
-def test_a_record_that_cannot_be_removed_is_said(
-    logs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A server is stopped all the same, whose clean-up goes on after it."""
-    path = record(logs, "local1", launcher())
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be removed."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
+
+
+@pytest.mark.usefixtures("read_only")
+def test_a_record_that_cannot_be_removed_is_said(
+    logs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server is stopped all the same, whose clean-up goes on after it."""
+    path = record(logs, "local1", launcher())
     manage.remove_records(path)
     assert f"{path} could not be removed: Read-only file system" in capfd.readouterr().err
 
@@ -145,17 +151,13 @@ def test_a_record_is_judged_by_the_jobs_of_its_owner(
     assert asked == ["12345"]
 
 
+@pytest.mark.usefixtures("read_only")
 def test_a_dead_record_that_stays_keeps_nobody_waiting(
-    logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    logs: Path, child: subprocess.Popen[bytes]
 ) -> None:
     """On a file system that is read-only, say."""
     record(logs, "1", DEAD)
     record(logs, "local5", name_of(child))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "unlink", refuse)
     assert manage.stop(logs) == 0
     assert child.wait(5) == 143
 

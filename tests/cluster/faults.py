@@ -475,8 +475,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dockerd stopped on the 2nd node", stop_dockerd("n2"), (
         Expect(("before the launch",), ("n2: Docker does not answer: Cannot connect",), (1,), 15),
         Expect(("image load",), ("n2: docker load: ",), (1,), 20),
-        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 20)),
-        ci=()),
+        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 20)), ci=()),
     Fault("dockerd stopped", stop_dockerd("n1"), (
         Expect(UP, ("n1: ",), (1,), 20),), ci=()),
     Fault("dockerd hangs", lambda scene: scene.freeze(scene.n1, "dockerd"), (
@@ -496,18 +495,16 @@ FAULTS: tuple[Fault, ...] = (
     # The network.
     Fault("2nd node unreachable", unplug("n2"), (
         Expect(("before the launch",), ("n2: Slurm cannot start anything there",), (1,), 20),
-        Expect(("image load",), ("n2: Slurm has lost this node",), (1,), 70,
-               heals=90),
-        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 40, left=BACK,
-               heals=90)), ci=()),
+        Expect(("image load",), ("n2: Slurm has lost this node",), (1,), 70, heals=90),
+        Expect(("serving on 2 nodes",), ("n2 (ranks 8-15)",), (1,), 40, left=BACK, heals=90)),
+        ci=()),
     Fault("node unreachable", unplug("n1"), (
         Expect(UP, ("n1: ",), (1,), 90, left=BACK, heals=90),), ci=()),
     Fault("^C while a node is unreachable", unplugged_interrupt("n1"), (
         Expect(UP, ("could not confirm that the container is gone", "stopped by SIGINT"),
                (130,), 20, left=BACK, heals=90),), ci=()),
     Fault("^C while the 2nd node is unreachable", unplugged_interrupt("n2"), (
-        Expect(("image load",), ("stopped by SIGINT",), (130,), 20,
-               heals=90),
+        Expect(("image load",), ("stopped by SIGINT",), (130,), 20, heals=90),
         Expect(("serving on 2 nodes",), ("n2: the container trtllm-", "may be there still"),
                (130,), 20, left=BACK, heals=90)), ci=()),
     # The shared file system.
