@@ -56,7 +56,7 @@ load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
 
 .PHONY: image-check
 image-check: ## Say what the image has: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
-	docker run --rm --pull=never --volume "$$PWD/image_check.py:/image_check.py:ro" \
+	docker run --rm --pull=never --volume "$$PWD/launch/image_check.py:/image_check.py:ro" \
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
@@ -95,15 +95,15 @@ bench: $(READY) ## Benchmark a server (HOST= PORT= BENCH_TYPE=throughput,prefill
 
 .PHONY: report
 report: $(READY) ## Write a result folder's report again (RESULTS=)
-	$(PY) report.py "$${RESULTS:?RESULTS= names the folder}"
+	$(PY) -m report "$${RESULTS:?RESULTS= names the folder}"
 
 .PHONY: compare
 compare: $(READY) ## Two result folders side by side (BEFORE= AFTER=)
-	$(PY) report.py compare "$${BEFORE:?BEFORE= and AFTER= name the folders}" "$${AFTER:?AFTER= names the other folder}"
+	$(PY) -m report compare "$${BEFORE:?BEFORE= and AFTER= name the folders}" "$${AFTER:?AFTER= names the other folder}"
 
 .PHONY: static-bench
 static-bench: $(READY) ## The engine alone, no server: trtllm-bench (MODEL= TP= IMAGE=)
-	$(PY) static_bench.py $(call flag,MODEL,--model) $(call flag,TP,--tp) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
+	$(PY) -m load.static_bench $(call flag,MODEL,--model) $(call flag,TP,--tp) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
 
 ##@ Develop
 .PHONY: setup

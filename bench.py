@@ -22,16 +22,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import bench_place
-import endpoint
-import report
-from clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
-from endpoint import Endpoint
-from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from nodes import Failure, say, write_json
-from results import load, without_details
-from settings import setting
-from sweep import conflicts, stop_reason, sweep
+from common.settings import setting
+from common.talk import Failure, say, write_json
+from load import bench_place, endpoint
+from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
+from load.endpoint import Endpoint
+from load.matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
+from load.sweep import conflicts, stop_reason, sweep
+from report import render as report
+from report.results import load, without_details
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"

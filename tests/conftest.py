@@ -28,8 +28,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-from nodes import Place
-from plan import Plan
+from launch.nodes import Place
+from launch.plan import Plan
 from tests import packages
 
 CI = bool(os.environ.get("CI"))
@@ -703,16 +703,16 @@ def ready(fakes: Fakes) -> Fakes:
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """None of the settings, of Slurm's variables or of a developer's .env files; cwd is empty."""
-    import settings
+    from common import settings
 
     before = dict(os.environ)
     ours = {each.name for each in settings.SETTINGS}
     for name in before:
         if name in ours or name.startswith(("SLURM", *settings.PASSED_ON, "TENSORRT_LLM_SERVE")):
             del os.environ[name]
-    monkeypatch.setattr(settings, "__file__", str(tmp_path / "scripts/settings.py"))
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts/settings.py").touch()
+    monkeypatch.setattr(settings, "__file__", str(tmp_path / "scripts/common/settings.py"))
+    (tmp_path / "scripts/common").mkdir(parents=True)
+    (tmp_path / "scripts/common/settings.py").touch()
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

@@ -23,20 +23,17 @@ from typing import Any
 import pytest
 
 import bench
-import bench_place
-import clients
-import image
-import metrics
-import nodes
-import sharegpt
-from endpoint import Endpoint
-from live import LiveLine
-from loadgen import Load, Result, Target, measure
-from matrix import Case
-from metrics import Distribution, Wanted, goodput_of, summarise
-from nodes import Failure
-from payload import RandomPrompts, Requests
-from response import Outcome
+from common import talk
+from common.live import LiveLine
+from common.response import Outcome
+from common.talk import Failure
+from launch import image
+from load import bench_place, clients, metrics, sharegpt
+from load.endpoint import Endpoint
+from load.loadgen import Load, Result, Target, measure
+from load.matrix import Case
+from load.metrics import Distribution, Wanted, goodput_of, summarise
+from load.payload import RandomPrompts, Requests
 from tests.loopback import (
     MODEL,
     Answer,
@@ -1030,7 +1027,7 @@ def test_without_ignore_eos_a_conversation_may_be_shorter() -> None:
 def test_whatever_happens_what_is_finished_is_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real = nodes.write_json
+    real = talk.write_json
 
     def write(path: Path, data: Any) -> None:
         if "in512" in path.name:
@@ -1056,7 +1053,7 @@ def test_where_no_report_can_be_written_it_is_shown(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("report.write", full)
+    monkeypatch.setattr("report.render.write", full)
     run = Run(capsys, obedient, "-t", "throughput", *QUICK)
     assert (run.code, len(run.last["runs"])) == (1, 1)
     assert "No space left" in run.stderr

@@ -11,9 +11,9 @@ from itertools import accumulate
 
 import pytest
 
-import loadgen
-from metrics import Distribution
-from response import Outcome, Reply, read_reply
+from common.response import Outcome, Reply, read_reply
+from load import loadgen
+from load.metrics import Distribution
 from tests import bench_client
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from container import (
+from launch.container import (
     ATTENDED,
     OWNS,
     docker_options,
@@ -24,8 +24,8 @@ from container import (
     passed_on,
     remove_command,
 )
-from nodes import launcher
-from plan import Plan
+from launch.nodes import launcher
+from launch.plan import Plan
 from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

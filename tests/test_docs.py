@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 
 import bench
-import run_sbatch
 import save_image
-from settings import PASSED_ON, SETTINGS
+from common.settings import PASSED_ON, SETTINGS
+from launch import main as run_sbatch
 from tests.cluster.faults import CELLS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import endpoint
-from endpoint import Endpoint, Witness, base_url, choose, find_endpoint
-from nodes import Failure
+from common.talk import Failure
+from load import endpoint
+from load.endpoint import Endpoint, Witness, base_url, choose, find_endpoint
 from tests.loopback import MODEL, Request, Server, model_server, obedient, serving
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

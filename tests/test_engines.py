@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from payload import LAST_ID
+from load.payload import LAST_ID
 from tests.engines import tiny_model
 from tests.engines.check import agrees, counters, main, serving
 from tests.engines.engines import VLLM, run

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import health
+from launch import health
 from tests.conftest import wait_until
 
 

@@ -27,18 +27,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import bench
-import endpoint
-import image
-import nodes
-import report
-import run_sbatch
 import save_image
-import settings
-import sharegpt
-from container import launch_command
-from matrix import Case
-from nodes import Failure, Step, launcher
-from signals import SIGNALS
+from common import settings
+from common.signals import SIGNALS
+from common.talk import Failure
+from launch import image, nodes
+from launch import main as run_sbatch
+from launch.container import launch_command
+from launch.nodes import Step, launcher
+from load import endpoint, sharegpt
+from load.matrix import Case
+from report import __main__ as report
 from tests.conftest import archive, plan
 from tests.test_report import record as result
 from tests.test_smoke import smoke
@@ -115,7 +114,7 @@ def nobody_elsewhere(
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     monkeypatch.setenv("PATH", str(tmp_path / "no-programs"))
     for module in (endpoint, save_image, smoke):
-        here = tmp_path / "scripts" / f"{module.__name__}.py"
+        here = tmp_path / "scripts" / f"{module.__name__.rpartition('.')[2]}.py"
         here.touch()
         monkeypatch.setattr(module, "__file__", str(here))
 
@@ -433,7 +432,7 @@ def test_a_bomb_is_not_unpacked_into_memory(tmp_path: Path) -> None:
     subprocess.run(["bash", "-c", f"{{ {command}; }} | gzip -1c >x.tar.gz"], cwd=tmp_path,
                    env={"PATH": "/usr/bin:/bin"}, check=True)  # fmt: skip
     (tmp_path / "x.tar.gz.json").write_bytes(b" " * (image.SMALL + 1))
-    script = str(Path(image.__file__).with_name("run_sbatch.py"))
+    script = str(Path(image.__file__).parents[1] / "run_sbatch.py")
     argv = [sys.executable, "-c", PEAK, script, "--dry-run", "--image", "./x.tar.gz", "m"]
     done = subprocess.run(argv, env={"PATH": "/usr/bin:/bin"}, cwd=tmp_path, capture_output=True)
     words = done.stderr.decode()
@@ -509,7 +508,9 @@ def test_records_that_lie(document: Any) -> None:
         assert call(smoke.main, "--timeout", "0.1")[0] in (1, 2)
         assert call(run_sbatch.main, "--status")[0] in (0, 1)
         with contextlib.ExitStack() as patience:
-            patience.enter_context(pytest.MonkeyPatch.context()).setattr("manage.PATIENCE", 0.0)
+            patience.enter_context(pytest.MonkeyPatch.context()).setattr(
+                "launch.manage.PATIENCE", 0.0
+            )
             code, _, err = call(run_sbatch.main, "--stop")
         assert code == 0 or says_why(code, err)
 
@@ -560,7 +561,7 @@ def test_results_that_lie(changes: list[tuple[str, str, Any]]) -> None:
         if isinstance(part, dict):
             part[key] = value
     with fresh() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("charts.draw", lambda charts: [])
+        patch.setattr("report.charts.draw", lambda charts: [])
         (folder / "r").mkdir()
         for i, one in enumerate((lie, result(Case("prefill", 512, 1, 10, 4)))):
             (folder / f"r/{i}.json").write_text(json.dumps(one))

@@ -21,11 +21,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import bench
-import endpoint
-import health
-import manage
-from ask import ask
-from response import Malformed, Outcome, Reply, read_reply
+from common.ask import ask
+from common.response import Malformed, Outcome, Reply, read_reply
+from launch import health, manage
+from load import endpoint
 from tests.conftest import ROOT
 from tests.loopback import (
     DONE,
@@ -268,7 +267,8 @@ HEAVY: dict[str, Misbehave] = {
     "sends a gzip bomb": kept(document(gzip.compress(bytes(300 << 20), 1),
                                        OK + b"Content-Encoding: gzip\r\n")),
 }  # fmt: skip
-ASK = """import health, sys
+ASK = """import sys
+from launch import health
 asked, probe = health.Health(sys.argv[1], ["m"]), health.Probe(sys.argv[1], 1)
 print(asked._ask(), asked.answer, probe._ask(), probe.answer)"""
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-import image
-from image import Image, find_image, is_pulled_anew, password_command, read_tarball
-from nodes import Failure, Place, Told
+from common.talk import Failure
+from launch import image
+from launch.image import Image, find_image, is_pulled_anew, password_command, read_tarball
+from launch.nodes import Place, Told
 from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -702,7 +703,7 @@ def test_progress_is_a_line_a_node_now_and_then(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("image.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("launch.image.time.monotonic", lambda: clock[0])
     progress = image.Progress(181_000_000)
     for second in range(1, 13):
         clock[0] = second

@@ -15,9 +15,9 @@ from itertools import pairwise
 
 import pytest
 
-import connection
-from loadgen import Load, LoadError, Result, Target, arrivals, measure, merged, shards_for
-from response import BROKEN_OFF, NO_ANSWER, Outcome
+from common.response import BROKEN_OFF, NO_ANSWER, Outcome
+from load import connection
+from load.loadgen import Load, LoadError, Result, Target, arrivals, measure, merged, shards_for
 from tests.loopback import (
     DONE,
     HEAD,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from log import Log
+from launch.log import Log
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ TARGETS = {
              "dockerd://tensorrt-llm-serve:latest"],
     "demo": ["simulator/demo.py"],
     "bench": ["bench.py"],
-    "static-bench": ["static_bench.py"],
+    "static-bench": ["-m", "load.static_bench"],
     "bench-client": ["tests/bench_client.py"],
     "bench-peers": ["-m", "tests.engines.peers"],
     "bench-nodes": ["-m", "tests.cluster.bench_nodes"],

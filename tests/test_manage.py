@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-import manage
-from nodes import Failure, here, launcher, process_start
+from common.talk import Failure
+from launch import manage
+from launch.nodes import here, launcher, process_start
 from tests.conftest import Fakes, plan
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

@@ -16,11 +16,12 @@ from typing import Any, cast
 
 import pytest
 
-import multinode
-from multinode import Death, Holders, first_failure, holder_command, rank_log
-from nodes import Failure, Place, Step, Told, launcher
-from plan import Plan, Spread
-from preflight import Node
+from common.talk import Failure
+from launch import multinode
+from launch.multinode import Death, Holders, first_failure, holder_command, rank_log
+from launch.nodes import Place, Step, Told, launcher
+from launch.plan import Plan, Spread
+from launch.preflight import Node
 from tests.conftest import (
     HOSTILE,
     ONE_NODE,

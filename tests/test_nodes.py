@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
-import nodes
-from nodes import (
+from common import talk
+from common.settings import SETTINGS, load_env_files, setting
+from common.talk import Failure
+from launch import nodes
+from launch.nodes import (
     HOLD,
     LEAKS,
     TELL,
-    Failure,
     Step,
     Told,
     find_place,
@@ -33,7 +35,6 @@ from nodes import (
     process_start,
     shown,
 )
-from settings import SETTINGS, load_env_files, setting
 from tests.conftest import HOSTILE, Fakes, Script, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -245,8 +246,8 @@ def test_talk_to_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.Monke
     closed.close()
     for stream in (full, closed):
         monkeypatch.setattr(sys, "stderr", stream)
-        nodes.say("lost")
-        nodes.say("lost")
+        talk.say("lost")
+        talk.say("lost")
         if sys.stderr is not stream:
             sys.stderr.close()
     with contextlib.suppress(OSError):
@@ -257,7 +258,7 @@ def test_what_cannot_be_written_is_named_and_leaves_no_part(tmp_path: Path) -> N
     path = tmp_path / "logs/endpoint.json"
     path.mkdir(parents=True)
     with pytest.raises(OSError, match=re.escape(str(path))):
-        nodes.write_json(path, {"a": 1})
+        talk.write_json(path, {"a": 1})
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -367,13 +368,13 @@ def test_a_step_that_ends_at_once_does_not_choke_on_its_secret() -> None:
 def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_path: Path) -> None:
     """The kernel closes the pipe, whatever ended us."""
     code = (
-        "import sys, time; from nodes import HOLD, Step\n"
+        "import sys, time; from launch.nodes import HOLD, Step\n"
         "Step(['bash', '-c', HOLD + 'trap \"exit 143\" TERM; sleep 60 & wait'])\n"
         "print('up', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=fakes.environment(PYTHONPATH=str(Path(nodes.__file__).parent)),
+        env=fakes.environment(PYTHONPATH=str(Path(nodes.__file__).parents[1])),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -389,13 +390,13 @@ def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_pat
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new/x.json"
-    nodes.write_json(path, {"a": "ü\n"})
+    talk.write_json(path, {"a": "ü\n"})
     assert json.loads(path.read_text()) == {"a": "ü\n"}
-    nodes.write_json(path, {"b": 1})
+    talk.write_json(path, {"b": 1})
     assert json.loads(path.read_text()) == {"b": 1}
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(TypeError):
-        nodes.write_json(path, {"b": object()})
+        talk.write_json(path, {"b": object()})
     assert list(path.parent.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"b": 1}
 

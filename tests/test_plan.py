@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nodes import Failure, Place
-from parallelism import World
-from plan import (
+from common.talk import Failure
+from launch.nodes import Place
+from launch.parallelism import World
+from launch.plan import (
     Plan,
     Spread,
     check_logs,
@@ -29,7 +30,7 @@ from plan import (
     spread_over,
     user_name,
 )
-from preflight import Node
+from launch.preflight import Node
 from tests.conftest import Fakes, plan
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 def srun_offers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a test has no fake srun, this is what one would offer."""
     if "fakes" not in request.fixturenames:
-        monkeypatch.setattr("plan.run", lambda argv: "pmix\npmix_v9\npmi2\n")
+        monkeypatch.setattr("launch.plan.run", lambda argv: "pmix\npmix_v9\npmi2\n")
 
 
 @pytest.mark.parametrize(

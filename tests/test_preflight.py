@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
-import preflight
-from image import NONE, Image
-from nodes import Failure, Place, Told, here, launcher
-from preflight import Finding, Node, Wanted, gather, judge, must_provide, orphans, ours_already
+from common.talk import Failure
+from launch import preflight
+from launch.image import NONE, Image
+from launch.nodes import Place, Told, here, launcher
+from launch.preflight import (
+    Finding,
+    Node,
+    Wanted,
+    gather,
+    judge,
+    must_provide,
+    orphans,
+    ours_already,
+)
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

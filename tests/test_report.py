@@ -1,4 +1,4 @@
-"""report.py: tables, files, plots, the page in a real browser, two folders side by side."""
+"""The report: tables, files, plots, the page in a real browser, two folders side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 
-import charts
-import compare
-import report
-import results
-from matrix import Case
+from load.matrix import Case
+from report import __main__ as command
+from report import charts, compare, results
+from report import render as report
 
 pytestmark = pytest.mark.usefixtures("same_signals")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -132,7 +131,7 @@ def test_the_csv_holds_every_run(tmp_path: Path) -> None:
 
 def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
     folder = put(tmp_path / "a", record(LATENCY, ttfts=[0.1] * 10_000))
-    assert report.main([str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
     (found,) = json.loads((folder / "summary.json").read_text())
     assert "ttfts" not in found
     assert found["mean_ttft_ms"] == 10
@@ -223,10 +222,10 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None
 
 def test_a_report_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = put(tmp_path / "a", *everything())
-    assert report.main([str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
     assert "prefill-in128-out1-c4" in capsys.readouterr().out
     assert (folder / "report.html").exists()
-    assert report.main([str(folder)]) == 0  # its own summary is no run
+    assert command.main([str(folder)]) == 0  # its own summary is no run
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +235,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         record(LATENCY, 12.0, output_throughput=700.0),
         bad(Case("prefill", 1, 1, 1, 1)),
     )
-    assert report.main(["compare", str(a), str(b)]) == 0
+    assert command.main(["compare", str(a), str(b)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "latency-in128-out128-c1 mean_ttft_ms 10.0 12.0 +20.0% - WORSE" in lines
     assert "latency-in128-out128-c1 output_throughput 640 700 +9.4% - better" in lines
@@ -247,7 +246,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def words_of(folder: Path, capsys: pytest.CaptureFixture[str], *sides: dict[str, Any]) -> str:
     a, b = (put(folder / name, one) for name, one in zip("ab", sides, strict=True))
-    assert report.main(["compare", str(a), str(b)]) == 0
+    assert command.main(["compare", str(a), str(b)]) == 0
     return capsys.readouterr().out
 
 
@@ -309,14 +308,14 @@ def test_a_change_within_the_spread_is_no_change() -> None:
 
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
 def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(words) == 1
+    assert command.main(words) == 1
     assert "no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["compare", "one"], ["one", "two"], []])
 def test_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        report.main(words)
+        command.main(words)
     assert stop.value.code == 2
 
 
@@ -325,5 +324,5 @@ def test_a_file_that_is_no_result(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (put(tmp_path / "a") / "x.json").write_text(text)
-    assert report.main([str(tmp_path / "a")]) == 1
+    assert command.main([str(tmp_path / "a")]) == 1
     assert "ERROR" in capsys.readouterr().err

@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 
-import run_sbatch
-import settings
-import supervise
-from nodes import Place
-from plan import user_name
-from preflight import Node
+from common import settings
+from launch import main as run_sbatch
+from launch import supervise
+from launch.nodes import Place
+from launch.plan import user_name
+from launch.preflight import Node
 from tests.conftest import (
     HOSTILE,
     ROOT,
@@ -200,6 +200,7 @@ def test_slurm_reads_the_header() -> None:
     assert {"--nodes=1", "--gpus-per-node=8", "--exclusive"} <= set(flags)
 
 
+PACKAGES = ("common", "launch", "load", "report")
 SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if p.read_text().startswith("#!")]
 
 
@@ -215,7 +216,7 @@ def test_help_fits_a_terminal(path: Path) -> None:
 
 def test_the_start_does_not_wait_for_what_is_needed_later() -> None:
     """requests alone takes as long to import as all the rest."""
-    look = "import run_sbatch, sys; print({'requests', 'matplotlib', 'dotenv'} & set(sys.modules))"
+    look = "import launch.main, sys; print({'requests', 'matplotlib', 'dotenv'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
 
@@ -230,6 +231,8 @@ def toolset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy2(path, home)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, home / package)
     return home
 
 
@@ -442,9 +445,9 @@ def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, too
     script = fakes.home / "impatient.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-        "import run_sbatch, health\n"
+        "from launch import health, main\n"
         "health.HEALTH_EVERY, health.HEALTH_MISSES = 0.05, 3\n"
-        "raise SystemExit(run_sbatch.main(['m']))\n"
+        "raise SystemExit(main.main(['m']))\n"
     )
     started = launch(script=script, TRTLLM_SIM_FAULT="503:0.3")
     assert "no longer serves: 3 health checks in a row failed" in error(started)
@@ -463,9 +466,9 @@ def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
         script = fakes.home / "impatient.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-            "import run_sbatch, health, supervise\n"
+            "from launch import health, main, supervise\n"
             f"health.PROBE_PATIENCE, supervise.LONGEST_PAUSE = {patience}, {pause}\n"
-            "raise SystemExit(run_sbatch.main())\n"
+            "raise SystemExit(main.main())\n"
         )
         return launch(*args, script=script, **{"PROBE_SECONDS": "0.1", **options})
 
@@ -1302,7 +1305,9 @@ def test_a_copy_whose_original_is_gone_says_so(
     fakes.set(job=JOB.format(command="/gone/run_sbatch.py", workdir="/gone"))
     failed = launch("m", script=spooled, slurm=known)
     assert failed.code() == 1
-    assert failed.output.startswith("run_sbatch.py: nodes.py is not beside it, nor beside ")
+    assert failed.output.startswith(
+        "run_sbatch.py: the folder launch/ is not beside it, nor beside "
+    )
     assert len(failed.output.splitlines()) == 1
 
 
@@ -1312,7 +1317,7 @@ def test_a_copy_on_a_machine_without_slurm_says_so(
     fakes.without("scontrol")
     failed = launch("m", script=spooled)
     assert failed.code() == 1
-    assert "nodes.py is not beside it" in failed.output
+    assert "the folder launch/ is not beside it" in failed.output
 
 
 @pytest.mark.parametrize("there", [(), ("sh",), ("sh", "dotenv")])

@@ -11,12 +11,12 @@ from typing import cast
 
 import pytest
 
-import health
-import server
-from log import Log
-from nodes import Failure, Place, Step
-from plan import Spread
-from preflight import Node
+from common.talk import Failure
+from launch import health, server
+from launch.log import Log
+from launch.nodes import Place, Step
+from launch.plan import Spread
+from launch.preflight import Node
 from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import bench_place
-import static_bench
+from load import bench_place, static_bench
 
 PREPARE = """
 import sys

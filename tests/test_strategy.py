@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import parallelism
-import strategy
-from nodes import Failure
+from common.talk import Failure
+from launch import parallelism, strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import bench
-from matrix import MATRIX, Case, Overrides, cases
-from metrics import growth
-from sweep import RATE_SECONDS, stop_reason, sustained_rate, sweep
+from load.matrix import MATRIX, Case, Overrides, cases
+from load.metrics import growth
+from load.sweep import RATE_SECONDS, stop_reason, sustained_rate, sweep
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 

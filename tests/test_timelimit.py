@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-import timelimit
-from nodes import Place
+from launch import timelimit
+from launch.nodes import Place
 from tests.conftest import Fakes, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

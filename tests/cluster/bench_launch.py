@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import image
+from launch import image
 from tests.cluster.cluster import Cluster, wait_until, why_not
 from tests.cluster.launches import (
     PYTHON,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from nodes import whole_file
+from common.talk import whole_file
 from tests.cluster.cluster import Cluster, ClusterError, Machine, wait_until, why_not
 from tests.cluster.launches import (
     PYTHON,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from results import COLUMNS
+from report.results import COLUMNS
 from tests.cluster.cluster import Cluster
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import PYTHON, QUICK, REPO, TAG, Launch, serve_args

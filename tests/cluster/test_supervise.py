@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nodes import JOB_IS_OVER
+from launch.nodes import JOB_IS_OVER
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import QUICK, WHOLE, ours, serve_args

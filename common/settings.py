@@ -1,0 +1,115 @@
+"""The one list of settings: flag > environment > .env > default. env.example shows it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.talk import die, say
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variable, its default, and a line of what it is for."""
+
+    name: str
+    default: str
+    help: str
+
+
+SETTINGS = (
+    Setting("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: Hugging Face id or path"),
+    Setting(
+        "IMAGE",
+        "",
+        "tarball, local tag or registry reference (default: what make save wrote)",
+    ),
+    Setting("WORKSPACE", "", "where the default image and logs/ are (default: current directory)"),
+    Setting("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
+    Setting("RUNTIME", "docker", "docker, or bare: trtllm-serve from the node's PATH"),
+    Setting("READY_TIMEOUT", "3600", "seconds that a server may take to get ready"),
+    Setting("RESTART", "0", "how often a server that failed is started again"),
+    Setting("PROBE_SECONDS", "60", "pause between two one-token probes of the server; 0: none"),
+    Setting("PORT", "8000", "port of the server"),
+    Setting("GPUS", "auto", "auto (the job's, without Slurm all), none, or as docker's --gpus"),
+    Setting("MPI", "auto", "PMIx of several nodes, as srun --mpi=list has it: pmix, pmix_v4"),
+    Setting("TRTLLM_VERSION", "1.1.0", "the image's; options are checked for 1.1.0 only"),
+    Setting("PRIVILEGED", "0", "1: docker run --privileged"),
+    Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
+    Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
+    Setting(
+        "HOST",
+        "localhost",
+        "server to test and benchmark, in .env only; else logs/endpoint.json's",
+    ),
+    Setting("OPENAI_API_KEY", "", "bearer token for that server; never printed"),
+    Setting("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
+    Setting("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
+    Setting("SHAREGPT_PATH", "ShareGPT.json", "the data set; downloaded there when missing"),
+)
+
+# Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
+PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
+
+
+# What the kernel takes for one variable or argument; .env is the one way around it.
+LONGEST = 128 * 1024 - 1
+SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")
+
+
+def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
+    """Failure for a file that anybody may have written: what it says can mean running their code.
+
+    Ours, root's, and the owner's of these scripts, whose code we run anyway, are as good as told by
+    us. Who owns the directory does not matter: what others put there is theirs.
+    """
+    friends = {os.geteuid(), 0, Path(__file__).stat().st_uid}
+    if state.st_uid not in friends:
+        who = f"user {state.st_uid}, neither you, nor root, nor the owner of the scripts"
+        die(f"{path} belongs to {who}: {otherwise}")
+    if state.st_mode & stat.S_IWOTH:
+        die(f"{path} may be written by everybody: {otherwise}")
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a .env file; {} where there is none. Failure where it is not sound."""
+    from dotenv import dotenv_values
+
+    try:
+        if not (path.is_file() or path.is_fifo()):
+            return {}
+        with path.open(encoding="utf-8") as file:
+            state = os.fstat(file.fileno())
+            trust(path, state, "it is not read; make it your own (chown, chmod o-w) or remove it")
+            found = {name: value for name, value in dotenv_values(stream=file).items() if value}
+    except (OSError, ValueError) as error:
+        die(f"cannot read {path}: {error}")
+    for name, value in found.items():
+        if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
+            die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
+    if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
+        say(f"{path} holds a secret and others may read it: chmod 600 {path}")
+    return found
+
+
+def load_env_files() -> list[str]:
+    """Read .env of the current directory, then beside the scripts; returns the names they set.
+
+    By explicit path: under sbatch the script that runs is a copy in a spool directory.
+    """
+    before = {name for name, value in os.environ.items() if value}
+    for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1])):
+        found = read_env_file(directory / ".env")
+        os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
+    return sorted(set(os.environ) - before)
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
+    """A setting's value below its flag. An empty variable counts as not set."""
+    environ = os.environ if environ is None else environ
+    default = next(s.default for s in SETTINGS if s.name == name)
+    return environ.get(name) or default

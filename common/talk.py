@@ -1,0 +1,76 @@
+"""Words for people, and files for programs: what failed, what goes on, results written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NoReturn
+
+
+class Failure(Exception):
+    """What failed, in one sentence, and what to do next. Ends the program with exit code 1.
+
+    One that is `passing` may not happen again when the server is started anew (--restart).
+    """
+
+    def __init__(self, message: str, hint: str = "", passing: bool = False) -> None:
+        super().__init__(message)
+        self.message, self.hint, self.passing = message, hint, passing
+
+
+def die(message: str, *, hint: str = "", passing: bool = False) -> NoReturn:
+    raise Failure(message, hint, passing)
+
+
+def complain(error: Failure | OSError) -> int:
+    """Say what ended the program and what to do next; returns its exit code."""
+    if isinstance(error, Failure):
+        hint = f"\n           next: {error.hint}" if error.hint else ""  # below the word ERROR
+        say(f"ERROR {error.message}{hint}")
+    else:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    return 1
+
+
+def say(message: str) -> None:
+    """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
+    try:
+        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def keep_ours() -> None:
+    """What we write is not for everybody to change, whatever umask we were given."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
+def write_json(path: Path, data: object) -> None:
+    with whole_file(path) as file:
+        json.dump(data, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """To write all of it or nothing, for readers that look at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,63 @@
+"""The server's log: followed on the terminal, kept in a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from common.talk import say
+
+
+class Log:
+    """The server's log file: written by its step, followed by us, kept."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.sink = path.open("ab")
+        self.reader = path.open("rb")
+        self.start = self.reader.seek(0, os.SEEK_END)
+        self.last_line = ""
+
+    def pump(self, limit: int = 1 << 20) -> bytes:
+        """Copy what is new to stdout and return it. A flood is skipped there, not in the file."""
+        behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
+        if behind > 8 * limit:
+            say(
+                f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
+            )
+            self.reader.seek(-limit, os.SEEK_END)
+        if new := self.reader.read(limit):
+            self._show(new)
+            if said := new.rstrip():
+                self.last_line = said.rpartition(b"\n")[2].decode(errors="replace").strip()
+        return new
+
+    def _show(self, new: bytes) -> None:
+        try:
+            sys.stdout.buffer.write(new)
+            sys.stdout.flush()
+        except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
+            # Nobody reads any more: the file keeps it all, the server goes on.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+    def tail(self, lines: int = 50) -> str:
+        """The last lines of this launch, wherever somebody has moved the file."""
+        return tail_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, lines)
+
+    def close(self) -> None:
+        self.reader.close()
+        self.sink.close()
+
+
+def tail_of(path: Path, start: int = 0, lines: int = 50) -> str:
+    """The last lines of a file, none of them from before `start`; '' where there is no file."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(start, end - (1 << 16)))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])

@@ -1,0 +1,262 @@
+"""One model over several nodes: a container a node, a rank a GPU, one MPI world.
+
+Slurm's PMIx wires the ranks up; each runs by `docker exec` in the one container of its node, so
+that the ranks of a node share a process table (Open MPI's shared memory needs that) and there is
+one thing to name and to remove. Rank 0, on the first node, serves HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.talk import die
+from launch.container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
+from launch.nodes import HOLD, HOLD_IN_JOB, LISTENS, TELL, Step, Told, last_words, script
+from launch.plan import Plan, Spread
+from launch.preflight import Node
+
+UP_WITHIN = 60.0  # seconds until every node's container runs
+SILENCE = 8.0  # seconds without a sign of life from a node
+SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
+ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
+# Seconds a node has to clean up; and one that is in trouble, which gives up after two (BEAT):
+# who stops listening in that very moment does not hear why its container is left.
+FAREWELL, SHORT_FAREWELL = 10.0, 3.0
+
+# What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
+# use them does not exist yet), and slurmd itself, known by its port: a step outlives its slurmd.
+SLURM = script(r"""
+    config=$(scontrol show config 2>/dev/null);
+    value() { [[ $config =~ $'\n'$1\ *=\ ([^$'\n']+) ]] && printf %s "${BASH_REMATCH[1]}"; };
+    spool=$(value SlurmdSpoolDir); spool=${spool//%n/$node};
+    case $spool in *%h*) spool=${spool//%h/$(hostname -s)} ;; esac;
+    [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
+    port=$(value SlurmdPort);
+""")
+
+# A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
+BEAT = script(r"""
+    beat() {
+        if listens "${port:-6818}"; then tell beat slurmd; else tell beat; fi;
+    };
+    { while kill -0 $$; do beat; sleep 2; done; } 2>/dev/null &
+    beat=$!;
+    farewell() {
+        kill $watch $beat 2>/dev/null; clock; end=$((clock + 2));
+        until remove; do
+            clock; [ $clock -lt $end ] || { tell left "$said"; return; };
+            sleep 0.1;
+        done;
+        tell left "";
+    };
+    trap farewell EXIT;
+""")
+
+# The node's name follows. A container of a spread launch is there for the ranks to run in, for as
+# long as its standard input, the script's, is open.
+UP = r"""printf '%s\tup\t\n' "$1"; until cat >/dev/null; do sleep 1; done"""
+
+HOLDER = script(TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
+                ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;")  # fmt: skip
+
+# `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
+# The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
+# Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
+RANK = script(TELL, HOLD, r"""
+    name=trtllm-$1-$node; cwd=$2; shift 2;
+    stop() {
+        trap '' TERM INT HUP;
+        [ -z "$client" ] || kill -KILL $client 2>/dev/null;
+        exit 143;
+    };
+    trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
+    docker exec --env-file <(env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=')
+        --workdir "${cwd:-/}" "$name" sh -c
+        'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
+        rank trtllm-llmapi-launch "$@" &
+    client=$!;
+    serving() {
+        processes=$(docker top "$name" -eo pid,args) || return 2;
+        printf %s "$processes" | grep -v llmapi-launch | grep -q trtllm-serve;
+    };
+    trap 'left=1; kill -KILL $client' USR1;
+    if [ "$SLURM_PROCID" = 0 ]; then
+        {
+            for i in $(seq 60); do ! serving || break; kill -0 $$ || exit; sleep 1; done;
+            while serving; [ $? != 1 ]; do kill -0 $$ || exit; sleep 1; done;
+            sleep 2; kill -USR1 $$;
+        } >/dev/null 2>&1 &
+        look=$!;
+        trap 'kill $watch $look 2>/dev/null' EXIT;
+    fi;
+    wait $client; code=$?;
+    [ -z "$left" ] || { wait $client; code=1; echo "trtllm-serve has ended, its leader has not"; };
+    trap '' TERM INT HUP;
+    exit $code;
+""")  # fmt: skip
+
+
+def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
+    """A container on each node that waits, for the ranks to run in."""
+    words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", UP, "up")
+    return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
+
+
+def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
+    """All ranks, in blocks, each with a log of its own. The death of one ends all."""
+    step = plan.place.on(spread.nodes, spread.ranks, spread.mpi)
+    escaped = Path(str(logs).replace("%", "%%"))  # srun's own sign for what it fills in
+    return [
+        *step,
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={rank_log(escaped, '%t')}",
+        "bash",
+        "-c",
+        RANK,
+        "rank",
+        plan.place.job,
+        plan.cwd,
+        *plan.engine,
+    ]
+
+
+class Holders(threading.Thread):
+    """The nodes' containers, and signs of life from each."""
+
+    def __init__(self, step: Step, spread: Spread, nodes: Sequence[Node]) -> None:
+        super().__init__(daemon=True)
+        self.step, self.spread = step, spread
+        self.names = [node.name for node in nodes[: spread.nodes]]
+        self.up: set[str] = set()
+        self.seen: dict[str, float] = {}  # when a node gave its last sign of life
+        self.slurmd: dict[str, float] = {}  # when it last saw its slurmd; never: it is not judged
+        self.ended: dict[str, str] = {}  # exit codes of containers
+        self.left: dict[str, str] = {}  # why a node's container may be there still; '': it is gone
+        self.talk: list[str] = []
+        self.looked = time.monotonic()  # when somebody last asked for a fault
+
+    def run(self) -> None:
+        with contextlib.suppress(ValueError):  # the step is let go of while we read
+            for told in self.step.told():
+                self.note(told)
+
+    def note(self, told: Told) -> None:
+        now = time.monotonic()
+        if told.key == "up":
+            self.up.add(told.node)
+        elif told.key == "beat":
+            self.seen[told.node] = now
+            if told.value:
+                self.slurmd[told.node] = now
+        elif told.key == "ended":
+            self.ended[told.node] = told.value
+        elif told.key == "left":
+            self.left[told.node] = told.value
+        else:
+            self.talk = [*self.talk[-50:], told.line]
+
+    def fault(self) -> str:
+        """What is wrong with the first node that is in trouble, or ''."""
+        self.forgive_absence()
+        for index, name in enumerate(self.names):
+            if trouble := self.trouble(name):
+                return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
+        return ""
+
+    def forgive_absence(self) -> None:
+        """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
+        now = time.monotonic()
+        if now - self.looked > ABSENCE:
+            self.seen = dict.fromkeys(self.seen, now)
+            self.slurmd = dict.fromkeys(self.slurmd, now)
+        self.looked = now
+
+    def trouble(self, name: str) -> str:
+        if code := self.ended.get(name):
+            words = last_words("\n".join(self.talk))
+            return f"its container ended with exit code {code}: {words}".rstrip(": ")
+        now = time.monotonic()
+        seen = self.seen.get(name, now)
+        if now - seen > SILENCE:
+            return f"no sign of life for {SILENCE:g} s"
+        if seen - self.slurmd.get(name, seen) > SLURMD_AWAY:
+            return f"its slurmd has been gone for {SLURMD_AWAY:g} s"
+        return ""
+
+    def await_up(self) -> None:
+        """Return when every node's container runs."""
+        deadline = time.monotonic() + UP_WITHIN
+        while len(self.up) < self.spread.nodes:
+            if ended := self.step.poll() is not None:
+                self.join(1)  # until all that it said has been read
+            if fault := self.fault():
+                die(fault, passing=True)
+            missing = [name for name in self.names if name not in self.up]
+            if missing and (ended or time.monotonic() > deadline):
+                late = "" if ended else f" within {UP_WITHIN:g} s"
+                die(
+                    f"{', '.join(missing)}: no container{late}: "
+                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}",
+                    passing=True,
+                )
+            time.sleep(0.02)
+
+    def await_farewell(self) -> dict[str, str]:
+        """Wait for the nodes' word on their containers; what is not gone, and why, by node.
+
+        A node in trouble is not waited for long. '' where a node ended without a word.
+        """
+        begun = time.monotonic()
+        patience = {name: SHORT_FAREWELL if self.trouble(name) else FAREWELL for name in self.names}
+        while any(time.monotonic() - begun < patience[name] for name in self.silent()):
+            if self.step.poll() is not None:
+                self.join(1)
+                break
+            time.sleep(0.02)
+        silent = {name: self.trouble(name) for name in self.silent()}
+        return silent | {name: why for name, why in self.left.items() if why}
+
+    def silent(self) -> list[str]:
+        return [name for name in self.names if name not in self.left]
+
+
+RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)
+# srun says a signal in strsignal()'s words.
+SIGNALS = {str(signal.strsignal(each)): 128 + each for each in signal.Signals}
+ENDS = SIGNALS | {"Out Of Memory": 137}
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a rank, or of several that ended alike."""
+
+    node: str
+    ranks: str  # as Slurm writes them: 9 or 8-15
+    code: int
+
+    @property
+    def first(self) -> str:
+        return re.split(r"[,-]", self.ranks)[0]
+
+
+def first_failure(log: str) -> Death | None:
+    """The first rank that failed, as srun tells it; those that it took along come later."""
+    if not (found := RANK_ENDED.search(log)):
+        return None
+    code = re.search(r"exit code (\d+)", found[3])
+    word = next((code for word, code in ENDS.items() if found[3].startswith(word)), 1)
+    return Death(found[1], found[2], int(code[1]) if code else word)
+
+
+def rank_log(main_log: Path, rank: str) -> Path:
+    """A rank's own log, beside the launch's; `%t` is Slurm's word for every rank."""
+    return main_log.with_name(f"{main_log.stem}_rank{rank}.log")
