@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, ClassVar, NoReturn
 
 
 class Failure(Exception):
@@ -37,12 +37,49 @@ def complain(error: Failure | OSError) -> int:
     return 1
 
 
+class Record:
+    """What is kept of the talk: lines for a launch's own log, and whether the terminal gets all."""
+
+    verbose = False  # -v: commands, too
+    file: IO[str] | None = None
+    early: ClassVar[list[str]] = []  # said before the log was there
+
+    @classmethod
+    def open(cls, path: Path) -> None:
+        """Write to this file from now on, first what was said before."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cls.file = path.open("a", encoding="utf-8", errors="surrogateescape")
+        early, cls.early = cls.early, []
+        for line in early:
+            cls.keep(line)
+
+    @classmethod
+    def keep(cls, line: str) -> None:
+        if not cls.file:
+            cls.early.append(line)
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not stop a clean-up
+            cls.file.write(line + "\n")
+            cls.file.flush()
+
+
 def say(message: str) -> None:
     """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
+    line = f"[{time.strftime('%H:%M:%S')}] {message}"
+    Record.keep(line)
     try:
-        print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def note(message: str) -> None:
+    """For the launch's log, and for the terminal only where -v asks for it: a command in full."""
+    if Record.verbose:
+        say(message)
+    else:
+        Record.keep(f"[{time.strftime('%H:%M:%S')}] {message}")
 
 
 def keep_ours() -> None:

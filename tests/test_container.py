@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from launch.container import (
     ATTENDED,
     OWNS,
@@ -24,6 +23,7 @@ from launch.container import (
     passed_on,
     remove_command,
 )
+
 from launch.nodes import launcher
 from launch.plan import Plan
 from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan, wait_until

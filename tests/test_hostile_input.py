@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from launch.container import launch_command
 
 import bench
 import save_image
@@ -33,7 +34,6 @@ from common.signals import SIGNALS
 from common.talk import Failure
 from launch import image, nodes
 from launch import main as run_sbatch
-from launch.container import launch_command
 from launch.nodes import Step, launcher
 from load import endpoint, sharegpt
 from load.matrix import Case

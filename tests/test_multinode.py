@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from launch.multinode import Death, Holders, first_failure, holder_command, rank_log
 
 from common.talk import Failure
 from launch import multinode
-from launch.multinode import Death, Holders, first_failure, holder_command, rank_log
 from launch.nodes import Place, Step, Told, launcher
 from launch.plan import Plan, Spread
 from launch.preflight import Node

@@ -6,10 +6,10 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from launch.parallelism import World, find_world, merged, rename_config, split_model, value_of
 
 from common.talk import Failure
 from launch import parallelism
-from launch.parallelism import World, find_world, merged, rename_config, split_model, value_of
 from tests.conftest import HOSTILE
 
 pytestmark = pytest.mark.usefixtures("clean_environment")

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from launch.parallelism import World
 
 from common.talk import Failure
 from launch.nodes import Place
-from launch.parallelism import World
 from launch.plan import (
     Plan,
     Spread,
