@@ -6,9 +6,11 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.talk import say, write_json
+from launch.findings import Node
 from launch.identity import launcher
 from launch.plan import is_directory
 from launch.server import Server
@@ -16,7 +18,7 @@ from launch.server import Server
 PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for http
 
 
-def announce(server: Server, path: Path) -> dict[str, object]:
+def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
     """Say where the server is, on screen and in the file at `path`."""
     server.ready_at = time.monotonic()
     endpoint: dict[str, object] = {
@@ -24,7 +26,7 @@ def announce(server: Server, path: Path) -> dict[str, object]:
         "model": server.health.model,
         "model_argument": model_argument(server.replica.model),
         "job": server.plan.place.job,
-        "nodes": [node.name for node in server.nodes],
+        "nodes": [node.name for node in nodes],
         "container": server.runtime.container(server.plan, server.node),
         "log": str(server.main_log.path),
         "ready_seconds": round(server.age, 2),

@@ -30,10 +30,12 @@ def main(launcher: str, *files: str) -> None:
 def is_gone(file: Path, launcher: str) -> bool:
     """Whether the launcher has no record there any more; it is removed where it has."""
     try:
-        if launcher in file.read_text(errors="replace"):
-            file.unlink()
-    except FileNotFoundError:
+        if launcher not in file.read_text(errors="replace"):
+            return True
+    except OSError:
         return True
+    try:
+        file.unlink(missing_ok=True)
     except OSError:
         return False
     return True

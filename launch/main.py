@@ -67,8 +67,6 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     if args.force:
         check_force(found)
-    if not args.check:
-        Record.open(log.with_name(f"launch_{place.job}.log"))
     nodes = prepare_nodes(plan, wanted, args)
     url = url_of(nodes[0], place, serve_args)
     plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES), args)
@@ -76,6 +74,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.check:
         return 0
 
+    Record.open(log.with_name(f"launch_{place.job}.log"))
     put = partial(put_image, plan, found, nodes, args.force, args.verify)
     supervise.serve(plan, nodes, url, args, put)
     return 0

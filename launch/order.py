@@ -58,9 +58,9 @@ class Command:
 
     def shown(self, more: str = "") -> str:
         """As a shell takes it, on lines that can be read; `more` commands feed what follows."""
-        files = shlex.join(str(PARTS / f"{part}.py") for part in parts_of(self.order))
-        order = json.dumps(self.fields, indent=1)
-        feed = f"{{ cat {files}; cat; {more}}} <<'ORDER' | \\\n"
+        files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
+        order = json.dumps(self.fields, indent=1, ensure_ascii=False)
+        feed = f"{{ {files}; cat; {more}}} <<'ORDER' | \\\n"
         return f"{feed}{folded(self.argv)}\n{order}\n\nORDER"
 
 

@@ -97,7 +97,7 @@ class Launch:
             self.running.append(started)
         watch.await_ready(self.running, self.args.ready_timeout)
         for running in self.running:
-            say_how_to_use(announce(running, self.endpoint))
+            say_how_to_use(announce(running, self.nodes, self.endpoint))
         watch.hold(self.running)
 
     def prepare_restart(self, failure: Failure) -> None:

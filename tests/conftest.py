@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -29,7 +31,7 @@ import hypothesis
 import pytest
 
 from launch.nodes import Place
-from launch.plan import Plan
+from launch.plan import Plan, Replica
 from tests import packages
 
 CI = bool(os.environ.get("CI"))
@@ -99,6 +101,7 @@ TOOLS = [
     "pigz",
     "printf",
     "ps",
+    "python3",
     "readlink",
     "rm",
     "sed",
@@ -359,8 +362,12 @@ match args:
         run(name, rest)
     case ["exec", "--env-file", file, "--workdir", cwd, name, *command] if command:
         execute(file, cwd, name, command)
-    case ["exec", name, "sh", "-c", _, "listens", port]:
-        print(faults.get("listens", "own"))
+    case ["exec", name, "sh", "-c", "ls -l /proc/[0-9]*/fd"]:
+        if faults.get("listens") == "unknown":
+            fail("Error response from daemon: container is not running")
+        sockets = [] if faults.get("listens") == "" else [
+            os.readlink(f) for f in Path("/proc").glob("[0-9]*/fd/*") if f.is_symlink()]
+        print("lrwx------ 1 root root 64 Nov 28 10:00 3 -> socket:[1]", *sockets, sep="\n")
     case ["top", name, "-eo", "pid,args"]:
         if faults.get("no_top"):
             fail("Error response from daemon: context deadline exceeded")
@@ -610,6 +617,7 @@ class Fakes:
         return {
             "PATH": self.path,
             "HOME": str(self.home),
+            "SLURMD_NODENAME": "local",
             "TMPDIR": str(self.temporary),
             "FAKE_HOME": str(self.home),
             "FAKE_SIMULATOR": str(ROOT / "simulator/trtllm-serve"),
@@ -811,15 +819,23 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
     return Plan(
         Place("local1", 1, ()),
         runtime,
+        "trtllm",
         TAG,
-        gpus,
         ("/fsx", "/home/a b"),
         cache,
         "/fsx/work",
         False,
         "me",
-        engine or ("trtllm-serve", "m"),
+        (Replica(engine or ("trtllm-serve", "m"), 8000, gpus),),
     )
+
+
+def shown_orders(output: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """What --dry-run shows of orders: what each is for, its command line and the order itself."""
+    head = r"^# (.*)\n\(?\{ cat (?:.|\n)*?<<'ORDER' \| \\\n"
+    block = head + r"((?:.*\\\n)*.*\n)((?:.|\n)*?)\n\nORDER$"
+    found = re.findall(block, output, re.M)
+    return {why: (shlex.split(command), json.loads(order)) for why, command, order in found}
 
 
 def free_port() -> int:

@@ -16,18 +16,18 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common import settings
+from launch import address, announce, cli
 from launch import main as run_sbatch
-from launch import supervise
+from launch.findings import Node
+from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.plan import user_name
-from launch.preflight import Node
 from tests.conftest import (
     HOSTILE,
     ROOT,
@@ -39,6 +39,7 @@ from tests.conftest import (
     config_digest,
     free_port,
     packed,
+    shown_orders,
     wait_until,
 )
 
@@ -69,36 +70,36 @@ SLURM = Place("77", 1, ("srun",))
     ],
 )
 def test_what_is_not_ours_goes_on_in_its_order(argv: list[str], rest: list[str]) -> None:
-    assert run_sbatch.parse(argv)[1] == rest
+    assert cli.parse(argv)[1] == rest
 
 
 @pytest.mark.parametrize("name", [n for n in HOSTILE if not n.startswith("-")])
 def test_words_of_any_kind_go_on_as_they_are(name: str) -> None:
     words = [name, "--x", name, f"--y={name}"]
-    assert run_sbatch.parse(words)[1] == words
+    assert cli.parse(words)[1] == words
 
 
 def test_flags_win_over_settings() -> None:
     os.environ.update(IMAGE="e", RUNTIME="bare", READY_TIMEOUT="5", CONTAINER_MOUNT="/e")
-    args, _ = run_sbatch.parse([])
+    args, _ = cli.parse([])
     assert (args.image, args.runtime, args.ready_timeout) == ("e", "bare", 5.0)
     assert args.container_mount == args.asked_mount == "/e"
     flags = ["--image=f", "--runtime=docker", "--ready-timeout=6", "--container-mount=/f"]
-    args, _ = run_sbatch.parse(flags)
+    args, _ = cli.parse(flags)
     assert (args.image, args.runtime, args.ready_timeout) == ("f", "docker", 6.0)
     assert args.container_mount == args.asked_mount == "/f"
 
 
 def test_a_server_is_probed_but_not_restarted_unless_asked() -> None:
-    args, _ = run_sbatch.parse([])
+    args, _ = cli.parse([])
     assert (args.probe_seconds, args.restart) == (60, 0)
     os.environ.update(PROBE_SECONDS="0", RESTART="2")
-    args, _ = run_sbatch.parse(["--restart", "3"])
+    args, _ = cli.parse(["--restart", "3"])
     assert (args.probe_seconds, args.restart) == (0, 3)
 
 
 def test_the_default_mount_was_not_asked_for() -> None:
-    args, _ = run_sbatch.parse([])
+    args, _ = cli.parse([])
     assert (args.container_mount, args.asked_mount) == ("/fsx", None)
     assert args.workspace == Path.cwd().resolve()
 
@@ -128,7 +129,7 @@ def test_a_mistake_in_the_usage_is_exit_code_2(
 ) -> None:
     os.environ.update(env)
     with pytest.raises(SystemExit) as stop:
-        run_sbatch.parse(argv)
+        cli.parse(argv)
     assert stop.value.code == 2
     assert words in capfd.readouterr().err
 
@@ -145,12 +146,12 @@ def test_a_mistake_in_the_usage_is_exit_code_2(
     ],
 )
 def test_the_url_is_the_address_that_was_asked_for(place: Place, args: list[str], url: str) -> None:
-    head = Node("localhost", {"addresses": "fe80::9 10.0.0.5 10.0.0.6"})
-    assert run_sbatch.url_of(head, place, args) == url
+    head = Node("localhost", Facts(addresses=["fe80::9", "10.0.0.5", "10.0.0.6"]))
+    assert address.url_of(head, place, args) == url
 
 
 @pytest.mark.parametrize(
-    ("resolved", "addresses", "address"),
+    ("resolved", "addresses", "expected"),
     [
         ("10.1.1.1", "10.0.0.5", "10.1.1.1"),
         ("127.0.1.1", "10.0.0.5 10.0.0.6", "10.0.0.5"),
@@ -160,7 +161,7 @@ def test_the_url_is_the_address_that_was_asked_for(place: Place, args: list[str]
     ],
 )
 def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
-    monkeypatch: pytest.MonkeyPatch, resolved: str | None, addresses: str, address: str
+    monkeypatch: pytest.MonkeyPatch, resolved: str | None, addresses: str, expected: str
 ) -> None:
     def lookup(name: str) -> str:
         if resolved is None:
@@ -168,14 +169,14 @@ def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
         return resolved
 
     monkeypatch.setattr("socket.gethostbyname", lookup)
-    assert run_sbatch.address_of(Node("n1", {"addresses": addresses})) == address
+    assert address.address_of(Node("n1", Facts(addresses=addresses.split()))) == expected
 
 
 def test_the_curl_line_passes_by_a_proxy(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy:1")
-    supervise.say_how_to_use({"url": "http://h:1", "model": "m", "job": "5"})
+    announce.say_how_to_use({"url": "http://h:1", "model": "m", "job": "5"})
     assert "  curl --noproxy '*' http://h:1/v1/completions " in capfd.readouterr().err
 
 
@@ -183,9 +184,9 @@ def test_the_curl_line_passes_by_a_proxy(
 def test_the_curl_line_can_be_pasted(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    for name in supervise.PROXIES:
+    for name in announce.PROXIES:
         monkeypatch.delenv(name, raising=False)
-    supervise.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
+    announce.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
     words = shlex.split(line.partition("] ")[2])
     assert words[:2] == ["curl", "http://h:1/v1/completions"]
@@ -259,7 +260,7 @@ class Launch:
         wait_until(lambda: text in self.output or self.process.poll() is not None, seconds, text)
         assert text in self.output, self.output
 
-    def code(self, seconds: float = 10) -> int:
+    def code(self, seconds: float = 60) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -311,7 +312,13 @@ def tarball() -> str:
 
 
 def left() -> set[str]:
-    return {p.name for p in Path("logs").iterdir() if not p.name.startswith("trtllm_server_")}
+    logs = ("trtllm_server_", "launch_")
+    return {p.name for p in Path("logs").iterdir() if not p.name.startswith(logs)}
+
+
+def commands() -> str:
+    """The launches' own log, which has every command in full."""
+    return "".join(path.read_text() for path in Path("logs").glob("launch_*.log"))
 
 
 def error(launched: Launch) -> str:
@@ -680,16 +687,11 @@ def test_dry_run_prints_every_command_and_runs_none(
     assert done.code() == 0, done.output
     assert fakes.calls() == []
     assert not Path("logs").exists()
-    lines = [line for line in done.output.splitlines() if line.startswith("srun ")]
-    assert len(lines) == 5
-    words = shlex.split(lines[3])
-    start = words.index("trtllm-serve")
-    assert words[start : start + 4] == [
-        "trtllm-serve",
-        "it's",
-        "--extra_llm_api_options",
-        "a b.yaml",
-    ]
+    assert max(map(len, done.output.splitlines())) <= 300
+    shown = shown_orders(done.output)
+    assert all(words[0] == "srun" for words, _ in shown.values()) and len(shown) == 5
+    engine = shown["the server, until its standard input ends"][1]["Serve"]["engine"]
+    assert engine[:4] == ["trtllm-serve", "it's", "--extra_llm_api_options", "a b.yaml"]
 
 
 def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
@@ -697,7 +699,8 @@ def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
 ) -> None:
     done = launch("m", "--image", f"{ECR}/x:1", "--dry-run", slurm=True)
     assert done.code() == 0
-    assert "{ aws ecr get-login-password --region us-west-2; cat; } | srun " in done.output
+    login = "cat; aws ecr get-login-password --region us-west-2; sleep infinity; } <<'ORDER'"
+    assert login in done.output
     assert fakes.calls() == []
 
 
@@ -773,7 +776,7 @@ def test_verify_reads_the_tarball_once_before_a_load(
     started = launch("m", "--verify", slurm=True)
     started.until("stop it with")
     assert f"sha256 {digest[:12]}... is the sidecar's" in started.output
-    assert started.output.count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
+    assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
     assert started.stop() == 130
     again = launch("m", "--verify", slurm=True)
     again.until("stop it with")
@@ -917,7 +920,7 @@ def test_a_launcher_killed_with_its_guard_leaves_a_record_that_is_swept(
 ) -> None:
     started = launch("m")
     started.until("stop it with")
-    [guard] = [pid for pid, command in fakes.processes().items() if " guard " in command]
+    [guard] = [pid for pid, command in fakes.processes().items() if "/guard.py " in command]
     os.kill(guard, signal.SIGKILL)
     started.process.kill()
     started.process.wait()
@@ -1228,27 +1231,20 @@ def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Laun
     done = launch(*WORLD, "--dry-run", slurm=True, SLURM_GPUS_ON_NODE="2", MPI="pmix_v4")
     assert done.code() == 0, done.output
     assert fakes.calls() == []
-    lines = done.output.splitlines()
-    shown = {
-        line.removeprefix("# "): shlex.split(following)
-        for line, following in pairwise(lines)
-        if line.startswith("# ")
-    }
-    assert shown["a place for the logs"] == ["mkdir", "--parents", f"{Path.cwd()}/logs"]
-    before, holder = (shown["a container on every node, until its `sleep` is killed"][i:j]
-                      for i, j in ((0, 3), (3, -1)))  # fmt: skip
-    assert before == ["sleep", "infinity", "|"]
-    ranks = shown["when every node has said `up`: the ranks; rank 0 serves"]
+    shown = shown_orders(done.output)
+    assert f"mkdir --parents {Path.cwd()}/logs\n" in done.output
+    holder, hold = shown["a container on every node, until its `sleep` is killed"]
+    ranks, rank = shown["when every node has said `Up`: the ranks; rank 0 serves"]
     assert "the server, until its standard input ends" not in shown
     assert holder[:3] == ranks[:3] == ["srun", "--overlap", "--export=ALL"]
     assert {"--mpi=none", "--nodes=2", "--ntasks=2"} <= set(holder)
-    assert holder[-5:-2] == ["--entrypoint=sh", TAG, "-c"]
+    assert hold["Hold"]["image"] == TAG
     assert {"--mpi=pmix_v4", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"} <= set(ranks)
     assert f"--output={Path.cwd()}/logs/trtllm_server_77_rank%t.log" in ranks
-    assert ranks[ranks.index("trtllm-serve") :][:6] == ["trtllm-serve", *WORLD]
-    remove = shown["should a node not have cleaned up itself"]
+    assert rank["Rank"]["command"][1:7] == ["trtllm-serve", *WORLD]
+    remove, _ = shown["should a node not have cleaned up itself"]
     assert {"--nodes=2", "--ntasks=2"} <= set(remove)
-    assert holder[-6].startswith("--env=")
+    assert hold["Hold"]["options"][-1].startswith("--env=")
 
 
 # Under sbatch
@@ -1285,7 +1281,8 @@ def test_a_spooled_copy_goes_on_as_the_original(
     fakes.set(job=JOB.format(command=command + arguments, workdir=workdir))
     done = launch("it's", "--dry-run", script=spooled, slurm=True)
     assert done.code() == 0, done.output
-    assert "trtllm-serve 'it'\"'\"'s'" in done.output
+    [(_, order)] = [o for o in shown_orders(done.output).values() if "Serve" in o[1]]
+    assert order["Serve"]["engine"][:2] == ["trtllm-serve", "it's"]
     assert len(fakes.calls("scontrol")) == 1
 
 
@@ -1379,8 +1376,9 @@ def test_settings_come_from_env_files_too(
         for each, handler in zip((1, 2, 15), handlers, strict=True):
             signal.signal(each, handler)
     out = capfd.readouterr().out
-    assert "trtllm-serve from/cwd --host 0.0.0.0 --port 8123" in out
-    assert re.search(r"launch local\d+ \S+ none ", out)
+    serve = shown_orders(out)["the server, until its standard input ends"][1]["Serve"]
+    assert serve["engine"] == ["trtllm-serve", "from/cwd", *"--host 0.0.0.0 --port 8123".split()]
+    assert serve["gpus"] == "none" and serve["job"].startswith("local")
     assert settings.setting("GPUS") == "none"
 
 

@@ -148,8 +148,8 @@ def take_parts(sizes: list[str]) -> None:
 
 def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
     """The order that follows the parts, up to an empty line: `{"Name": {its fields}}`."""
-    lines = iter(sys.stdin.buffer.readline, b"\n")
-    [(name, fields)] = json.loads(b"".join(lines)).items()
+    lines = b"".join(iter(sys.stdin.buffer.readline, b"\n"))
+    [(name, fields)] = json.loads(lines.decode(errors="surrogateescape")).items()
     return globals()[name](**fields)
 
 
