@@ -57,12 +57,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if CI and os.geteuid() == 0 and not hasattr(config, "workerinput"):
-        packages.install(packages.OTHERS)
+    if CI and os.geteuid() == 0:
+        packages.install([*packages.OTHERS, *packages.CLUSTER])
 
 
 @pytest.hookimpl(wrapper=True)
