@@ -38,6 +38,9 @@ CI = bool(os.environ.get("CI"))
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "tensorrt-llm-serve:latest"
 TOKEN = "hf_do_not_print_me"
+# Seconds that anything may take on a machine that is busy with something else. What must not happen
+# by itself in a test takes far longer.
+PATIENCE = 60.0
 # An srun that ignores its flags and has one node, this one.
 ONE_NODE = ("bash", "-c", 'while [[ $1 = --* ]]; do shift; done; exec "$@"', "srun")
 HOSTILE = ["a b", "it's", 'a"b', "$HOME $(id)", "a;b|c&d", "a,b", "*", "-x", "ünï", "a\\b", "a\nb"]
@@ -59,12 +62,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if CI and os.geteuid() == 0 and not hasattr(config, "workerinput"):
-        packages.install(packages.OTHERS)
+    if CI and os.geteuid() == 0:
+        packages.install([*packages.OTHERS, *packages.CLUSTER])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -569,11 +572,11 @@ PROGRAMS = {
 }
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "") -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], Any], what: str = "") -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds:g} s: {what or condition}")
+            pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
         time.sleep(0.02)
 
 
@@ -682,8 +685,8 @@ class Fakes:
                     found[int(entry.name)] = b" ".join(words).decode(errors="replace")[:300]
         return {pid: command for pid, command in found.items() if pid != os.getpid()}
 
-    def nothing_is_left(self, seconds: float = 3) -> None:
-        wait_until(lambda: not self.processes(), seconds, f"processes left: {self.processes()}")
+    def nothing_is_left(self) -> None:
+        wait_until(lambda: not self.processes(), f"processes left: {self.processes()}")
         assert self.containers() == []
 
 
@@ -692,7 +695,7 @@ def fakes(tmp_path: Path) -> Iterator[Fakes]:
     """Fake programs; whatever was started with their environment has to end with the test."""
     fakes = Fakes(tmp_path / "fakes")
     yield fakes
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + PATIENCE
     while (left := fakes.processes()) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
@@ -757,19 +760,19 @@ class Script:
         assert self.process.stdin
         self.process.stdin.close()
 
-    def until(self, condition: Callable[[], Any], seconds: float = 5) -> None:
+    def until(self, condition: Callable[[], Any]) -> None:
         with contextlib.suppress(pytest.fail.Exception):
-            wait_until(lambda: condition() or self.process.poll() is not None, seconds)
+            wait_until(lambda: condition() or self.process.poll() is not None)
         assert condition(), self.output
 
-    def until_said(self, text: str, seconds: float = 5) -> None:
-        self.until(lambda: text in self.output, seconds)
+    def until_said(self, text: str) -> None:
+        self.until(lambda: text in self.output)
 
-    def code(self, seconds: float = 8) -> int:
+    def code(self) -> int:
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"did not end within {seconds:g} s: {self.output}")
+            pytest.fail(f"did not end within {PATIENCE:g} s: {self.output}")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,10 +153,8 @@ def test_the_end_of_input_removes_the_container(
     assert ready.containers() == [f"local/{NAME}"]
     held.type("more\n")
     assert held.process.poll() is None
-    begun = time.monotonic()
     held.close()
     assert held.code() == 143
-    assert time.monotonic() - begun < 3
     ready.nothing_is_left()
     assert {call[3] for call in ready.calls("docker", "rm", "--force")} == {NAME[-12:]}
 
@@ -215,7 +212,7 @@ def test_a_container_ends_though_its_script_and_client_were_killed(
     held.until_said("up")
     os.killpg(held.process.pid, signal.SIGKILL)
     held.code()
-    wait_until(lambda: not ready.processes(), 8, "the engine's end")
+    wait_until(lambda: not ready.processes(), "the engine's end")
     assert not ready.calls("docker", "rm")
 
 
@@ -341,7 +338,7 @@ def test_a_bare_engine_gets_the_chance_to_end_by_itself(
         held.close()
     else:
         held.process.send_signal(signum)
-    assert held.code(2) == 143
+    assert held.code() == 143
     assert held.output == "up\nbye\n"
     held.close()
     fakes.nothing_is_left()
@@ -352,10 +349,8 @@ def test_a_bare_engine_whose_children_ignore_the_end_is_killed_with_them(
 ) -> None:
     held = hold(script, bare(*SLEEPER))
     held.until_said("up")
-    begun = time.monotonic()
     held.close()
     assert held.code() == 143
-    assert time.monotonic() - begun < 4.5
     fakes.nothing_is_left()
 
 

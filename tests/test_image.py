@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
@@ -513,12 +514,12 @@ def test_a_tarball_that_the_node_does_not_see_is_told(
 def test_progress_is_told_and_the_end_of_input_kills_the_load(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:
-    fakes.set(load_delay=60)
+    fakes.set(load_delay=600)
     loading = load(script, image_file(tmp_path / "x"))
     loading.until(lambda: told(loading, "progress"))
     assert 0 < int(told(loading, "progress")[0]) <= (tmp_path / "x").stat().st_size
     loading.close()
-    assert loading.code(3) == 143
+    assert loading.code() == 143
     assert fakes.images() == {}
     fakes.nothing_is_left()
 
@@ -527,11 +528,11 @@ def test_progress_is_told_and_the_end_of_input_kills_the_load(
 def test_a_signal_kills_the_load(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path, signum: int
 ) -> None:
-    fakes.set(load_delay=60)
+    fakes.set(load_delay=600)
     loading = load(script, image_file(tmp_path / "x"))
     loading.until(lambda: fakes.calls("docker", "load"))
     loading.process.send_signal(signum)
-    assert loading.code(3) == 143
+    assert loading.code() == 143
     loading.close()
     fakes.nothing_is_left()
 
@@ -549,7 +550,7 @@ def test_loads_on_a_node_wait_for_each_other(
         assert fakes.calls("docker", "load") == []
         if not proceed:
             loading.close()
-            assert loading.code(3) == 143
+            assert loading.code() == 143
             fakes.nothing_is_left()
             return
     finally:
@@ -581,11 +582,11 @@ def test_a_pull_that_fails_is_told(fakes: Fakes, script: Callable[..., Script]) 
 
 
 def test_the_end_of_input_kills_a_pull(fakes: Fakes, script: Callable[..., Script]) -> None:
-    fakes.set(pull_delay=60)
+    fakes.set(pull_delay=600)
     pulling = load(script, PUBLIC)
     pulling.until(lambda: fakes.calls("docker", "pull"))
     pulling.close()
-    assert pulling.code(3) == 143
+    assert pulling.code() == 143
     fakes.nothing_is_left()
 
 
@@ -620,10 +621,10 @@ def test_a_denied_login_is_told(fakes: Fakes, script: Callable[..., Script]) -> 
 def test_the_end_of_input_leaves_no_password(
     fakes: Fakes, script: Callable[..., Script], moment: str
 ) -> None:
-    pulling = log_in(fakes, script, login_delay=0.2, pull_delay=60)
+    pulling = log_in(fakes, script, login_delay=0.2, pull_delay=600)
     pulling.until(lambda: fakes.calls("docker", moment))
     pulling.close()
-    assert pulling.code(3) in (1, 143, -signal.SIGTERM)
+    assert pulling.code() in (1, 143, -signal.SIGTERM)
     fakes.nothing_is_left()
     assert list(fakes.temporary.iterdir()) == []
 
@@ -652,7 +653,7 @@ def test_providing_says_when_it_is_there(
     on_path: Fakes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     image.provide(image_file(tmp_path / "x"), HERE)
-    assert "image: local: there after 0." in capfd.readouterr().err
+    assert re.search(r"image: local: there after \d+\.\d s\n", capfd.readouterr().err)
 
 
 def test_providing_names_the_node_where_it_failed(on_path: Fakes, tmp_path: Path) -> None:

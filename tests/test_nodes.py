@@ -35,7 +35,7 @@ from launch.nodes import (
     process_start,
     shown,
 )
-from tests.conftest import HOSTILE, Fakes, Script, wait_until
+from tests.conftest import HOSTILE, PATIENCE, Fakes, Script, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -382,7 +382,7 @@ def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_pat
     process.stdout.close()
     process.kill()
     process.wait()
-    wait_until(lambda: not [c for c in fakes.processes().values() if c.startswith("bash")], 3)
+    wait_until(lambda: not [c for c in fakes.processes().values() if c.startswith("bash")])
     for pid, command in fakes.processes().items():
         assert command.startswith("sleep")  # the fixture's own sloppy child
         os.kill(pid, signal.SIGKILL)
@@ -449,9 +449,9 @@ def test_without_env_files_nothing_changes() -> None:
 
 def test_what_a_step_that_does_not_end_has_started_ends_with_it() -> None:
     """Its children hold the pipe that we read: closing it would wait for them."""
-    step = Step(["sh", "-c", "sleep 9; :"])
+    step = Step(["sh", "-c", "sleep 100; :"])
     reader = threading.Thread(target=lambda: list(step.told()), daemon=True)
     reader.start()
     begun = time.monotonic()
     assert not step.stop(0.1)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < PATIENCE

@@ -132,8 +132,10 @@ def test_loading_is_told_now_and_then_and_has_a_deadline(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(server, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(server, "HEARTBEAT", 0.1)
     running = run_plan("bash", "-c", "echo Loading weights; sleep 100")
+    wait_until(lambda: running.log.last_line or running.pump())
+    running.started = time.monotonic()
     with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weights"):
         server.await_ready(running, 0.6)
     assert "loading for 0 s; log: Loading weights" in capfd.readouterr().err
