@@ -1,4 +1,4 @@
-"""Is the server well? Two threads ask it; `hold` in server.py looks at what they found.
+"""Is the server well? Two threads ask it; `hold` in watch.py looks at what they found.
 
 Health asks /health: is it ready, and later, is it there? Probe asks for one token: the /health of a
 hung engine can answer 200 for ever.

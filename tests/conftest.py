@@ -31,6 +31,7 @@ import hypothesis
 import pytest
 
 from launch.nodes import Place
+from launch.order import Command, parse
 from launch.plan import Plan, Replica
 from tests import packages
 
@@ -368,9 +369,10 @@ match args:
     case ["exec", name, "sh", "-c", "ls -l /proc/[0-9]*/fd"]:
         if faults.get("listens") == "unknown":
             fail("Error response from daemon: container is not running")
-        sockets = [] if faults.get("listens") == "" else [
-            os.readlink(f) for f in Path("/proc").glob("[0-9]*/fd/*") if f.is_symlink()]
-        print("lrwx------ 1 root root 64 Nov 28 10:00 3 -> socket:[1]", *sockets, sep="\n")
+        print("lrwx------ 1 root root 64 Nov 28 10:00 3 -> socket:[1]")
+        for link in Path("/proc").glob("[0-9]*/fd/*") if faults.get("listens") != "" else ():
+            with contextlib.suppress(OSError):
+                print(link, "->", os.readlink(link))
     case ["top", name, "-eo", "pid,args"]:
         if faults.get("no_top"):
             fail("Error response from daemon: context deadline exceeded")
@@ -605,13 +607,6 @@ class Fakes:
             json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults})
         )
 
-    def hurry(self) -> None:
-        """`sleep 1` and `sleep 2` of the scripts are over at once."""
-        real = (self.home / "tools/sleep").readlink()
-        text = f'case $1 in 1|2) set -- 0.1 ;; esac; exec {real} "$@"'
-        (self.bin / "sleep").write_text(f"#!/bin/sh\n{text}\n")
-        (self.bin / "sleep").chmod(0o755)
-
     def without(self, *names: str) -> None:
         for name in names:
             (self.bin / name).unlink()
@@ -733,19 +728,26 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 
 class Script:
-    """A held script under bash, its standard input in our hands."""
+    """An order that is held, its standard input in our hands."""
 
-    def __init__(self, fakes: Fakes, command: list[str], **env: str) -> None:
+    def __init__(self, fakes: Fakes, command: Command, **env: str) -> None:
         self.fakes, self.output_path = fakes, fakes.home / f"output-{time.monotonic_ns()}"
         with self.output_path.open("wb") as sink:
             self.process = subprocess.Popen(
-                command,
+                command.argv,
                 env=fakes.environment(**env),
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
             )
+        self.type(command.text)
+
+    @property
+    def told(self) -> list[Any]:
+        """The messages among what it printed."""
+        found = (parse(line).message for line in self.output.splitlines())
+        return [message for message in found if message]
 
     @property
     def output(self) -> str:
@@ -780,7 +782,7 @@ def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
     """Start a command with the fakes on its PATH."""
     started: list[Script] = []
 
-    def start(command: list[str], **env: str) -> Script:
+    def start(command: Command, **env: str) -> Script:
         started.append(Script(fakes, command, **env))
         return started[-1]
 

@@ -1043,7 +1043,6 @@ WORLD = ("org/m", "--tp_size", "2", "--pp_size", "2")
 @pytest.fixture
 def spread(fakes: Fakes, launch: Launcher) -> Iterator[Launcher]:
     """Start a world of four ranks on two nodes, which are this machine."""
-    fakes.hurry()
     fakes.program("trtllm-llmapi-launch", ENGINE)
     for node in ("localhost", "127.0.0.2"):
         fakes.hold_image(node=node)

@@ -25,6 +25,8 @@ SERVES_WITHIN = 60  # seconds until rank 0's engine is looked for
 class Hold(Serve):
     """A container for ranks to run in, for as long as our input is open, and signs of life."""
 
+    beat_every: float = 2
+
     def __call__(self) -> int:
         ends = Ends()
         ends.hold(self.ask_every)
@@ -33,7 +35,7 @@ class Hold(Serve):
         client = self.start(words, "--entrypoint=sh", *mount_of_slurm(config))
         beating = threading.Event()
         port = value_of(config, "SlurmdPort") or SLURMD_PORT
-        threading.Thread(target=beat, args=(int(port), beating), daemon=True).start()
+        threading.Thread(target=beat, args=(int(port), self.beat_every, beating), daemon=True).start()
         code = ends.code_of(client)
         if code is None:
             stop(client, self.launcher)
@@ -58,11 +60,11 @@ def mount_of_slurm(config: str) -> list[str]:
     return ["--mount", f"type=bind,source={spool},target={spool}"] if os.path.isdir(spool) else []
 
 
-def beat(port: int, over: threading.Event) -> None:
-    """A sign of life every two seconds, and whether slurmd is there: a step outlives its slurmd."""
+def beat(port: int, every: float, over: threading.Event) -> None:
+    """A sign of life every so many seconds, and whether slurmd is there: a step outlives its slurmd."""
     while not over.is_set():
         tell(Beat(bool(listening(port))))
-        over.wait(2)
+        over.wait(every)
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Rank:
     command: list[str]  # the leader and the engine it leads
     leader: str  # by which it is known among the container's processes
     engine: str
+    look_every: float = 1
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
@@ -120,10 +123,10 @@ class Rank:
         for _ in range(SERVES_WITHIN):
             if self.is_serving():
                 break
-            time.sleep(1)
+            time.sleep(self.look_every)
         while self.is_serving() is not False:
-            time.sleep(1)
-        time.sleep(2)
+            time.sleep(self.look_every)
+        time.sleep(2 * self.look_every)
         self.ends.events.put(self.LEFT)
 
     def is_serving(self) -> bool | None:
