@@ -1,6 +1,7 @@
 """The shape of the code: rooms with arrows one way, short functions, no shell in Python strings.
 
 python -m tests.test_layout            # files, lines and functions, room by room
+python -m tests.test_layout --write    # the list of all files in docs/layout.md
 """
 
 from __future__ import annotations
@@ -177,6 +178,36 @@ def test_functions_are_short() -> None:
     assert percentile(lengths, 0.9) <= 20
 
 
+PAGE = ROOT / "docs/layout.md"
+BEGIN, END = "<!-- tree: begin -->\n", "<!-- tree: end -->\n"
+
+
+def first_sentence(path: str) -> str:
+    paragraph = (ast.get_docstring(tree(path)) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split()).partition(". ")[0].rstrip(".")
+
+
+def listing() -> str:
+    """A line a file, below its folder: a name and the first sentence of its docstring."""
+    lines = [f"{path:20}{first_sentence(path)}" for path in files(".")]
+    for folder in sorted(folders(), key=lambda name: ROOMS.index(room(f"{name}/"))):
+        inner = "  " * folder.count("/")
+        lines += ["", f"{inner + folder + '/':20}{first_sentence(f'{folder}/__init__.py')}"]
+        named = [p for p in PRODUCT if str(Path(p).parent) == folder and "__init__" not in p]
+        lines += [f"{inner + '  ' + Path(path).name:20}{first_sentence(path)}" for path in named]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+def written(page: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + listing() + END + rest.partition(END)[2]
+
+
+def test_the_layout_page_lists_every_file() -> None:
+    page = PAGE.read_text()
+    assert page == written(page), "python -m tests.test_layout --write"
+
+
 def row(name: str, paths: list[str]) -> str:
     lines = sum(len((ROOT / path).read_text().splitlines()) for path in paths)
     lengths = function_lengths(paths)
@@ -185,6 +216,9 @@ def row(name: str, paths: list[str]) -> str:
 
 
 def main() -> None:
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(written(PAGE.read_text()))
+        return
     print(f"{'':10} files  lines  functions  median  p90  longest")
     for name in (*ROOMS, "simulator"):
         print(row(name, files(name)))
