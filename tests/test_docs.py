@@ -90,6 +90,19 @@ def test_the_symptoms_are_what_the_tool_says() -> None:
             assert part.strip(" ,:") in code, message
 
 
+VARIABLE = r"\.\.\.|https?:\S+|[\w-]+/\S+|\([^)]*\)|\b[nx]\d+\b|\d[\w.+]*|[A-Z]+ (?=\d)|: |,"
+
+
+def test_what_the_launcher_says_in_the_pages_is_what_it_says() -> None:
+    """Each line of an output with a time in front, apart from its variable parts."""
+    code = re.sub(r'"\n\s+f?"|\{[^}]*\}', "", "".join(path.read_text() for path in CODE))
+    said = re.findall(r"^\[\d\d:\d\d:\d\d\] +(.*)$", USED, re.M)
+    assert len(said) > 8
+    for line in said:
+        for part in re.split(VARIABLE, line):
+            assert part.strip(" :;") in code, line
+
+
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(), re.M))
     named = re.findall(r"(?:`|^|&& )make ([a-z][a-z-]*\b)(?!\S*=)", USED, re.M)
