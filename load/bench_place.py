@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from common.settings import load_env_files, setting
 from common.signals import Stopped, obey
@@ -140,8 +141,12 @@ def run(
     environ: Mapping[str, str],
     hint: str = "",
     timeout: float | None = None,
+    stdout: IO[bytes] | None = None,
 ) -> tuple[int, str]:
-    """Show a command and run it, its output on stderr; its exit status and last words."""
+    """Show a command and run it, its output on stderr; its exit status and last words.
+
+    With `stdout` what it prints goes there, and only its errors are words.
+    """
     note(f"$ {shlex.join(command)}")
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
@@ -154,7 +159,7 @@ def run(
         try:
             env = {**os.environ, **environ}
             status = subprocess.run(
-                command, stdout=sink, stderr=sink, env=env, timeout=timeout
+                command, stdout=stdout or sink, stderr=sink, env=env, timeout=timeout
             ).returncode
         finally:
             os.close(sink)

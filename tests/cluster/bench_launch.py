@@ -1,4 +1,4 @@
-"""Measure the launcher on a real two-node cluster: the README's figures.
+"""Measure the launcher on a real two-node cluster: the figures of docs/figures.md.
 
     make bench-launch
 

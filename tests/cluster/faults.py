@@ -1,11 +1,11 @@
 """What goes wrong, and what the user sees of it: every fault in every phase, on a real cluster.
 
-    make faults                    # all cells; the table of the README at the end
+    make faults                    # all cells; the table of docs/faults.md at the end
     make faults FAULTS=slurmd      # those whose name has this word (several: a,b)
     make faults FAULTS=scancel:serving
 
 A fault is a row of `FAULTS`: how it is brought about, how it is undone, and for each phase what
-must come of it. The same rows are tests (test_matrix.py: a phase of each) and README.md's table.
+must come of it. The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md.
 """
 
 from __future__ import annotations
