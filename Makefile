@@ -35,6 +35,11 @@ endif
 endef
 $(foreach name,$(GIVEN),$(eval $(call take,$(name))))
 
+# make adds `*** Error 130` below a server that was stopped by ^C, and `*** Error 1` below an answer
+# that has said all, unless the recipe ends well. Programs call the scripts, whose exit codes tell.
+OR_STOPPED := || [ $$? = 130 ]
+OR_SAID    := || [ $$? = 1 ]
+
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
 # The two values that the shell splits into words: more arguments for trtllm-serve and bench.py.
@@ -66,7 +71,7 @@ sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 ##@ Serve
 .PHONY: serve
 serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= PORT= IMAGE= EXTRA_ARGS=)
-	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
 stop: $(READY) ## Stop what was started from this workspace
@@ -74,15 +79,15 @@ stop: $(READY) ## Stop what was started from this workspace
 
 .PHONY: status
 status: $(READY) ## Show what runs from this workspace
-	@$(PY) run_sbatch.py --status
+	@$(PY) run_sbatch.py --status $(OR_SAID)
 
 .PHONY: logs
 logs: $(READY) ## Follow the newest server log
-	@$(PY) run_sbatch.py --logs
+	@$(PY) run_sbatch.py --logs $(OR_STOPPED)
 
 .PHONY: test
 test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
-	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model)
+	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model) $(OR_SAID)
 
 .PHONY: demo
 demo: $(READY) ## See it work: serve, check, measure with a simulated engine; no GPU, no Docker, no cluster

@@ -6,10 +6,14 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, ClassVar, NoReturn
+
+WIDTH = 120  # columns of a terminal that are used
 
 
 class Failure(Exception):
@@ -69,9 +73,17 @@ def say(message: str) -> None:
     line = f"[{time.strftime('%H:%M:%S')}] {message}"
     Record.keep(line)
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(folded(line), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def folded(line: str) -> str:
+    """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
+    if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
+        return line
+    wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line, subsequent_indent=" " * 11))  # below the first word
 
 
 def note(message: str) -> None:

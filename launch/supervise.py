@@ -98,6 +98,7 @@ class Launch:
         watch.await_ready(self.running, self.args.ready_timeout)
         for running in self.running:
             say_how_to_use(announce(running, self.nodes, self.endpoint))
+            running.main_log.show(self.plan.engine.READY_WORDS)
         watch.hold(self.running)
 
     def prepare_restart(self, failure: Failure) -> None:

@@ -261,6 +261,10 @@ class Launch:
         wait_until(lambda: text in self.output or self.process.poll() is not None, text)
         assert text in self.output, self.output
 
+    def until_logged(self, text: str) -> None:
+        """In the server's log: on the screen it is from the moment on that the server is ready."""
+        wait_until(lambda: any(text in p.read_text() for p in Path("logs").glob("trtllm_*")), text)
+
     def code(self) -> int:
         try:
             return self.process.wait(PATIENCE)
@@ -432,7 +436,7 @@ def test_another_server_on_the_port_is_not_ours(
     fakes.set(listens=listens)
     port = free_port()
     started = launch("m", "--port", str(port), TRTLLM_SIM_LOAD_SECONDS="30")
-    started.until("SIMULATOR")
+    started.until_logged("SIMULATOR")
     simulator = [sys.executable, str(ROOT / "simulator/trtllm-serve"), "m"]
     theirs = subprocess.Popen([*simulator, "--port", str(port)], env=fakes.environment(),
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
@@ -607,7 +611,7 @@ def test_a_signal_between_two_tries_is_obeyed_at_once(
 def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launcher) -> None:
     port = free_port()
     started = launch("m", "--restart", "3", "--port", str(port), TRTLLM_SIM_LOAD_SECONDS="30")
-    started.until("SIMULATOR")
+    started.until_logged("SIMULATOR")
     other = subprocess.Popen(
         [str(ROOT / "simulator/trtllm-serve"), "other/model", "--port", str(port)],
         env={**os.environ, "TRTLLM_SIM_LOAD_SECONDS": "0"},

@@ -35,7 +35,9 @@ class Hold(Serve):
         client = self.start(words, "--entrypoint=sh", *mount_of_slurm(config))
         beating = threading.Event()
         port = value_of(config, "SlurmdPort") or SLURMD_PORT
-        threading.Thread(target=beat, args=(int(port), self.beat_every, beating), daemon=True).start()
+        threading.Thread(
+            target=beat, args=(int(port), self.beat_every, beating), daemon=True
+        ).start()
         code = ends.code_of(client)
         if code is None:
             stop(client, self.launcher)
@@ -61,7 +63,7 @@ def mount_of_slurm(config: str) -> list[str]:
 
 
 def beat(port: int, every: float, over: threading.Event) -> None:
-    """A sign of life every so many seconds, and whether slurmd is there: a step outlives its slurmd."""
+    """Signs of life, and whether slurmd is there: a step outlives its slurmd."""
     while not over.is_set():
         tell(Beat(bool(listening(port))))
         over.wait(every)
