@@ -11,8 +11,8 @@ from common.talk import die
 from launch import causes
 from launch.log import end_of
 
-READ = 1 << 20  # bytes of all the logs of a launch together; each gives its end
-LEAST = 1 << 16
+READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
+LEAST = 1 << 15
 
 
 def why(logs: Path, name: str) -> int:
