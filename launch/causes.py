@@ -79,10 +79,11 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
     r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
-    r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with exitcode",
+    r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd|salloc): error: |\*\*\* (STEP|JOB) ",
     r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
 )
+CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
 NCCL_WARNS = re.compile(r".*NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
@@ -199,9 +200,9 @@ class Reader:
         return [f for f in self.found if self.counts(f, failed)]
 
     def counts(self, f: Finding, failed: int) -> bool:
-        """NCCL warns of much, which counts where it fails later, at `failed`."""
+        """NCCL warns of much, which counts where it fails, at `failed`."""
         if f.warning or FATAL.search(f.text):
-            return not f.warning or f.at < failed
+            return not f.warning or f.at < failed or (f.kind is not None and failed >= 0)
         asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
 
@@ -234,7 +235,7 @@ class Reader:
             new = outside(new, self.outside.pop(speaker))
         if speaker in self.linked and speaker in self.last:
             old = self.found[self.last[speaker]]
-            best = new if new.weight <= old.weight else old
+            best = new if new.weight + bool(CLEANING.search(new.text)) <= old.weight else old
             self.found[self.last[speaker]] = replace(best, at=old.at)
         else:
             self.last[speaker] = len(self.found)

@@ -17,7 +17,7 @@ PREFIXES = [
     for pattern in (
         r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
         r"(?P<speaker>\[(?:rank|default)\d+\]): ?(?!$)",
-        r"(?P<speaker>\([\w.-]+(?: [\w.-]+)* pid=\d+[^)]*\)) ?",  # vLLM, Ray
+        r"(?P<speaker>\([\w.-]+(?: [\w.=-]+)* pid=\d+[^)]*\)) ?",  # vLLM, Ray
         r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
         r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
         r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
