@@ -16,7 +16,7 @@ READY  := $(VENV)/.ready
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
-GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS
+GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS LOG
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
@@ -85,6 +85,10 @@ status: $(READY) ## Show what runs from this workspace
 logs: $(READY) ## Follow the newest server log
 	@$(PY) run_sbatch.py --logs $(OR_STOPPED)
 
+.PHONY: why
+why: $(READY) ## Say why the newest server ended, or that of a log (LOG=)
+	@$(PY) run_sbatch.py --why $(call flag,LOG,)
+
 .PHONY: test
 test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
 	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model) $(OR_SAID)
@@ -113,6 +117,10 @@ static-bench: $(READY) ## Benchmark the engine alone, without a server, with trt
 ##@ Develop
 .PHONY: setup
 setup: $(READY) ## Make .venv (targets that need it do so by themselves)
+
+.PHONY: causes
+causes: $(READY) ## Write the known causes of death into docs/troubleshooting.md
+	$(PY) -m launch.cause_table docs/troubleshooting.md
 
 .PHONY: check
 check: $(READY) ## Run lint, types and all tests; as root also those on a real Slurm and Docker cluster

@@ -42,6 +42,7 @@ def parse(
     what.add_argument("--status", action="store_true", help="what runs from this workspace")
     what.add_argument("--stop", action="store_true", help="stop it")
     what.add_argument("--logs", action="store_true", help="follow the newest log")
+    what.add_argument("--why", metavar="LOG", nargs="?", const="", help="why it ended")
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     args, rest = parser.parse_known_args(words[:end])

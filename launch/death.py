@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from common.talk import die, say
 from launch import slurm, world
-from launch.log import tail_of
+from launch.log import end_of
 from launch.server import Server, die_of_a_node
+from launch.why import cause_in, ranks_of
+
+KILLED = {137: "who killed it: `dmesg | grep -i oom` on its node, `docker events`, scancel"}
 
 
 def report_death(server: Server, code: int) -> NoReturn:
@@ -26,14 +30,18 @@ def report_death(server: Server, code: int) -> NoReturn:
         die_of_slurm(server, said, cancelled)
     await_holders(server)
     who, code, path = culprit(server, code, death)
-    tail = tail_since_start(server, path)
+    tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
     say(f"the last lines of {path}:\n{tail}\n")
     engine = server.plan.engine
     meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS else ""
+    logs = (path, server.log.path, *ranks_of(server.log.path))
+    cause = cause_in(logs, partial(end_since_start, server))
     die(
         f"{who} ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s: "
-        f"{slurm.last_words(tail) or 'it said nothing'}",
-        hint=f"the whole log: {path}",
+        f"{cause.line if cause else 'its log names no cause'}",
+        hint=f"{cause.advice if cause else KILLED.get(code, '')}; the whole log: {path}".lstrip(
+            "; "
+        ),
         passing=code not in engine.FINAL,
     )
 
@@ -66,10 +74,11 @@ def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, 
     return f"{server.node}: {server.plan.engine.PROGRAM}", code, server.main_log.path
 
 
-def tail_since_start(server: Server, path: Path) -> str:
+def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:
     """The end of a log, of what this launch has written."""
     logs = {log.path: log for log in (server.log, server.main_log)}
-    return logs[path].tail() if path in logs else tail_of(path, server.starts.get(path, 0))
+    start = server.starts.get(path, 0)
+    return logs[path].end(size) if path in logs else end_of(path, start, size)
 
 
 def await_holders(server: Server) -> None:

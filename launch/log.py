@@ -69,20 +69,22 @@ class Log:
 
     def tail(self, lines: int = 50) -> str:
         """The last lines of this launch, wherever somebody has moved the file."""
-        return tail_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, lines)
+        return "\n".join(self.end().splitlines()[-lines:])
+
+    def end(self, size: int = 1 << 16) -> str:
+        return end_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, size)
 
     def close(self) -> None:
         self.reader.close()
         self.sink.close()
 
 
-def tail_of(path: Path, start: int = 0, lines: int = 50) -> str:
-    """The last lines of a file, none of them from before `start`; '' where there is no file."""
+def end_of(path: Path, start: int = 0, size: int = 1 << 16) -> str:
+    """The last bytes of a file, none of them from before `start`; '' where there is no file."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(start, end - (1 << 16)))
-            text = file.read().decode(errors="replace")
+            file.seek(max(start, end - size))
+            return file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])

@@ -14,6 +14,7 @@ from common.response import Malformed
 from common.talk import Failure, die, say
 from launch.nodes import run
 from launch.records import living, records
+from launch.why import why
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
@@ -23,6 +24,8 @@ def act(args: argparse.Namespace) -> int:
     logs = args.workspace / "logs"
     if args.logs:
         return follow_log(logs)
+    if args.why is not None:
+        return why(logs, args.why)
     return stop(logs) if args.stop else status(logs)
 
 

@@ -45,6 +45,8 @@ def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
         limit.begin()
         if runtime(plan.runtime).HAS_IMAGE:
             put_image()
+        if launch.log.exists():  # of an earlier launch of this job
+            mark(launch.log, "launch")
         while True:
             try:
                 launch.attempt()

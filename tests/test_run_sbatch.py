@@ -401,9 +401,9 @@ def test_a_signal_while_the_image_is_loaded_stops_the_load(
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("exit-loading:137", "exit code 137 (killed, most often for want of memory) before it was"),
+        ("exit-loading:137", "exit code 137 (killed) before it was"),
         ("exit-serving:139:1.5", "exit code 139 (segmentation fault) while serving"),
-        ("kill-serving:1.5", "exit code 137 (killed, most often for want of memory) while"),
+        ("kill-serving:1.5", "exit code 137 (killed) while"),
     ],
 )
 def test_the_end_of_the_engine_is_told_and_fails(
@@ -412,7 +412,7 @@ def test_the_end_of_the_engine_is_told_and_fails(
     started = launch("m", TRTLLM_SIM_FAULT=fault)
     assert words in error(started)
     assert "the last lines of" in started.output
-    assert "next: the whole log: " in started.output
+    assert "; the whole log: " in started.output or "next: the whole log: " in started.output
     assert left() == set()
 
 
@@ -1115,8 +1115,8 @@ def test_a_world_may_be_stopped_while_it_starts(fakes: Fakes, spread: Launcher) 
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (0, "localhost: rank 0 ended with exit code 137 (killed, most often for want of memory)"),
-        (3, "127.0.0.2: rank 3 ended with exit code 137 (killed, most often for want of memory)"),
+        (0, "localhost: rank 0 ended with exit code 137 (killed)"),
+        (3, "127.0.0.2: rank 3 ended with exit code 137 (killed)"),
     ],
 )
 def test_the_death_of_a_rank_ends_all_and_names_it(

@@ -20,12 +20,13 @@ LEADER_MARK = "llmapi-launch"  # by which its processes are known
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
 MEANINGS = {
+    0: "though nobody stopped it",
     1: "it failed",
     2: "it refused its arguments",
     125: "docker itself failed",
     126: f"{PROGRAM} cannot be executed",
     127: f"{PROGRAM} was not found",
-    137: "killed, most often for want of memory",
+    137: "killed",
     139: "segmentation fault",
     143: "terminated",
 }
