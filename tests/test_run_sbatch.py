@@ -701,7 +701,7 @@ def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
 ) -> None:
     done = launch("m", "--image", f"{ECR}/x:1", "--dry-run", slurm=True)
     assert done.code() == 0
-    login = "cat; aws ecr get-login-password --region us-west-2; sleep infinity; } <<'ORDER'"
+    login = "cat <<'ORDER'; aws ecr get-login-password --region us-west-2; cat; } | "
     assert login in done.output
     assert fakes.calls() == []
 

@@ -67,8 +67,8 @@ class Bench:
         self.cluster, self.workspace = cluster, workspace
         self.strangers = strangers(cluster)
 
-    def launch(self, **environ: str) -> Launch:
-        command = [PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
+    def launch(self, *more: str, **environ: str) -> Launch:
+        command = [PYTHON, str(REPO / "run_sbatch.py"), *more, *serve_args()]
         return Launch(self.cluster, self.workspace, ["salloc", *WHOLE.split(), *command], environ)
 
     def log(self, started: Launch) -> Path:
@@ -96,9 +96,9 @@ class Bench:
             assert process.wait() == 0
 
     def load(self) -> float:
-        started = self.launch(**QUICK)
-        start = started.until("... load")
-        end = started.until("... launch")
+        started = self.launch("-v", **QUICK)
+        start = started.until('"Load": {')
+        end = started.until('"Serve": {')
         started.until("READY")
         started.stop()
         return end - start

@@ -94,7 +94,14 @@ class Scene:
 
 
 def launch_words(*args: str) -> list[str]:
-    return [PYTHON, str(REPO / "run_sbatch.py"), *serve_args()[:-2], *args, *serve_args()[-2:]]
+    return [
+        PYTHON,
+        str(REPO / "run_sbatch.py"),
+        "-v",
+        *serve_args()[:-2],
+        *args,
+        *serve_args()[-2:],
+    ]
 
 
 def thaw(node: Machine, program: str) -> None:
@@ -112,7 +119,7 @@ def in_preflight(scene: Scene, fault: Fault) -> None:
     """One that takes long, because a Docker daemon does not answer."""
     scene.freeze(scene.n2, "dockerd")
     scene.start(fault, SLOW)
-    scene.launch.until("... preflight")
+    scene.launch.until('"Survey": {')
     time.sleep(0.3)
 
 

@@ -101,9 +101,9 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
 
 
 def processes(cluster: Cluster) -> list[str]:
-    """Our processes, by what only our command lines say: every script of ours tells its node."""
+    """Our processes, by what only our command lines say: every order of ours runs under python3 -IS."""
     docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc"
-    words = f"{docker}|{unpackers}|trtllm-serve|SLURMD_NODENAME"
+    words = f"{docker}|{unpackers}|trtllm-serve|python3 -IS"
     found = []
     for node in cluster.nodes.values():
         seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
@@ -111,7 +111,7 @@ def processes(cluster: Cluster) -> list[str]:
     for pid in processes_in_network_of([cluster.ctl.holder.pid]):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if re.search(r"run_sbatch\.py|^srun |^bash -c .* guard ", line):
+            if re.search(r"run_sbatch\.py|^srun |/guard\.py ", line):
                 found.append(f"ctl: {pid} {line}")
     return [line for line in found if STRANGE_PROCESS not in line]
 

@@ -100,15 +100,15 @@ def test_a_rank_that_dies_on_the_fourth_node_ends_all(cluster: Cluster, launch: 
 PASTE = """
 set -m
 "$@" --dry-run >shown || exit
-mapfile -t lines < <(grep -v '^#' shown)
-eval "${lines[0]}"; eval "${lines[1]}" < <(exec sleep 20 2>&-); eval "${lines[2]}"
-eval "${lines[3]}" >talk 2>&1
-until [ $(grep -c $'\tup\t' talk) = 2 ]; do sleep 0.1; done
-(eval "${lines[4]}" < <(exec sleep 60 2>&-)) &
+mapfile -d '' -t blocks < <(awk '/^# /{printf "%c", 0; next} {print}' shown)
+eval "${blocks[1]}"; (eval "${blocks[2]}") < <(exec sleep 20 2>&-); eval "${blocks[3]}"
+eval "${blocks[4]}" >talk 2>&1
+until [ $(grep -c '"Up"' talk) = 2 ]; do sleep 0.1; done
+(eval "${blocks[5]}") < <(exec sleep 60 2>&-) &
 until [ -e enough ]; do sleep 0.1; done
 kill %1 %2
 wait %1 %2
-eval "${lines[5]}"
+eval "${blocks[6]}"
 """
 
 

@@ -57,7 +57,7 @@ def test_an_image_that_is_there_is_not_loaded_again(launch: Launcher) -> None:
         started = launch(*serve_args(), env=QUICK)
         started.until("READY")
         started.stop()
-    assert "... load" not in started.output
+    assert "image: n1: there after" not in started.output
 
 
 def test_the_container_has_the_devices_gpus_and_names_of_its_node(
@@ -115,7 +115,7 @@ def test_force_takes_only_this_image_and_loads_it_afresh(
 ) -> None:
     started = launch(*serve_args("--force"), env=QUICK)
     started.until("READY")
-    assert "... load" in started.output
+    assert "image: n1: there after" in started.output
     started.stop()
 
 
@@ -225,12 +225,12 @@ def test_dry_run_prints_what_runs_and_runs_nothing(
     dry = launch(*serve_args("--dry-run"), env=QUICK)
     assert dry.code() == 0
     assert not (workspace / "logs").exists()
-    lines = [line for line in dry.output.splitlines() if "srun" in line and "salloc:" not in line]
-    ask, load, serve, remove = lines
-    # Every line, pasted into a shell of the allocation, does what the launcher does with it.
+    shown = re.sub(r"^(salloc|srun): .*\n|^\[.*\n", "", dry.output, flags=re.M)
+    ask, load, serve, remove = re.split(r"^# .*\n", shown, flags=re.M)[1:]
+    # Every block, pasted into a shell of the allocation, does what the launcher does with it.
     script = workspace / "pasted.sh"
     script.write_text(
-        f"{ask}\n{load} < <(exec sleep 20 2>&-)\n{serve} < <(exec sleep 3 2>&-)\n{remove}\n"
+        f"{ask}\n({load}) < <(exec sleep 20 2>&-)\n({serve}) < <(exec sleep 3 2>&-)\n{remove}\n"
     )
     shell = subprocess.Popen(
         cluster.ctl.argv(
@@ -245,7 +245,7 @@ def test_dry_run_prints_what_runs_and_runs_nothing(
     )
     wait_until(lambda: len(ours(cluster)) == 1, 90, "the pasted server")
     seen = shell.communicate(timeout=90)[0]
-    assert "image\tsha256:" in seen and "Uvicorn running" in seen, seen
+    assert '"Present": {"id": "sha256:' in seen and "Uvicorn running" in seen, seen
 
 
 def test_without_slurm_this_machine_is_the_node(
@@ -284,7 +284,7 @@ def test_runtime_bare_serves_with_the_engine_of_the_path(
 
 
 def test_ready_is_said_at_once(launch: Launcher) -> None:
-    started = launch(*serve_args(), env={"TRTLLM_SIM_LOAD_SECONDS": "2"})
+    started = launch("-v", *serve_args(), env={"TRTLLM_SIM_LOAD_SECONDS": "2"})
     said = started.until("READY") - started.until("Uvicorn running")
     assert said < 1, started.output
     begun = time.monotonic()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.nodes import JOB_IS_OVER
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, WHOLE, ours, serve_args
+from tests.cluster.launches import QUICK, REPO, WHOLE, ours, serve_args
 from tests.cluster.test_multinode import WORLD, kill_a_rank
 from tests.cluster.test_serve import smoke
 
@@ -32,8 +31,9 @@ def test_a_node_learns_from_slurm_that_its_job_is_over(cluster: Cluster, launch:
     started.until("READY")
 
     def over(job: str, known: str) -> int:
-        ask = ("bash", "-c", f"{JOB_IS_OVER} known={known}; over")
-        env = {"SLURM_JOB_ID": job, "SQUEUE_STATES": "PENDING", "SLURM_CLUSTERS": "other"}
+        look = f"import sys; from launch.node.base import Job; j = Job({job!r}, bool({known!r}))"
+        ask = ("python3", "-c", f"{look}; sys.exit(not j.is_over())")
+        env = {"PYTHONPATH": str(REPO), "SQUEUE_STATES": "PENDING", "SLURM_CLUSTERS": "other"}
         return cluster.nodes["n1"].run(*ask, env=env, check=False).returncode
 
     assert over(started.job, "1") == 1
