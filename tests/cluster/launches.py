@@ -101,7 +101,7 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
 
 
 def processes(cluster: Cluster) -> list[str]:
-    """Our processes, by what only our command lines say: every order of ours runs under python3 -IS."""
+    """Our processes, by what only our command lines say: an order runs under python3 -IS."""
     docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc"
     words = f"{docker}|{unpackers}|trtllm-serve|python3 -IS"
     found = []
