@@ -370,7 +370,7 @@ def test_an_idle_connection_that_the_server_closes_is_noted(
 def test_a_server_that_only_lists_its_models_ends_the_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capsys, lambda _: time.sleep(2), "--timeout", "0.3", "--num-prompts", "2")
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "--timeout", "0.3", "--num-prompts", "2")
     assert run.code == 1
     assert [r["name"] for r in run.last["runs"]] == ["throughput-in512-out256-unlimited"]
     assert (run.last["stopped"], run.last["valid"]) == (True, False)
@@ -381,7 +381,7 @@ def test_a_server_that_only_lists_its_models_ends_the_matrix(
 def test_one_stream_after_the_other_does_not_wait_for_each(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "-t", "latency", *QUICK, "--timeout", "0.3")
     assert run.last["runs"][0]["problems"] == ["no warm-up request had its answer within 0.3 s"]
     assert len([r for r in run.server.requests if r.body]) == 1 + 1  # the warm-up, the short one
 
@@ -1093,7 +1093,7 @@ def test_benchmark_serving_on_a_server_that_hangs_is_ended(
 def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    run = Run(capfd, lambda _: time.sleep(PATIENCE), "-t", "latency", *SHORT, "--timeout", "0.3")
     assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
     assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
     assert "benchmark_serving" not in run.stderr

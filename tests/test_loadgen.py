@@ -430,7 +430,7 @@ def test_the_key_is_sent_and_no_more_than_needed() -> None:
 
 @pytest.mark.parametrize(("streams", "shards"), [(1, 1), (3, 1), (4, 2)])
 def test_a_server_that_hangs_is_given_up(streams: int, shards: int) -> None:
-    with serving(lambda _: time.sleep(1)) as server, pytest.raises(LoadError, match="hangs"):
+    with serving(lambda _: time.sleep(PATIENCE)) as server, pytest.raises(LoadError, match="hangs"):
         load_on(server, 40, streams, timeout=0.2, shards=shards)
     assert len(server.requests) < 40
 

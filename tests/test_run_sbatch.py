@@ -984,7 +984,7 @@ def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     try:
         wait_until(Path("logs/endpoint.json").exists)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
+        assert process.wait(PATIENCE) == 143
     finally:
         process.kill()
         process.wait()
