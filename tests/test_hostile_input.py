@@ -38,7 +38,7 @@ from launch.nodes import Step, launcher
 from load import endpoint, sharegpt
 from load.matrix import Case
 from report import __main__ as report
-from tests.conftest import archive, plan
+from tests.conftest import PATIENCE, archive, plan
 from tests.test_report import record as result
 from tests.test_smoke import smoke
 
@@ -199,7 +199,7 @@ def test_the_engine_gets_the_very_arguments(runtime: str, words: list[str]) -> N
         except Failure as failure:
             assert "Argument list too long" in failure.message and max(map(len, words)) > 4096
             return
-        assert step.process.wait(10) == 0
+        assert step.process.wait(PATIENCE) == 0
         step.stop()
         found = [os.fsdecode(w) for w in (folder / "record").read_bytes().split(b"\0")[:-1]]
         assert found[-len(words) :] == words

@@ -18,7 +18,7 @@ import pytest
 from common.talk import Failure
 from launch import manage
 from launch.nodes import here, launcher, process_start
-from tests.conftest import Fakes, plan
+from tests.conftest import PATIENCE, Fakes, plan
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -160,7 +160,7 @@ def test_a_dead_record_that_stays_keeps_nobody_waiting(
     record(logs, "1", DEAD)
     record(logs, "local5", name_of(child))
     assert manage.stop(logs) == 0
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 def test_nothing_runs_from_an_empty_workspace(
@@ -212,7 +212,7 @@ def test_a_launcher_that_lives_here_is_told_and_waited_for(
 ) -> None:
     record(logs, "local5", name_of(child))
     assert manage.stop(logs) == 0
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 @pytest.mark.parametrize("we_are_root", [True, False])
@@ -253,7 +253,7 @@ def test_a_launch_that_we_may_not_stop_keeps_no_other_from_it(
     monkeypatch.setattr(manage, "tell", refuse_first)
     with pytest.raises(Failure, match=r"^1 is theirs$"):
         manage.stop(logs)
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 def test_a_launcher_that_ends_in_that_very_moment_is_no_error(
