@@ -57,7 +57,7 @@ def say_how_to_use(endpoint: dict[str, object]) -> None:
     host, _, port = url.removeprefix("http://").rpartition(":")
     past_proxy = "--noproxy '*' " if any(os.environ.get(name) for name in PROXIES) else ""
     header = "-H 'Content-Type: application/json'"
-    say(f"  curl {past_proxy}{url}/v1/completions {header} -d {shlex.quote(body)}")
+    say(f"  curl {past_proxy}{url}/v1/completions {header} \\\n      -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")
     say(f"  make bench HOST={host} PORT={port}")
     job = str(endpoint["job"])

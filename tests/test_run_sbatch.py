@@ -189,7 +189,7 @@ def test_the_curl_line_can_be_pasted(
         monkeypatch.delenv(name, raising=False)
     announce.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
-    words = shlex.split(line.partition("] ")[2])
+    words = shlex.split(line.partition("] ")[2].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://h:1/v1/completions"]
     assert json.loads(words[-1])["model"] == model
 
@@ -343,6 +343,8 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     assert (endpoint["job"], endpoint["model"]) == ("77", "org/m")
     assert endpoint["model_argument"] == "org/m"
     assert re.search(rf"READY after \d+\.\d s: {endpoint['url']} serves org/m", started.output)
+    before = started.output.partition("READY")[0].splitlines()
+    assert len(before) <= 10 and max(map(len, before)) <= 120, before
     assert fakes.containers() == [f"localhost/{endpoint['container']}"]
     assert fakes.container()["environment"]["HF_TOKEN"] == TOKEN
     assert started.stop() == 130

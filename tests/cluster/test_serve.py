@@ -50,6 +50,9 @@ def test_a_cold_start_ends_in_a_server_that_passes_the_api_checks(
     assert started.stop() == 130
     assert ours(cluster) == []
     assert "Uvicorn running" in Path(endpoint["log"]).read_text()
+    before = started.output.partition("READY")[0].splitlines()
+    assert len(before) <= 10, before
+    assert "cpu binding" not in started.output and "CANCELLED" not in started.output
 
 
 def test_an_image_that_is_there_is_not_loaded_again(launch: Launcher) -> None:
@@ -300,8 +303,8 @@ def test_check_reports_every_node_and_starts_nothing(launch: Launcher, workspace
 def test_a_pasted_curl_line_works(cluster: Cluster, launch: Launcher) -> None:
     started = launch(*serve_args(), env=QUICK)
     started.until("stop it with")
-    curl = next(line for line in started.output.splitlines() if " curl " in line)
-    body = shlex.split(curl)[-1]
+    curl = started.output.partition(" curl ")[2].replace("\\\n", " ")
+    body = shlex.split(curl.splitlines()[0])[-1]
     assert json.loads(body)["model"] == "org/model"
     started.send(signal.SIGINT)
     assert started.code() == 130
