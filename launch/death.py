@@ -35,7 +35,7 @@ def report_death(server: Server, code: int) -> NoReturn:
     engine = server.plan.engine
     meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS else ""
     logs = (path, server.log.path, *ranks_of(server.log.path))
-    cause = cause_in(logs, partial(end_since_start, server))
+    cause = cause_in(logs, partial(evidence, server, death))
     die(
         f"{who} ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s: "
         f"{cause.line if cause else 'its log names no cause'}",
@@ -79,6 +79,12 @@ def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:
     logs = {log.path: log for log in (server.log, server.main_log)}
     start = server.starts.get(path, 0)
     return logs[path].end(size) if path in logs else end_of(path, start, size)
+
+
+def evidence(server: Server, death: world.Death | None, path: Path, size: int) -> str:
+    """A log's end; of Slurm's words none that only follow from the death of that rank."""
+    said = end_since_start(server, path, size)
+    return world.up_to_failure(said) if death and path == server.log.path else said
 
 
 def await_holders(server: Server) -> None:

@@ -161,6 +161,12 @@ def first_failure(log: str) -> Death | None:
     return Death(found[1], found[2], int(code[1]) if code else word)
 
 
+def up_to_failure(log: str) -> str:
+    """What srun says until its first word of a rank that failed."""
+    found = RANK_ENDED.search(log)
+    return log[: found.end()] if found else log
+
+
 def rank_log(main_log: Path, rank: str) -> Path:
     """A rank's own log, beside the launch's; `%t` is Slurm's word for every rank."""
     return main_log.with_name(f"{main_log.stem}_rank{rank}.log")
