@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.settings import setting
+from common.signals import Stopped
 from common.talk import Failure, say, write_json
 from load import bench_place, endpoint
 from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
@@ -58,6 +59,8 @@ class Bench:
         record = without_details(record)
         self.records.append(record)
         say(report.one_line(record))
+        if record.get("stopped"):  # now that what it measured is safe
+            raise Stopped(record["stopped"])
         if not record.get("completed"):
             die_if_silent(self.server, self.client.options)
         return record
@@ -106,7 +109,8 @@ class Bench:
             found = self.client(case, self.folder)
         finally:
             notes = witness.notes()
-        problems = [*found["problems"], *endpoint.changes(self.server, before)]
+        changes = [] if found.get("stopped") else endpoint.changes(self.server, before)
+        problems = [*found["problems"], *changes]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
         return {**found, "problems": problems, "notes": [*found["notes"], *notes]}

@@ -20,7 +20,7 @@ from common.talk import die, say
 from load import bench_place, sharegpt
 from load.connection import TOO_LATE
 from load.endpoint import Endpoint
-from load.loadgen import Load, LoadError, Result, measure
+from load.loadgen import CutShort, Load, LoadError, Result, measure
 from load.matrix import Case
 from load.metrics import DETAILS, KINDS, PERCENTILES, Wanted, growth, summarise
 from load.payload import Conversations, Prompts, RandomPrompts, Requests
@@ -208,6 +208,8 @@ def watched(load: Load, case: Case) -> Result:
     line = LiveLine(case.name, case.num_prompts)
     try:
         return measure(load, line)
+    except CutShort as cut:
+        return cut.result
     finally:
         line.clear()
 

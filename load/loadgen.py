@@ -35,6 +35,7 @@ from typing import Any
 
 from common.ask import tls_context
 from common.response import Outcome, Reply, read_reply
+from common.signals import SIGNALS, Stopped
 from load.connection import CONNECT_TIMEOUT, SECOND, Step, Stream
 
 CONNECTS_AT_ONCE = 64  # a server's listen queue can be short
@@ -49,6 +50,14 @@ MAX_EVENTS = 64  # then look at the clock again
 
 class LoadError(Exception):
     """The load cannot be put on the server at all."""
+
+
+class CutShort(Stopped):
+    """A signal ended a measurement; `result` holds what came until then."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.stopped)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class Load:
 @dataclass
 class Result:
     outcomes: list[Outcome]
+    cut: str = ""  # why it ended before all requests had
+    stopped: int = 0  # the signal that ended it
     kernel_stamps: bool = True
     shards: int = 1
     clock_step: float = 0.0  # ms that the wall clock moved against the monotonic one
@@ -146,6 +157,7 @@ class Loop:
         self.unread: deque[tuple[Outcome, Reply]] = deque()
         self.unread_bytes = self.tick = self.unstamped = 0
         self.hung = 0  # requests in a row that took too long
+        self.cut, self.stopped = "", 0  # why it ends early, and by which signal
         self.outcomes: list[Outcome] = []
         self.lags: Counter[int] = Counter()
 
@@ -265,18 +277,25 @@ class Loop:
     # turning
 
     def run(self, start: int) -> None:
-        """Send, receive, and read in the pauses, until every request has ended."""
+        """Send, receive, and read in the pauses, until every request has ended, or it is cut."""
         self.running = True
         self.arrivals = arrivals(self.load, self.shard, self.shards, start)
         self.due = next(self.arrivals)
-        while self.finished < len(self.indices):
-            self.turn(self.poll())
-            if self.due is not None:
-                self.send_due()
-            while self.unread_bytes > UNREAD_LIMIT:
-                self.read_answer()
+        try:
+            while self.finished < len(self.indices) and not self.cut:
+                self.step()
+        except Stopped as stopped:  # what has ended is worth having
+            self.stopped = stopped.args[0]
+            self.cut = f"stopped by {signal.Signals(self.stopped).name}"
         while self.read_answer():
             pass
+
+    def step(self) -> None:
+        self.turn(self.poll())
+        if self.due is not None:
+            self.send_due()
+        while self.unread_bytes > UNREAD_LIMIT:
+            self.read_answer()
 
     def turn(self, events: list[tuple[int, int]]) -> None:
         ready, now = self.ready, time.time_ns()
@@ -317,8 +336,8 @@ class Loop:
         """Each of its requests would take the whole timeout. One alone may just be slow."""
         rest = self.finished < len(self.indices) or self.hung == self.finished
         if rest and self.hung >= max(self.width, 2):
-            raise LoadError(f"the server hangs: {self.hung} requests in a row had no whole answer "
-                            f"within {self.load.timeout:g} s")  # fmt: skip
+            self.cut = (f"the server hangs: {self.hung} requests in a row had no whole answer "
+                        f"within {self.load.timeout:g} s")  # fmt: skip
 
     def has_stamps(self) -> bool:
         """Not with TLS, and not every kernel gives them; the first packets may go without."""
@@ -362,10 +381,15 @@ def is_open(address: Address) -> bool:
 
 
 def measure(load: Load, progress: Progress = no_progress) -> Result:
-    """Put the load on, from as many processes as it needs."""
+    """Put the load on, from as many processes as it needs. CutShort where a signal ends it."""
     shards = shards_for(load, len(os.sched_getaffinity(0)))
     allow_files(load.width // shards + 64)
-    return measure_here(load, progress) if shards == 1 else measure_sharded(load, shards, progress)
+    result = (
+        measure_here(load, progress) if shards == 1 else measure_sharded(load, shards, progress)
+    )
+    if result.stopped:
+        raise CutShort(result)
+    return result
 
 
 def shards_for(load: Load, cores: int) -> int:
@@ -393,6 +417,8 @@ def measure_here(
             loop.run(start)
         return Result(
             outcomes=loop.outcomes,
+            cut=loop.cut,
+            stopped=loop.stopped,
             kernel_stamps=loop.has_stamps(),
             clock_step=(clock_offset() - offset) / 1e6,
             lags=loop.lags,
@@ -461,20 +487,32 @@ def measure_sharded(load: Load, shards: int, progress: Progress) -> Result:
         theirs.close()
         pipes.append(ours)
     try:
-        hear(pipes, "connected")
+        hear(pipes, "connected", no_progress, {})
         start = time.time_ns() + SECOND // 50
         for pipe in pipes:
             pipe.send(start)
-        return merged(hear(pipes, "result", progress))
+        return merged(results(pipes, progress))
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # it is deaf to other signals
             worker.join()
 
 
-def hear(pipes: list[Pipe], kind: str, progress: Progress = no_progress) -> list[Any]:
+def results(pipes: list[Pipe], progress: Progress) -> list[Result]:
+    """What every worker measured: after a signal, until then."""
+    found: dict[Pipe, Result] = {}
+    try:
+        hear(pipes, "result", progress, found)
+    except Stopped as stopped:
+        for pipe in pipes:
+            with suppress(OSError):  # one that is done has gone
+                pipe.send(stopped.args[0])
+        hear(pipes, "result", no_progress, found)
+    return list(found.values())
+
+
+def hear(pipes: list[Pipe], kind: str, progress: Progress, found: dict[Pipe, Any]) -> None:
     """One message of this kind from every worker; their progress is passed on as a sum."""
-    found: dict[Any, Any] = {}
     counts: dict[Any, tuple[int, int, int]] = {}
     while len(found) < len(pipes):
         for pipe in multiprocessing.connection.wait([p for p in pipes if p not in found]):
@@ -489,7 +527,6 @@ def hear(pipes: list[Pipe], kind: str, progress: Progress = no_progress) -> list
                 progress(done, failed, tokens)
             else:
                 raise LoadError(value)
-    return [found[pipe] for pipe in pipes]
 
 
 def receive(pipe: Pipe) -> tuple[str, Any]:
@@ -501,7 +538,8 @@ def receive(pipe: Pipe) -> tuple[str, Any]:
 
 
 def work(load: Load, shard: int, shards: int, pipe: Pipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ^C is the parent's to act on
+    for each in SIGNALS:  # they are the parent's to act on: a ^C, or Slurm's end, comes to all
+        signal.signal(each, signal.SIG_IGN)
 
     def connected() -> int:
         pipe.send(("connected", None))
@@ -509,6 +547,8 @@ def work(load: Load, shard: int, shards: int, pipe: Pipe) -> None:
 
     def progress(*counts: int) -> None:
         pipe.send(("progress", counts))
+        if pipe.poll():
+            raise Stopped(pipe.recv())
 
     try:
         pipe.send(("result", measure_here(load, progress, shard, shards, connected)))
@@ -519,6 +559,8 @@ def work(load: Load, shard: int, shards: int, pipe: Pipe) -> None:
 def merged(results: list[Result]) -> Result:
     return Result(
         outcomes=sorted((o for r in results for o in r.outcomes), key=lambda o: o.index),
+        cut=next((r.cut for r in results if r.cut), ""),
+        stopped=max(r.stopped for r in results),
         kernel_stamps=all(r.kernel_stamps for r in results),
         shards=len(results),
         clock_step=max((r.clock_step for r in results), key=abs),

@@ -69,7 +69,8 @@ def summarise(
     tokens_out = sum(o.output_tokens or 0 for o in good)
     itl = describe("itl", (round(gap, 3) for o in good for gap in o.gaps))
     client = client_facts(load, result, itl["mean_itl_ms"] or 0.0)
-    problems = [*find_problems(load, result.outcomes, wanted), *client["problems"]]
+    problems = [*cut_short(load, result), *find_problems(load, result.outcomes, wanted)]
+    problems += client["problems"]
     in_limits = goodput_of(timings, goodput)
 
     def per_second(count: float) -> float:
@@ -99,6 +100,7 @@ def summarise(
         if load.open_loop
         else None,
         "client": client,
+        **({"stopped": result.stopped} if result.stopped else {}),
     }
 
 
@@ -180,6 +182,12 @@ def find_problems(load: Load, outcomes: Sequence[Outcome], wanted: Wanted) -> li
         *odd_outputs(good, wanted),
         *other_models(good, wanted.model),
     ]
+
+
+def cut_short(load: Load, result: Result) -> list[str]:
+    if not result.cut:
+        return []
+    return [f"ended after {len(result.outcomes)} of {load.count} requests: {result.cut}"]
 
 
 def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
