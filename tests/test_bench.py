@@ -25,15 +25,16 @@ import pytest
 import bench
 from common import talk
 from common.live import LiveLine
-from common.response import Outcome
 from common.talk import Failure
 from launch import image
 from load import bench_place, clients, metrics, sharegpt
+from load.answer import Outcome
 from load.endpoint import Endpoint
-from load.loadgen import Load, Result, Target, measure
+from load.loadgen import measure
 from load.matrix import Case
 from load.metrics import Distribution, Wanted, goodput_of, summarise
 from load.payload import RandomPrompts, Requests
+from load.target import Load, Result, Target
 from tests.loopback import (
     MODEL,
     Answer,

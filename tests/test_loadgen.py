@@ -15,9 +15,12 @@ from itertools import pairwise
 
 import pytest
 
-from common.response import BROKEN_OFF, NO_ANSWER, Outcome
+from common.response import BROKEN_OFF, NO_ANSWER
 from load import connection
-from load.loadgen import Load, LoadError, Result, Target, arrivals, measure, merged, shards_for
+from load.answer import Outcome
+from load.loadgen import measure, merged, shards_for
+from load.loop import arrivals
+from load.target import Load, LoadError, Result, Target
 from tests.loopback import (
     DONE,
     HEAD,
