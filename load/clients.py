@@ -20,10 +20,11 @@ from common.talk import die, say
 from load import bench_place, sharegpt
 from load.connection import TOO_LATE
 from load.endpoint import Endpoint
-from load.loadgen import CutShort, Load, LoadError, Result, measure
+from load.loadgen import measure
 from load.matrix import Case
 from load.metrics import DETAILS, KINDS, PERCENTILES, Wanted, growth, summarise
 from load.payload import Conversations, Prompts, RandomPrompts, Requests
+from load.target import CutShort, Load, LoadError, Result
 
 PROBE_SECONDS, PROBE_PROMPT = 60.0, 16  # the shortest request, of a server that gave no answer
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's

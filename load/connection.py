@@ -15,12 +15,11 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from common.response import BROKEN_OFF, NO_ANSWER, Malformed, Outcome, Reply
-
-if TYPE_CHECKING:
-    from load.loadgen import Loop
+from common.response import BROKEN_OFF, NO_ANSWER, Malformed, Reply
+from load.answer import Outcome
+from load.target import Load
 
 SO_TIMESTAMPING = getattr(socket, "SO_TIMESTAMPING", 37)
 RX_SOFTWARE = 1 << 3 | 1 << 4  # SOF_TIMESTAMPING_RX_SOFTWARE | SOF_TIMESTAMPING_SOFTWARE
@@ -33,12 +32,41 @@ TOO_LATE = "no whole answer within"
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
 
 Step = Callable[[int], None]  # what to do when the socket is ready; given the time
+Address = tuple[Any, Any, int, str, Any]
+
+
+class Owner(Protocol):
+    """The loop, as its connections see it."""
+
+    load: Load
+    address: Address
+    tls: ssl.SSLContext | None
+    ready: dict[int, Step]
+    unstamped: int  # reads without a stamp of the kernel's
+
+    def watch(self, stream: Stream, step: Step, events: int, known: bool = False) -> None:
+        """Run `step` when the socket is ready; `known` where it is watched already."""
+
+    def forget(self, stream: Stream) -> None:
+        """Watch it no longer."""
+
+    def receiver(self, stream: Stream) -> Step:
+        """How this load reads: by TLS or not."""
+
+    def opened(self, stream: Stream) -> None:
+        """It is connected, and free."""
+
+    def lost(self, stream: Stream, why: str) -> None:
+        """It is gone, and had no request."""
+
+    def ended(self, stream: Stream, outcome: Outcome, when: int) -> None:
+        """Its request is over, well or not."""
 
 
 class Stream:
     """Kept open from request to request, and opened again when the server closed it."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Owner) -> None:
         self.loop = loop
         self.sock: socket.socket | None = None
         self.fd = -1

@@ -17,7 +17,7 @@ from common.ask import Answer, ask
 from common.response import ERROR_LENGTH, Malformed
 from common.settings import setting, trust
 from common.talk import Failure, die
-from load.loadgen import Target
+from load.target import Target
 
 TIMEOUT = 10.0
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from common.response import Outcome
-from load.loadgen import Load, Result
+from load.answer import Outcome
+from load.target import Load, Result
 
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")

@@ -46,6 +46,13 @@ class Request:
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
         self.send(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
 
+    def hang_up(self) -> None:
+        """Close it in good order: what was sent arrives, then the end."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with suppress(OSError, ValueError):
+                self.socket.unwrap()
+        self.socket.shutdown(socket.SHUT_WR)
+
     def reset(self) -> None:
         """Close it hard, under the file that still reads from it."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

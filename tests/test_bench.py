@@ -25,15 +25,16 @@ import pytest
 import bench
 from common import talk
 from common.live import LiveLine
-from common.response import Outcome
 from common.talk import Failure
 from launch import image
 from load import bench_place, clients, metrics, sharegpt
+from load.answer import Outcome
 from load.endpoint import Endpoint
-from load.loadgen import Load, Result, Target, measure
+from load.loadgen import measure
 from load.matrix import Case
 from load.metrics import Distribution, Wanted, goodput_of, summarise
 from load.payload import RandomPrompts, Requests
+from load.target import Load, Result, Target
 from tests.loopback import (
     MODEL,
     Answer,
@@ -564,9 +565,30 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     last = json.loads(stdout.splitlines()[-1])
-    assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
+    assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2", "latency-in512-out4-c2"]
     assert (last["stopped"], last["valid"]) == (True, False)
     assert Path("out/summary.json").exists()
+
+
+def test_a_run_that_a_signal_ends_is_kept_as_far_as_it_came() -> None:
+    def answer(request: Request) -> None:
+        if request.number > 12:  # a list of models, a version, and warm-ups came before
+            process.send_signal(signal.SIGTERM)
+            time.sleep(5)
+        obedient(request)
+
+    with serving(model_server(answer)) as server:
+        command = [sys.executable, str(ROOT / "bench.py"), "-p", str(server.port), "-o", "out"]
+        load = ["-t", "latency", "--num-prompts", "30", "--input-len", "16", "--output-len", "4"]
+        process = subprocess.Popen([*command, *load, "--concurrency", "2"], stderr=subprocess.PIPE)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 143, stderr
+    run = json.loads(Path("out/latency-in16-out4-c2.json").read_text())
+    assert run["completed"] > 2
+    assert run["mean_ttft_ms"] > 20
+    assert not run["valid"]
+    (problem,) = run["problems"]
+    assert problem == f"ended after {run['completed']} of 30 requests: stopped by SIGTERM"
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 
 import bench
 from common.ask import ask
-from common.response import Malformed, Outcome, Reply, read_reply
+from common.response import Malformed, Reply
 from launch import health, manage
 from load import endpoint
+from load.answer import Outcome, read_reply
 from tests.conftest import ROOT
 from tests.loopback import (
     DONE,

@@ -16,20 +16,13 @@ from itertools import pairwise
 
 import pytest
 
-from common.response import BROKEN_OFF, NO_ANSWER, Outcome
+from common.response import BROKEN_OFF, NO_ANSWER
 from common.signals import obey
 from load import connection
-from load.loadgen import (
-    CutShort,
-    Load,
-    LoadError,
-    Result,
-    Target,
-    arrivals,
-    measure,
-    merged,
-    shards_for,
-)
+from load.answer import Outcome
+from load.loadgen import measure, merged, shards_for
+from load.loop import arrivals
+from load.target import CutShort, Load, LoadError, Result, Target
 from tests.loopback import (
     DONE,
     HEAD,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from common.response import Malformed, Outcome, Reply, error_message, parse_head, read_reply
+from common.response import Malformed, Reply, error_message, parse_head
+from load.answer import Outcome, read_reply
 from tests.loopback import DONE, HEAD, LAST, chunk, delta, event, stream, token, usage
 
 MS = 1_000_000
