@@ -11,18 +11,23 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 STREAM_END = (
     b"data: [DONE]\n\n\r\n0\r\n\r\n"  # no JSON text holds a raw line end: this is never content
 )
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, and is sent
 NO_ANSWER = "the connection closed before the answer began"
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
 HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
 INTERIMS = 9
-
-Json = Any
+WORDS = ("error", "message", "detail", "msg", "text")  # where an error's words are, by server
+PROTOCOLS = {  # what else may listen on a port, by its first bytes
+    b"\x15\x03": "it speaks TLS: write https://",
+    b"\x16\x03": "it speaks TLS: write https://",
+    b"\x00\x00": "it may be the port for HTTP/2 or gRPC",
+}
 
 
 class Malformed(Exception):
@@ -30,52 +35,68 @@ class Malformed(Exception):
 
 
 class Head(NamedTuple):
-    """The part of a response's header that decides where the body ends."""
+    """The part of a response's header that decides where the body ends, and what it is."""
 
     status: int
     end: int
     chunked: bool
     length: int | None
     close: bool
-    event_stream: bool
+    kind: str  # the content type, without parameters; '' for none
     encoding: str  # gzip and its like, which was not asked for; mostly ''
+    location: str
+    server: str
+
+    @property
+    def moved(self) -> str:
+        """Where a redirect leads, in words; '' where it is none."""
+        if not 300 <= self.status < 400:
+            return ""
+        where = f" to {shown(self.location)}" if self.location else ""
+        return f"a redirect{where}, not followed: name the server itself with -H"
 
 
 def parse_head(raw: bytes | bytearray) -> Head | None:
-    end = -4
+    end = 0
     for _ in range(INTERIMS):
-        start = end + 4
+        start = end
         if not b"HTTP/1.".startswith(bytes(raw[start : start + 7])):
-            raise Malformed(f"not an HTTP response: {bytes(raw[start : start + 60])!r}")
-        end = raw.find(b"\r\n\r\n", start, HEAD_LIMIT)
-        if end < 0 and len(raw) >= HEAD_LIMIT:
+            raise Malformed(f"not an HTTP response: {foreign(bytes(raw[start : start + 60]))}")
+        found = HEAD_END.search(raw, start, start + HEAD_LIMIT)
+        if not found and len(raw) - start >= HEAD_LIMIT:
             raise Malformed(f"the header does not end: {len(raw):,} bytes so far")
-        if end < 0:
+        if not found:
             return None
-        head = read_head(raw[start:end].decode("latin-1"), end + 4)
+        end = found.end()
+        head = read_head(raw[start : found.start()].decode("latin-1"), end)
         if head.status >= 200:  # 100 Continue and its like come before the answer
             return head
     raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
 
 
+def foreign(start: bytes) -> str:
+    hint = PROTOCOLS.get(start[:2], "")
+    return f"{start!r}" + (f" ({hint})" if hint else "")
+
+
 def read_head(text: str, end: int) -> Head:
     if not (line := re.match(r"HTTP/1\.(\d) (\d{3})(?!\d)", text, re.ASCII)):
         raise Malformed(f"not an HTTP response: {text[:60]!r}")
-    fields = {
-        k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
-    }
+    fields = {k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\n")[1:])}
     length = fields.get("content-length")
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")
-    connection = fields.get("connection", "").lower()
+    connection = [word.strip() for word in fields.get("connection", "").lower().split(",")]
     return Head(
         status=int(line[2]),
         end=end,
         chunked="chunked" in fields.get("transfer-encoding", "").lower(),
-        length=None if length is None else int(length),
-        close=connection == "close" or (line[1] == "0" and connection != "keep-alive"),
-        event_stream="event-stream" in fields.get("content-type", ""),
+        length=0 if line[2] in ("204", "304") else None if length is None else int(length),
+        close="close" in connection or (line[1] == "0" and "keep-alive" not in connection),
+        kind=fields.get("content-type", "").partition(";")[0].strip().lower(),
         encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
+        location=fields.get("location", ""),
+        server=fields.get("server", ""),
     )
 
 
@@ -113,6 +134,10 @@ class Reply:
             )
         return head.length is not None and len(self.raw) >= head.end + head.length
 
+    def said_done(self) -> bool:
+        """Is [DONE] the last that came? Some never end the transfer after it."""
+        return self.raw[-32:].rstrip(b"\r\n").endswith(b"[DONE]")
+
     def _at_last_chunk(self) -> bool:
         for at, size in chunks(self.raw, self.walked):
             if size == 0:
@@ -144,39 +169,50 @@ class Body(NamedTuple):
     data: bytes
     ends: list[int]  # where each chunk ends in `data`
     shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
+    whole: bool  # else the connection closed before the end
 
     def raw_offset(self, offset: int) -> int:
         return offset + self.shifts[bisect_left(self.ends, offset)]
 
 
 def read_body(raw: bytearray, head: Head) -> Body:
+    """The body, or as much of it as came."""
     if head.encoding:
         raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
     if not head.chunked:
         data = bytes(raw[head.end :])
-        if head.length is not None and len(data) < head.length:
-            raise Malformed(BROKEN_OFF)
-        return Body(data, [len(data)], [head.end])
+        return Body(data, [len(data)], [head.end], len(data) >= (head.length or 0))
     pieces: list[bytearray] = []
-    ends, shifts, length, size = [], [], 0, -1
+    ends, shifts, length, after, size = [], [], 0, head.end, -1
     for at, size in chunks(raw, head.end):
         pieces.append(raw[at : at + size])
         shifts.append(at - length)
         length += size
         ends.append(length)
-    if size != 0:
-        raise Malformed(BROKEN_OFF)
-    return Body(b"".join(pieces), ends, shifts)
+        after = at + size + 2
+    if size != 0 and (eol := raw.find(b"\r\n", after)) >= 0:  # a part of a chunk
+        pieces.append(raw[eol + 2 :])
+        shifts.append(eol + 2 - length)
+        ends.append(length + len(pieces[-1]))
+    return Body(b"".join(pieces), ends, shifts, size == 0)
 
 
 def error_message(body: bytes) -> str:
-    """The words of an error answer: flat as TensorRT-LLM's, nested as OpenAI's, or any text."""
+    """The words of an error: flat as TensorRT-LLM's, nested as OpenAI's, a page, or any text."""
     text = body.decode("utf-8", "replace").strip()
-    start, end = text.find("{"), text.rfind("}")  # chunk sizes may stand around it
+    start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
     try:
         document = json.loads(text[start : end + 1])
-        found = document.get("error") or document.get("message") or document.get("detail") or text
-        text = str(found.get("message", text) if isinstance(found, dict) else found)
-    except (ValueError, RecursionError):
-        pass
-    return " ".join(text.split())[:ERROR_LENGTH] or "(empty body)"
+        words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
+        found = next(words, text)
+        text = str((found.get("message") or text) if isinstance(found, dict) else found)
+    except (ValueError, RecursionError, AttributeError):
+        page = re.search(r"<title[^>]*>(.*?)</title>", text[:4096], re.IGNORECASE | re.DOTALL)
+        text = f"an HTML page, {page[1].strip()!r}" if page else text
+    return shown(text) or "(empty body)"
+
+
+def shown(text: str) -> str:
+    """What a server said, for a terminal and a report: one line, nothing that acts on either."""
+    line = " ".join(text.split())[:ERROR_LENGTH]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

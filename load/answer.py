@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 from common.response import (
+    BROKEN_OFF,
     ERROR_LENGTH,
     NO_ANSWER,
     Body,
@@ -19,13 +19,26 @@ from common.response import (
     Reply,
     error_message,
     read_body,
+    shown,
+)
+from load.events import (
+    Event,
+    Json,
+    counted,
+    finish_reason,
+    is_stream,
+    says,
+    split_events,
+    token_events,
+    usage,
 )
 
-COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string quotes are escaped
-TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
 LATE = 1.5  # times the usual pace
-
-Json = Any
+TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
+ABORTED = ("error", "abort", "cancelled")  # finish reasons
+# What was odd about a whole answer, as the end of `N answers ...`.
+NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
+NO_END = "ended with [DONE], but the transfer did not end: its last chunk was missing or late"
 
 
 @dataclass(slots=True)
@@ -47,107 +60,135 @@ class Outcome:
     has_text: bool = False
     streamed: bool = True
     model: str = ""
+    finish: str = ""  # why the output ended: stop, length, ...
+    collected: bool = False  # a stream whose length was known before it began
+    connect: int = 0  # ns for a new connection, as the server had closed the last one
+    quirks: tuple[str, ...] = ()  # what was odd, though all is there
     error: str = ""
     retried: bool = False
 
 
-class Event(NamedTuple):
-    """One server-sent event: where it ends in the body, and its text, unread."""
-
-    end: int
-    text: bytes
-
-    def read(self) -> Json:
-        lines = self.text.replace(b"\r", b"").split(b"\n")
-        data = b"".join(line[5:] for line in lines if line.startswith(b"data:")).strip()
-        return json.loads(data) if data and data != b"[DONE]" else None
-
-
-def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
-    """The events that carry choices, and the others, told apart without decoding them."""
-    separator = b"\r\n\r\n" if b"\r\n" in data[: data.find(b"\n") + 1] else b"\n\n"
-    tokens, others, end = [], [], 0
-    for text in data.split(separator):
-        end += len(text)
-        if COMPACT in text or SPACED in text:
-            tokens.append(Event(end, text))
-        elif text:
-            others.append(Event(end, text))
-        end += len(separator)
-    return tokens, others
+class Told(Malformed):
+    """The server's own words: better than that the connection broke afterwards."""
 
 
 def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
     """Fill in what the server answered; a problem becomes `outcome.error`."""
     try:
         _read(reply, outcome, chat)
+    except Told as e:
+        outcome.error = str(e)
     except Malformed as e:
         outcome.error = outcome.error or str(e)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        outcome.error = outcome.error or f"unreadable answer: {e!r}"[:ERROR_LENGTH]
+        outcome.error = outcome.error or shown(f"unreadable answer: {e!r}")
     return outcome
 
 
 def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
-    if reply.head is None:
-        raise Malformed(NO_ANSWER)
-    if reply.head.status != 200:
-        message = error_message(bytes(reply.raw[reply.head.end :]))
-        raise Malformed(f"HTTP {reply.head.status}: {message}")
-    body = read_body(reply.raw, reply.head)
-    if reply.head.event_stream:
-        _read_stream(reply, body, outcome, chat)
-    else:
-        _read_document(reply, body, outcome)
+    head = reply.head
+    if head is None:
+        raise Malformed(BROKEN_OFF if reply.raw else NO_ANSWER)
+    body = read_body(reply.raw, head)
+    if head.status != 200:
+        raise Told(f"HTTP {head.status}: {head.moved or error_message(body.data)}")
+    read = _read_stream if is_stream(body.data, head.kind) else _read_document
+    try:
+        read(reply, body, outcome, chat)
+    except ValueError:
+        if body.whole:
+            raise
+        raise Malformed(BROKEN_OFF) from None
 
 
-def _read_document(reply: Reply, body: Body, outcome: Outcome) -> None:
+def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
     """The server did not stream: everything arrives at the end."""
-    document = json.loads(body.data)
+    try:
+        document = json.loads(body.data)
+    except ValueError as e:
+        if not body.whole:
+            raise
+        words = f"unreadable answer ({kind_of(reply)}): {e}: {error_message(body.data)}"
+        raise Malformed(shown(words)) from None
     outcome.streamed = False
     outcome.events = 1
+    _note(document, outcome)
+    if not document.get("choices"):
+        raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)
     outcome.first = outcome.last = reply.stamps[-1]
-    _note(document, outcome)
+    if said := document.get("usage"):
+        outcome.prompt_tokens = counted(said.get("prompt_tokens"))
+        outcome.output_tokens = counted(said.get("completion_tokens"))
+    for choice in document.get("choices") or ():
+        outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
+
+
+def kind_of(reply: Reply) -> str:
+    return (reply.head and reply.head.kind) or "no content type"
 
 
 def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
+    outcome.collected = reply.head is not None and reply.head.length is not None
+    if (kind := kind_of(reply)) != "text/event-stream":
+        outcome.quirks += (f"were event streams, though sent as {kind}",)
     tokens, others = split_events(body.data)
-    done = False
     for event in others:
-        done = done or b"[DONE]" in event.text
         _note(event.read(), outcome)
-    if not done:
-        raise Malformed("the stream ended without [DONE]")
+    for event in tokens if b'"error"' in body.data else ():  # of a gateway that lost its server
+        if b'"error"' in event.text:
+            _note(event.read(), outcome)
     tokens = tokens or [e for e in others if (e.read() or {}).get("choices")]  # written oddly
+    outcome.finish = finish_reason(tokens)
+    _check_end(body, others, outcome)
     if not tokens:
         raise Malformed("the stream held no token")
     _note(tokens[-1].read(), outcome)
-    spoken = next((i for i, e in enumerate(tokens) if says(e.read())), None)
-    outcome.has_text = spoken is not None
-    # A chat stream begins with the role alone, which is no token, nor is an event that only says
-    # why the answer ended. An empty text in a completion is one: half a character, say.
-    first = (spoken or 0) if chat else 0
-    last = len(tokens) - 1
-    if last > first and not says(tokens[last].read()):
-        last -= 1
-    _time(reply, [body.raw_offset(e.end) for e in tokens], outcome, first, last)
+    outcome.prompt_tokens, outcome.output_tokens = usage([*tokens, *others])
+    found = token_events(tokens, chat, outcome.output_tokens)
+    outcome.has_text = any(says(e.read()) for e in found)
+    _time(reply, [body.raw_offset(e.end) for e in found], outcome)
 
 
-def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: int) -> None:
+def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
+    """Is it all there? By [DONE], or by the finish reason and the end of the transfer."""
+    done = any(b"[DONE]" in event.text for event in others)
+    if outcome.finish in ABORTED:
+        raise Told(f"the server ended the answer: finish_reason {outcome.finish!r}")
+    if not done and not body.whole:
+        raise Malformed(BROKEN_OFF)
+    if not done and not outcome.finish:
+        raise Malformed("the stream ended without [DONE] and without a finish_reason")
+    if not done:
+        outcome.quirks += (NO_DONE,)
+    elif not body.whole and NO_END not in outcome.quirks:
+        outcome.quirks += (NO_END,)
+
+
+def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
+    """From the bytes at which the token events end to their times."""
     reads = [bisect_left(reply.ends, offset) for offset in offsets]
+    reads = one_for_each(reads, reply.stamps, outcome.output_tokens)
     times = [reply.stamps[read] for read in reads]
-    outcome.first, outcome.last = times[first], times[-1]
-    counted = times[first : last + 1]
-    outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(counted))
-    outcome.events = len(counted)
-    brought = Counter(reads[first : last + 1])  # events a read
-    outcome.merged = len(counted) - len(brought)
+    outcome.first, outcome.last = times[0], times[-1]
+    outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(times))
+    outcome.events = len(times)
+    brought = Counter(reads)  # events a read
+    outcome.merged = len(times) - len(brought)
     if outcome.merged:
         outcome.blurred = count_blurred(brought, reply.stamps)
     # A server may send its first tokens together; then the client has them as soon as they arrive.
-    at, pace = reads[first], (times[last] - times[first]) / max(last - first, 1)
+    at, pace = reads[0], (times[-1] - times[0]) / max(len(times) - 1, 1)
     outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > pace / 2 > 0
+
+
+def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) -> list[int]:
+    """Where a token came as several events at once: the first of them, if that makes the count."""
+    if not tokens or len(reads) <= tokens:
+        return reads
+    apart = TOGETHER * 1e6
+    found = [*reads[:1], *(b for a, b in pairwise(reads) if stamps[b] - stamps[a] > apart)]
+    return found if 0.9 * tokens <= len(found) <= tokens else reads
 
 
 def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
@@ -162,26 +203,12 @@ def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
 
 
 def _note(document: Json, outcome: Outcome) -> None:
-    """Keep the usage, the model's name and any error a document or event holds."""
+    """Keep the model's name, and raise the error, that a document or event holds."""
     if not isinstance(document, dict):
         return
-    if document.get("error") or document.get("object") == "error":
-        raise Malformed(f"error from the server: {error_message(json.dumps(document).encode())}")
-    outcome.model = str(document.get("model") or outcome.model)[:ERROR_LENGTH]
-    if usage := document.get("usage"):
-        outcome.prompt_tokens = counted(usage.get("prompt_tokens"))
-        outcome.output_tokens = counted(usage.get("completion_tokens"))
-
-
-def counted(value: Json) -> int | None:
-    """A number of tokens; None for what cannot be one."""
-    return value if type(value) is int and 0 <= value < 1 << 32 else None
-
-
-def says(document: Json) -> bool:
-    """Does this answer, or piece of one, carry any output?"""
-    for choice in document.get("choices") or ():
-        holder = choice.get("delta") or choice.get("message") or choice
-        if any(holder.get(key) for key in TEXT_KEYS):
-            return True
-    return False
+    # FastChat has the code apart; a document of words alone is an error by any name.
+    kinds = (document.get("error"), document.get("error_code"), document.get("object") == "error")
+    words = document.get("message") or document.get("detail")
+    if any(kinds) or (words and not document.get("choices")):
+        raise Told(f"error from the server: {error_message(json.dumps(document).encode())}")
+    outcome.model = shown(str(document.get("model") or outcome.model))

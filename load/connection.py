@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
-from common.response import BROKEN_OFF, NO_ANSWER, Malformed, Reply
-from load.answer import Outcome
+from common.response import NO_ANSWER, Malformed, Reply
+from load.answer import NO_END, Outcome
 from load.target import Load
 
 SO_TIMESTAMPING = getattr(socket, "SO_TIMESTAMPING", 37)
@@ -29,6 +29,7 @@ ANCILLARY_SIZE = 128
 SECOND = 1_000_000_000
 CONNECT_TIMEOUT = 10.0
 TOO_LATE = "no whole answer within"
+END_WITHIN = SECOND // 10  # after [DONE]; the loop looks four times a second
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
 
 Step = Callable[[int], None]  # what to do when the socket is ready; given the time
@@ -76,7 +77,7 @@ class Stream:
         self.outcome: Outcome | None = None
         self.reply = Reply()
         self.opening = False
-        self.deadline = 0.0
+        self.since = 0  # when it began to open
         self.error = 0
 
     # opening
@@ -90,7 +91,7 @@ class Stream:
             with suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, RX_SOFTWARE)
         self.sock, self.fd, self.served, self.opening = sock, sock.fileno(), 0, True
-        self.deadline = time.time_ns() + CONNECT_TIMEOUT * SECOND
+        self.since = time.time_ns()
         self.error = sock.connect_ex(address)
         self.loop.watch(self, self.connected, select.EPOLLOUT)
 
@@ -121,6 +122,7 @@ class Stream:
         self.opening = False
         self.loop.watch(self, self.idle, select.EPOLLIN, known=True)
         if self.outcome:
+            self.outcome.connect = time.time_ns() - self.since
             self.transmit()
         else:
             self.loop.opened(self)
@@ -245,25 +247,40 @@ class Stream:
     def broken(self, why: str, retry: bool = True) -> None:
         """The connection is at its end; an empty `why` means that the server closed it."""
         self.close()
-        outcome, head, began = self.outcome, self.reply.head, bool(self.reply.raw)
+        outcome, began = self.outcome, bool(self.reply.raw)
         if outcome is None:
             return self.loop.lost(self, why)
         now = time.time_ns()
         if retry and not began and self.may_retry(outcome, now):
             outcome.retried = True
             return self.open()
-        until_close = not why and head and not head.chunked and head.length is None
-        if not until_close:
-            outcome.error = why or (BROKEN_OFF if began else NO_ANSWER)
-        self.hand_over(now)
+        if why and not self.reply.said_done():
+            outcome.error = why
+        elif not began:
+            outcome.error = NO_ANSWER
+        self.hand_over(now)  # whether a closed connection broke it off is for its reader to say
 
     def may_retry(self, outcome: Outcome, now: int) -> bool:
         """A kept-alive connection that the server closed just as our request went out."""
         return self.served > 0 and not outcome.retried and now - outcome.sent < RETRY_WITHIN
 
+    def is_done(self, now: int) -> bool:
+        """[DONE] came, and the end of the transfer does not."""
+        if self.outcome is None or not self.reply.stamps:
+            return False
+        return now > self.reply.stamps[-1] + END_WITHIN and self.reply.said_done()
+
+    def leave(self, now: int) -> None:
+        """Take the answer as whole; what may still come on this connection is nothing to us."""
+        assert self.outcome
+        self.outcome.quirks += (NO_END,)
+        self.close()
+        self.hand_over(now)
+
     def expired(self, now: int) -> bool:
         if self.outcome is None or self.outcome.sent == 0:
-            return bool(self.sock) and self.opening and now > self.deadline
+            late = now > self.since + CONNECT_TIMEOUT * SECOND
+            return bool(self.sock) and self.opening and late
         return now > self.outcome.sent + self.loop.load.timeout * SECOND
 
     def too_late(self) -> str:

@@ -10,12 +10,13 @@ import random
 import select
 import signal
 import socket
+import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 
 from common.ask import tls_context
-from common.response import Reply
+from common.response import Malformed, Reply
 from common.signals import Stopped
 from load.answer import Outcome, read_reply
 from load.connection import CONNECT_TIMEOUT, SECOND, Address, Step, Stream
@@ -40,7 +41,7 @@ class Loop:
         self.width = len(range(shard, load.width, shards))
         self.arrivals: Iterator[int] = iter(())
         self.address = resolve(load.target)
-        self.tls = tls_context(load.target.verify) if load.target.tls else None
+        self.tls = trusted(load.target) if load.target.tls else None
         self.epoll = select.epoll()
         self.ready: dict[int, Step] = {}
         self.streams: set[Stream] = set()
@@ -218,6 +219,8 @@ class Loop:
 
     def look_after(self, now: int) -> None:
         """Four times a second: requests that take too long, and a word on how far we are."""
+        for stream in [s for s in self.streams if s.is_done(now)]:
+            stream.leave(now)
         for stream in [s for s in self.streams if s.expired(now)]:
             hung = self.hung + (stream.outcome is not None)
             stream.broken(stream.too_late(), retry=False)
@@ -253,6 +256,13 @@ def arrivals(load: Load, shard: int, shards: int, start: int) -> Iterator[int]:
 
 def gap_of(load: Load, rng: random.Random) -> float:
     return rng.gammavariate(load.burstiness, SECOND / (load.rate * load.burstiness))
+
+
+def trusted(target: Target) -> ssl.SSLContext:
+    try:
+        return tls_context(target.verify)
+    except Malformed as e:
+        raise LoadError(str(e)) from None
 
 
 def resolve(target: Target) -> Address:

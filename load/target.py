@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from common.ask import USER_AGENT, authority
 from common.signals import Stopped
 from load.answer import Outcome
 
@@ -37,11 +38,11 @@ class Target:
 
     def request(self, path: str, body: bytes) -> bytes:
         key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = authority(self.host, self.port, self.tls)
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: {host}:{self.port}\r\n{key}"
-            f"Accept: text/event-stream\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {USER_AGENT}\r\n{key}"
+            f"Accept: text/event-stream, application/json\r\nAccept-Encoding: identity\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
 

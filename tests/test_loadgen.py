@@ -407,7 +407,8 @@ def test_the_key_is_sent_and_no_more_than_needed() -> None:
         measure(Load(target, "/v1/completions", Body(), 1))
     fields = server.requests[0].fields
     assert fields["authorization"] == "Bearer secret"
-    assert set(fields) == {"host", "authorization", "accept", "content-type", "content-length"}
+    assert set(fields) == {"host", "user-agent", "authorization", "accept", "accept-encoding",
+                           "content-type", "content-length"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("streams", "shards"), [(1, 1), (3, 1), (4, 2)])

@@ -153,7 +153,7 @@ def test_a_chats_role_is_no_token() -> None:
         chunk(usage(3, 2)) + chunk(DONE) + LAST,
         chat=True,
     )
-    assert (out.first, out.last, list(out.gaps), out.events) == (1 * MS, 3 * MS, [1.0], 2)
+    assert (out.first, out.last, list(out.gaps), out.events) == (1 * MS, 2 * MS, [1.0], 2)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
