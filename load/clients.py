@@ -18,10 +18,21 @@ from common.live import LiveLine
 from common.talk import die, read_json, say
 from load import bench_place, sharegpt
 from load.connection import TOO_LATE
+from load.counters import Counters
 from load.endpoint import Endpoint
 from load.loadgen import measure
 from load.matrix import Case
-from load.metrics import DETAILS, KINDS, METRICS, PERCENTILES, Wanted, growth, summarise
+from load.metrics import (
+    DETAILS,
+    KINDS,
+    METRICS,
+    PERCENTILES,
+    Distribution,
+    Wanted,
+    growth,
+    percentiles,
+    summarise,
+)
 from load.payload import Conversations, Prompts, RandomPrompts, Requests
 from load.target import CutShort, Load, LoadError, Result
 
@@ -100,6 +111,7 @@ class Builtin:
 
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
+        self.counters = Counters(endpoint)
         self.tried = False  # one request at least shows what the server refuses
         self.ignore_eos = True
         self.notes: list[str] = []
@@ -121,7 +133,8 @@ class Builtin:
         load = self.load_for(case, attempt)
         try:
             load = self.warm_up(load)
-            result = watched(load, case)
+            with self.counters.watching():
+                result = watched(load, case)
         except LoadError as e:
             return nothing(case, str(e))
         assert isinstance(load.body, Requests)
@@ -129,6 +142,7 @@ class Builtin:
         record = summarise(load, result, wanted, self.options.goodput)
         record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
         record["notes"] += repeats(load.body.prompts, case.num_prompts)
+        self.counters.add_to(record, case.name)
         return record | (details(load, result) if self.options.detailed else {})
 
     def load_for(self, case: Case, attempt: int) -> Load:
@@ -270,6 +284,7 @@ class BenchmarkServing:
 
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
+        self.counters = Counters(endpoint, extra=1)  # it tries one request first
 
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
@@ -286,7 +301,8 @@ class BenchmarkServing:
         limit = longest(case, options.timeout)
         hint = "--client builtin needs no container"
         try:
-            status, words = bench_place.run(command, environ, hint, limit)
+            with self.counters.watching():
+                status, words = bench_place.run(command, environ, hint, limit)
         except subprocess.TimeoutExpired:
             return nothing(case, f"benchmark_serving did not end within {limit:g} s")
         try:
@@ -297,7 +313,9 @@ class BenchmarkServing:
         finally:
             file.unlink(missing_ok=True)
         try:
-            return judge(case, record, options.detailed)
+            record = judge(case, record, options.detailed)
+            self.counters.add_to(record, case.name)
+            return record
         except (LookupError, TypeError, ValueError, AttributeError) as e:
             return nothing(case, f"benchmark_serving's result cannot be read: {e!r}")
 
@@ -386,6 +404,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
     if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
         record |= {f"{kind}_{name}_ms": None for name in ("tpot", "itl") for kind in KINDS}
+    record |= distributions(record)
     if not detailed:
         for key in DETAILS:
             record.pop(key, None)
@@ -403,6 +422,14 @@ def without_figures(case: Case, record: Record) -> list[str]:
     names = [f"{kind}_{name}_ms" for name in expected for kind in KINDS]
     missing = [name for name in names if name in record and record[name] is None]
     return [f"NVIDIA's client has no figure for {', '.join(missing)}"] if missing else []
+
+
+def distributions(record: Record) -> Record:
+    """In ms, of what it writes down in seconds for each request."""
+    gaps = [gap for gaps in record.get("itls", []) for gap in gaps]
+    values = {"ttft": record.get("ttfts", []), "itl": gaps, "e2el": end_to_end(record)}
+    return {f"{name}_percentiles_ms": percentiles(Distribution(s * 1e3 for s in found))
+            for name, found in values.items() if found}  # fmt: skip
 
 
 def end_to_end(record: Record) -> list[float]:
