@@ -28,6 +28,7 @@ from load.endpoint import Endpoint, fetch
 PATHS = ("/metrics", "/prometheus/metrics")
 FIRST, EVERY = 0.25, 5.0  # s to the first look during a run; then twice as long, at most EVERY
 SETTLES = 0.1  # s after its last token until a request is in the counters
+CAME = "of the prompt tokens came from the server's cache"
 CACHE_HIT = 0.01  # share of the prompt tokens from which on a run is marked
 ENGINE = r"(?:ray_)?(?:vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend)[:_]"
 SAMPLE = re.compile(rf"^{ENGINE}(\w+?)(?:_total)?(?:\{{.*\}})?[ \t]+([^\s#]+)", re.MULTILINE)
@@ -255,5 +256,4 @@ def cache_note(record: Record) -> list[str]:
     share = record.get("cached_share")
     if share is None or share <= CACHE_HIT:
         return []
-    return [f"{share:.0%} of the prompt tokens came from the server's cache (by "
-            f"{record['cached_source']}): the TTFT is that of the rest"]  # fmt: skip
+    return [f"{share:.0%} {CAME} (by {record['cached_source']}): the TTFT is that of the rest"]

@@ -168,7 +168,7 @@ def test_vllms_own_figures_of_the_same_requests() -> None:
     assert "cache" not in done.notes
     assert "server counted" not in done.notes
     table = done.said.partition("The server's own means")[2].splitlines()
-    assert table[1].split()[:6] == ["TTFT", "ms", "client's", "TTFT", "queue", "ms"]
+    assert table[1].split()[:6] == ["TTFT", "ms", "TTFT", "+ms", "queue", "ms"]
     assert "30.0" in table[2]
     page = Path("out/report.html").read_text()
     assert "server's own" in page
