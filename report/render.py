@@ -73,7 +73,7 @@ def notes(records: Sequence[Record]) -> list[str]:
     found += cached_loads(records)
     clients = [r["client"] for r in records if r.get("client")]
     if clients:
-        held, lag = (max(c[k] for c in clients) for k in ("late_share", "p99_read_lag_ms"))
+        held, lag = (max(c.get(k) or 0 for c in clients) for k in ("late_share", "p99_read_lag_ms"))
         kernel = all(c.get("stamps") == "kernel" for c in clients)
         found.append(f"the client's own delay: requests held back for at most {held:.1%} of their "
                      "time" + (f"; p99 of reads at most {lag:.1f} ms late (kernel stamps undo that)"
