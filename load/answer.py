@@ -113,6 +113,8 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
     outcome.streamed = False
     outcome.events = 1
     _note(document, outcome)
+    if not body.whole:
+        raise Malformed(BROKEN_OFF)
     if not document.get("choices"):
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)

@@ -128,7 +128,7 @@ class Builtin:
         assert isinstance(load.body, Requests)
         wanted = self.wanted(case, load.body.prompts)
         record = summarise(load, result, wanted, self.options.goodput)
-        record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
+        record["notes"] += [*self.notes, *notes_for(case, record, self.options.chat)]
         record["notes"] += repeats(load.body.prompts, case.num_prompts)
         return record | (details(load, result) if self.options.detailed else {})
 

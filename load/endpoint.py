@@ -266,14 +266,16 @@ def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> list[str]:
 class Witness:
     """A connection on which nothing is said, for as long as a run lasts.
 
-    uvicorn (TensorRT-LLM, vLLM, SGLang) keeps it while it lives; but a proxy may close it, too.
+    Only at uvicorn (TensorRT-LLM, vLLM, SGLang), which keeps it while it lives, and which it costs
+    nothing: a server with a worker for each connection would have one less for the load.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         target, self.sock = endpoint.target, None
         if not target.tls:  # a server waits for a handshake for so long only
-            with suppress(OSError):
-                self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
+            with suppress(OSError, Failure):
+                if fetch(endpoint, "/v1/models").server == "uvicorn":
+                    self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
 
     def notes(self) -> list[str]:
         """To be asked once, at the end."""

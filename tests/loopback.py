@@ -43,7 +43,7 @@ class Request:
 
     def document(self, body: Any, status: str = "200 OK") -> None:
         text = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nServer: uvicorn\r\n"
         self.send(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
 
     def hang_up(self) -> None:

@@ -1,0 +1,94 @@
+"""Did the answers stream? What was held back on its way has lost its times.
+
+A proxy may collect an answer whole, or hand it on every 4 KB or 100 ms. Then the tokens have come
+together, and their times are the proxy's. (That a late client reads them together is another
+matter: metrics.slow_client.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from load.answer import TOGETHER, Outcome
+
+FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
+CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
+HEAD_CLUMP = 5  # the same, at the beginning alone
+ODD = 0.05  # share of the answers that makes it worth a word
+BUFFERED = "something on the way (a proxy or gateway; nginx: proxy_buffering off) holds them back"
+
+
+@dataclass
+class Judgement:
+    """What the streams were like; `wrong` are the metrics that a problem spoils."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def spoilt(self, problem: str, wrong: Sequence[str], holds: str) -> None:
+        names = ", ".join(wrong[:-1]) + " and " * (len(wrong) > 1) + wrong[-1]
+        verb = "mean" if len(wrong) > 1 else "means"
+        self.problems.append(f"{problem}: {BUFFERED}. {names} {verb} nothing; {holds} hold")
+        self.wrong += [name.lower() for name in wrong]
+
+
+def judge(good: Sequence[Outcome]) -> Judgement:
+    """Which of the metrics the answers can bear."""
+    found, many = Judgement(), [o for o in good if tokens(o) >= FEWEST]
+    whole = [o for o in many if o.collected or bursts(o) == 1]
+    clumps = [o for o in many if o not in whole and tokens(o) / bursts(o) >= CLUMP]
+    late = [o for o in many if bursts(o) > 1 and first_burst(o) >= HEAD_CLUMP]
+    if len(whole) > ODD * len(good):
+        found.spoilt(f"{len(whole)} of {len(good)} answers came in one piece, not as a stream",
+                     ("TTFT", "ITL", "TPOT"), "E2EL and throughput")  # fmt: skip
+    elif len(clumps) > ODD * len(good):
+        size = sum(map(tokens, clumps)) / sum(map(bursts, clumps))
+        found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {size:.0f} tokens "
+                     "together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
+    elif len(late) > len(good) / 2:
+        size = sum(map(first_burst, late)) / len(late)
+        found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(good)} "
+                     "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
+    found.notes = [*together(good), *pieces(good), *quirks(good)]
+    return found
+
+
+def tokens(outcome: Outcome) -> int:
+    """Of the events, so many are tokens of their own: a token may be several events, and a few
+    tokens one."""
+    return min(outcome.events, outcome.output_tokens or outcome.events)
+
+
+def bursts(outcome: Outcome) -> int:
+    return 1 + sum(gap > TOGETHER for gap in outcome.gaps)
+
+
+def first_burst(outcome: Outcome) -> int:
+    """How many events came with the first."""
+    apart = (i for i, gap in enumerate(outcome.gaps, 1) if gap > TOGETHER)
+    return next(apart, outcome.events)
+
+
+def together(good: Sequence[Outcome]) -> list[str]:
+    """Too little to judge, and enough to say."""
+    short = [o for o in good if 1 < tokens(o) < FEWEST and (o.collected or bursts(o) == 1)]
+    if len(short) <= ODD * len(good):
+        return []
+    return [f"{len(short)} of {len(good)} answers came all at once: too short to tell whether "
+            "they were buffered on their way; if so, TTFT and ITL mean nothing"]  # fmt: skip
+
+
+def pieces(good: Sequence[Outcome]) -> list[str]:
+    events, counted = sum(o.events for o in good), sum(o.output_tokens or 0 for o in good)
+    if not counted or counted >= 0.95 * events:
+        return []
+    return [f"an event carried {counted / events:.2f} tokens on average: ITL is the time between "
+            "events, not between tokens; TPOT is per token"]  # fmt: skip
+
+
+def quirks(good: Sequence[Outcome]) -> list[str]:
+    seen = Counter(quirk for o in good for quirk in o.quirks)
+    return [f"{count} of {len(good)} answers {quirk}" for quirk, count in seen.items()]
