@@ -24,18 +24,18 @@ from pathlib import Path
 
 from common.settings import setting
 from common.signals import Stopped
-from common.talk import Failure, say, write_json
-from load import bench_place, endpoint
+from common.talk import Failure, clean, read_json, say, write_json
+from load import bench_place, endpoint, sharegpt
 from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
 from load.sweep import conflicts, stop_reason, sweep
 from report import render as report
-from report.results import load, without_details
+from report.results import Found, load, without_details
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
-SAME = ("client", "backend", "url", "goodput", "burstiness")  # or --resume measures again
+SAME = ("client", "image_id", "backend", "url", "server_version", "goodput", "burstiness")
 
 
 class Bench:
@@ -58,7 +58,7 @@ class Bench:
             write_json(path, record)
         record = without_details(record)
         self.records.append(record)
-        say(report.one_line(record))
+        say(report.one_line(record), "" if record["valid"] else "31")
         if record.get("stopped"):  # now that what it measured is safe
             raise Stopped(record["stopped"])
         if not record.get("completed"):
@@ -67,20 +67,34 @@ class Bench:
 
     def earlier(self, case: Case, path: Path) -> Record | None:
         """A valid result of the same thing; an invalid one is worth another try."""
-        try:
-            record: Record = json.loads(path.read_text())
-            same = (
-                record["model_id"] == self.server.asked
-                and record["case"] == case.facts()
-                and all(record["metadata"][key] == self.metadata[key] for key in SAME)
-            )
-            return record if record["valid"] and same else None
-        except (OSError, ValueError, KeyError, TypeError):
+        if not path.exists():
             return None
+        try:
+            record: Record = read_json(path)
+            why = self.unlike(record, case) or ("" if record["valid"] is True else "was invalid")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            why = "the file cannot be read"
+        if why:
+            say(f"{case.name}: measured again: {why}")
+        return None if why else record
 
-    def in_folder(self) -> list[Record]:
+    def unlike(self, record: Record, case: Case) -> str:
+        """In what an earlier result is of something else; empty where it is of the same."""
+        before = {"model": record["model_id"], "load": record["case"],
+                  "data set": record.get("data_set"),
+                  **{key: record["metadata"].get(key) for key in SAME}}  # fmt: skip
+        now = {"model": self.server.asked, "load": case.facts(), "data set": self.data_set(case),
+               **{key: self.metadata[key] for key in SAME}}  # fmt: skip
+        other = [key.replace("_", " ") for key in now if now[key] != before[key]]
+        return f"the result there is of another {', '.join(other)}" if other else ""
+
+    def data_set(self, case: Case) -> Record | None:
+        """Which file the prompts come from; None for random ones."""
+        return None if case.input_len else sharegpt.identity(self.client.options.sharegpt)
+
+    def in_folder(self) -> Found:
         """With --resume also what earlier calls measured."""
-        return load(self.folder) if self.resume and self.records else self.records
+        return load(self.folder) if self.resume and self.records else Found(self.records, [])
 
     def measure(self, case: Case) -> Record:
         try:
@@ -88,7 +102,7 @@ class Bench:
         except Failure as e:  # this run's own; the others are worth having
             found = nothing(case, e.message)
         rate = case.rate if math.isfinite(case.rate) else "inf"
-        return {
+        record: Record = clean({
             "date": time.strftime("%Y%m%d-%H%M%S"),
             "model_id": self.server.asked,
             "tokenizer_id": None,
@@ -99,8 +113,10 @@ class Bench:
             **found,
             "valid": not found["problems"],
             "case": case.facts(),
+            "data_set": self.data_set(case),
             "metadata": self.metadata,
-        }
+        })  # fmt: skip
+        return record
 
     def watched(self, case: Case) -> Record:
         """The client's record, with what became of the server meanwhile."""
@@ -135,8 +151,9 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
     try:
-        if found := bench.in_folder():
-            report.write(bench.folder, found)
+        found = bench.in_folder()
+        if found.records:
+            report.write(bench.folder, *found)
     finally:  # on a full disk, too
         invalid = show(bench, knee, stopped)
     return 1 if invalid or not bench.records else 0

@@ -6,7 +6,6 @@ A case goes in, a record comes out: the names of benchmark_serving's result file
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import zlib
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.live import LiveLine
-from common.talk import die, say
+from common.talk import die, read_json, say
 from load import bench_place, sharegpt
 from load.connection import TOO_LATE
 from load.endpoint import Endpoint
 from load.loadgen import measure
 from load.matrix import Case
-from load.metrics import DETAILS, KINDS, PERCENTILES, Wanted, growth, summarise
+from load.metrics import DETAILS, KINDS, METRICS, PERCENTILES, Wanted, growth, summarise
 from load.payload import Conversations, Prompts, RandomPrompts, Requests
 from load.target import CutShort, Load, LoadError, Result
 
@@ -291,13 +290,16 @@ class BenchmarkServing:
         except subprocess.TimeoutExpired:
             return nothing(case, f"benchmark_serving did not end within {limit:g} s")
         try:
-            record: Record = json.loads(file.read_text())
+            record: Record = read_json(file)
         except (OSError, ValueError):
             return nothing(case, "benchmark_serving wrote no result (exit code "
                            f"{status}): {words or 'it said nothing'}")  # fmt: skip
         finally:
             file.unlink(missing_ok=True)
-        return judge(case, record, options.detailed)
+        try:
+            return judge(case, record, options.detailed)
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
+            return nothing(case, f"benchmark_serving's result cannot be read: {e!r}")
 
     def mounts(self, folder: Path) -> list[Path]:
         model = Path(self.options.tokenizer or self.endpoint.asked)
@@ -391,7 +393,16 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
     share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
-    return record | {"valid": not problems, "problems": problems, "notes": [UNKNOWN], "client": {}}
+    notes = [UNKNOWN, *without_figures(case, record)]
+    return record | {"valid": not problems, "problems": problems, "notes": notes, "client": {}}
+
+
+def without_figures(case: Case, record: Record) -> list[str]:
+    """It writes NaN for the mean of nothing."""
+    expected = METRICS if case.output_len != 1 else ("ttft", "e2el")
+    names = [f"{kind}_{name}_ms" for name in expected for kind in KINDS]
+    missing = [name for name in names if name in record and record[name] is None]
+    return [f"NVIDIA's client has no figure for {', '.join(missing)}"] if missing else []
 
 
 def end_to_end(record: Record) -> list[float]:

@@ -6,6 +6,7 @@ too long) are applied to lengths estimated from characters; what is reported com
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -118,6 +119,20 @@ def keep(answer: Any, part: Path, have: int) -> None:  # noqa: ANN401
         die(
             f"{part}: {part.stat().st_size:,} of {total:,} bytes came", hint="run it again to go on"
         )
+
+
+def identity(path: Path) -> dict[str, str] | None:
+    """What tells one data set from another; None where there is no file."""
+    if not path.is_file():
+        return None
+    seen = path.stat()
+    return {"file": path.name, "sha256": sha256_of(path, seen.st_size, seen.st_mtime_ns)}
+
+
+@functools.cache
+def sha256_of(path: Path, *_: int) -> str:
+    """Of a file that is large, once for as long as it stays the same."""
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:

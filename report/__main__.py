@@ -41,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(first: Path, *others: Path) -> int:
     """Of one folder; or, after the word `compare`, of two side by side."""
     if others:
-        print(comparison(*map(load, others)))
+        before, after = map(load, others)
+        print(comparison(before.records, after.records))
+        for words in (*before.left_out, *after.left_out):
+            say(words)
         return 0
-    records = load(first)
-    write(first, records)
-    print(table(records))
+    found = load(first)
+    write(first, *found)
+    print(table(*found))
     say(f"{first}/report.html")
     return 0
 

@@ -3,47 +3,64 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from common.live import colour
 from common.talk import whole_file, write_json
 from load.metrics import KINDS, METRICS
 from report import charts, page
 from report.results import (
-    COLUMNS,
-    GOODPUT,
+    CACHED,
+    COMPARED,
+    COUNTS,
+    SERVER,
     SUMMARY,
+    Column,
     Group,
     Record,
     columns_for,
     columns_of,
     groups,
+    known,
+    value_of,
 )
 
 CSV_FIELDS = (
     "name", "type", "input_len", "output_len", "concurrency", "request_rate", "repeat",
     "num_prompts", "completed", "valid", "duration",
     "total_input_tokens", "total_output_tokens", "request_throughput", "request_goodput",
-    "output_throughput", "total_token_throughput", "user_throughput",
+    "output_throughput", "total_token_throughput", "user_throughput", "gpu_throughput",
     *(f"{kind}_{name}_ms" for name in METRICS for kind in KINDS),
+    "cached_share", "cached_source", "server_requests", *(column.key for column in SERVER),
     "problems",
 )  # fmt: skip
 
 
+OWN = "\nThe server's own means of the same requests, and what the client saw more or less (±):"
+
 # --- text -----------------------------------------------------------------------------------------
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[Record], left_out: Sequence[str] = ()) -> str:
     """A row a load; repeats are averaged, with their spread."""
-    found, columns = groups(records), columns_for(records)
-    rows = [[g.label, *(" ".join(filter(None, g.shown(c))) for c in columns),
-             "" if g.valid else "INVALID"] for g in found]  # fmt: skip
-    lines = columns_of([["", *(c.title for c in columns), ""], *rows])
+    found = groups(records)
+    lines = [*rows(found, columns_for(records)), *servers_own(found, records)]
     lines += [f"INVALID {g.label}: {problem}" for g in found for problem in g.problems]
-    return "\n".join([*lines, *(f"note: {note}" for note in notes(records))])
+    return "\n".join([*lines, *(f"note: {note}" for note in (*notes(records), *left_out))])
+
+
+def rows(found: Sequence[Group], columns: Sequence[Column]) -> list[str]:
+    lines = [[g.label, *(" ".join(filter(None, g.shown(c))) for c in columns),
+              "" if g.valid else "INVALID"] for g in found]  # fmt: skip
+    return columns_of([["", *(c.title for c in columns), ""], *lines])
+
+
+def servers_own(found: Sequence[Group], records: Sequence[Record]) -> list[str]:
+    """A second table, where a server told of the same requests."""
+    columns = known(SERVER, records)
+    told = [g for g in found if known(columns, g.records)]
+    return [OWN, *rows(told, columns)] if told else []
 
 
 def notes(records: Sequence[Record]) -> list[str]:
@@ -63,17 +80,19 @@ def notes(records: Sequence[Record]) -> list[str]:
 def one_line(record: Record) -> str:
     """For the terminal, when a run is done."""
     group = Group(record["case"]["name"], (record,))
-    facts = ", ".join(f"{c.title} {group.shown(c)[0]}" for c in COLUMNS if c.title != "p99")
+    told = [c for c in columns_for([record]) if "p99" not in c.title]
+    facts = ", ".join(f"{c.title} {group.shown(c)[0]}" for c in told)
     if record["valid"]:
         return f"{group.label}: {facts}"
-    return colour(f"{group.label}: INVALID: {'; '.join(record['problems'])}", "31", sys.stderr)
+    return f"{group.label}: INVALID: {'; '.join(record['problems'])}"
 
 
 def brief(record: Record) -> Record:
     """A run in the one document that bench.py prints."""
     return {"name": record["case"]["name"], "valid": record["valid"],
             "problems": record["problems"],
-            **{c.key: rounded(record.get(c.key)) for c in (*COLUMNS, GOODPUT)}}  # fmt: skip
+            **{c.key: rounded(value_of(record, c.key))
+               for c in (*COUNTS, *COMPARED, CACHED)}}  # fmt: skip
 
 
 def rounded(value: float | None) -> float | None:
@@ -83,7 +102,7 @@ def rounded(value: float | None) -> float | None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write(folder: Path, records: Sequence[Record]) -> None:
+def write(folder: Path, records: Sequence[Record], left_out: Sequence[str] = ()) -> None:
     """Everything that is made from the runs' own files."""
     write_json(folder / SUMMARY, records)
     with whole_file(folder / "summary.csv") as file:
@@ -94,11 +113,13 @@ def write(folder: Path, records: Sequence[Record]) -> None:
         (folder / f"{chart.name}.png").write_bytes(picture.png)
     with whole_file(folder / "report.html") as file:
         columns = columns_for(records)
-        file.write(page.html(groups(records), columns, drawn, pictures, notes(records)))
+        words = [*notes(records), *left_out]
+        file.write(page.html(groups(records), columns, drawn, pictures, words))
 
 
 def write_csv(file: IO[str], records: Iterable[Record]) -> None:
     writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({**record, **record["case"], "problems": "; ".join(record["problems"])})
+        row = {**record, **record["case"], "problems": "; ".join(record["problems"])}
+        writer.writerow({**row, "gpu_throughput": value_of(record, "gpu_throughput")})

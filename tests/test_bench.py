@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from common import talk
 from common.live import LiveLine
 from common.talk import Failure
 from launch import image
-from load import bench_place, clients, metrics, sharegpt
+from load import bench_place, clients, endpoint, metrics, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
 from load.loadgen import measure
@@ -173,6 +174,66 @@ def test_resume_takes_no_result_of_something_else(
 ) -> None:
     requests, _ = resumed(capsys, "throughput", *more)
     assert requests > 1
+
+
+def calls(capsys: pytest.CaptureFixture[str], *each: list[str]) -> str:
+    """bench.py --resume, each time with these arguments, on one server; what it said at last."""
+    with serving(model_server(obedient)) as server:
+        for more in each:
+            capsys.readouterr()
+            code = bench.main(["-p", str(server.port), "-o", "out", "--resume", *more, *QUICK])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(("second", "again"), [("alpha", False), ("omega", True)])
+def test_resume_takes_no_result_of_another_data_set(
+    capsys: pytest.CaptureFixture[str], second: str, again: bool
+) -> None:
+    for name in ("alpha", "omega"):
+        turns = [conversation(f"{name} {i} is what I ask", "it is fine " * 6) for i in range(20)]
+        Path(f"{name}.json").write_text(json.dumps(turns))
+    sets = (["-t", "sharegpt", "--sharegpt", f"{name}.json"] for name in ("alpha", second))
+    said = calls(capsys, *sets)
+    record = json.loads(Path("out/sharegpt-c2.json").read_text())
+    assert record["data_set"]["file"] == f"{second}.json"
+    assert ("measured again: the result there is of another data set" in said) == again
+    assert Path("out/sharegpt-c2.json.before").exists() == again
+
+
+def test_resume_takes_no_result_of_another_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(("1.1.0", "1.2.1"))
+    monkeypatch.setattr(endpoint, "version", lambda _: next(versions))
+    said = calls(capsys, *[["-t", "throughput"]] * 2)
+    assert "measured again: the result there is of another server version" in said
+    record = json.loads(Path("out/throughput-in512-out4-c2.json").read_text())
+    assert record["metadata"]["server_version"] == "1.2.1"
+
+
+@pytest.mark.parametrize("text", ["", "{half", "[]", '{"metadata": 7}', '{"case": null}'])
+def test_resume_measures_again_what_it_cannot_read(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    Path("out").mkdir()
+    Path("out/throughput-in512-out4-c2.json").write_text(text)
+    said = calls(capsys, ["-t", "throughput"])
+    assert "throughput-in512-out4-c2: measured again: the file cannot be read" in said
+
+
+def is_coloured(request: Request) -> None:
+    words = "\x1b[31mTraceback\x1b[0m \x1b]0;owned\x07 \x9b2J"
+    request.document({"error": {"message": words}}, "500 Internal Server Error")
+
+
+def test_what_a_server_says_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, is_coloured, "-t", "throughput", *QUICK)
+    assert run.code == 1
+    everything = run.stdout + run.stderr + Path("out/report.html").read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", everything)
+    assert r"\x1b]0;owned\x07" in run.stdout
 
 
 def test_resume_loses_no_result_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -565,7 +626,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     last = json.loads(stdout.splitlines()[-1])
-    assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2", "latency-in512-out4-c2"]
+    assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
     assert (last["stopped"], last["valid"]) == (True, False)
     assert Path("out/summary.json").exists()
 

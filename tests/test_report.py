@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from report import charts, compare, results
 from report import render as report
 
 pytestmark = pytest.mark.usefixtures("same_signals")
+ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -65,10 +67,12 @@ SECOND = Case("latency", 128, 128, 100, 1, repeat=2)
 def test_the_table() -> None:
     text = report.table([record(LATENCY), bad(Case("latency", 512, 256, 100, 1))])
     assert text.splitlines() == [
-        "                         req/s  out tok/s  TTFT ms   p99  TPOT ms  ITL ms    p99  E2EL ms",
-        "latency-in128-out128-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10",
-        "latency-in512-out256-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10"
-        "  INVALID",
+        "                         req/s  out tok/s  TTFT ms  TTFT p99  TPOT ms  ITL ms  ITL p99"
+        "  E2EL ms",
+        "latency-in128-out128-c1   2.50        640     10.0      10.0    10.00   10.00    10.00"
+        "       10",
+        "latency-in512-out256-c1   2.50        640     10.0      10.0    10.00   10.00    10.00"
+        "       10  INVALID",
         "INVALID latency-in512-out256-c1: 1 of 10 requests failed: <b>HTTP 500</b>",
     ]
 
@@ -229,19 +233,57 @@ def test_a_report_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = put(tmp_path / "a", record(LATENCY, 10.0), record(Case("decode", 1, 2, 3, 4)))
+    a = put(tmp_path / "a", *twice(10.0, 10.02), record(Case("decode", 1, 2, 3, 4)))
     b = put(
         tmp_path / "b",
-        record(LATENCY, 12.0, output_throughput=700.0),
+        *twice(12.0, 12.0, output_throughput=700.0),
         bad(Case("prefill", 1, 1, 1, 1)),
     )
     assert command.main(["compare", str(a), str(b)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "latency-in128-out128-c1 mean_ttft_ms 10.0 12.0 +20.0% - WORSE" in lines
-    assert "latency-in128-out128-c1 output_throughput 640 700 +9.4% - better" in lines
-    assert "latency-in128-out128-c1 request_throughput 2.50 2.50 +0.0% -" in lines
+    assert "latency-in128-out128-c1 TTFT ms 10.0 12.0 +19.9% ±1.0% WORSE" in lines
+    assert "latency-in128-out128-c1 out tok/s 640 700 +9.4% - better" in lines
+    assert "latency-in128-out128-c1 req/s 2.50 2.50 +0.0% -" in lines
+    assert lines[9].startswith("of 8 figures 1 are better and 6 WORSE")
     assert "only before: decode-in1-out2-c4" in lines
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
+
+
+def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
+    return [record(LATENCY, first, **facts), record(SECOND, second, **facts)]
+
+
+def verdicts(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, str]:
+    return {c.column.key: c.verdict for c in compare.compare(before, after)}
+
+
+def test_one_run_a_side_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows by how much two such runs differ by chance."""
+    text = words_of(tmp_path, capsys, record(LATENCY, 10.0), record(LATENCY, 20.0))
+    assert "+100.0%" in text
+    assert not re.search("better|WORSE", text)
+    assert "with one run a side" in text
+    assert "--repeat" in text
+    mixed = verdicts(twice(10.0, 10.0), [record(LATENCY, 20.0)])
+    assert mixed["mean_ttft_ms"] == "one run"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((8.0, 12.0), (9.0, 13.0), ""),  # within the spread
+        ((9.0, 11.0), (12.0, 14.0), ""),  # apart, but two runs a side are few
+        ((10.0, 10.1), (10.2, 10.3), ""),  # certain, perhaps, and of no matter
+        ((10.0, 10.1), (13.0, 13.1), "WORSE"),
+        ((13.0, 13.1), (10.0, 10.1), "better"),
+        ((0.0, 0.0), (1.0, 1.0), "WORSE"),
+        ((0.0, 0.0), (0.0, 0.0), ""),
+    ],
+)
+def test_a_verdict_is_beyond_what_repeats_differ_by(
+    before: tuple[float, float], after: tuple[float, float], verdict: str
+) -> None:
+    assert verdicts(twice(*before), twice(*after))["mean_ttft_ms"] == verdict
 
 
 def words_of(folder: Path, capsys: pytest.CaptureFixture[str], *sides: dict[str, Any]) -> str:
@@ -253,13 +295,13 @@ def words_of(folder: Path, capsys: pytest.CaptureFixture[str], *sides: dict[str,
 def test_goodput_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (record(LATENCY, request_goodput=g) for g in (2.0, 1.0))
     text = " ".join(words_of(tmp_path, capsys, before, after).split())
-    assert "request_goodput 2.00 1.00 -50.0% - WORSE" in text
+    assert "good req/s 2.00 1.00 -50.0% - one run" in text
 
 
-def test_from_nothing_to_something_is_a_change() -> None:
-    before, after = (record(LATENCY, request_goodput=g) for g in (0.0, 1.0))
-    (change,) = (c for c in compare.compare([before], [after]) if c.column == results.GOODPUT)
-    assert (change.verdict, change.row[4]) == ("better", "+inf%")
+def test_from_nothing_to_something_is_a_change_but_no_number() -> None:
+    before, after = (twice(9.0, 9.0, request_goodput=g) for g in (0.0, 1.0))
+    (change,) = (c for c in compare.compare(before, after) if c.column == results.GOODPUT)
+    assert (change.verdict, change.row[4]) == ("better", "-")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +312,7 @@ def test_from_nothing_to_something_is_a_change() -> None:
         ({"metadata": {"client": "builtin", "served_model": "b"}}, "model: org/model before, b"),
         ({"completed": 10, "total_input_tokens": 1300}, "input tokens a request: 128 before, 130"),
         ({"completed": 10, "total_output_tokens": 90}, "output tokens a request: 0 before, 9"),
+        ({"data_set": {"file": "b", "sha256": "b1"}}, "data set: None before, b1 after"),
     ],
 )  # fmt: skip
 def test_unlike_runs_are_not_compared_in_silence(
@@ -299,13 +342,6 @@ def test_what_another_client_left_is_no_repeat() -> None:
     assert "latency-in128-out128-c1 (trtllm, org/model, 100 requests)" in text
 
 
-def test_a_change_within_the_spread_is_no_change() -> None:
-    before = [record(LATENCY, 8.0), record(SECOND, 12.0)]
-    after = [record(LATENCY, 9.0), record(SECOND, 13.0)]
-    verdicts = {c.column.key: c.verdict for c in compare.compare(before, after)}
-    assert verdicts["mean_ttft_ms"] == ""
-
-
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
 def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(words) == 1
@@ -319,10 +355,85 @@ def test_usage(words: list[str]) -> None:
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("text", ["{half", "[]", "7"])
+BROKEN = {
+    b"": "not JSON",
+    b"{half": "not JSON",
+    b"[]": "no result of bench.py",
+    b"7": "no result of bench.py",
+    b'{"mean_ttft_ms": 7}': "no result of bench.py",  # another tool's
+    b'{"case": {"name": "a"}}': "damaged",
+    b"\xff\xfe\x00": "not JSON",
+    b"[" * 100_000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_is_no_result(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (put(tmp_path / "a") / "x.json").write_text(text)
+    (put(tmp_path / "a") / "x.json").write_bytes(text)
     assert command.main([str(tmp_path / "a")]) == 1
-    assert "ERROR" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no results in it; x.json is left out: " in err
+    assert BROKEN[text] in err
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_file_costs_no_other_run_its_report(
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "x.json").write_bytes(text)
+    assert command.main([str(folder)]) == 0
+    assert re.search(f"note: x.json is left out: .*{BROKEN[text]}", capsys.readouterr().out)
+    assert "x.json is left out" in (folder / "report.html").read_text()
+    assert command.main(["compare", str(folder), str(folder)]) == 0
+    assert "x.json is left out" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "folder.json").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "link.json").symlink_to("nowhere")
+    assert command.main([str(folder)]) == 0
+    assert capsys.readouterr().out.count("is left out: ") == 3
+
+
+def test_a_nan_of_another_program_is_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = put(tmp_path / "a", record(LATENCY, mean_itl_ms=float("nan")))
+    assert "NaN" in (folder / "latency-in128-out128-c1.json").read_text()
+    assert command.main([str(folder)]) == 0
+    assert re.search(r"10\.00 +- +10\.00", capsys.readouterr().out)
+    assert "NaN" not in (folder / "summary.json").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_kind(tmp_path: Path, encoding: str) -> None:
+    """A job's log may be ASCII; what was measured for hours is shown all the same."""
+    note = record(SECOND, notes=["a model named 模型 \udcff"])
+    folder = put(tmp_path / "a", record(LATENCY, 9.0), note)
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "report", str(folder)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    sign = "+-" if encoding == "ascii" else "±"
+    assert f"{sign}7.4%" in done.stdout.decode(encoding)
+    model = "模型" if encoding == "utf-8" else r"\u6a21\u578b"
+    assert f"{model} \\udcff" in done.stdout.decode(encoding)
+
+
+def test_a_result_cannot_drive_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = bad(LATENCY) | {"problems": ["\x1b]0;owned\x07 \x9b31m \u202e"]}
+    folder = put(tmp_path / "a", wrong)
+    assert command.main([str(folder)]) == 0
+    out, err = capsys.readouterr()
+    files = "".join(path.read_text() for path in folder.glob("summary.*"))
+    files += (folder / "report.html").read_text()
+    for text in (out, err, files):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert r"\x1b]0;owned\x07 \x9b31m \u202e" in out
