@@ -207,7 +207,7 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     except Malformed as e:
         die(f"{url}: {e}")
     if answer.status != 200:
-        moved = ": a redirect, not followed" if 300 <= answer.status < 400 else ""
+        moved = f": {endpoint.target.without_key(answer.moved)}" if answer.moved else ""
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
         die(f"{url}: {answer.status}{moved}", hint=hint)
     return answer

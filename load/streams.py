@@ -16,7 +16,7 @@ from load.answer import TOGETHER, Outcome
 FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
 CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
 HEAD_CLUMP = 5  # the same, at the beginning alone
-ODD = 0.05  # share of the answers that makes it worth a word
+SPOILT, ODD = 0.5, 0.05  # shares of the answers: a problem (a server may just stall), a note
 BUFFERED = "something on the way (a proxy or gateway; nginx: proxy_buffering off) holds them back"
 
 
@@ -39,20 +39,24 @@ def judge(good: Sequence[Outcome]) -> Judgement:
     """Which of the metrics the answers can bear."""
     found, many = Judgement(), [o for o in good if tokens(o) >= FEWEST]
     whole = [o for o in many if o.collected or bursts(o) == 1]
-    clumps = [o for o in many if o not in whole and tokens(o) / bursts(o) >= CLUMP]
-    late = [o for o in many if bursts(o) > 1 and first_burst(o) >= HEAD_CLUMP]
-    if len(whole) > ODD * len(good):
+    clumps = [o for o in many if tokens(o) / bursts(o) >= CLUMP]
+    late = [o for o in many if first_burst(o) >= HEAD_CLUMP]
+    limit = SPOILT * len(good)
+    if len(whole) > limit:
         found.spoilt(f"{len(whole)} of {len(good)} answers came in one piece, not as a stream",
                      ("TTFT", "ITL", "TPOT"), "E2EL and throughput")  # fmt: skip
-    elif len(clumps) > ODD * len(good):
+    elif len(clumps) > limit:
         size = sum(map(tokens, clumps)) / sum(map(bursts, clumps))
         found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {size:.0f} tokens "
                      "together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
-    elif len(late) > len(good) / 2:
+    elif len(late) > limit:
         size = sum(map(first_burst, late)) / len(late)
         found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(good)} "
                      "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
-    found.notes = [*together(good), *pieces(good), *quirks(good)]
+    elif len(clumps) > ODD * len(good):
+        found.notes = [f"{len(clumps)} of {len(good)} answers came in clumps of tokens: a part of "
+                       "TTFT and ITL is of what held them back on their way"]  # fmt: skip
+    found.notes += [*together(good), *pieces(good), *quirks(good)]
     return found
 
 

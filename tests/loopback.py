@@ -41,9 +41,9 @@ class Request:
             if pause:
                 time.sleep(pause)
 
-    def document(self, body: Any, status: str = "200 OK") -> None:
+    def document(self, body: Any, status: str = "200 OK", fields: str = "") -> None:
         text = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nServer: uvicorn\r\n"
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{fields}"
         self.send(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
 
     def hang_up(self) -> None:
@@ -182,7 +182,7 @@ def model_server(answer: Answer, model: str = MODEL) -> Answer:
     def route(request: Request) -> None:
         path = request.line.split()[1]
         if path == "/v1/models":
-            request.document({"object": "list", "data": [{"id": model}]})
+            request.document({"data": [{"id": model}]}, fields="Server: uvicorn\r\n")
         elif path == "/version":
             request.document({"version": "1.1.0"})
         elif path.startswith("/v1/"):

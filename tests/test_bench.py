@@ -301,7 +301,7 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def fails_once(request: Request) -> None:
-    if request.number == 6:  # the first that is measured
+    if request.number == 7:  # the first that is measured
         request.document({"object": "error", "message": "no room"}, "400 Bad Request")
     else:
         obedient(request)
@@ -720,7 +720,7 @@ def conversation(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def write_sharegpt(path: Path, *more: dict[str, Any]) -> None:
-    usable = [conversation(f"question number {n} " * 3, "answer " * 10) for n in range(20)]
+    usable = [conversation(f"question number {n} " * 3, "answer " * 4) for n in range(20)]
     unusable = [conversation("a", "answer " * 10), conversation("x" * 5000, "answer " * 10),
                 conversation("question " * 10, "b"), {"conversations": []}]  # fmt: skip
     path.write_text(json.dumps([*unusable, *usable, *more]))
