@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from load.answer import TOGETHER, Outcome
 
 FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
+PAIRS = 1.5
 CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
 HEAD_CLUMP = 5  # the same, at the beginning alone
 SPOILT, ODD = 0.5, 0.05  # shares of the answers: a problem (a server may just stall), a note
@@ -56,7 +57,7 @@ def judge(good: Sequence[Outcome]) -> Judgement:
     elif len(clumps) > ODD * len(good):
         found.notes = [f"{len(clumps)} of {len(good)} answers came in clumps of tokens: a part of "
                        "TTFT and ITL is of what held them back on their way"]  # fmt: skip
-    found.notes += [*together(good), *pieces(good), *quirks(good)]
+    found.notes += [*together(good), *in_pairs(many), *pieces(good), *quirks(good)]
     return found
 
 
@@ -83,6 +84,15 @@ def together(good: Sequence[Outcome]) -> list[str]:
         return []
     return [f"{len(short)} of {len(good)} answers came all at once: too short to tell whether "
             "they were buffered on their way; if so, TTFT and ITL mean nothing"]  # fmt: skip
+
+
+def in_pairs(many: Sequence[Outcome]) -> list[str]:
+    """Less than a clump, and still not one token after the other."""
+    size = sum(map(tokens, many)) / (sum(map(bursts, many)) or 1)
+    if not PAIRS <= size < CLUMP:
+        return []
+    return [f"tokens came {size:.1f} at a time on average: half of ITL or more is 0, the rest the "
+            "time between such groups"]  # fmt: skip
 
 
 def pieces(good: Sequence[Outcome]) -> list[str]:

@@ -143,10 +143,10 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "keeps it alive": (Kind(pieces=heartbeats), ""),
     "sends no [DONE]": (Kind(pieces=without_done), "ended without [DONE]"),
     "sends no [DONE] and closes": (Kind(pieces=without_done, chunked=False), "without [DONE]"),
-    "sends no last chunk": (Kind(end=b"", closes=True), "the transfer did not end"),
-    "is reset after [DONE]": (Kind(pieces=reset), "the transfer did not end"),
-    "keeps the transfer open": (Kind(pieces=held_open), "the transfer did not end"),
-    "keeps a connection open": (Kind(pieces=held_open, chunked=False), "the transfer did not end"),
+    "sends no last chunk": (Kind(end=b"", closes=True), "without the end of the transfer"),
+    "is reset after [DONE]": (Kind(pieces=reset), "without the end of the transfer"),
+    "keeps the transfer open": (Kind(pieces=held_open), "the transfer stayed open"),
+    "keeps a connection open": (Kind(pieces=held_open, chunked=False), "the transfer stayed open"),
     "has a trailer": (Kind(end=b"0\r\nX-Cost: 1\r\n\r\n"), ""),
     "lists what becomes of the connection": (
         Kind(headers=b"Connection: Upgrade, Close\r\n", closes=True), "closes its connections"),
@@ -194,6 +194,7 @@ ERRORS: dict[str, bytes] = {
                     b'"delta":{"content":""},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n',
     "FastAPI's": b'data: {"detail":"%s"}\n\n',
     "plain text": b"%s\n\n",
+    "plain text as data": b"data: %s\n\n",
 }  # fmt: skip
 
 
