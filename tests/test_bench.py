@@ -720,7 +720,7 @@ def conversation(prompt: str, answer: str) -> dict[str, Any]:
 
 
 def write_sharegpt(path: Path, *more: dict[str, Any]) -> None:
-    usable = [conversation(f"question number {n} " * 3, "answer " * 4) for n in range(20)]
+    usable = [conversation(f"question number {n} " * 3, "answer " * 10) for n in range(20)]
     unusable = [conversation("a", "answer " * 10), conversation("x" * 5000, "answer " * 10),
                 conversation("question " * 10, "b"), {"conversations": []}]  # fmt: skip
     path.write_text(json.dumps([*unusable, *usable, *more]))
@@ -1097,7 +1097,7 @@ def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFix
         request.send(stream(request.body["max_tokens"] - 1))
 
     run = Run(capsys, answer, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
-    (problem,) = run.last["runs"][0]["problems"]
+    problem, *_ = run.last["runs"][0]["problems"]
     assert problem.startswith("4 outputs are not as long as asked (one has ")
 
 
