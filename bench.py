@@ -106,10 +106,11 @@ class Bench:
             found = self.client(case, self.folder)
         finally:
             notes = witness.notes()
-        problems = [*found["problems"], *endpoint.changes(self.server, before)]
+        changed, seen = endpoint.changes(self.server, before)
+        problems = [*found["problems"], *changed]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
-        return {**found, "problems": problems, "notes": [*found["notes"], *notes]}
+        return {**found, "problems": problems, "notes": [*found["notes"], *seen, *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:

@@ -163,6 +163,7 @@ class Outcome:
     has_text: bool = False
     streamed: bool = True
     model: str = ""
+    finish: str = ""  # why the output ended: stop, length, ...
     error: str = ""
     retried: bool = False
 
@@ -315,6 +316,8 @@ def _note(document: Json, outcome: Outcome) -> None:
     if document.get("error") or document.get("object") == "error":
         raise Malformed(f"error from the server: {error_message(json.dumps(document).encode())}")
     outcome.model = str(document.get("model") or outcome.model)[:ERROR_LENGTH]
+    for choice in document.get("choices") or ():
+        outcome.finish = str(choice.get("finish_reason") or outcome.finish)[:ERROR_LENGTH]
     if usage := document.get("usage"):
         outcome.prompt_tokens = counted(usage.get("prompt_tokens"))
         outcome.output_tokens = counted(usage.get("completion_tokens"))
