@@ -28,7 +28,7 @@ from load import bench_place, endpoint
 from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from load.sweep import conflicts, stop_reason, sweep
+from load.sweep import conflicts, sweep, verdict
 from report import render as report
 from report.results import load, without_details
 
@@ -124,8 +124,7 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
     if SWEEP.type not in types:
         return None
     found, knee = sweep(change, bench.run, by_rate)
-    say(f"sweep: {stop_reason(found, by_rate) or 'the end of the range'}; the knee: "
-        + (report.one_line(knee) if knee else "none, the first step was too much"))  # fmt: skip
+    say(verdict(found, knee, by_rate))
     return knee
 
 
