@@ -21,7 +21,7 @@ from load import bench_place, sharegpt
 from load.connection import TOO_LATE
 from load.endpoint import Endpoint
 from load.loadgen import Load, LoadError, Result, measure
-from load.matrix import Case
+from load.matrix import Case, too_few
 from load.metrics import (
     DETAILS,
     KINDS,
@@ -118,7 +118,7 @@ class Builtin:
             return nothing(case, f"no answer to a short request: {self.server.error}")
         load = self.load_for(case, attempt)
         try:
-            warmed = self.warm_up(load)
+            warmed = self.warm_up(case, load)
             result = watched(load, case)
         except LoadError as e:
             return nothing(case, str(e))
@@ -179,11 +179,9 @@ class Builtin:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         return wanted
 
-    def warm_up(self, load: Load) -> int:
+    def warm_up(self, case: Case, load: Load) -> int:
         """Unmeasured requests with prompts of their own, and how many they were."""
-        count = self.options.warmup
-        if count is None:
-            count = min(load.width, WARM_UP_STREAMS)
+        count = warm_up_count(case, self.options)
         done = measure(self.warm_up_load(load, count)).outcomes if count else []
         if count and all(o.error.startswith(TOO_LATE) for o in done):
             raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
@@ -199,6 +197,13 @@ class Builtin:
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
+
+
+def warm_up_count(case: Case, options: Options) -> int:
+    """Unmeasured requests before a run of ours."""
+    if options.warmup is not None:
+        return options.warmup
+    return min(case.concurrency or case.num_prompts, case.num_prompts, WARM_UP_STREAMS)
 
 
 def watched(load: Load, case: Case) -> Result:
@@ -232,16 +237,13 @@ def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
 def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
     """Whether the load was as much as the run's name says."""
     streams, client = case.concurrency, record["client"]
-    if load.open_loop:
+    if load.open_loop:  # a stream can be busy when the next request is due
         waited = client["mean_late_ms"]
         if not streams or client["late_share"] < WAITED:
             return []
         return [f"requests waited {waited:,.0f} ms on average for one of the {streams} streams: "
                 f"the server did not get {case.rate:g} requests/s"]  # fmt: skip
-    if streams and case.num_prompts < streams:
-        return [f"no more than {case.num_prompts} of the {streams} streams were in flight: there "
-                f"were no more requests; --num-prompts {5 * streams} fills them"]  # fmt: skip
-    return []
+    return [words] if (words := too_few(case)) else []
 
 
 def repeats(prompts: Prompts, count: int) -> list[str]:
@@ -304,8 +306,6 @@ class BenchmarkServing:
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
         die_if_silent(self.endpoint, options)  # this client would wait for hours
-        if case.input_len is None and not options.sharegpt.exists():
-            sharegpt.download(sharegpt.URL, options.sharegpt)
         file = folder.resolve() / f".{case.name}.benchmark_serving.json"
         file.unlink(missing_ok=True)
         environ = unproxied(options.environ, self.endpoint.target.host)
