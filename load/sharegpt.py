@@ -59,7 +59,8 @@ def pick(path: Path, count: int, seed: int | str) -> Conversations:
     if not picked:
         die(f"{path}: none of its {sum(1 for _ in entries(path)):,} entries is a conversation with "
             "a question and an answer of usual length (4 to 1,024 tokens)",
-            hint="--sharegpt names another; README.md tells the forms it may have")  # fmt: skip
+            hint="--sharegpt takes JSON or JSON Lines of conversations, messages, or a prompt and "
+            "its completion")  # fmt: skip
     rng.shuffle(picked)
     return Conversations(tuple(picked))
 
