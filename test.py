@@ -337,6 +337,8 @@ def cause(error: BaseException) -> str:
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     name = type(error).__name__
+    if str(error).endswith(" b''"):  # no chunk size, as nothing came
+        name = "IncompleteRead"
     return CAUSES.get(name, str(error) if name == "Wrong" else f"{name}: {error}")
 
 
@@ -344,13 +346,13 @@ class Server(NamedTuple):
     url: str
     key: str
     seconds: float  # for one whole request
-    insecure: bool
+    tls: ssl.SSLContext
 
     def curl(self, path: str, body: Facts) -> str:
         """The request to paste: the shell fills in the key; no proxy, as here."""
         auth = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if self.key else ""
         data = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
-        flags = "-isSNk" if self.insecure else "-isSN"
+        flags = "-isSN" if self.tls.check_hostname else "-isSNk"
         return f"curl {flags} --noproxy '*' {auth}{shlex.join([self.url + path, *data])}"
 
     def fetch(self, path: str, body: Facts) -> Answer:
@@ -369,7 +371,7 @@ class Server(NamedTuple):
             for block in self.send(path, body, answer):
                 answer.body += block
                 answer.stamps.append((len(answer.body), (time.perf_counter() - start) * 1000))
-                if DONE.search(answer.body[-READ:]):
+                if DONE.search(answer.body[-64:]):
                     break  # the end of the transfer may be late, or never come
                 if len(answer.body) > MAX_BODY or time.perf_counter() - start > self.seconds:
                     raise Wrong("the answer does not end")
@@ -380,9 +382,7 @@ class Server(NamedTuple):
     def send(self, path: str, body: Facts, answer: Answer) -> Iterator[bytes]:
         """What comes, as it comes. Proxies and redirects would take the key elsewhere."""
         url, limit = urlsplit(self.url), min(CONNECT_SECONDS, self.seconds)
-        host, tls = url.hostname or "", ssl.create_default_context()
-        if self.insecure:
-            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+        host, tls = url.hostname or "", self.tls
         connection = http.client.HTTPConnection(host, url.port, timeout=limit)
         if url.scheme == "https":
             connection = http.client.HTTPSConnection(host, url.port, timeout=limit, context=tls)
@@ -478,9 +478,12 @@ def smoke(args: argparse.Namespace) -> int:
         raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
     if bundle := env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
         os.environ["SSL_CERT_FILE"] = bundle  # OpenSSL's own name for it
+    tls = ssl.create_default_context()
+    if args.insecure:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     if key and target.file:
         check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
-    server = Server(target.url, key, args.timeout, args.insecure)
+    server = Server(target.url, key, args.timeout, tls)
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
         out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale
@@ -516,16 +519,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # fmt: off
     add = parser.add_argument
     add("-H", "--host", default="", help="name, address or URL (default: localhost)")
     add("-p", "--port", default="", help="(default: 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first that is)")
     add("--insecure", action="store_true", help="take any https certificate")
-    add("--timeout", type=seconds, default=60.0, metavar="SECONDS",
-        help="for one whole request (default: %(default)g)")
+    add("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of a request (60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
-    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -900,7 +900,7 @@ HOSTILE: dict[str, tuple[Callable[[Handler], None], str]] = {
     "drips a body": (flood(b" ", OK + b"\r\n", pause=0.05), "end"),
     "sends a body for ever": (flood(b" " * 65536, OK + b"\r\n"), "does not end"),
     "sends 100 MB": (flood(b" " * 65536, OK + b"Content-Length: 100000000\r\n\r\n"), "not end"),
-    "sends chunks for ever": (flood(b"4\r\nabcd\r\n" * 1000, CHUNKED), "does not end"),
+    "sends chunks for ever": (flood(b"4\r\nabcd\r\n" * 1000, CHUNKED), "not end"),
     "drips chunks": (flood(b"1\r\n \r\n", CHUNKED, pause=0.05), "end"),
     "sends a chunk size for ever": (
         flood(b"0" * 65536, CHUNKED),
