@@ -205,15 +205,22 @@ def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    full = [o for o in good if not ended_early(o, wanted)]
     return [
         # A single token may be a special one, which decodes to nothing.
         *count("have no text", [o for o in good if not o.has_text and o.output_tokens != 1]),
         *count("came without usage", [o for o in good if lacks_usage(o, wanted)]),
         *count("came in one piece, not streamed", [o for o in good if not o.streamed]),
-        *wrong_length("output", [o.output_tokens for o in good], wanted.output_len, wanted.exact),
-        *unlike_asked(good, wanted),
+        *wrong_length("output", [o.output_tokens for o in full], wanted.output_len, wanted.exact),
+        *unlike_asked(full, wanted),
         *wrong_length("prompt", [o.prompt_tokens for o in good], wanted.input_len, True),
     ]
+
+
+def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
+    """By the model's own word, and not because something cut it short."""
+    asked = wanted.output_lens(outcome.index) if wanted.output_lens else wanted.output_len or 0
+    return outcome.finish == "stop" and (outcome.output_tokens or 0) < asked
 
 
 def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:
