@@ -185,7 +185,8 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
         outcome.blurred = count_blurred(brought, reply.stamps)
     # A server may send its first tokens together; then the client has them as soon as they arrive.
     at, pace = reads[0], (times[-1] - times[0]) / max(len(times) - 1, 1)
-    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > pace / 2 > 0
+    late = reply.seen[at] - reply.stamps[at] > max(pace / 2, TOGETHER * 1e6)
+    outcome.first_blurred = brought[at] > 1 and pace > 0 and late
 
 
 def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) -> list[int]:

@@ -306,7 +306,7 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
     good = [o for o in result.outcomes if not o.error]
     behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > itl / 2 > 0
     held_up = facts["blurred_share"] > BLURRED and result.waited > itl
-    if judge(good).problems:  # for that it must have been late nearly always
+    if (behind or held_up) and judge(good).problems:  # it must have been late nearly always
         behind, held_up = result.cpu > BUSY, result.waited > 500 * span(good)
     if behind or held_up:
         share = facts["merged_share"] if behind else facts["blurred_share"]

@@ -36,59 +36,72 @@ class Judgement:
         self.wrong += [name.lower() for name in wrong]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How the tokens of one answer came."""
+
+    tokens: int  # of their own: a token may be several events, and a few tokens one
+    bursts: int  # in which they came
+    first: int  # events in the first of them
+    collected: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.collected or self.bursts == 1
+
+    @property
+    def size(self) -> float:
+        return self.tokens / self.bursts
+
+
+def shape(outcome: Outcome) -> Shape:
+    apart = [i for i, gap in enumerate(outcome.gaps, 1) if gap > TOGETHER]
+    tokens = min(outcome.events, outcome.output_tokens or outcome.events)
+    return Shape(tokens, 1 + len(apart), (*apart, outcome.events)[0], outcome.collected)
+
+
 def judge(good: Sequence[Outcome]) -> Judgement:
     """Which of the metrics the answers can bear."""
-    found, many = Judgement(), [o for o in good if tokens(o) >= FEWEST]
-    whole = [o for o in many if o.collected or bursts(o) == 1]
-    clumps = [o for o in many if tokens(o) / bursts(o) >= CLUMP]
-    late = [o for o in many if first_burst(o) >= HEAD_CLUMP]
+    found, shapes = Judgement(), [shape(o) for o in good]
+    many = [s for s in shapes if s.tokens >= FEWEST]
+    whole = [s for s in many if s.whole]
+    clumps = [s for s in many if s.size >= CLUMP]
+    late = [s for s in many if s.first >= HEAD_CLUMP]
     limit = SPOILT * len(good)
     if len(whole) > limit:
         found.spoilt(f"{len(whole)} of {len(good)} answers came in one piece, not as a stream",
                      ("TTFT", "ITL", "TPOT"), "E2EL and throughput")  # fmt: skip
     elif len(clumps) > limit:
-        size = sum(map(tokens, clumps)) / sum(map(bursts, clumps))
-        found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {size:.0f} tokens "
-                     "together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
+        found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {average(clumps):.0f} "
+                     "tokens together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
     elif len(late) > limit:
-        size = sum(map(first_burst, late)) / len(late)
+        size = sum(s.first for s in late) / len(late)
         found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(good)} "
                      "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
     elif len(clumps) > ODD * len(good):
         found.notes = [f"{len(clumps)} of {len(good)} answers came in clumps of tokens: a part of "
                        "TTFT and ITL is of what held them back on their way"]  # fmt: skip
-    found.notes += [*together(good), *in_pairs(many), *pieces(good), *quirks(good)]
+    found.notes += [*together(shapes), *in_pairs(many), *pieces(good), *quirks(good)]
     return found
 
 
-def tokens(outcome: Outcome) -> int:
-    """Of the events, so many are tokens of their own: a token may be several events, and a few
-    tokens one."""
-    return min(outcome.events, outcome.output_tokens or outcome.events)
+def average(shapes: Sequence[Shape]) -> float:
+    """Tokens at a time."""
+    return sum(s.tokens for s in shapes) / (sum(s.bursts for s in shapes) or 1)
 
 
-def bursts(outcome: Outcome) -> int:
-    return 1 + sum(gap > TOGETHER for gap in outcome.gaps)
-
-
-def first_burst(outcome: Outcome) -> int:
-    """How many events came with the first."""
-    apart = (i for i, gap in enumerate(outcome.gaps, 1) if gap > TOGETHER)
-    return next(apart, outcome.events)
-
-
-def together(good: Sequence[Outcome]) -> list[str]:
+def together(shapes: Sequence[Shape]) -> list[str]:
     """Too little to judge, and enough to say."""
-    short = [o for o in good if 1 < tokens(o) < FEWEST and (o.collected or bursts(o) == 1)]
-    if len(short) <= ODD * len(good):
+    short = [s for s in shapes if 1 < s.tokens < FEWEST and s.whole]
+    if len(short) <= ODD * len(shapes):
         return []
-    return [f"{len(short)} of {len(good)} answers came all at once: too short to tell whether "
+    return [f"{len(short)} of {len(shapes)} answers came all at once: too short to tell whether "
             "they were buffered on their way; if so, TTFT and ITL mean nothing"]  # fmt: skip
 
 
-def in_pairs(many: Sequence[Outcome]) -> list[str]:
+def in_pairs(many: Sequence[Shape]) -> list[str]:
     """Less than a clump, and still not one token after the other."""
-    size = sum(map(tokens, many)) / (sum(map(bursts, many)) or 1)
+    size = average(many)
     if not PAIRS <= size < CLUMP:
         return []
     return [f"tokens came {size:.1f} at a time on average: half of ITL or more is 0, the rest the "
