@@ -209,7 +209,7 @@ def test_an_error_in_a_stream_of_status_200(shape: str, after: int) -> None:
         run = bench(server, "--warmup", "0", "--num-prompts", "2")
     assert run.code == 1
     (problem,) = run.run["problems"]
-    assert problem.startswith("2 of 2 requests failed: ") and problem.endswith(WORDS), problem
+    assert problem.endswith(WORDS) and "{" not in problem
 
 
 def test_an_error_in_chunks_is_its_words() -> None:
@@ -220,9 +220,8 @@ def test_an_error_in_chunks_is_its_words() -> None:
 
     with running(Kind(answers=answer)) as server:
         run = bench(server)
-    assert run.run["problems"] == [
-        "4 of 4 requests failed: HTTP 503: the model is overloaded, try again"
-    ]
+    (problem,) = run.run["problems"]
+    assert problem.endswith(": HTTP 503: the model is overloaded, try again")
 
 
 def test_a_gateways_page_is_its_title() -> None:
