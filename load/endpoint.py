@@ -22,6 +22,7 @@ from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
+LACKING = (403, 404, 405, 500, 501, 502, 503)  # what gateways say that have no such list
 LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
 LOOKS_AFTER = 8  # until a process shows that was there before
 LISTINGS, PAUSE = 3, 0.3  # a replica may be a moment behind with its models
@@ -34,6 +35,10 @@ RESTARTED = "the server was restarted during the run"
 
 class Unanswered(Failure):
     """A server is there; this question it does not answer as it should."""
+
+
+class Unlisted(Unanswered):
+    """It answers, and has no list of models for us, or an empty one."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
     """The name that the server has for it; where it has no list of models, -m's own."""
     try:
         cards = model_cards(endpoint)
-    except Unanswered as e:
+    except Unlisted as e:
         if not model:
             raise Failure(e.message, e.hint or "-m NAME does without the list of models") from None
         say(f"{e.message}: -m {model} is taken at its word")
@@ -217,11 +222,12 @@ def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
     """Under `data`, as OpenAI has it; some send the bare array, others call it `models`."""
     answer = get(endpoint, "/v1/models")
     if isinstance(answer, dict):
-        answer = answer.get("data") or answer.get("models")
+        answer = answer.get("data") or answer.get("models") or answer.get("data")
     listed = answer if isinstance(answer, list) else []
     found = [card for card in listed if isinstance(card, dict) and card_id(card)]
     if not found:
-        raise Unanswered(f"{endpoint.url}/v1/models names no model")
+        kind = Unlisted if answer == [] else Unanswered
+        raise kind(f"{endpoint.url}/v1/models names no model")
     return found
 
 
@@ -235,7 +241,7 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
         return answer.json()
     except ValueError as e:
         if answer.body.lstrip()[:1] == b"<":
-            raise Unanswered(
+            raise Unlisted(
                 f"{endpoint.url}{path} is HTML, no JSON: a login page, or another service",
                 "-H and -p name the API itself",
             ) from None
@@ -259,7 +265,8 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     if answer.status != 200:
         moved = f": {endpoint.target.without_key(answer.moved)}" if answer.moved else ""
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
-        raise Unanswered(f"{url}: {answer.status}{moved}", hint)
+        kind = Unlisted if answer.status in LACKING else Unanswered
+        raise kind(f"{url}: {answer.status}{moved}", hint)
     return answer
 
 
