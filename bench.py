@@ -25,15 +25,15 @@ from pathlib import Path
 from common.settings import setting
 from common.signals import Stopped
 from common.talk import Failure, clean, read_json, say, write_json
-from load import bench_place, endpoint, sharegpt
+from load import bench_place, check, endpoint, sharegpt
+from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
 from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
-from load.matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from load.sweep import conflicts, stop_reason, sweep
+from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
+from load.sweep import conflicts, sweep, verdict
 from report import render as report
 from report.results import Found, load, without_details
 
-GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
 SAME = ("client", "image_id", "backend", "url", "server_version", "goodput", "burstiness")
 
@@ -125,11 +125,12 @@ class Bench:
             found = self.client(case, self.folder)
         finally:
             notes = witness.notes()
-        changes = [] if found.get("stopped") else endpoint.changes(self.server, before)
-        problems = [*found["problems"], *changes]
+        stopped = bool(found.get("stopped"))
+        changed, seen = ([], []) if stopped else endpoint.changes(self.server, before)
+        problems = [*found["problems"], *changed]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
-        return {**found, "problems": problems, "notes": [*found["notes"], *notes]}
+        return {**found, "problems": problems, "notes": [*found["notes"], *seen, *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
@@ -138,13 +139,14 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
     requests = sum(case.num_prompts for case in planned)
     ahead = [f"{len(planned)} runs of {requests:,} requests in all"] if planned else []
     say(", then ".join([*ahead, *(["a sweep"] if SWEEP.type in types else [])]))
+    for words in surprises(planned, change):
+        say(words)
     for case in planned:
         bench.run(case)
     if SWEEP.type not in types:
         return None
     found, knee = sweep(change, bench.run, by_rate)
-    say(f"sweep: {stop_reason(found, by_rate) or 'the end of the range'}; the knee: "
-        + (report.one_line(knee) if knee else "none, the first step was too much"))  # fmt: skip
+    say(verdict(found, knee, by_rate))
     return knee
 
 
@@ -180,66 +182,6 @@ def show(bench: Bench, knee: Record | None, stopped: bool) -> list[str]:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(word) for word in text.split(","))
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: all have to be 1 or more")
-    return found
-
-
-def streams(text: str) -> tuple[int | None, ...]:
-    return tuple(None if w in ("unlimited", "inf") else numbers(w)[0] for w in text.split(","))
-
-
-def rates(text: str) -> tuple[float, ...]:
-    found = tuple(float(word) for word in text.split(","))
-    if not all(rate > 0 for rate in found):
-        raise argparse.ArgumentTypeError(
-            f"{text}: a rate is requests a second, more than 0, or inf"
-        )
-    return found
-
-
-def positive(text: str) -> float:
-    found = float(text)
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
-    return found
-
-
-def types(text: str) -> tuple[str, ...]:
-    found = tuple(text.split(","))
-    if wrong := [t for t in found if t not in (*TYPES, SWEEP.type, "all")]:
-        known = ", ".join((*TYPES, SWEEP.type))
-        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {known}")
-    return tuple(t for word in found for t in (TYPES if word == "all" else (word,)))
-
-
-def limit(text: str) -> tuple[str, float]:
-    name, _, ms = text.partition(":")
-    if name not in GOODPUT_NAMES:
-        raise argparse.ArgumentTypeError(
-            f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
-        )
-    return name, positive(ms)
-
-
-def count(text: str) -> int:
-    return numbers(text)[0]
-
-
-def whole(text: str) -> int:
-    if (found := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
-    return found
-
-
-def port(text: str) -> int:
-    if not (text.isdecimal() and 0 < int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text}: a port is 1 to 65535")
-    return int(text)
-
-
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -272,6 +214,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--insecure", action="store_true", help="take any https certificate")
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
+    group("--check", action="store_true", help="say what would be sent, and send no load")
     group("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
@@ -394,6 +337,10 @@ def bench(argv: Sequence[str] | None = None) -> int:
     server = endpoint.find_endpoint(
         args.host, args.port, args.model, environ, verify=not args.insecure
     )
+    if args.check:
+        return check.check(server, args.client, options(args, environ), args.type, overrides(args))
+    if any(case.input_len is None for case in cases(args.type, overrides(args))):
+        sharegpt.provide(args.sharegpt)  # an hour later would be too late to miss it
     client = make_client(args, server, environ)
     folder = result_folder(args)
     metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)

@@ -23,7 +23,7 @@ CONNECT_TIMEOUT = 5.0
 LARGEST = 1 << 20  # bytes; no honest answer to these questions comes near
 USER_AGENT = "tensorrt-llm-serve"  # gateways and their firewalls refuse requests without one
 DEFAULT_PORTS = {False: 80, True: 443}  # by TLS
-BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # test.py's; SSL_CERT_FILE is OpenSSL's own
+BUNDLE = "REQUESTS_CA_BUNDLE"  # test.py's; Python itself knows SSL_CERT_FILE
 
 
 class Answer(NamedTuple):
@@ -86,14 +86,16 @@ def secured(sock: socket.socket, host: str, verify: bool) -> ssl.SSLSocket:
 
 
 def tls_context(verify: bool) -> ssl.SSLContext:
-    bundle = next((os.environ[name] for name in BUNDLES if os.environ.get(name)), None)
-    folder = bundle if bundle and Path(bundle).is_dir() else None
-    try:
-        context = ssl.create_default_context(cafile=None if folder else bundle, capath=folder)
-    except OSError as e:
-        raise Malformed(f"{bundle}, named by {' or '.join(BUNDLES)}: {e.strerror or e}") from None
+    context = ssl.create_default_context()
     if not verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif bundle := os.environ.get(BUNDLE):
+        try:
+            context.load_verify_locations(
+                **{"capath" if Path(bundle).is_dir() else "cafile": bundle}
+            )
+        except OSError as e:
+            raise Malformed(f"{BUNDLE}={bundle}: {e.strerror or e}") from None
     return context
 
 

@@ -57,7 +57,7 @@ class Head(NamedTuple):
 
 
 def parse_head(raw: bytes | bytearray) -> Head | None:
-    end = 0
+    end = len(raw) - len(raw.lstrip(b"\r\n"))  # left over from the last answer
     for _ in range(INTERIMS):
         start = end
         if not b"HTTP/1.".startswith(bytes(raw[start : start + 7])):

@@ -38,7 +38,9 @@ TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
 ABORTED = ("error", "abort", "cancelled")  # finish reasons
 # What was odd about a whole answer, as the end of `N answers ...`.
 NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
-NO_END = "ended with [DONE], but the transfer did not end: its last chunk was missing or late"
+NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
+HELD_OPEN = "ended with [DONE], but the transfer stayed open: each kept its stream from the next "
+HELD_OPEN += "request for up to half a second, which throughput includes"
 
 
 @dataclass(slots=True)
@@ -81,7 +83,9 @@ def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
         outcome.error = str(e)
     except Malformed as e:
         outcome.error = outcome.error or str(e)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except ValueError as e:
+        outcome.error = outcome.error or shown(f"unreadable answer: {e}")
+    except (LookupError, TypeError, AttributeError, RecursionError) as e:
         outcome.error = outcome.error or shown(f"unreadable answer: {e!r}")
     return outcome
 
@@ -114,6 +118,8 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
     outcome.streamed = False
     outcome.events = 1
     _note(document, outcome)
+    if not body.whole:
+        raise Malformed(BROKEN_OFF)
     if not document.get("choices"):
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)
@@ -163,7 +169,7 @@ def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
         raise Malformed("the stream ended without [DONE] and without a finish_reason")
     if not done:
         outcome.quirks += (NO_DONE,)
-    elif not body.whole and NO_END not in outcome.quirks:
+    elif not body.whole and HELD_OPEN not in outcome.quirks:
         outcome.quirks += (NO_END,)
 
 
@@ -181,7 +187,8 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
         outcome.blurred = count_blurred(brought, reply.stamps)
     # A server may send its first tokens together; then the client has them as soon as they arrive.
     at, pace = reads[0], (times[-1] - times[0]) / max(len(times) - 1, 1)
-    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > pace / 2 > 0
+    late = reply.seen[at] - reply.stamps[at] > max(pace / 2, TOGETHER * 1e6)
+    outcome.first_blurred = brought[at] > 1 and pace > 0 and late
 
 
 def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) -> list[int]:

@@ -21,7 +21,7 @@ from load.connection import TOO_LATE
 from load.counters import Counters
 from load.endpoint import Endpoint
 from load.loadgen import measure
-from load.matrix import Case
+from load.matrix import Case, too_few
 from load.metrics import (
     DETAILS,
     KINDS,
@@ -29,18 +29,20 @@ from load.metrics import (
     PERCENTILES,
     Distribution,
     Wanted,
+    ended_early,
     growth,
+    mean,
     percentiles,
     summarise,
 )
-from load.payload import Conversations, Prompts, RandomPrompts, Requests
+from load.payload import Conversations, Dialect, Prompts, RandomPrompts, Requests
+from load.probe import Found, explore
 from load.target import CutShort, Load, LoadError, Result
 
-PROBE_SECONDS, PROBE_PROMPT = 60.0, 16  # the shortest request, of a server that gave no answer
+WAITED = 0.05  # share of its time that a request waited for a stream: worth a note
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
 WARM_UP_TOKENS = 32
 WARM_UP_STREAMS = 16
-REFUSALS = ("HTTP 400", "HTTP 422")
 LONGEST = 2048  # tokens of a conversation's answer
 ROOM, ROOM_A_TOKEN = 1 << 18, 1 << 12  # bytes of an answer; an event takes a few hundred
 
@@ -70,10 +72,6 @@ class Options:
     def chat(self) -> bool:
         return self.backend == "openai-chat"
 
-    @property
-    def path(self) -> str:
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
-
 
 class Client(Protocol):
     name: str
@@ -84,20 +82,12 @@ class Client(Protocol):
 
 def die_if_silent(endpoint: Endpoint, options: Options) -> None:
     """Failure when not even the shortest request is answered: no other run would be, either."""
-    seconds = min(options.timeout, PROBE_SECONDS)
-    body = Requests(endpoint.model, RandomPrompts(PROBE_PROMPT, 1, "probe", options.chat),
-                    options.chat, ignore_eos=False)  # fmt: skip
-    path = endpoint.prefix + options.path
-    load = Load(endpoint.target, path, body, 1, timeout=seconds, chat=options.chat, largest=ROOM)
-    try:
-        (outcome,) = measure(load).outcomes
-        error = outcome.error
-    except LoadError as e:
-        error = str(e)
-    if error:
+    found = explore(endpoint, options.chat, options.timeout)
+    if found.error:
         die(
-            f"{endpoint.url} does not answer even one short request: {error}; the rest is left out",
-            hint="its log says why; --resume goes on from here",
+            f"{endpoint.url} does not answer even one short request: {found.error}; "
+            "the rest is left out",
+            hint=found.hint or "its log says why; --resume goes on from here",
         )
 
 
@@ -112,9 +102,7 @@ class Builtin:
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
         self.counters = Counters(endpoint)
-        self.tried = False  # one request at least shows what the server refuses
-        self.ignore_eos = True
-        self.notes: list[str] = []
+        self.server = Found(Dialect(options.chat), endpoint.model, 0, error="not asked yet")
 
     def __call__(self, case: Case, folder: Path) -> Record:
         for attempt in range(1, ATTEMPTS + 1):
@@ -130,9 +118,12 @@ class Builtin:
         return record
 
     def measure(self, case: Case, attempt: int) -> Record:
+        probes = self.acquaint()
+        if self.server.error:
+            return nothing(case, f"no answer to a short request: {self.server.error}")
         load = self.load_for(case, attempt)
         try:
-            load = self.warm_up(load)
+            warmed = self.warm_up(case, load)
             with self.counters.watching():
                 result = watched(load, case)
         except LoadError as e:
@@ -140,30 +131,39 @@ class Builtin:
         assert isinstance(load.body, Requests)
         wanted = self.wanted(case, load.body.prompts)
         record = summarise(load, result, wanted, self.options.goodput)
-        record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
-        record["notes"] += repeats(load.body.prompts, case.num_prompts)
+        record["notes"] += [
+            *self.server.notes,
+            *unmeasured(probes, warmed),
+            *notes_for(case, record, load.body.dialect),
+            *early_ends(load.body.dialect, result, wanted),
+            *unlike_its_name(load, case, record),
+            *repeats(load.body.prompts, case.num_prompts),
+        ]
         self.counters.add_to(record, case.name)
         return record | (details(load, result) if self.options.detailed else {})
 
+    def acquaint(self) -> int:
+        """Once, or until the server answers; the number of requests that it took."""
+        if not self.server.error:
+            return 0
+        self.server = explore(self.endpoint, self.options.chat, self.options.timeout)
+        for note in self.server.notes:
+            say(note)
+        return self.server.probes
+
     def load_for(self, case: Case, attempt: int) -> Load:
-        options = self.options
-        requests = Requests(
-            self.endpoint.model,
-            self.prompts(case, attempt),
-            options.chat,
-            ignore_eos=self.ignore_eos,
-        )
+        options, dialect = self.options, self.server.dialect
         return Load(
             self.endpoint.target,
-            self.endpoint.prefix + options.path,
-            requests,
+            self.endpoint.prefix + dialect.path,
+            Requests(self.endpoint.model, self.prompts(case, attempt), dialect),
             case.num_prompts,
             case.concurrency,
             rate=case.rate,
             burstiness=options.burstiness,
             timeout=options.timeout,
             seed=options.seed,
-            chat=options.chat,
+            chat=dialect.chat,
             shards=options.shards,
             largest=ROOM + ROOM_A_TOKEN * (case.output_len or LONGEST),
         )
@@ -175,35 +175,24 @@ class Builtin:
         if case.input_len is None or case.output_len is None:
             count = case.num_prompts + WARM_UP_STREAMS
             return sharegpt.pick(options.sharegpt, count, seed)
-        return RandomPrompts(case.input_len, case.output_len, seed, options.chat)
+        return RandomPrompts(case.input_len, case.output_len, seed, self.server.dialect.text)
 
     def wanted(self, case: Case, prompts: Prompts) -> Wanted:
-        """What the answers have to be like, now that the warm-up has shown what is refused."""
-        text = self.options.chat or case.input_len is None
-        input_len = None if text else case.input_len
-        wanted = Wanted(self.endpoint.model, case.output_len, input_len)
+        """What the answers have to be like, now that it is known what the server understands."""
+        dialect = self.server.dialect
+        input_len = None if dialect.text else case.input_len
+        wanted = Wanted(self.server.model, case.output_len, input_len, exact=dialect.ignore_eos)
         if case.output_len is None:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
-        return replace(wanted, exact=self.ignore_eos and wanted.exact)
+        return wanted
 
-    def warm_up(self, load: Load) -> Load:
-        """Unmeasured requests with prompts of their own; they also show what the server refuses."""
-        count = self.options.warmup
-        if count is None:
-            count = min(load.width, WARM_UP_STREAMS)
-        count = max(count, 0 if self.tried else 1)
-        self.tried = True
-        assert isinstance(load.body, Requests)
-        result = measure(self.warm_up_load(load, count)) if count else Result([])
-        refused = next((o.error for o in result.outcomes if "ignore_eos" in o.error), "")
-        if self.ignore_eos and refused.startswith(REFUSALS):
-            self.ignore_eos = False
-            self.notes.append(f"the server refuses ignore_eos: outputs may end early ({refused})")
-            say(self.notes[-1])
-            return self.warm_up(replace(load, body=replace(load.body, ignore_eos=False)))
-        if count and all(o.error.startswith(TOO_LATE) for o in result.outcomes):
+    def warm_up(self, case: Case, load: Load) -> int:
+        """Unmeasured requests with prompts of their own, and how many they were."""
+        count = warm_up_count(case, self.options)
+        done = measure(self.warm_up_load(load, count)).outcomes if count else []
+        if count and all(o.error.startswith(TOO_LATE) for o in done):
             raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
-        return load
+        return count
 
     def warm_up_load(self, load: Load, count: int) -> Load:
         assert isinstance(load.body, Requests)
@@ -217,6 +206,13 @@ class Builtin:
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
 
 
+def warm_up_count(case: Case, options: Options) -> int:
+    """Unmeasured requests before a run of ours."""
+    if options.warmup is not None:
+        return options.warmup
+    return min(case.concurrency or case.num_prompts, case.num_prompts, WARM_UP_STREAMS)
+
+
 def watched(load: Load, case: Case) -> Result:
     """Measure it; a terminal shows how far it is."""
     line = LiveLine(case.name, case.num_prompts)
@@ -228,6 +224,37 @@ def watched(load: Load, case: Case) -> Result:
         line.clear()
 
 
+def unmeasured(probes: int, warmed: int) -> list[str]:
+    parts = [f"{probes} that found out what it understands"] * bool(probes)
+    parts += [f"{warmed} of warm-up"] * bool(warmed)
+    if not parts:
+        return []
+    return [f"{probes + warmed} requests went to the server before a run, and were not measured: "
+            + ", ".join(parts)]  # fmt: skip
+
+
+def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
+    """Whether ignore_eos is taken and ignored."""
+    early = [o for o in result.outcomes if not o.error and ended_early(o, wanted)]
+    if not early or not dialect.ignore_eos:
+        return []
+    return [f"the server ignores ignore_eos: {len(early)} of {len(result.outcomes)} outputs ended "
+            f"early, after {mean(o.output_tokens or 0 for o in early):.0f} tokens on average"
+            ]  # fmt: skip
+
+
+def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
+    """Whether the load was as much as the run's name says."""
+    streams, client = case.concurrency, record["client"]
+    if load.open_loop:  # a stream can be busy when the next request is due
+        waited = client["mean_late_ms"]
+        if not streams or client["late_share"] < WAITED:
+            return []
+        return [f"requests waited {waited:,.0f} ms on average for one of the {streams} streams: "
+                f"the server did not get {case.rate:g} requests/s"]  # fmt: skip
+    return [words] if (words := too_few(case)) else []
+
+
 def repeats(prompts: Prompts, count: int) -> list[str]:
     """Whether a data set was too small for so many requests."""
     if not isinstance(prompts, Conversations) or len(prompts.turns) >= count:
@@ -236,9 +263,9 @@ def repeats(prompts: Prompts, count: int) -> list[str]:
             "prefix cache knows the repeated ones"]  # fmt: skip
 
 
-def notes_for(case: Case, record: Record, chat: bool) -> list[str]:
+def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     notes, client = [], record["client"]
-    if chat and case.input_len is not None:
+    if dialect.chat and case.input_len is not None:
         notes.append("a chat's prompt is as many words as tokens were asked for: its exact length "
                      "is the server's to say")  # fmt: skip
     if case.input_len is None:
@@ -289,8 +316,6 @@ class BenchmarkServing:
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
         die_if_silent(self.endpoint, options)  # this client would wait for hours
-        if case.input_len is None and not options.sharegpt.exists():
-            sharegpt.download(sharegpt.URL, options.sharegpt)
         file = folder.resolve() / f".{case.name}.benchmark_serving.json"
         file.unlink(missing_ok=True)
         environ = unproxied(options.environ, self.endpoint.target.host)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from common.response import NO_ANSWER, Malformed, Reply
-from load.answer import NO_END, Outcome
+from load.answer import HELD_OPEN, Outcome
 from load.target import Load
 
 SO_TIMESTAMPING = getattr(socket, "SO_TIMESTAMPING", 37)
@@ -273,7 +273,7 @@ class Stream:
     def leave(self, now: int) -> None:
         """Take the answer as whole; what may still come on this connection is nothing to us."""
         assert self.outcome
-        self.outcome.quirks += (NO_END,)
+        self.outcome.quirks += (HELD_OPEN,)
         self.close()
         self.hand_over(now)
 

@@ -46,7 +46,10 @@ class Event(NamedTuple):
             raise Malformed(f"error from the server: {error_message(said or b' '.join(strays))}")
         if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # `event: ping`, say
             return None
-        return json.loads(said)
+        try:
+            return json.loads(said)
+        except ValueError as e:
+            raise ValueError(f"{e}: {error_message(said)}") from None
 
 
 def is_stream(data: bytes, kind: str) -> bool:

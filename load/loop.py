@@ -47,6 +47,7 @@ class Loop:
         self.streams: set[Stream] = set()
         self.spare: list[Stream] = []  # connected, without a request
         self.running = False
+        self.closing = False  # the server closes after each answer: it may have few workers
         self.refused = False  # a spare connection was; from then on only requests open them
         self.due: int | None = None  # open loop: when the next request is meant to go out
         self.requests: deque[bytes] = deque()  # written ahead of time
@@ -67,6 +68,8 @@ class Loop:
             while len(self.streams) < min(wanted, len(self.spare) + CONNECTS_AT_ONCE):
                 self.new_stream().open()
             self.turn(self.epoll.poll(0.25, MAX_EVENTS))
+        # A server with few workers reads from those it accepted first.
+        self.spare.sort(key=lambda stream: stream.since, reverse=True)
         while self.write_request():
             pass
 
@@ -105,6 +108,7 @@ class Loop:
 
     def ended(self, stream: Stream, outcome: Outcome, when: int) -> None:
         self.unread.append((outcome, stream.reply))
+        self.closing = stream.reply.head is not None and stream.reply.head.close
         self.unread_bytes += len(stream.reply.raw)
         self.finished += 1
         self.hung = 0
@@ -146,7 +150,7 @@ class Loop:
             stream = self.spare.pop() if self.spare else self.new_stream()
             due, self.due = self.due, next(self.arrivals, None)
             self.dispatch(stream, due)
-        if self.load.open_loop and self.due and not self.refused:
+        if self.load.open_loop and self.due and not (self.refused or self.closing):
             self.keep_spares()
 
     def keep_spares(self) -> None:
