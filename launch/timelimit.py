@@ -8,7 +8,8 @@ import threading
 import time
 
 from common.talk import say
-from launch.nodes import Place, unfiltered
+from launch.nodes import Place
+from launch.slurm import unfiltered
 
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason

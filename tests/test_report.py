@@ -21,6 +21,7 @@ from load.matrix import Case
 from report import __main__ as command
 from report import charts, compare, draw, results
 from report import render as report
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("same_signals")
 ROOT = Path(__file__).parent.parent
@@ -348,7 +349,7 @@ def seen_by(browser: str, page: Path, width: int) -> dict[str, Any]:
         "--enable-logging=stderr", f"--user-data-dir={page.parent}/profile",
         f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     match = re.search(r'data-facts="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]
     assert "CONSOLE" not in done.stderr
