@@ -863,6 +863,7 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
         ("silent=1", "benchmark_serving wrote no result (exit code 0): ======"),
         ("half=1", "benchmark_serving wrote no result (exit code 0)"),
+        ("odd=1", "benchmark_serving's result cannot be read: TypeError"),
         ("die=1", "benchmark_serving wrote no result (exit code 1): OSError: no such tokenizer"),
     ],
 )
@@ -873,6 +874,20 @@ def test_its_exit_status_is_not_trusted(
     run = Run(capfd, obedient, "-t", "throughput", *SHORT)
     assert run.code == 1
     assert words in run.record("throughput-in512-out4-c2")["problems"][0]
+
+
+@pytest.mark.usefixtures("installed")
+def test_its_nan_is_no_figure_and_no_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "nan=1")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT)
+    assert run.code == 0, run.stderr
+    record = run.record("throughput-in512-out4-c2")
+    assert (record["mean_itl_ms"], record["p99_itl_ms"]) == (None, None)
+    assert "NVIDIA's client has no figure for mean_itl_ms, p99_itl_ms" in record["notes"]
+    everything = run.stdout + "".join(path.read_text() for path in Path("out").glob("*.*"))
+    assert not re.search(r"\b(NaN|Infinity)\b", everything)
 
 
 @pytest.mark.usefixtures("installed")

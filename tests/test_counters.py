@@ -171,7 +171,7 @@ def test_vllms_own_figures_of_the_same_requests() -> None:
     assert table[1].split()[:6] == ["TTFT", "ms", "TTFT", "+ms", "queue", "ms"]
     assert "30.0" in table[2]
     page = Path("out/report.html").read_text()
-    assert "server's own" in page
+    assert "<h2>The server&#x27;s own means" in page
     assert "server_mean_ttft_ms" in Path("out/summary.csv").read_text().splitlines()[0]
 
 
