@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import bench as bench_script
 from load.answer import Outcome
 from load.metrics import Wanted, summarise
 from load.streams import judge
 from load.target import Load, Result, Target
 from tests.loopback import DONE, LAST, MODEL, Request, Server, chunk, event
-from tests.servers import Ask, Kind, Piece, bench, bench_script, call, running, smoke, tokens, usual
+from tests.servers import Ask, Kind, Piece, bench, call, running, smoke, tokens, usual
 
 Pieces = Callable[[Ask], Iterable[Piece]]
 
