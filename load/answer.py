@@ -136,7 +136,8 @@ def kind_of(reply: Reply) -> str:
 
 
 def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
-    outcome.collected = reply.head is not None and reply.head.length is not None
+    head = reply.head
+    outcome.collected = head is not None and head.length is not None and not head.chunked
     if (kind := kind_of(reply)) != "text/event-stream":
         outcome.quirks += (f"were event streams, though sent as {kind}",)
     tokens, others = split_events(body.data)

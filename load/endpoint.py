@@ -15,13 +15,14 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from common.ask import Answer, ask
-from common.response import ERROR_LENGTH, Malformed
+from common.ask import BUNDLE, Answer, ask
+from common.response import ERROR_LENGTH, Malformed, error_message
 from common.settings import setting, trust
 from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
 LACKING = (403, 404, 405, 500, 501, 502, 503)  # what gateways say that have no such list
 LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
 LOOKS_AFTER = 8  # until a process shows that was there before
@@ -256,18 +257,24 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     except TimeoutError:
         raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s") from None
     except ssl.SSLError as e:
-        die(f"{endpoint.url}: TLS failed: {e}", hint="--insecure takes any certificate")
+        die(f"{endpoint.url}: TLS failed: {e}", hint=tls_hint(e))
     except OSError as e:
         why = "" if isinstance(e, ConnectionRefusedError) else f" ({e.strerror or e})"
         die(f"no server answers at {endpoint.url}{why}", hint="name it with -H and -p")
     except Malformed as e:
         raise Unanswered(f"{url}: {e}") from None
     if answer.status != 200:
-        moved = f": {endpoint.target.without_key(answer.moved)}" if answer.moved else ""
+        words = endpoint.target.without_key(answer.moved or error_message(answer.body))
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
         kind = Unlisted if answer.status in LACKING else Unanswered
-        raise kind(f"{url}: {answer.status}{moved}", hint)
+        raise kind(f"{url}: {answer.status}: {words}", hint)
     return answer
+
+
+def tls_hint(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{BUNDLE} (or SSL_CERT_FILE) names whom to trust; --insecure takes any certificate"
+    return "http:// in place of https://?" if error.reason in NO_TLS else ""
 
 
 def version(endpoint: Endpoint) -> str | None:

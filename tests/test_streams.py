@@ -9,15 +9,17 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
+import bench as bench_script
 from load.answer import Outcome
 from load.metrics import Wanted, summarise
 from load.streams import judge
 from load.target import Load, Result, Target
 from tests.loopback import DONE, LAST, MODEL, Request, Server, chunk, event
-from tests.servers import Ask, Kind, Piece, bench, running, smoke, tokens, usual
+from tests.servers import Ask, Kind, Piece, bench, call, running, smoke, tokens, usual
 
 Pieces = Callable[[Ask], Iterable[Piece]]
 
@@ -256,6 +258,38 @@ def test_a_redirect_says_where_to(where: str) -> None:
     with running(Kind(models=away) if where == "models" else Kind(answers=away)) as server:
         run = bench(server)
     assert run.code == 1 and "https://elsewhere/v1, not followed" in run.said
+
+
+def refuse(listener: socket.socket) -> None:
+    """As uvicorn does what is no HTTP."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def test_https_to_a_server_without_it_says_so(certificate: ssl.SSLContext) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as plain:
+        refusing = threading.Thread(target=refuse, args=(plain,), daemon=True)
+        refusing.start()
+        run = call(bench_script.main, "-H", f"https://127.0.0.1:{plain.getsockname()[1]}")
+        refusing.join(5)
+    assert run.code == 1 and "http:// in place of https://?" in run.err, run.err
+    with running(Kind(), certificate) as server:
+        run = bench(server, url=f"https://127.0.0.1:{server.port}")
+    assert run.code == 1 and "REQUESTS_CA_BUNDLE" in run.err and "--insecure" in run.err
+
+
+def test_a_certificate_is_trusted_by_the_variable_that_test_py_knows(
+    certificate: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    with running(Kind(), certificate) as server:
+        run = bench(server, url=f"https://localhost:{server.port}")
+        assert run.code == 0, run.said
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
+        run = bench(server, url=f"https://localhost:{server.port}")
+    assert run.code == 1 and "REQUESTS_CA_BUNDLE=/nowhere.pem: No such file" in run.err
 
 
 def test_an_answer_without_a_body_is_not_waited_for() -> None:
