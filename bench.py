@@ -27,9 +27,10 @@ from common.signals import Stopped
 from common.talk import Failure, clean, read_json, say, write_json
 from load import bench_place, check, endpoint, sharegpt
 from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
-from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
+from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
+from load.nvidia import BenchmarkServing
 from load.sweep import conflicts, sweep, verdict
 from report import render as report
 from report.results import Found, load, without_details

@@ -30,7 +30,7 @@ from common import talk
 from common.live import LiveLine
 from common.talk import Failure
 from launch import image
-from load import bench_place, clients, endpoint, metrics, sharegpt
+from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
 from load.loadgen import measure
@@ -893,8 +893,8 @@ def test_its_nan_is_no_figure_and_no_json(
 @pytest.mark.usefixtures("installed")
 def test_nobody_knows_whether_its_client_kept_up(capfd: pytest.CaptureFixture[str]) -> None:
     run = Run(capfd, obedient, "-t", "throughput", *SHORT)
-    assert clients.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
-    assert clients.UNKNOWN in unescape(Path("out/report.html").read_text())
+    assert nvidia.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
+    assert nvidia.UNKNOWN in unescape(Path("out/report.html").read_text())
 
 
 @pytest.mark.usefixtures("installed")
@@ -907,7 +907,7 @@ def test_a_proxy_stays_out_of_what_it_measures(
     monkeypatch.setenv("TRTLLM_STAND_IN", "measure")
     run = Run(capfd, obedient, "-H", "localhost", "-t", "throughput", *SHORT)
     assert run.code == 0, run.stderr
-    assert clients.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
+    assert nvidia.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
 
 
 @pytest.mark.usefixtures("installed")
@@ -960,9 +960,9 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
     model = Path("models/Qwen").absolute()
     model.mkdir(parents=True)
     server = Endpoint("http://10.0.0.1:8000", "Qwen", str(model))
-    client = clients.BenchmarkServing(server, clients.Options(Path("share.json")))
+    client = nvidia.BenchmarkServing(server, clients.Options(Path("share.json")))
     assert client.mounts(Path("out")) == [Path("out").absolute(), model]
-    command = clients.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
+    command = nvidia.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
     assert command[command.index("--model") + 1] == str(model)
     assert command[command.index("--served-model-name") + 1] == "Qwen"
 
@@ -970,7 +970,7 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)
-    command = clients.benchmark_serving(
+    command = nvidia.benchmark_serving(
         case, server, clients.Options(Path("x"), seed=5), Path("/out/x.json")
     )
     assert command == [
@@ -1102,21 +1102,21 @@ def test_one_token_without_text_is_none_that_is_missing() -> None:
     assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]
     record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
               "total_input_tokens": 128}  # fmt: skip
-    assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
+    assert nvidia.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
 
 
 def test_what_the_other_client_calls_zero_is_nothing() -> None:
     record = {"output_lens": [1], "errors": [""], "completed": 1, "total_input_tokens": 128,
               "mean_tpot_ms": 0.0, "p99_itl_ms": 0.0, "mean_ttft_ms": 5.0}  # fmt: skip
-    judged = clients.judge(Case("prefill", 128, 1, 1), record, False)
+    judged = nvidia.judge(Case("prefill", 128, 1, 1), record, False)
     assert (judged["mean_tpot_ms"], judged["p99_itl_ms"]) == (None, None)
     assert judged["mean_ttft_ms"] == 5.0
 
 
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
     record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
-    assert clients.end_to_end(record) == pytest.approx([0.7, 1.0])
-    assert clients.end_to_end({**record, "e2els": [9.0]}) == [9.0]
+    assert nvidia.end_to_end(record) == pytest.approx([0.7, 1.0])
+    assert nvidia.end_to_end({**record, "e2els": [9.0]}) == [9.0]
 
 
 def test_a_data_set_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1204,8 +1204,8 @@ def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
 
 
 def test_how_long_benchmark_serving_may_take() -> None:
-    assert clients.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
-    assert clients.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
+    assert nvidia.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
+    assert nvidia.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
 
 
 def test_a_mean_keeps_no_list_of_millions() -> None:
