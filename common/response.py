@@ -1,7 +1,7 @@
-"""What one answer was, read from its raw bytes and their arrival times after it has ended.
+"""One answer over HTTP: its bytes as they came, where it ends, and what its header says.
 
 While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes.
-All else happens when the load generator has nothing better to do.
+All else happens when it has ended (load/answer.py).
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 STREAM_END = (
     b"data: [DONE]\n\n\r\n0\r\n\r\n"  # no JSON text holds a raw line end: this is never content
 )
-COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string quotes are escaped
-TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, and is sent
 NO_ANSWER = "the connection closed before the answer began"
-LATE = 1.5  # times the usual pace
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
 HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
 INTERIMS = 9
-
-Json = Any
+WORDS = ("error", "message", "detail", "msg", "text")  # where an error's words are, by server
+PROTOCOLS = {  # what else may listen on a port, by its first bytes
+    b"\x15\x03": "it speaks TLS: write https://",
+    b"\x16\x03": "it speaks TLS: write https://",
+    b"\x00\x00": "it may be the port for HTTP/2 or gRPC",
+}
 
 
 class Malformed(Exception):
@@ -36,52 +35,68 @@ class Malformed(Exception):
 
 
 class Head(NamedTuple):
-    """The part of a response's header that decides where the body ends."""
+    """The part of a response's header that decides where the body ends, and what it is."""
 
     status: int
     end: int
     chunked: bool
     length: int | None
     close: bool
-    event_stream: bool
+    kind: str  # the content type, without parameters; '' for none
     encoding: str  # gzip and its like, which was not asked for; mostly ''
+    location: str
+    server: str
+
+    @property
+    def moved(self) -> str:
+        """Where a redirect leads, in words; '' where it is none."""
+        if not 300 <= self.status < 400:
+            return ""
+        where = f" to {shown(self.location)}" if self.location else ""
+        return f"a redirect{where}, not followed: name the server itself with -H"
 
 
 def parse_head(raw: bytes | bytearray) -> Head | None:
-    end = -4
+    end = len(raw) - len(raw.lstrip(b"\r\n"))  # left over from the last answer
     for _ in range(INTERIMS):
-        start = end + 4
+        start = end
         if not b"HTTP/1.".startswith(bytes(raw[start : start + 7])):
-            raise Malformed(f"not an HTTP response: {bytes(raw[start : start + 60])!r}")
-        end = raw.find(b"\r\n\r\n", start, HEAD_LIMIT)
-        if end < 0 and len(raw) >= HEAD_LIMIT:
+            raise Malformed(f"not an HTTP response: {foreign(bytes(raw[start : start + 60]))}")
+        found = HEAD_END.search(raw, start, start + HEAD_LIMIT)
+        if not found and len(raw) - start >= HEAD_LIMIT:
             raise Malformed(f"the header does not end: {len(raw):,} bytes so far")
-        if end < 0:
+        if not found:
             return None
-        head = read_head(raw[start:end].decode("latin-1"), end + 4)
+        end = found.end()
+        head = read_head(raw[start : found.start()].decode("latin-1"), end)
         if head.status >= 200:  # 100 Continue and its like come before the answer
             return head
     raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
 
 
+def foreign(start: bytes) -> str:
+    hint = PROTOCOLS.get(start[:2], "")
+    return f"{start!r}" + (f" ({hint})" if hint else "")
+
+
 def read_head(text: str, end: int) -> Head:
     if not (line := re.match(r"HTTP/1\.(\d) (\d{3})(?!\d)", text, re.ASCII)):
         raise Malformed(f"not an HTTP response: {text[:60]!r}")
-    fields = {
-        k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
-    }
+    fields = {k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\n")[1:])}
     length = fields.get("content-length")
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")
-    connection = fields.get("connection", "").lower()
+    connection = [word.strip() for word in fields.get("connection", "").lower().split(",")]
     return Head(
         status=int(line[2]),
         end=end,
         chunked="chunked" in fields.get("transfer-encoding", "").lower(),
-        length=None if length is None else int(length),
-        close=connection == "close" or (line[1] == "0" and connection != "keep-alive"),
-        event_stream="event-stream" in fields.get("content-type", ""),
+        length=0 if line[2] in ("204", "304") else None if length is None else int(length),
+        close="close" in connection or (line[1] == "0" and "keep-alive" not in connection),
+        kind=fields.get("content-type", "").partition(";")[0].strip().lower(),
         encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
+        location=fields.get("location", ""),
+        server=fields.get("server", ""),
     )
 
 
@@ -119,6 +134,10 @@ class Reply:
             )
         return head.length is not None and len(self.raw) >= head.end + head.length
 
+    def said_done(self) -> bool:
+        """Is [DONE] the last that came? Some never end the transfer after it."""
+        return self.raw[-32:].rstrip(b"\r\n").endswith(b"[DONE]")
+
     def _at_last_chunk(self) -> bool:
         for at, size in chunks(self.raw, self.walked):
             if size == 0:
@@ -144,204 +163,56 @@ def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
         at = eol + 4 + size
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What one request turned out to be. Times are ns since 1970, on the client's clock."""
-
-    index: int
-    intended: int
-    sent: int
-    first: int = 0
-    last: int = 0
-    gaps: array[float] = field(default_factory=lambda: array("f"))  # ms between token events
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    events: int = 0
-    merged: int = 0  # events that came with another in one read, so their times are one
-    blurred: int = 0  # those of them that had waited for each other: somebody was late
-    first_blurred: bool = False  # the first one came with others, and was read late
-    has_text: bool = False
-    streamed: bool = True
-    model: str = ""
-    error: str = ""
-    retried: bool = False
-
-
 class Body(NamedTuple):
     """A body without its transfer encoding, and how to find its bytes in the raw answer again."""
 
     data: bytes
     ends: list[int]  # where each chunk ends in `data`
     shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
+    whole: bool  # else the connection closed before the end
 
     def raw_offset(self, offset: int) -> int:
         return offset + self.shifts[bisect_left(self.ends, offset)]
 
 
 def read_body(raw: bytearray, head: Head) -> Body:
+    """The body, or as much of it as came."""
     if head.encoding:
         raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
     if not head.chunked:
         data = bytes(raw[head.end :])
-        if head.length is not None and len(data) < head.length:
-            raise Malformed(BROKEN_OFF)
-        return Body(data, [len(data)], [head.end])
+        return Body(data, [len(data)], [head.end], len(data) >= (head.length or 0))
     pieces: list[bytearray] = []
-    ends, shifts, length, size = [], [], 0, -1
+    ends, shifts, length, after, size = [], [], 0, head.end, -1
     for at, size in chunks(raw, head.end):
         pieces.append(raw[at : at + size])
         shifts.append(at - length)
         length += size
         ends.append(length)
-    if size != 0:
-        raise Malformed(BROKEN_OFF)
-    return Body(b"".join(pieces), ends, shifts)
-
-
-class Event(NamedTuple):
-    """One server-sent event: where it ends in the body, and its text, unread."""
-
-    end: int
-    text: bytes
-
-    def read(self) -> Json:
-        lines = self.text.replace(b"\r", b"").split(b"\n")
-        data = b"".join(line[5:] for line in lines if line.startswith(b"data:")).strip()
-        return json.loads(data) if data and data != b"[DONE]" else None
-
-
-def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
-    """The events that carry choices, and the others, told apart without decoding them."""
-    separator = b"\r\n\r\n" if b"\r\n" in data[: data.find(b"\n") + 1] else b"\n\n"
-    tokens, others, end = [], [], 0
-    for text in data.split(separator):
-        end += len(text)
-        if COMPACT in text or SPACED in text:
-            tokens.append(Event(end, text))
-        elif text:
-            others.append(Event(end, text))
-        end += len(separator)
-    return tokens, others
-
-
-def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
-    """Fill in what the server answered; a problem becomes `outcome.error`."""
-    try:
-        _read(reply, outcome, chat)
-    except Malformed as e:
-        outcome.error = outcome.error or str(e)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        outcome.error = outcome.error or f"unreadable answer: {e!r}"[:ERROR_LENGTH]
-    return outcome
-
-
-def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
-    if reply.head is None:
-        raise Malformed(NO_ANSWER)
-    if reply.head.status != 200:
-        message = error_message(bytes(reply.raw[reply.head.end :]))
-        raise Malformed(f"HTTP {reply.head.status}: {message}")
-    body = read_body(reply.raw, reply.head)
-    if reply.head.event_stream:
-        _read_stream(reply, body, outcome, chat)
-    else:
-        _read_document(reply, body, outcome)
-
-
-def _read_document(reply: Reply, body: Body, outcome: Outcome) -> None:
-    """The server did not stream: everything arrives at the end."""
-    document = json.loads(body.data)
-    outcome.streamed = False
-    outcome.events = 1
-    outcome.has_text = says(document)
-    outcome.first = outcome.last = reply.stamps[-1]
-    _note(document, outcome)
-
-
-def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
-    tokens, others = split_events(body.data)
-    done = False
-    for event in others:
-        done = done or b"[DONE]" in event.text
-        _note(event.read(), outcome)
-    if not done:
-        raise Malformed("the stream ended without [DONE]")
-    tokens = tokens or [e for e in others if (e.read() or {}).get("choices")]  # written oddly
-    if not tokens:
-        raise Malformed("the stream held no token")
-    _note(tokens[-1].read(), outcome)
-    spoken = next((i for i, e in enumerate(tokens) if says(e.read())), None)
-    outcome.has_text = spoken is not None
-    # A chat stream begins with the role alone, which is no token, nor is an event that only says
-    # why the answer ended. An empty text in a completion is one: half a character, say.
-    first = (spoken or 0) if chat else 0
-    last = len(tokens) - 1
-    if last > first and not says(tokens[last].read()):
-        last -= 1
-    _time(reply, [body.raw_offset(e.end) for e in tokens], outcome, first, last)
-
-
-def _time(reply: Reply, offsets: list[int], outcome: Outcome, first: int, last: int) -> None:
-    reads = [bisect_left(reply.ends, offset) for offset in offsets]
-    times = [reply.stamps[read] for read in reads]
-    outcome.first, outcome.last = times[first], times[-1]
-    counted = times[first : last + 1]
-    outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(counted))
-    outcome.events = len(counted)
-    brought = Counter(reads[first : last + 1])  # events a read
-    outcome.merged = len(counted) - len(brought)
-    if outcome.merged:
-        outcome.blurred = count_blurred(brought, reply.stamps)
-    # A server may send its first tokens together; then the client has them as soon as they arrive.
-    at, pace = reads[first], (times[last] - times[first]) / max(last - first, 1)
-    outcome.first_blurred = brought[at] > 1 and reply.seen[at] - reply.stamps[at] > pace / 2 > 0
-
-
-def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
-    """Events in reads that came later after the last one than usual.
-
-    A server that sends its events in pairs sends pairs at its usual pace. When several came at
-    once *and* after a longer time, they were sent singly, and only the last one's time is known.
-    """
-    steps = [(stamps[b] - stamps[a], brought[b]) for a, b in pairwise(sorted(brought))]
-    usual = sorted(wait for wait, _ in steps)[len(steps) // 2] if steps else 0
-    return sum(events - 1 for wait, events in steps if wait > LATE * usual)
-
-
-def _note(document: Json, outcome: Outcome) -> None:
-    """Keep the usage, the model's name and any error a document or event holds."""
-    if not isinstance(document, dict):
-        return
-    if document.get("error") or document.get("object") == "error":
-        raise Malformed(f"error from the server: {error_message(json.dumps(document).encode())}")
-    outcome.model = str(document.get("model") or outcome.model)[:ERROR_LENGTH]
-    if usage := document.get("usage"):
-        outcome.prompt_tokens = counted(usage.get("prompt_tokens"))
-        outcome.output_tokens = counted(usage.get("completion_tokens"))
-
-
-def counted(value: Json) -> int | None:
-    """A number of tokens; None for what cannot be one."""
-    return value if type(value) is int and 0 <= value < 1 << 32 else None
-
-
-def says(document: Json) -> bool:
-    """Does this answer, or piece of one, carry any output?"""
-    for choice in document.get("choices") or ():
-        holder = choice.get("delta") or choice.get("message") or choice
-        if any(holder.get(key) for key in TEXT_KEYS):
-            return True
-    return False
+        after = at + size + 2
+    if size != 0 and (eol := raw.find(b"\r\n", after)) >= 0:  # a part of a chunk
+        pieces.append(raw[eol + 2 :])
+        shifts.append(eol + 2 - length)
+        ends.append(length + len(pieces[-1]))
+    return Body(b"".join(pieces), ends, shifts, size == 0)
 
 
 def error_message(body: bytes) -> str:
-    """The words of an error answer: flat as TensorRT-LLM's, nested as OpenAI's, or any text."""
+    """The words of an error: flat as TensorRT-LLM's, nested as OpenAI's, a page, or any text."""
     text = body.decode("utf-8", "replace").strip()
-    start, end = text.find("{"), text.rfind("}")  # chunk sizes may stand around it
+    start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
     try:
         document = json.loads(text[start : end + 1])
-        found = document.get("error") or document.get("message") or document.get("detail") or text
-        text = str(found.get("message", text) if isinstance(found, dict) else found)
-    except (ValueError, RecursionError):
-        pass
-    return " ".join(text.split())[:ERROR_LENGTH] or "(empty body)"
+        words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
+        found = next(words, text)
+        text = str((found.get("message") or text) if isinstance(found, dict) else found)
+    except (ValueError, RecursionError, AttributeError):
+        page = re.search(r"<title[^>]*>(.*?)</title>", text[:4096], re.IGNORECASE | re.DOTALL)
+        text = f"an HTML page, {page[1].strip()!r}" if page else text
+    return shown(text) or "(empty body)"
+
+
+def shown(text: str) -> str:
+    """What a server said, for a terminal and a report: one line, nothing that acts on either."""
+    line = " ".join(text.split())[:ERROR_LENGTH]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

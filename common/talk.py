@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
+import math
 import os
 import sys
 import textwrap
@@ -11,7 +13,9 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, ClassVar, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
+
+from common.live import colour
 
 WIDTH = 120  # columns of a terminal that are used
 
@@ -68,14 +72,46 @@ class Record:
             cls.file.flush()
 
 
-def say(message: str) -> None:
-    """Talk goes to stderr, with the time. A terminal that is gone must not stop a clean-up."""
-    line = f"[{time.strftime('%H:%M:%S')}] {message}"
+def say(message: str, code: str = "") -> None:
+    """Talk goes to stderr, with the time, in a colour where a code asks for one.
+
+    A terminal that is gone must not stop a clean-up.
+    """
+    line = f"[{time.strftime('%H:%M:%S')}] {visible(message)}"
     Record.keep(line)
     try:
-        print(folded(line), file=sys.stderr, flush=True)
+        print(colour(folded(line), code, sys.stderr) if code else folded(line), file=sys.stderr,
+              flush=True)  # fmt: skip
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def visible(text: str) -> str:
+    """What a server or a file says must not drive the terminal: an escape is shown, not obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def clean(data: Any) -> Any:  # noqa: ANN401
+    """A document as others may have it: words visible, and no NaN, which JSON does not know."""
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: clean(value) for key, value in data.items()}
+    return [clean(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """A character that the terminal does not know, in those that every terminal knows."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].replace("±", "+-")
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error("plain", plain)
 
 
 def folded(line: str) -> str:
@@ -99,6 +135,19 @@ def keep_ours() -> None:
     os.umask(os.umask(0o077) | 0o002)
 
 
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """A document; null for a NaN, which other programs write. OSError; ValueError where it is none.
+
+    What is no regular file is not opened: it could keep its reader waiting for ever.
+    """
+    if not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, data: object) -> None:
     with whole_file(path) as file:
         json.dump(data, file, indent=2)
@@ -111,7 +160,7 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         part.replace(path)
     except OSError as error:

@@ -6,6 +6,7 @@ command, never a branch.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -36,6 +37,8 @@ def exit_code(work: Callable[[], int]) -> int:
     """Do a script's work; whatever stops it is one sentence and an exit code."""
     obey()
     keep_ours()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="plain")  # a log may be ASCII, after hours of measuring
     try:
         return work()
     except Stopped as stopped:

@@ -1,4 +1,4 @@
-"""The two measuring clients: ours, and NVIDIA's benchmark_serving.
+"""What a measuring client is, and ours. NVIDIA's is in nvidia.py.
 
 A case goes in, a record comes out: the names of benchmark_serving's result files, `valid` and
 `problems`.
@@ -6,10 +6,7 @@ A case goes in, a record comes out: the names of benchmark_serving's result file
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,23 +14,29 @@ from typing import Any, Protocol
 
 from common.live import LiveLine
 from common.talk import die, say
-from load import bench_place, sharegpt
+from load import sharegpt
 from load.connection import TOO_LATE
+from load.counters import Counters
 from load.endpoint import Endpoint
-from load.loadgen import Load, LoadError, Result, measure
-from load.matrix import Case
-from load.metrics import DETAILS, KINDS, PERCENTILES, Wanted, growth, summarise
-from load.payload import Conversations, Prompts, RandomPrompts, Requests
+from load.loadgen import measure
+from load.matrix import Case, too_few
+from load.metrics import (
+    Wanted,
+    ended_early,
+    mean,
+    summarise,
+)
+from load.payload import Conversations, Dialect, Prompts, RandomPrompts, Requests
+from load.probe import Found, explore
+from load.target import CutShort, Load, LoadError, Result
 
-PROBE_SECONDS, PROBE_PROMPT = 60.0, 16  # the shortest request, of a server that gave no answer
+WAITED = 0.05  # share of its time that a request waited for a stream: worth a note
 ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
 WARM_UP_TOKENS = 32
 WARM_UP_STREAMS = 16
-REFUSALS = ("HTTP 400", "HTTP 422")
 LONGEST = 2048  # tokens of a conversation's answer
 ROOM, ROOM_A_TOKEN = 1 << 18, 1 << 12  # bytes of an answer; an event takes a few hundred
 
-UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
 Record = dict[str, Any]
 
@@ -59,10 +62,6 @@ class Options:
     def chat(self) -> bool:
         return self.backend == "openai-chat"
 
-    @property
-    def path(self) -> str:
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
-
 
 class Client(Protocol):
     name: str
@@ -73,21 +72,19 @@ class Client(Protocol):
 
 def die_if_silent(endpoint: Endpoint, options: Options) -> None:
     """Failure when not even the shortest request is answered: no other run would be, either."""
-    seconds = min(options.timeout, PROBE_SECONDS)
-    body = Requests(endpoint.model, RandomPrompts(PROBE_PROMPT, 1, "probe", options.chat),
-                    options.chat, ignore_eos=False)  # fmt: skip
-    path = endpoint.prefix + options.path
-    load = Load(endpoint.target, path, body, 1, timeout=seconds, chat=options.chat, largest=ROOM)
-    try:
-        (outcome,) = measure(load).outcomes
-        error = outcome.error
-    except LoadError as e:
-        error = str(e)
-    if error:
+    found = explore(endpoint, options.chat, options.timeout)
+    if found.error:
         die(
-            f"{endpoint.url} does not answer even one short request: {error}; the rest is left out",
-            hint="its log says why; --resume goes on from here",
+            f"{endpoint.url} does not answer even one short request: {found.error}; "
+            "the rest is left out",
+            hint=found.hint or "its log says why; --resume goes on from here",
         )
+
+
+def nothing(case: Case, why: str) -> Record:
+    """The record of a run that measured nothing."""
+    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
+            "notes": [], "client": {}}  # fmt: skip
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -100,9 +97,8 @@ class Builtin:
 
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
-        self.tried = False  # one request at least shows what the server refuses
-        self.ignore_eos = True
-        self.notes: list[str] = []
+        self.counters = Counters(endpoint)
+        self.server = Found(Dialect(options.chat), endpoint.model, 0, error="not asked yet")
 
     def __call__(self, case: Case, folder: Path) -> Record:
         for attempt in range(1, ATTEMPTS + 1):
@@ -118,38 +114,52 @@ class Builtin:
         return record
 
     def measure(self, case: Case, attempt: int) -> Record:
+        probes = self.acquaint()
+        if self.server.error:
+            return nothing(case, f"no answer to a short request: {self.server.error}")
         load = self.load_for(case, attempt)
         try:
-            load = self.warm_up(load)
-            result = watched(load, case)
+            warmed = self.warm_up(case, load)
+            with self.counters.watching():
+                result = watched(load, case)
         except LoadError as e:
             return nothing(case, str(e))
         assert isinstance(load.body, Requests)
         wanted = self.wanted(case, load.body.prompts)
         record = summarise(load, result, wanted, self.options.goodput)
-        record["notes"] = [*self.notes, *notes_for(case, record, self.options.chat)]
-        record["notes"] += repeats(load.body.prompts, case.num_prompts)
+        record["notes"] += [
+            *self.server.notes,
+            *unmeasured(probes, warmed),
+            *notes_for(case, record, load.body.dialect),
+            *early_ends(load.body.dialect, result, wanted),
+            *unlike_its_name(load, case, record),
+            *repeats(load.body.prompts, case.num_prompts),
+        ]
+        self.counters.add_to(record, case.name)
         return record | (details(load, result) if self.options.detailed else {})
 
+    def acquaint(self) -> int:
+        """Once, or until the server answers; the number of requests that it took."""
+        if not self.server.error:
+            return 0
+        self.server = explore(self.endpoint, self.options.chat, self.options.timeout)
+        for note in self.server.notes:
+            say(note)
+        return self.server.probes
+
     def load_for(self, case: Case, attempt: int) -> Load:
-        options = self.options
-        requests = Requests(
-            self.endpoint.model,
-            self.prompts(case, attempt),
-            options.chat,
-            ignore_eos=self.ignore_eos,
-        )
+        options, dialect = self.options, self.server.dialect
         return Load(
             self.endpoint.target,
-            self.endpoint.prefix + options.path,
-            requests,
+            self.endpoint.prefix + dialect.path,
+            Requests(self.endpoint.model, self.prompts(case, attempt), dialect),
             case.num_prompts,
             case.concurrency,
             rate=case.rate,
             burstiness=options.burstiness,
             timeout=options.timeout,
             seed=options.seed,
-            chat=options.chat,
+            chat=dialect.chat,
             shards=options.shards,
             largest=ROOM + ROOM_A_TOKEN * (case.output_len or LONGEST),
         )
@@ -161,35 +171,24 @@ class Builtin:
         if case.input_len is None or case.output_len is None:
             count = case.num_prompts + WARM_UP_STREAMS
             return sharegpt.pick(options.sharegpt, count, seed)
-        return RandomPrompts(case.input_len, case.output_len, seed, options.chat)
+        return RandomPrompts(case.input_len, case.output_len, seed, self.server.dialect.text)
 
     def wanted(self, case: Case, prompts: Prompts) -> Wanted:
-        """What the answers have to be like, now that the warm-up has shown what is refused."""
-        text = self.options.chat or case.input_len is None
-        input_len = None if text else case.input_len
-        wanted = Wanted(self.endpoint.model, case.output_len, input_len)
+        """What the answers have to be like, now that it is known what the server understands."""
+        dialect = self.server.dialect
+        input_len = None if dialect.text else case.input_len
+        wanted = Wanted(self.server.model, case.output_len, input_len, exact=dialect.ignore_eos)
         if case.output_len is None:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
-        return replace(wanted, exact=self.ignore_eos and wanted.exact)
+        return wanted
 
-    def warm_up(self, load: Load) -> Load:
-        """Unmeasured requests with prompts of their own; they also show what the server refuses."""
-        count = self.options.warmup
-        if count is None:
-            count = min(load.width, WARM_UP_STREAMS)
-        count = max(count, 0 if self.tried else 1)
-        self.tried = True
-        assert isinstance(load.body, Requests)
-        result = measure(self.warm_up_load(load, count)) if count else Result([])
-        refused = next((o.error for o in result.outcomes if "ignore_eos" in o.error), "")
-        if self.ignore_eos and refused.startswith(REFUSALS):
-            self.ignore_eos = False
-            self.notes.append(f"the server refuses ignore_eos: outputs may end early ({refused})")
-            say(self.notes[-1])
-            return self.warm_up(replace(load, body=replace(load.body, ignore_eos=False)))
-        if count and all(o.error.startswith(TOO_LATE) for o in result.outcomes):
+    def warm_up(self, case: Case, load: Load) -> int:
+        """Unmeasured requests with prompts of their own, and how many they were."""
+        count = warm_up_count(case, self.options)
+        done = measure(self.warm_up_load(load, count)).outcomes if count else []
+        if count and all(o.error.startswith(TOO_LATE) for o in done):
             raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
-        return load
+        return count
 
     def warm_up_load(self, load: Load, count: int) -> Load:
         assert isinstance(load.body, Requests)
@@ -203,13 +202,53 @@ class Builtin:
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
 
 
+def warm_up_count(case: Case, options: Options) -> int:
+    """Unmeasured requests before a run of ours."""
+    if options.warmup is not None:
+        return options.warmup
+    return min(case.concurrency or case.num_prompts, case.num_prompts, WARM_UP_STREAMS)
+
+
 def watched(load: Load, case: Case) -> Result:
     """Measure it; a terminal shows how far it is."""
     line = LiveLine(case.name, case.num_prompts)
     try:
         return measure(load, line)
+    except CutShort as cut:
+        return cut.result
     finally:
         line.clear()
+
+
+def unmeasured(probes: int, warmed: int) -> list[str]:
+    parts = [f"{probes} that found out what it understands"] * bool(probes)
+    parts += [f"{warmed} of warm-up"] * bool(warmed)
+    if not parts:
+        return []
+    return [f"{probes + warmed} requests went to the server before a run, and were not measured: "
+            + ", ".join(parts)]  # fmt: skip
+
+
+def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
+    """Whether ignore_eos is taken and ignored."""
+    early = [o for o in result.outcomes if not o.error and ended_early(o, wanted)]
+    if not early or not dialect.ignore_eos:
+        return []
+    return [f"the server ignores ignore_eos: {len(early)} of {len(result.outcomes)} outputs ended "
+            f"early, after {mean(o.output_tokens or 0 for o in early):.0f} tokens on average"
+            ]  # fmt: skip
+
+
+def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
+    """Whether the load was as much as the run's name says."""
+    streams, client = case.concurrency, record["client"]
+    if load.open_loop:  # a stream can be busy when the next request is due
+        waited = client["mean_late_ms"]
+        if not streams or client["late_share"] < WAITED:
+            return []
+        return [f"requests waited {waited:,.0f} ms on average for one of the {streams} streams: "
+                f"the server did not get {case.rate:g} requests/s"]  # fmt: skip
+    return [words] if (words := too_few(case)) else []
 
 
 def repeats(prompts: Prompts, count: int) -> list[str]:
@@ -220,9 +259,9 @@ def repeats(prompts: Prompts, count: int) -> list[str]:
             "prefix cache knows the repeated ones"]  # fmt: skip
 
 
-def notes_for(case: Case, record: Record, chat: bool) -> list[str]:
+def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     notes, client = [], record["client"]
-    if chat and case.input_len is not None:
+    if dialect.chat and case.input_len is not None:
         notes.append("a chat's prompt is as many words as tokens were asked for: its exact length "
                      "is the server's to say")  # fmt: skip
     if case.input_len is None:
@@ -256,167 +295,3 @@ def details(load: Load, result: Result) -> Record:
         "itls": [[round(g / 1e3, 7) for g in o.gaps] for o in outcomes],
         "errors": [o.error for o in outcomes],
     }
-
-
-# --- NVIDIA's -------------------------------------------------------------------------------------
-
-
-class BenchmarkServing:
-    """TensorRT-LLM's own client, in its container or where it is installed."""
-
-    name = "trtllm"
-
-    def __init__(self, endpoint: Endpoint, options: Options) -> None:
-        self.endpoint, self.options = endpoint, options
-
-    def __call__(self, case: Case, folder: Path) -> Record:
-        options = self.options
-        die_if_silent(self.endpoint, options)  # this client would wait for hours
-        if case.input_len is None and not options.sharegpt.exists():
-            sharegpt.download(sharegpt.URL, options.sharegpt)
-        file = folder.resolve() / f".{case.name}.benchmark_serving.json"
-        file.unlink(missing_ok=True)
-        environ = unproxied(options.environ, self.endpoint.target.host)
-        command = [
-            *bench_place.prefix(options.image, self.mounts(folder), environ),
-            *benchmark_serving(case, self.endpoint, options, file),
-        ]
-        limit = longest(case, options.timeout)
-        hint = "--client builtin needs no container"
-        try:
-            status, words = bench_place.run(command, environ, hint, limit)
-        except subprocess.TimeoutExpired:
-            return nothing(case, f"benchmark_serving did not end within {limit:g} s")
-        try:
-            record: Record = json.loads(file.read_text())
-        except (OSError, ValueError):
-            return nothing(case, "benchmark_serving wrote no result (exit code "
-                           f"{status}): {words or 'it said nothing'}")  # fmt: skip
-        finally:
-            file.unlink(missing_ok=True)
-        return judge(case, record, options.detailed)
-
-    def mounts(self, folder: Path) -> list[Path]:
-        model = Path(self.options.tokenizer or self.endpoint.asked)
-        paths = [folder.resolve()]
-        paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
-        return paths + ([model.resolve()] if model.is_dir() else [])
-
-
-def unproxied(environ: Mapping[str, str], host: str) -> dict[str, str]:
-    """Its HTTP library would send the measured requests through HTTP_PROXY."""
-    names = ("NO_PROXY", "no_proxy")
-    return {**environ, **{n: ",".join(filter(None, (environ.get(n), host))) for n in names}}
-
-
-def longest(case: Case, timeout: float) -> float:
-    """Seconds a run may take: every request its timeout, and time to start and to read."""
-    rounds = case.num_prompts / (case.concurrency or case.num_prompts)
-    return timeout * (rounds + 2) + case.num_prompts / case.rate
-
-
-def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:
-    """Its arguments, all of which 1.1.0 has."""
-    served = endpoint.model if endpoint.model != endpoint.asked else ""
-    target = endpoint.target
-    plain = not target.tls and not endpoint.prefix and ":" not in target.host
-    limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
-    return [
-        bench_place.PYTHON, "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
-        "--backend", options.backend,
-        *(["--host", target.host, "--port", str(target.port)] if plain
-          else ["--base-url", endpoint.url]),
-        "--model", endpoint.asked,
-        *(["--served-model-name", served] if served else []),
-        *(["--tokenizer", options.tokenizer] if options.tokenizer else []),
-        *data_set(case, options),
-        "--num-prompts", str(case.num_prompts),
-        *(["--max-concurrency", str(case.concurrency)] if case.concurrency else []),
-        *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
-          if math.isfinite(case.rate) else []),
-        "--ignore-eos",
-        # The same seed means the same prompts: they would meet an earlier run's prefix cache.
-        "--seed", str(zlib.crc32(f"{options.seed}/{case.name}".encode())),
-        "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
-        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
-        *(["--goodput", *limits] if limits else []),
-        "--save-result", "--save-detailed",
-        "--result-dir", str(file.parent),
-        "--result-filename", file.name,
-    ]  # fmt: skip
-
-
-def data_set(case: Case, options: Options) -> list[str]:
-    """Without --random-ids it takes its texts from ShareGPT; as text, lengths would drift."""
-    if case.input_len is None:
-        return ["--dataset-name", "sharegpt", "--dataset-path", str(options.sharegpt.resolve())]
-    return [
-        "--dataset-name", "random",
-        "--random-ids", "--tokenize-on-client",
-        "--random-input-len", str(case.input_len),
-        "--random-output-len", str(case.output_len),
-        "--random-range-ratio", "0.0",
-        "--random-prefix-len", "0",
-    ]  # fmt: skip
-
-
-def judge(case: Case, record: Record, detailed: bool) -> Record:
-    """Its exit status says nothing: it ends well when every request failed."""
-    errors = [e for e in record.get("errors", []) if e]
-    outputs = [n for n, e in zip_lists(record, "output_lens", "errors") if not e]
-    missing = case.num_prompts - record.get("completed", 0)
-    problems = []
-    if missing:
-        cause = f": {errors[0].strip().splitlines()[-1]}" if errors else ""
-        problems.append(f"{missing} of {case.num_prompts} requests failed{cause}")
-    texts = record.get("generated_texts") or ["?"] * len(record.get("output_lens", []))
-    empty = sum(
-        not error and (not n or (not text and n != 1))  # one token may decode to nothing
-        for (n, error), text in zip(zip_lists(record, "output_lens", "errors"), texts, strict=False)
-    )
-    if empty:
-        problems.append(f"{empty} outputs are empty")
-    problems += wrong_lengths(case, record, outputs)
-    latencies = end_to_end(record) if math.isfinite(case.rate) else []
-    record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
-    if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
-        record |= {f"{kind}_{name}_ms": None for name in ("tpot", "itl") for kind in KINDS}
-    if not detailed:
-        for key in DETAILS:
-            record.pop(key, None)
-    record.pop("generated_texts", None)
-    record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
-    share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
-    record["goodput_share"] = share if record["request_goodput"] is not None else None
-    return record | {"valid": not problems, "problems": problems, "notes": [UNKNOWN], "client": {}}
-
-
-def end_to_end(record: Record) -> list[float]:
-    """Seconds of each request; not every version of the script writes them down."""
-    parts = zip(record.get("ttfts", []), record.get("itls", []), strict=False)
-    return record.get("e2els") or [ttft + sum(gaps) for ttft, gaps in parts]
-
-
-def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:
-    left = record.get(first, [])
-    return list(zip(left, record.get(second) or [""] * len(left), strict=False))
-
-
-def wrong_lengths(case: Case, record: Record, outputs: list[int]) -> list[str]:
-    if case.output_len is None or not record.get("completed"):
-        return []
-    found = []
-    if wrong := [n for n in outputs if n and n != case.output_len]:
-        found.append(
-            f"{len(wrong)} outputs are not {case.output_len} tokens long (one has {wrong[0]})"
-        )
-    asked = record["completed"] * (case.input_len or 0)
-    if record["total_input_tokens"] != asked:
-        found.append(f"the prompts had {record['total_input_tokens']} tokens, not {asked}")
-    return found
-
-
-def nothing(case: Case, why: str) -> Record:
-    """The record of a run that measured nothing."""
-    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
-            "notes": [], "client": {}}  # fmt: skip

@@ -15,12 +15,11 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from common.response import BROKEN_OFF, NO_ANSWER, Malformed, Outcome, Reply
-
-if TYPE_CHECKING:
-    from load.loadgen import Loop
+from common.response import NO_ANSWER, Malformed, Reply
+from load.answer import HELD_OPEN, Outcome
+from load.target import Load
 
 SO_TIMESTAMPING = getattr(socket, "SO_TIMESTAMPING", 37)
 RX_SOFTWARE = 1 << 3 | 1 << 4  # SOF_TIMESTAMPING_RX_SOFTWARE | SOF_TIMESTAMPING_SOFTWARE
@@ -30,15 +29,45 @@ ANCILLARY_SIZE = 128
 SECOND = 1_000_000_000
 CONNECT_TIMEOUT = 10.0
 TOO_LATE = "no whole answer within"
+END_WITHIN = SECOND // 10  # after [DONE]; the loop looks four times a second
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
 
 Step = Callable[[int], None]  # what to do when the socket is ready; given the time
+Address = tuple[Any, Any, int, str, Any]
+
+
+class Owner(Protocol):
+    """The loop, as its connections see it."""
+
+    load: Load
+    address: Address
+    tls: ssl.SSLContext | None
+    ready: dict[int, Step]
+    unstamped: int  # reads without a stamp of the kernel's
+
+    def watch(self, stream: Stream, step: Step, events: int, known: bool = False) -> None:
+        """Run `step` when the socket is ready; `known` where it is watched already."""
+
+    def forget(self, stream: Stream) -> None:
+        """Watch it no longer."""
+
+    def receiver(self, stream: Stream) -> Step:
+        """How this load reads: by TLS or not."""
+
+    def opened(self, stream: Stream) -> None:
+        """It is connected, and free."""
+
+    def lost(self, stream: Stream, why: str) -> None:
+        """It is gone, and had no request."""
+
+    def ended(self, stream: Stream, outcome: Outcome, when: int) -> None:
+        """Its request is over, well or not."""
 
 
 class Stream:
     """Kept open from request to request, and opened again when the server closed it."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Owner) -> None:
         self.loop = loop
         self.sock: socket.socket | None = None
         self.fd = -1
@@ -48,7 +77,7 @@ class Stream:
         self.outcome: Outcome | None = None
         self.reply = Reply()
         self.opening = False
-        self.deadline = 0.0
+        self.since = 0  # when it began to open
         self.error = 0
 
     # opening
@@ -62,7 +91,7 @@ class Stream:
             with suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, RX_SOFTWARE)
         self.sock, self.fd, self.served, self.opening = sock, sock.fileno(), 0, True
-        self.deadline = time.time_ns() + CONNECT_TIMEOUT * SECOND
+        self.since = time.time_ns()
         self.error = sock.connect_ex(address)
         self.loop.watch(self, self.connected, select.EPOLLOUT)
 
@@ -93,6 +122,7 @@ class Stream:
         self.opening = False
         self.loop.watch(self, self.idle, select.EPOLLIN, known=True)
         if self.outcome:
+            self.outcome.connect = time.time_ns() - self.since
             self.transmit()
         else:
             self.loop.opened(self)
@@ -217,25 +247,40 @@ class Stream:
     def broken(self, why: str, retry: bool = True) -> None:
         """The connection is at its end; an empty `why` means that the server closed it."""
         self.close()
-        outcome, head, began = self.outcome, self.reply.head, bool(self.reply.raw)
+        outcome, began = self.outcome, bool(self.reply.raw)
         if outcome is None:
             return self.loop.lost(self, why)
         now = time.time_ns()
         if retry and not began and self.may_retry(outcome, now):
             outcome.retried = True
             return self.open()
-        until_close = not why and head and not head.chunked and head.length is None
-        if not until_close:
-            outcome.error = why or (BROKEN_OFF if began else NO_ANSWER)
-        self.hand_over(now)
+        if why and not self.reply.said_done():
+            outcome.error = why
+        elif not began:
+            outcome.error = NO_ANSWER
+        self.hand_over(now)  # whether a closed connection broke it off is for its reader to say
 
     def may_retry(self, outcome: Outcome, now: int) -> bool:
         """A kept-alive connection that the server closed just as our request went out."""
         return self.served > 0 and not outcome.retried and now - outcome.sent < RETRY_WITHIN
 
+    def is_done(self, now: int) -> bool:
+        """[DONE] came, and the end of the transfer does not."""
+        if self.outcome is None or not self.reply.stamps:
+            return False
+        return now > self.reply.stamps[-1] + END_WITHIN and self.reply.said_done()
+
+    def leave(self, now: int) -> None:
+        """Take the answer as whole; what may still come on this connection is nothing to us."""
+        assert self.outcome
+        self.outcome.quirks += (HELD_OPEN,)
+        self.close()
+        self.hand_over(now)
+
     def expired(self, now: int) -> bool:
         if self.outcome is None or self.outcome.sent == 0:
-            return bool(self.sock) and self.opening and now > self.deadline
+            late = now > self.since + CONNECT_TIMEOUT * SECOND
+            return bool(self.sock) and self.opening and late
         return now > self.outcome.sent + self.loop.load.timeout * SECOND
 
     def too_late(self) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 UNLIMITED = None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,18 @@ class Row:
     per_stream: int = 0  # so many requests for each in flight, when more than `requests`
 
 
+PER_STREAM = 5
+
 # fmt: off
 MATRIX = (
     Row("throughput",  ((512, 256),), 100, (UNLIMITED,)),
     Row("prefill",     ((128, 1), (512, 1), (1024, 1), (2048, 1), (4096, 1)), 100, (4,)),
     Row("decode",      ((128, 128), (128, 256), (128, 512), (128, 1024)), 100, (4,)),
     Row("latency",     ((128, 128), (512, 256)), 100, (1,)),
-    Row("concurrency", ((512, 256),), 0, (1, 4, 16, 64, 256), per_stream=5),
+    Row("concurrency", ((512, 256),), 0, (1, 4, 16, 64, 256), per_stream=PER_STREAM),
     Row("sharegpt",    (), 100, (UNLIMITED, 4)),
 )
-SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=5)
+SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=PER_STREAM)
 # fmt: on
 TYPES = tuple(row.type for row in MATRIX)
 MANY = 20  # streams that unlimited ones count as, where requests are so many a stream
@@ -86,7 +89,7 @@ def apply(row: Row, change: Overrides) -> Row:
     return replace(row, lengths=lengths, concurrency=change.concurrency or row.concurrency)
 
 
-def unique(values: Iterator[int]) -> tuple[int, ...]:
+def unique(values: Iterator[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
@@ -103,3 +106,19 @@ def cases(types: Sequence[str], change: Overrides) -> Iterator[Case]:
                     count = requests_for(row, streams, change)
                     case = Case(row.type, inputs, outputs, count, streams, rate)
                     yield from (replace(case, repeat=n + 1) for n in range(change.repeat))
+
+
+def too_few(case: Case) -> str:
+    """A word where the requests cannot fill the streams that the run is named after."""
+    if not case.concurrency or case.num_prompts >= case.concurrency:
+        return ""
+    return (f"no more than {case.num_prompts} of {case.concurrency} streams are in flight, since "
+            f"there are no more requests: --num-prompts {PER_STREAM * case.concurrency} fills them"
+            )  # fmt: skip
+
+
+def surprises(planned: Sequence[Case], change: Overrides) -> Iterator[str]:
+    """What of the command line does not do what one may think."""
+    if (change.input_len or change.output_len) and any(c.input_len is None for c in planned):
+        yield "conversations have lengths of their own: --input-len and --output-len leave them"
+    yield from unique(f"{c.label}: {words}" for c in planned if (words := too_few(c)))

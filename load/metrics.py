@@ -16,16 +16,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from common.response import Outcome
-from load.loadgen import Load, Result
+from load.answer import Outcome
+from load.streams import Judgement, judge
+from load.target import Load, Result
 
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # a value a request
+SHOWN = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # of a distribution in the report
 KINDS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
 SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
 CLOCK_STEP_MS = 1.0
+BUSY = 0.9  # of a core
+FRESH = 0.05  # share of requests on new connections that is worth a word
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ def summarise(
     tokens_out = sum(o.output_tokens or 0 for o in good)
     itl = describe("itl", (round(gap, 3) for o in good for gap in o.gaps))
     client = client_facts(load, result, itl["mean_itl_ms"] or 0.0)
-    problems = [*find_problems(load, result.outcomes, wanted), *client["problems"]]
+    streams = Judgement() if client["problems"] else judge(good)
+    problems = [*cut_short(load, result), *find_problems(load, result.outcomes, wanted)]
+    problems += [*client["problems"], *streams.problems]
     in_limits = goodput_of(timings, goodput)
 
     def per_second(count: float) -> float:
@@ -80,12 +86,15 @@ def summarise(
         "completed": len(good),
         "valid": not problems,
         "problems": problems,
+        "invalid_metrics": streams.wrong,
+        "notes": [*streams.notes, *connections(load, good)],
         "duration": duration,
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": per_second(len(good)),
         "request_goodput": per_second(in_limits) if goodput else None,
         "goodput_share": in_limits / load.count if goodput else None,
+        **cached_prompts(good, tokens_in),
         "output_throughput": per_second(tokens_out),
         "total_token_throughput": per_second(tokens_in + tokens_out),
         "user_throughput": mean(t.tokens / t.e2el * 1e3 for t in timings if t.e2el > 0),
@@ -99,7 +108,16 @@ def summarise(
         if load.open_loop
         else None,
         "client": client,
+        **({"stopped": result.stopped} if result.stopped else {}),
     }
+
+
+def cached_prompts(good: Sequence[Outcome], tokens_in: int) -> dict[str, Any]:
+    """By the answers' own words. vLLM says nothing where it is nothing, if it says it at all."""
+    said = [o.cached_tokens for o in good if o.cached_tokens is not None]
+    if not said or not tokens_in:
+        return {"cached_share": None, "cached_source": None}
+    return {"cached_share": sum(said) / tokens_in, "cached_source": "usage in the answers"}
 
 
 def span(good: Sequence[Outcome]) -> float:
@@ -139,13 +157,18 @@ class Distribution:
         return self.values[bisect_right(self.upto, position)]
 
 
-def describe(name: str, values: Iterable[float]) -> dict[str, float | None]:
+def describe(name: str, values: Iterable[float]) -> dict[str, Any]:
     found = Distribution(values)
     if not found:
         return {f"{kind}_{name}_ms": None for kind in KINDS}
     numbers = (found.mean(), found.percentile(50), found.deviation(),
                *map(found.percentile, PERCENTILES))  # fmt: skip
-    return {f"{kind}_{name}_ms": n for kind, n in zip(KINDS, numbers, strict=True)}
+    facts: dict[str, Any] = {f"{k}_{name}_ms": n for k, n in zip(KINDS, numbers, strict=True)}
+    return facts | {f"{name}_percentiles_ms": percentiles(found)}
+
+
+def percentiles(found: Distribution) -> dict[str, float]:
+    return {f"{p:g}": round(found.percentile(p), 3) for p in SHOWN}
 
 
 def mean(values: Iterable[float]) -> float:
@@ -182,6 +205,12 @@ def find_problems(load: Load, outcomes: Sequence[Outcome], wanted: Wanted) -> li
     ]
 
 
+def cut_short(load: Load, result: Result) -> list[str]:
+    if not result.cut:
+        return []
+    return [f"ended after {len(result.outcomes)} of {load.count} requests: {result.cut}"]
+
+
 def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
     errors = Counter(o.error for o in outcomes if o.error)
     if not errors:
@@ -191,15 +220,22 @@ def failures(load: Load, outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    full = [o for o in good if not ended_early(o, wanted)]
     return [
         # A single token may be a special one, which decodes to nothing.
         *count("have no text", [o for o in good if not o.has_text and o.output_tokens != 1]),
         *count("came without usage", [o for o in good if lacks_usage(o, wanted)]),
         *count("came in one piece, not streamed", [o for o in good if not o.streamed]),
-        *wrong_length("output", [o.output_tokens for o in good], wanted.output_len, wanted.exact),
-        *unlike_asked(good, wanted),
+        *wrong_length("output", [o.output_tokens for o in full], wanted.output_len, wanted.exact),
+        *unlike_asked(full, wanted),
         *wrong_length("prompt", [o.prompt_tokens for o in good], wanted.input_len, True),
     ]
+
+
+def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
+    """By the model's own word, and not because something cut it short."""
+    asked = wanted.output_lens(outcome.index) if wanted.output_lens else wanted.output_len or 0
+    return outcome.finish == "stop" and (outcome.output_tokens or 0) < asked
 
 
 def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:
@@ -242,7 +278,7 @@ def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:
     """What the load generator knows of itself, and whether it kept up; `itl` is the mean in ms."""
     good = [o for o in result.outcomes if not o.error]
     events = sum(o.events for o in good)
-    late = [max(o.sent - o.intended, 0) / 1e6 for o in good]
+    late = [max(o.sent - o.intended - o.connect, 0) / 1e6 for o in good]
     served = math.fsum(timing(o, False).e2el for o in good)
     tokens = sum(o.output_tokens or 0 for o in good)
     facts = {
@@ -266,14 +302,27 @@ def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:
     return {**facts, "problems": slow_client(load, result, facts, itl)}
 
 
+def connections(load: Load, good: Sequence[Outcome]) -> list[str]:
+    """A user of such a server waits for them, too."""
+    new = [o.connect / 1e6 for o in good if o.connect and not o.retried]
+    if len(new) <= FRESH * len(good):
+        return []
+    where = "TTFT and E2EL include it" if load.open_loop else "no latency includes it"
+    return [f"the server closes its connections: {len(new)} of {len(good)} requests waited for a "
+            f"new one, {mean(new):.1f} ms on average; {where}"]  # fmt: skip
+
+
 def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float) -> list[str]:
     """A client that cannot keep up measures itself."""
     found = []
     queueing = load.open_loop and load.streams is not None  # then waiting was asked for
     if facts["late_share"] > SLOW_CLIENT and not queueing:
         found.append(f"the client held requests back for {facts['late_share']:.0%} of their time")
+    good = [o for o in result.outcomes if not o.error]
     behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > itl / 2 > 0
     held_up = facts["blurred_share"] > BLURRED and result.waited > itl
+    if (behind or held_up) and judge(good).problems:  # it must have been late nearly always
+        behind, held_up = result.cpu > BUSY, result.waited > 500 * span(good)
     if behind or held_up:
         share = facts["merged_share"] if behind else facts["blurred_share"]
         found.append(f"the client read so late that {share:.0%} of the events have another's time")
@@ -282,7 +331,7 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
         found.append(
             f"the client read so late that {share:.0%} of first tokens have another's time"
         )
-    if not result.kernel_stamps and result.cpu > 0.9:
+    if not result.kernel_stamps and result.cpu > BUSY:
         found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
     if abs(result.clock_step) > CLOCK_STEP_MS:
         found.append(f"the clock was set by {result.clock_step:.1f} ms during the run")

@@ -25,7 +25,7 @@ class RandomPrompts:
     input_len: int
     output_len: int
     seed: str
-    text: bool = False  # a chat has no token ids: about as many words
+    text: bool = False  # where no token ids are taken: about as many words
 
     def __call__(self, index: int) -> tuple[str | list[int], int]:
         rng = random.Random(f"{self.seed}/{index}")
@@ -45,29 +45,48 @@ class Conversations:
 
 
 @dataclass(frozen=True)
+class Dialect:
+    """What a server understands of the OpenAI API, and of ignore_eos, which is not part of it."""
+
+    chat: bool = False
+    length: str = "max_tokens"  # or max_completion_tokens
+    token_ids: bool = True  # as a completion's prompt
+    stream_options: bool = True
+    temperature: bool = True
+    ignore_eos: bool = True
+
+    @property
+    def path(self) -> str:
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    @property
+    def text(self) -> bool:
+        """Are prompts texts, whose length in tokens only the server knows?"""
+        return self.chat or not self.token_ids
+
+
+@dataclass(frozen=True)
 class Requests:
-    """Bodies of completion requests. No field that the OpenAI API lacks, but ignore_eos."""
+    """Bodies of completion requests, with no field that the server does not know."""
 
     model: str
     prompts: Prompts
-    chat: bool = False
-    ignore_eos: bool = True
+    dialect: Dialect = Dialect()
     longest: int = 0  # a warm-up need not write as much
 
     def __call__(self, index: int) -> bytes:
         prompt, length = self.prompts(index)
-        length = min(length, self.longest or length)
-        asked: dict[str, Any] = (
-            {"messages": [{"role": "user", "content": prompt}], "max_completion_tokens": length}
-            if self.chat
-            else {"prompt": prompt, "max_tokens": length}
-        )
-        body = {
+        said = {"messages": [{"role": "user", "content": prompt}]} if self.dialect.chat else None
+        body: dict[str, Any] = {
             "model": self.model,
-            **asked,
-            "temperature": 0.0,
+            **(said or {"prompt": prompt}),
+            self.dialect.length: min(length, self.longest or length),
             "stream": True,
-            "stream_options": {"include_usage": True},
-            **({"ignore_eos": True} if self.ignore_eos else {}),
         }
+        if self.dialect.temperature:
+            body["temperature"] = 0.0
+        if self.dialect.stream_options:
+            body["stream_options"] = {"include_usage": True}
+        if self.dialect.ignore_eos:
+            body["ignore_eos"] = True
         return json.dumps(body, separators=(",", ":")).encode()

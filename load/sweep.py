@@ -59,6 +59,17 @@ def sweep(change: Overrides, measure: Measure, by_rate: bool) -> tuple[list[Reco
     return found, knee(found, by_rate)
 
 
+def verdict(found: Sequence[Record], best: Record | None, by_rate: bool) -> str:
+    """Where the knee is and why the sweep ended there, for people."""
+    why = stop_reason(found, by_rate)
+    if not best:
+        return f"sweep: the knee: none, since at the first step {why}"
+    if why and found[-1]["valid"]:
+        return f"sweep: {why}; the knee: {best['case']['name']}"
+    why = why or f"{MOST_STREAMS:,} is the end of the range"
+    return f"sweep: no knee found, since {why}; the last good step: {best['case']['name']}"
+
+
 def case_for(load: float, change: Overrides, by_rate: bool, before: Record | None) -> Case:
     row = apply(SWEEP, change)
     inputs, outputs = row.lengths[0]
@@ -66,7 +77,9 @@ def case_for(load: float, change: Overrides, by_rate: bool, before: Record | Non
         seconds = max(RATE_SECONDS, SETTLED * before["mean_e2el_ms"] / 1e3 if before else 0)
         count = max(row.requests, math.ceil(load * seconds))
         return Case(row.type, inputs, outputs, count, None, load)
-    return Case(row.type, inputs, outputs, requests_for(row, int(load), change), int(load))
+    # Fewer would not fill the streams, and the knee would be theirs and not the server's.
+    count = max(requests_for(row, int(load), change), row.per_stream * int(load))
+    return Case(row.type, inputs, outputs, count, int(load))
 
 
 def middle(repeats: Sequence[Record]) -> Record:
@@ -79,7 +92,7 @@ def stop_reason(found: Sequence[Record], by_rate: bool) -> str:
     """Why the last step was one too many; empty while it was not."""
     last = found[-1]
     if not last["valid"]:
-        return "the run is invalid"
+        return f"the run is invalid ({'; '.join(last.get('problems', ()))})"
     share = last.get("goodput_share")
     if share is not None and share < GOOD:
         return f"only {share:.0%} of the requests kept the limits"

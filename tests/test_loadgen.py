@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import socket
 import ssl
 import statistics
@@ -15,9 +16,13 @@ from itertools import accumulate, pairwise
 
 import pytest
 
-from common.response import BROKEN_OFF, NO_ANSWER, Outcome
+from common.response import BROKEN_OFF, NO_ANSWER
+from common.signals import obey
 from load import connection
-from load.loadgen import Load, LoadError, Result, Target, arrivals, measure, merged, shards_for
+from load.answer import Outcome
+from load.loadgen import measure, merged, shards_for
+from load.loop import arrivals
+from load.target import CutShort, Load, LoadError, Result, Target
 from tests.conftest import PATIENCE
 from tests.loopback import (
     DONE,
@@ -425,14 +430,41 @@ def test_the_key_is_sent_and_no_more_than_needed() -> None:
         measure(Load(target, "/v1/completions", Body(), 1))
     fields = server.requests[0].fields
     assert fields["authorization"] == "Bearer secret"
-    assert set(fields) == {"host", "authorization", "accept", "content-type", "content-length"}
+    assert set(fields) == {"host", "user-agent", "authorization", "accept", "accept-encoding",
+                           "content-type", "content-length"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("streams", "shards"), [(1, 1), (3, 1), (4, 2)])
 def test_a_server_that_hangs_is_given_up(streams: int, shards: int) -> None:
-    with serving(lambda _: time.sleep(PATIENCE)) as server, pytest.raises(LoadError, match="hangs"):
-        load_on(server, 40, streams, timeout=0.2, shards=shards)
-    assert len(server.requests) < 40
+    with serving(lambda _: time.sleep(PATIENCE)) as server:
+        result = load_on(server, 40, streams, timeout=0.2, shards=shards)
+    assert result.cut.startswith("the server hangs")
+    assert len(result.outcomes) < 40
+
+
+def six_then_nothing(request: Request) -> None:
+    if request.number > 6:
+        time.sleep(PATIENCE)
+    request.send(stream())
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_was_measured_before_the_server_hung_is_kept(shards: int) -> None:
+    with serving(six_then_nothing) as server:
+        result = load_on(server, 40, streams=4, timeout=0.3, shards=shards)
+    assert sum(not o.error for o in result.outcomes) == 6
+    assert result.cut.startswith("the server hangs")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_was_measured_before_a_signal_is_kept(shards: int, same_signals: None) -> None:
+    obey()
+    with serving(six_then_nothing) as server, pytest.raises(CutShort) as cut:
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        load_on(server, 40, streams=4, shards=shards)
+    assert cut.value.args == (signal.SIGTERM,)
+    assert len(cut.value.result.outcomes) == 6
+    assert cut.value.result.cut == "stopped by SIGTERM"
 
 
 def test_a_run_whose_last_requests_take_too_long_has_results() -> None:
