@@ -26,8 +26,8 @@ import requests
 import yaml
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
-# -S: without site-packages, so nothing but the standard library can be imported.
-COMMAND = [sys.executable, "-S", str(SIMULATOR / "trtllm-serve")]
+
+COMMAND = [sys.executable, str(SIMULATOR / "trtllm-serve")]
 MODEL = "org/some-model"
 FOREIGN = re.compile(r"SLURM_|PMI|OMPI_|TRTLLM_SIM_|(?i:TLLM)_")
 QUICK = {"LOAD_SECONDS": "0.05", "TTFT_MS": "1", "PREFILL_US_PER_TOKEN": "0", "ITL_MS": "1"}
