@@ -99,7 +99,7 @@ class LoRARequest:
     lora_ckpt_source: str = "hf"
 
     def __post_init__(self) -> None:
-        if self.lora_path is not None and not Path(self.lora_path).exists():
+        if not self.lora_path or not Path(self.lora_path).exists():
             raise ValueError(f"lora_path ({self.lora_path}) does not exist.")
         if self.lora_ckpt_source not in ("hf", "nemo"):
             got = self.lora_ckpt_source
