@@ -6,7 +6,7 @@ import asyncio
 import math
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
 from typing import Annotated, Any, NamedTuple, Union
 
@@ -29,49 +29,56 @@ from words import continue_text, fingerprint
 VERSION = "1.1.0"
 QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
 OWNER = "tensorrt_llm_simulator"
-Events = Callable[[Any, Generation], Iterator[str]]
-Whole = Callable[[Any, str, Sequence[Generation]], answers.Json]
+Sink = Callable[[Generation], None]
 
 
 class Job(NamedTuple):
     request: answers.Request
     prompts: list[Prompt]
     max_tokens: int | None
+    events: Callable[[Any, Generation], Iterator[str]]
+    whole: Callable[[Any, str, list[Generation]], answers.Json]
+
+
+def refusal(message: str) -> Response:
+    error = {"object": "error", "message": message, "type": "BadRequestError", "param": None}
+    return JSONResponse({**error, "code": 400}, 400)
+
+
+async def invalid(_: Request, error: Any) -> Response:  # noqa: ANN401 (as FastAPI calls it)
+    return refusal(str(error.errors()))
 
 
 class Api:
-    def __init__(self, args: LlmArgs, settings: Settings, engine: Engine, faults: Faults) -> None:
+    def __init__(self, args: LlmArgs, settings: Settings, faults: Faults) -> None:
         self._args = args
         self._settings = settings
-        self._engine = engine
+        self._engine = Engine(settings, faults, args.max_batch_size)
         self._faults = faults
         self._zero_token_requests = 0
         self._serial = count()  # makes sampled answers differ
+        # From 0.132 on, FastAPI minds a body without a type, unless told not to.
+        self._app = FastAPI(strict_content_type=False)
+        self._app.add_exception_handler(RequestValidationError, invalid)
+        route = self._app.add_api_route
+        for name in ("health", "health_generate", "version", "metrics", "perf_metrics"):
+            route(f"/{name}", getattr(self, name), methods=["GET"])
+        route("/v1/models", self.models, methods=["GET"])
+        route("/steady_clock_offset", self.clock_offset, methods=["GET"])
+        route("/steady_clock_offset", self.set_clock_offset, methods=["POST"])
+        route("/kv_cache_events", self.metrics, methods=["POST"])
+        route("/v1/completions", self.completions, methods=["POST"])
+        route("/v1/chat/completions", self.chat, methods=["POST"])
+        route("/v1/responses", self.responses, methods=["POST"])
+        if args.prometheus:
+            route("/prometheus/metrics", self.prometheus, methods=["GET"])
 
-    def app(self) -> ASGIApp:
-        app = FastAPI(strict_content_type=False)
-        app.add_exception_handler(RequestValidationError, _invalid)
-        gets = "health health_generate version metrics perf_metrics steady_clock_offset".split()
-        for name in gets:
-            app.add_api_route(f"/{name}", getattr(self, name), methods=["GET"])
-        app.add_api_route("/v1/models", self.models, methods=["GET"])
-        app.add_api_route("/steady_clock_offset", self.set_clock_offset, methods=["POST"])
-        app.add_api_route("/kv_cache_events", self.metrics, methods=["POST"])
-        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        app.add_api_route("/v1/responses", self.responses, methods=["POST"])
-        if self._args.prometheus:
-            app.add_api_route("/prometheus/metrics", self.prometheus, methods=["GET"])
-        return self._unless_hung(app)
-
-    def _unless_hung(self, app: ASGIApp) -> ASGIApp:
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-            if not self._faults.hung or scope["type"] != "http":
-                return await app(scope, receive, send)
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        return answer
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if not self._faults.hung or scope["type"] != "http":
+            return await app(scope, receive, send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
     # -- the small routes --
 
@@ -104,7 +111,7 @@ class Api:
     async def prometheus(self) -> Response:
         return Response("", media_type="text/plain; version=0.0.4")
 
-    async def steady_clock_offset(self) -> Response:
+    async def clock_offset(self) -> Response:
         received = time.monotonic()
         await asyncio.sleep(0.2)
         return JSONResponse({"receive_ts": received, "transmit_ts": time.monotonic()})
@@ -114,43 +121,76 @@ class Api:
         return Response()
 
     async def responses(self, request: ResponsesRequest) -> Response:  # type: ignore[valid-type]
-        return _refusal("Responses API only supports harmony format for now")
+        return refusal("Responses API only supports harmony format for now")
 
     # -- generation --
 
     async def completions(self, request: CompletionRequest, raw: Request) -> Response:
         shapes = (answers.completion_events, answers.completion)
-        return await self._answer(request, raw, completion_prompts, request.max_tokens, *shapes)
+        return await self._answer(
+            lambda: Job(request, completion_prompts(request), request.max_tokens, *shapes), raw
+        )
 
     async def chat(self, request: ChatCompletionRequest, raw: Request) -> Response:
-        shapes = (answers.chat_events, answers.chat)
-        limit = request.max_completion_tokens
-        return await self._answer(request, raw, lambda r: [chat_prompt(r)], limit, *shapes)
+        limit, shapes = request.max_completion_tokens, (answers.chat_events, answers.chat)
+        return await self._answer(lambda: Job(request, [chat_prompt(request)], limit, *shapes), raw)
 
-    async def _answer(
-        self,
-        request: answers.Request,
-        raw: Request,
-        prompts_of: Callable[[Any], list[Prompt]],
-        max_tokens: int | None,
-        events: Events,
-        whole: Whole,
-    ) -> Response:
+    async def _answer(self, make_job: Callable[[], Job], raw: Request) -> Response:
         """What is refused before a worker sees it is told; later a stream has begun, and is cut."""
         try:
             if self._faults.broken:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            check_request(request)
-            prompts = prompts_of(request)
-            check_num_tokens(prompts, self._args)
-            job = Job(request, prompts, max_tokens)
-            if request.stream:
-                return StreamingResponse(self._stream(job, events), media_type="text/event-stream")
-            await self._check_engine(job)
-            done = await self._finish(job, raw)
-            return JSONResponse(whole(request, self._args.served_name, done))
+            job = make_job()
+            check_request(job.request)
+            check_num_tokens(job.prompts, self._args)
+            if job.request.stream:
+                return StreamingResponse(self._stream(job), media_type="text/event-stream")
+            return JSONResponse(await self._whole(job, raw))
         except Exception as error:
-            return _refusal(str(error))
+            return refusal(str(error))
+
+    async def _whole(self, job: Job, raw: Request) -> answers.Json:
+        """Return the answer once it is whole, or early when nobody waits for it any more."""
+        await self._check_engine(job)
+        done = asyncio.Event()
+
+        def take(_: Generation) -> None:
+            if all(each.finish_reason for each in generations):
+                done.set()
+
+        generations = [*self._generations(job, math.inf, take)]
+        ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
+        try:
+            self._engine.submit(generations)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._engine.cancel(generations)
+            for end in ends:
+                end.cancel()
+        return job.whole(job.request, self._args.served_name, generations)
+
+    async def _stream(self, job: Job) -> AsyncIterator[str]:
+        await self._check_engine(job)
+        queue = asyncio.Queue[Union[str, Exception]]()
+
+        def take(generation: Generation) -> None:
+            try:
+                for event in job.events(job.request, generation):
+                    queue.put_nowait(event)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        generations = [*self._generations(job, self._args.stream_interval, take)]
+        try:
+            self._engine.submit(generations)
+            while not queue.empty() or not all(each.finish_reason for each in generations):
+                event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+            yield "data: [DONE]\n\n"
+        finally:
+            self._engine.cancel(generations)
 
     async def _check_engine(self, job: Job) -> None:
         check_engine(job.request, job.max_tokens, job.prompts, self._args)
@@ -163,91 +203,25 @@ class Api:
                 signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
 
-    async def _finish(self, job: Job, raw: Request) -> list[Generation]:
-        """Return the answers once all are whole, or early when nobody waits for them any more."""
-        done = asyncio.Event()
-
-        def take(_: Generation) -> None:
-            if all(generation.finish_reason for generation in generations):
-                done.set()
-
-        generations = [*self._generations(job, math.inf, take)]
-        for generation in generations:
-            self._engine.submit(generation)
-        ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._leave(generations, *ends)
-        return generations
-
-    def _leave(self, generations: list[Generation], *ends: asyncio.Future[Any]) -> None:
-        for generation in generations:
-            self._engine.cancel(generation)
-        for end in ends:
-            end.cancel()
-
-    async def _stream(self, job: Job, events: Events) -> AsyncIterator[str]:
-        await self._check_engine(job)
-        queue = asyncio.Queue[Union[str, Exception]]()
-
-        def take(generation: Generation) -> None:
-            try:
-                for event in events(job.request, generation):
-                    queue.put_nowait(event)
-            except Exception as error:
-                queue.put_nowait(error)
-
-        generations = [*self._generations(job, self._args.stream_interval, take)]
-        for generation in generations:
-            self._engine.submit(generation)
-        try:
-            while not queue.empty() or not all(each.finish_reason for each in generations):
-                event = await queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-            yield "data: [DONE]\n\n"
-        finally:
-            self._leave(generations)
-
-    def _generations(
-        self, job: Job, interval: float, sink: Callable[[Generation], None]
-    ) -> Iterator[Generation]:
+    def _generations(self, job: Job, interval: float, sink: Sink) -> Iterator[Generation]:
         request, stop = job.request, job.request.stop or []
         texts = [stop] if isinstance(stop, str) else stop
         for index, prompt in enumerate(job.prompts):
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
-            seed = self._seed(request, prompt)
+            # Greedy answers follow from the prompt alone, sampled ones also from seed or chance.
+            chance = next(self._serial) if request.seed is None else request.seed
+            greedy = request.temperature == 0
+            seed = fingerprint(prompt.text if greedy else f"{chance} {prompt.text}")
+            low, high = self._settings.output_tokens
+            end = max(low + seed % (high - low + 1), request.min_tokens)
             yield Generation(
                 index=index,
                 prompt=prompt,
                 tokens=continue_text(prompt.text, seed, prompt.opening),
                 max_tokens=room if job.max_tokens is None else min(room, job.max_tokens),
-                eos_at=None if request.ignore_eos else self._eos_at(request, seed),
+                eos_at=None if request.ignore_eos else end,
                 interval=interval,
                 sink=sink,
                 stops=stops_of(texts, request.stop_token_ids or []),
                 keeps_stop=request.include_stop_str_in_output,
             )
-
-    def _seed(self, request: answers.Request, prompt: Prompt) -> int:
-        """Greedy answers follow from the prompt alone, sampled ones also from seed or chance."""
-        if request.temperature == 0:
-            return fingerprint(prompt.text)
-        chance = next(self._serial) if request.seed is None else request.seed
-        return fingerprint(f"{chance} {prompt.text}")
-
-    def _eos_at(self, request: answers.Request, seed: int) -> int:
-        low, high = self._settings.output_tokens
-        return max(low + seed % (high - low + 1), request.min_tokens)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _refusal(str(error.errors()))
-
-
-def _refusal(message: str) -> Response:
-    error = {"object": "error", "message": message, "type": "BadRequestError", "param": None}
-    return JSONResponse({**error, "code": 400}, 400)

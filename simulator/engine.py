@@ -93,17 +93,17 @@ class Engine:
         self._serial = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, generation: Generation) -> None:
+    def submit(self, generations: list[Generation]) -> None:
         self.submitted += 1
-        self._waiting.append(generation)
+        self._waiting += generations
         self._admit()
 
-    def cancel(self, generation: Generation) -> None:
-        """Free the slot at once; the heap entry is dropped when its time comes."""
-        generation.cancelled = True
-        if generation in self._running:
-            self._running.discard(generation)
-            self._admit()
+    def cancel(self, generations: list[Generation]) -> None:
+        """Free the slots at once; a heap's entry is dropped when its time comes."""
+        for generation in generations:
+            generation.cancelled = True
+        self._running -= {*generations}
+        self._admit()
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_batch_size:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import re
 from base64 import b64decode
 from collections.abc import Callable, Iterable
 from typing import Any, Union
 
 from llm_args import LlmArgs
 from prompts import Prompt
-from protocol import ChatCompletionRequest, CompletionRequest
+from protocol import ChatCompletionRequest, CompletionRequest, refuse
 from words import VOCABULARY
 
 Request = Union[CompletionRequest, ChatCompletionRequest]
 INT32 = range(-(1 << 31), 1 << 31)
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # NaN is in none of them
     "temperature": ("temperature >= 0", lambda value: value >= 0),
     "top_p": ("0 < top_p <= 1", lambda value: 0 < value <= 1),
     "top_k": ("top_k >= 0", lambda value: value >= 0),
@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "top_p_min": ("0 <= top_p_min <= 1", lambda value: value <= 1),  # below 0 counts as unset
     "repetition_penalty": ("repetition_penalty > 0", lambda value: value > 0),
     "length_penalty": ("length_penalty >= 0", lambda value: value >= 0),
-    "seed": ("seed >= 0, and 64 bits", lambda value: 0 <= value < 1 << 64),
+    "seed": ("0 <= seed < 2^64", lambda value: 0 <= value < 1 << 64),
     "n": ("n >= 1", lambda value: value >= 1),
     "min_tokens": ("min_tokens >= 0", lambda value: value >= 0),
 }
@@ -33,61 +33,41 @@ class RequestError(Exception):
 
 
 def check_request(request: Request) -> None:
-    """Raise ValueError for what the server refuses by itself, as `SamplingParams` does first."""
-    if request.n > 1:
-        raise ValueError("Multiple response is not supported in PyTorch workflow")
-    _check_format(request)
-    _check_logit_bias(request.logit_bias or {})
-    _check_best_of(request, request.best_of or request.n)
-    if request.disaggregated_params and request.disaggregated_params.encoded_opaque_state:
-        b64decode(request.disaggregated_params.encoded_opaque_state)
-    if isinstance(request, ChatCompletionRequest) and (request.top_logprobs or 0) > 1:
-        raise ValueError(
-            "PyTorch backend currently only supports `logprobs=1`. Received "
-            f"`logprobs={request.top_logprobs}` (Top{request.top_logprobs} logprobs). Please set "
-            "`logprobs=1` in `sampling_params` instead."
-        )
-
-
-def _check_format(request: Request) -> None:
-    wanted = request.response_format
-    if wanted and wanted.type == "json" and wanted.schema_ is None:
-        raise ValueError(
-            "The 'schema' field is required when response_format.type is 'json'."
-        )  # what else it says is ignored, unless a guided_decoding_backend is there to obey it
-
-
-def _check_logit_bias(logit_bias: Iterable[str]) -> None:
-    for key in logit_bias:
-        try:
-            number = int(key)
-        except ValueError:
-            words = f"Invalid logit_bias key '{key}': must be a valid integer token ID"
-            raise ValueError(words) from None
-        if not 0 <= number < VOCABULARY:
-            raise ValueError(f"Token ID {number} out of vocabulary range [0, {VOCABULARY})")
-
-
-def _check_best_of(request: Request, best_of: int) -> None:
-    if best_of < request.n:
-        raise ValueError(f"best_of ({best_of}) cannot be less than n ({request.n})")
+    """Raise ValueError for what the server refuses by itself. Of a response_format, it wants no
+    more than the schema of one that names itself JSON: what else it says is ignored."""
+    refuse(request.n > 1, "Multiple response is not supported in PyTorch workflow")
+    wanted, best_of = request.response_format, request.best_of or request.n
+    lacking = wanted and wanted.type == "json" and wanted.schema_ is None
+    refuse(lacking, "The 'schema' field is required when response_format.type is 'json'.")
+    for key in request.logit_bias or ():
+        number = int(key) if re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", key) else None
+        words = f"Invalid logit_bias key '{key}': must be a valid integer token ID"
+        refuse(number is None, words)
+        words = f"Token ID {number} out of vocabulary range [0, {VOCABULARY})"
+        refuse(number not in range(VOCABULARY), words)
+    refuse(best_of < request.n, f"best_of ({best_of}) cannot be less than n ({request.n})")
     greedy = not request.use_beam_search and request.top_k == 1 and request.top_p == 0
-    if best_of > 1 and greedy:
-        raise ValueError(
-            "Greedy decoding in the LLM API does not allow multiple returns. Please set to "
-            f"best_of=1, got best_of={best_of}. Please set to best_of=1 or set an environment "
-            "variable TLLM_ALLOW_N_GREEDY_DECODING=1 to allow best_of > 1 under the greedy "
-            "decoding."
-        )
+    refuse(
+        best_of > 1 and greedy,
+        "Greedy decoding in the LLM API does not allow multiple returns. Please set to best_of=1, "
+        f"got best_of={best_of}. Please set to best_of=1 or set an environment variable "
+        "TLLM_ALLOW_N_GREEDY_DECODING=1 to allow best_of > 1 under the greedy decoding.",
+    )
+    if request.disaggregated_params:
+        b64decode(request.disaggregated_params.encoded_opaque_state or "")
+    top = getattr(request, "top_logprobs", 0) or 0
+    refuse(
+        top > 1,
+        f"PyTorch backend currently only supports `logprobs=1`. Received `logprobs={top}` "
+        f"(Top{top} logprobs). Please set `logprobs=1` in `sampling_params` instead.",
+    )
 
 
 def check_num_tokens(prompts: Iterable[Prompt], args: LlmArgs) -> None:
     for prompt in prompts:
-        if args.max_num_tokens and prompt.tokens / args.cp > args.max_num_tokens:
-            raise ValueError(
-                f"The sum of prompt length ({prompt.tokens / args.cp}), query length (0) should "
-                f"not exceed max_num_tokens ({args.max_num_tokens})"
-            )
+        share, most = prompt.tokens / args.cp, args.max_num_tokens
+        words = f"The sum of prompt length ({share}), query length (0) should not exceed "
+        refuse(most and share > most, f"{words}max_num_tokens ({most})")
 
 
 def check_engine(
@@ -95,10 +75,10 @@ def check_engine(
 ) -> None:
     """Raise RequestError for what only a worker refuses."""
     if request.disaggregated_params and not args.has_transceiver:
-        raise RequestError("kv_cache_transceiver is disabled, please set 'cache_transceiver_config")
+        raise RequestError("kv_cache_transceiver is disabled, please set cache_transceiver_config")
     for name, (rule, holds) in RANGES.items():
         value = getattr(request, name)
-        if value is not None and (math.isnan(value) or not holds(value)):
+        if value is not None and not holds(value):
             raise RequestError(f"require {rule}, got {value}")
     if max_tokens is not None and max_tokens < 0:  # one too large is made smaller
         raise RequestError(f"require max_tokens >= 0, got {max_tokens}")
@@ -113,11 +93,11 @@ def check_engine(
             )
 
 
-def _int32s(request: Request) -> Iterable[int]:
-    ids: Any = request.prompt if isinstance(request, CompletionRequest) else [
-        request.prompt_token_ids or []
-    ]  # fmt: skip
+def _int32s(request: Any) -> Iterable[int]:  # noqa: ANN401 (either request)
     yield from (request.top_k, request.min_tokens, request.best_of or 1)
     yield from request.stop_token_ids or ()
-    for item in ids if isinstance(ids, list) else ():
-        yield from [item] if isinstance(item, int) else item if isinstance(item, list) else ()
+    ids = [request.prompt] if hasattr(request, "prompt") else [request.prompt_token_ids]
+    while ids:  # a list of numbers, of lists, or of texts
+        item = ids.pop()
+        ids += item if isinstance(item, list) else []
+        yield from [item] if isinstance(item, int) else ()

@@ -19,15 +19,9 @@ assert SPEC and SPEC.origin
 for name in ("openai", "openai.types", "openai.types.chat"):
     sys.modules[name] = ModuleType(name)
     sys.modules[name].__path__ = [str(Path(SPEC.origin).parents[1].joinpath(*name.split(".")))]
-from openai.types.chat.chat_completion_assistant_message_param import (  # noqa: E402
-    ChatCompletionAssistantMessageParam,
-)
-from openai.types.chat.chat_completion_content_part_param import (  # noqa: E402
-    ChatCompletionContentPartParam,
-)
-from openai.types.chat.chat_completion_message_param import (  # noqa: E402
-    ChatCompletionMessageParam,
-)
+from openai.types.chat import chat_completion_assistant_message_param as assistant  # noqa: E402
+from openai.types.chat import chat_completion_content_part_param as part  # noqa: E402
+from openai.types.chat import chat_completion_message_param as message  # noqa: E402
 
 Body = dict[str, Any]
 
@@ -45,26 +39,19 @@ class StreamOptions(Strict):
 
 
 def tag_format(kind: str, **fields: Any) -> Any:  # noqa: ANN401 (a class made here)
-    title = "".join(part.title() for part in kind.split("_")) + "Format"
-    return create_model(title, type=(Literal[kind], kind), **fields)
+    return create_model(kind.title().replace("_", ""), type=(Literal[kind], kind), **fields)
 
 
-REQUIRED: Any = ...
-Elements = (list["Format"], REQUIRED)
-Schema = (Union[bool, dict[str, Any]], REQUIRED)
-TagFormat = tag_format("tag", begin=(str, ...), content=("Format", ...), end=(str, ...))
-TAGS: Any = {"tags": (list[TagFormat], ...), "at_least_one": (bool, False)}
-TAGS |= {"stop_after_first": (bool, False)}
+SCHEMA: dict[str, Any] = {"json_schema": (Union[bool, dict[str, Any]], ...)}
+ELEMENTS: dict[str, Any] = {"elements": (list["Format"], ...)}
+TAG = tag_format("tag", begin=(str, ...), content=("Format", ...), end=(str, ...))
+TAGS: dict[str, Any] = dict.fromkeys(("at_least_one", "stop_after_first"), (bool, False))
+TAGS["tags"] = (list[TAG], ...)
 FORMATS = (
-    tag_format("any_text"),
-    tag_format("const_string", value=(str, ...)),
-    tag_format("json_schema", json_schema=Schema),
-    tag_format("grammar", grammar=(str, ...)),
-    tag_format("regex", pattern=(str, ...)),
-    tag_format("qwen_xml_parameter", json_schema=Schema),
-    tag_format("or", elements=Elements),
-    tag_format("sequence", elements=Elements),
-    TagFormat,
+    *(tag_format("any_text"), tag_format("const_string", value=(str, ...)), TAG),
+    *(tag_format("grammar", grammar=(str, ...)), tag_format("regex", pattern=(str, ...))),
+    *(tag_format(kind, **SCHEMA) for kind in ("json_schema", "qwen_xml_parameter")),
+    *(tag_format(kind, **ELEMENTS) for kind in ("or", "sequence")),
     tag_format("triggered_tags", triggers=(list[str], ...), **TAGS),
     tag_format("tags_with_separator", separator=(str, ...), **TAGS),
 )
@@ -99,39 +86,34 @@ class LoRARequest:
     lora_ckpt_source: str = "hf"
 
     def __post_init__(self) -> None:
-        if not self.lora_path or not Path(self.lora_path).exists():
-            raise ValueError(f"lora_path ({self.lora_path}) does not exist.")
-        if self.lora_ckpt_source not in ("hf", "nemo"):
-            got = self.lora_ckpt_source
-            raise ValueError(f"lora_ckpt_source must be 'hf' or 'nemo', got '{got}'")
+        path, source = self.lora_path, self.lora_ckpt_source
+        refuse(not path or not Path(path).exists(), f"lora_path ({path}) does not exist.")
+        words = f"lora_ckpt_source must be 'hf' or 'nemo', got '{source}'"
+        refuse(source not in ("hf", "nemo"), words)
 
 
 # -- messages: openai's types, which inherit the strictness, or a role of one's own --
 
 
-class CustomPart(TypedDict, total=False):
+class CustomChatCompletionContentPartParam(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     type: Required[str]
 
 
-class CustomMessage(TypedDict, total=False):
+class CustomChatCompletionMessageParam(TypedDict, total=False):
     role: Required[str]
-    content: str | list[ChatCompletionContentPartParam | CustomPart]
+    content: str | list[part.ChatCompletionContentPartParam | CustomChatCompletionContentPartParam]
     name: str
 
 
-class ReasoningMessage(ChatCompletionAssistantMessageParam):
+class ReasoningAssistantMessage(assistant.ChatCompletionAssistantMessageParam):
     reasoning: str | None
 
 
-for custom, original in (
-    (CustomPart, "CustomChatCompletionContentPartParam"),
-    (CustomMessage, "CustomChatCompletionMessageParam"),
-    (ReasoningMessage, "ReasoningAssistantMessage"),
-):
-    custom.__name__ = original  # refusals name them
-Message = Union[ChatCompletionMessageParam, CustomMessage, ReasoningMessage]
+Message = Union[
+    message.ChatCompletionMessageParam, CustomChatCompletionMessageParam, ReasoningAssistantMessage
+]
 
 
 class FunctionDefinition(Strict):

@@ -7,7 +7,9 @@ import os
 import select
 import selectors
 import signal
+import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from arguments import command_line
@@ -70,16 +72,35 @@ def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            import http_server  # noqa: F401 (its libraries take half a second of the load)
+            import api  # noqa: F401 (its libraries take half a second of the load)
 
 
 def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> None:
-    from http_server import serve_http
+    """Serve until a signal comes and the running streams have ended, however long they take."""
+    import uvicorn
+
+    from api import Api
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            loop = asyncio.get_running_loop()
+            faults.ready(loop)
+            if leader:
+                leader.on_broken(loop, faults.lose_engine)
+
+        def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+            return nullcontext() if faults.ignores_term else super().capture_signals()
+
+    async def serve_http() -> None:
+        api, address = Api(args, settings, faults), {"host": args.host, "port": args.port}
+        config = uvicorn.Config(api, **address, http="h11", ws="none", timeout_keep_alive=5)
+        await Server(config).serve()
 
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(serve_http(args, settings, faults, leader))
+        loop.run_until_complete(serve_http())
     except KeyboardInterrupt:  # uvicorn has finished, and dies of the signal that has ended it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, Json, str]] = [
     (COMPLETIONS, {"min_p": 1.5}, "min_p"),
     (COMPLETIONS, {"top_p_min": 1.5}, "top_p_min"),
     (COMPLETIONS, {"length_penalty": -1}, "length_penalty"),
-    (COMPLETIONS, {"seed": -1}, "seed >= 0"),
+    (COMPLETIONS, {"seed": -1}, "0 <= seed"),
     (COMPLETIONS, {"min_tokens": 1 << 31}, "32 bits"),
     (COMPLETIONS, {"prompt": [1, 1 << 31]}, "32 bits"),
     (COMPLETIONS, {"top_k": 1, "top_p": 0, "best_of": 2}, "Greedy decoding in the LLM API"),
