@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from random import getrandbits
-from typing import Any, Union
+from typing import Any
 
 from engine import Generation
 from prompts import chat_role
@@ -16,7 +16,7 @@ from protocol import ChatCompletionRequest, CompletionRequest
 from words import token_id
 
 Json = dict[str, Any]
-Request = Union[CompletionRequest, ChatCompletionRequest]
+Request = CompletionRequest | ChatCompletionRequest
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 quoted = lru_cache(maxsize=1 << 14)(encode)
 CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")

@@ -8,22 +8,21 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
-from typing import Annotated, Any, NamedTuple, Union
-
-from fastapi import Body, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from typing import Annotated, Any, NamedTuple
 
 import answers
 from console import log
 from engine import Engine, Generation, stops_of
 from environment import Settings
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
 from limits import RequestError, check_engine, check_num_tokens, check_request
 from llm_args import LlmArgs
 from prompts import Prompt, chat_prompt, completion_prompts
 from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
 from words import continue_text, fingerprint
 
 VERSION = "1.1.0"
@@ -120,7 +119,7 @@ class Api:
         log("I", f"The steady clock offset between local and disagg server: {offset} second")
         return Response()
 
-    async def responses(self, request: ResponsesRequest) -> Response:  # type: ignore[valid-type]
+    async def responses(self, request: ResponsesRequest) -> Response:
         return refusal("Responses API only supports harmony format for now")
 
     # -- generation --
@@ -171,7 +170,7 @@ class Api:
 
     async def _stream(self, job: Job) -> AsyncIterator[str]:
         await self._check_engine(job)
-        queue = asyncio.Queue[Union[str, Exception]]()
+        queue = asyncio.Queue[str | Exception]()
 
         def take(generation: Generation) -> None:
             try:

@@ -7,14 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Union
 
 from environment import Settings
 from faults import Faults
 from prompts import Prompt
 from words import GENERATED, token_id
 
-Stop = tuple[Union[str, int], list[int]]  # what the client named, and the ids it is made of
+Stop = tuple[str | int, list[int]]  # what the client named, and the ids it is made of
 
 
 @dataclass(eq=False)

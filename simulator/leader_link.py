@@ -77,7 +77,12 @@ class Link:
     def on_broken(self, loop: asyncio.AbstractEventLoop, react: Callable[[], None]) -> None:
         """Have the leader keep watch; call `react` once when it speaks again, or has gone."""
         self.send({"op": "watch"})
-        loop.add_reader(self._socket, lambda: (loop.remove_reader(self._socket), react()))
+
+        def heard() -> None:
+            loop.remove_reader(self._socket)
+            react()
+
+        loop.add_reader(self._socket, heard)
 
     def send(self, message: Message) -> None:
         with suppress(OSError):  # a leader that has gone is noticed where its answer is awaited

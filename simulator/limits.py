@@ -1,18 +1,18 @@
-"""What pydantic lets pass and the engine refuses: some of it in the server, the rest in a worker."""
+"""What pydantic lets pass and the engine refuses: partly in the server, the rest in a worker."""
 
 from __future__ import annotations
 
 import re
 from base64 import b64decode
 from collections.abc import Callable, Iterable
-from typing import Any, Union
+from typing import Any
 
 from llm_args import LlmArgs
 from prompts import Prompt
 from protocol import ChatCompletionRequest, CompletionRequest, refuse
 from words import VOCABULARY
 
-Request = Union[CompletionRequest, ChatCompletionRequest]
+Request = CompletionRequest | ChatCompletionRequest
 INT32 = range(-(1 << 31), 1 << 31)
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # NaN is in none of them
     "temperature": ("temperature >= 0", lambda value: value >= 0),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from console import Fatal
 from leader_link import is_proxied
 
@@ -127,7 +126,8 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     def model(name: str, fields: dict[str, Any]) -> Any:  # noqa: ANN401 (a class made here)
         optional = {key: (kind | None, None) for key, kind in fields.items()}
         strict = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
-        return create_model(name, __config__=strict, **optional)
+        create: Any = create_model
+        return create(name, __config__=strict, **optional)
 
     def sub_config(key: str, names: str) -> Any:  # noqa: ANN401
         return model(key.title().replace("_", ""), dict.fromkeys(names.split(), object))

@@ -124,7 +124,7 @@ class RankZero:
                 stop = threading.Thread(target=lambda: Link(os.environ).send({"op": "stop"}))
                 stop.daemon = True
                 stop.start()
-        return self._propagate and codes[self._server] or codes[self._leader]
+        return (self._propagate and codes[self._server]) or codes[self._leader]
 
     def _pass_on(self, signum: int, _: FrameType | None) -> NoReturn:
         """End at once; a trtllm-serve that ignores the signal stays behind."""

@@ -49,11 +49,16 @@ def _alone() -> SimpleNamespace:
     """A world of one rank, which needs no MPI to talk to itself."""
     boxes: dict[int, deque[object]] = {ORDER: deque(), REPORT: deque()}
     done = SimpleNamespace(Test=lambda: True)
+
+    def isend(message: object, dest: int, tag: int) -> SimpleNamespace:
+        boxes[tag].append(message)
+        return done
+
     return SimpleNamespace(
         Get_rank=lambda: 0,
         Get_size=lambda: 1,
         Ibarrier=lambda: done,
-        isend=lambda message, dest, tag: boxes[tag].append(message) or done,
+        isend=isend,
         iprobe=lambda tag: bool(boxes[tag]),
         recv=lambda tag: boxes[tag].popleft(),
     )

@@ -8,7 +8,7 @@ from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from typing_extensions import Required, TypedDict
@@ -24,6 +24,7 @@ from openai.types.chat import chat_completion_content_part_param as part  # noqa
 from openai.types.chat import chat_completion_message_param as message  # noqa: E402
 
 Body = dict[str, Any]
+create: Any = create_model  # for classes that are made of data, which no type checker follows
 
 
 class Strict(BaseModel):
@@ -39,12 +40,12 @@ class StreamOptions(Strict):
 
 
 def tag_format(kind: str, **fields: Any) -> Any:  # noqa: ANN401 (a class made here)
-    return create_model(kind.title().replace("_", ""), type=(Literal[kind], kind), **fields)
+    return create(kind.title().replace("_", ""), type=(Literal[kind], kind), **fields)
 
 
-SCHEMA: dict[str, Any] = {"json_schema": (Union[bool, dict[str, Any]], ...)}
+SCHEMA: dict[str, Any] = {"json_schema": (bool | dict[str, Any], ...)}
 ELEMENTS: dict[str, Any] = {"elements": (list["Format"], ...)}
-TAG = tag_format("tag", begin=(str, ...), content=("Format", ...), end=(str, ...))
+TAG: Any = tag_format("tag", begin=(str, ...), content=("Format", ...), end=(str, ...))
 TAGS: dict[str, Any] = dict.fromkeys(("at_least_one", "stop_after_first"), (bool, False))
 TAGS["tags"] = (list[TAG], ...)
 FORMATS = (
@@ -55,7 +56,8 @@ FORMATS = (
     tag_format("triggered_tags", triggers=(list[str], ...), **TAGS),
     tag_format("tags_with_separator", separator=(str, ...), **TAGS),
 )
-Format = Annotated[Union[FORMATS], Field(discriminator="type")]  # type: ignore[valid-type]
+AnyFormat: Any = Union[FORMATS]  # noqa: UP007 (of a tuple)
+Format = Annotated[AnyFormat, Field(discriminator="type")]
 for model in FORMATS:
     model.model_rebuild()
 
@@ -67,7 +69,7 @@ class ResponseFormat(Strict):
     schema_: dict | None = Field(None, validation_alias="schema")  # type: ignore[type-arg]
     regex: str | None = None
     ebnf: str | None = None
-    format: Format | None = None  # type: ignore[valid-type]
+    format: Format | None = None
 
 
 class DisaggregatedParams(Strict):
@@ -111,9 +113,11 @@ class ReasoningAssistantMessage(assistant.ChatCompletionAssistantMessageParam):
     reasoning: str | None
 
 
-Message = Union[
-    message.ChatCompletionMessageParam, CustomChatCompletionMessageParam, ReasoningAssistantMessage
-]
+Message = (
+    message.ChatCompletionMessageParam
+    | CustomChatCompletionMessageParam
+    | ReasoningAssistantMessage
+)
 
 
 class FunctionDefinition(Strict):
@@ -142,7 +146,7 @@ class ReasoningEffort(str, Enum):
     HIGH = "High"
 
 
-Effort = Union[ReasoningEffort, Literal["low", "medium", "high"]]
+Effort = ReasoningEffort | Literal["low", "medium", "high"]
 
 
 # -- the two requests; their fields stand in the order in which mistakes are told --
@@ -274,11 +278,11 @@ RESPONSES = """
     previous_response_id prompt reasoning service_tier store temperature text tool_choice tools
     top_logprobs top_p truncation user request_id
 """.split()
-ResponsesRequest = create_model(
+ResponsesRequest: Any = create(
     "ResponsesRequest",
     __base__=Strict,
-    input=(Union[str, list[Any]], ...),
+    input=(str | list[Any], ...),
     model=(str, ...),
-    stream=(Optional[bool], False),
+    stream=(bool | None, False),
     **dict.fromkeys(RESPONSES, (Any, None)),
 )

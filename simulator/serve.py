@@ -78,7 +78,6 @@ def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
 def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> None:
     """Serve until a signal comes and the running streams have ended, however long they take."""
     import uvicorn
-
     from api import Api
 
     class Server(uvicorn.Server):
@@ -93,8 +92,8 @@ def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None)
             return nullcontext() if faults.ignores_term else super().capture_signals()
 
     async def serve_http() -> None:
-        api, address = Api(args, settings, faults), {"host": args.host, "port": args.port}
-        config = uvicorn.Config(api, **address, http="h11", ws="none", timeout_keep_alive=5)
+        api, host, port = Api(args, settings, faults), args.host, args.port
+        config = uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5)
         await Server(config).serve()
 
     loop = asyncio.SelectorEventLoop(PreciseSelector())

@@ -21,7 +21,7 @@ from tests.test_simulator import MODEL, Json, Server, http_post, is_flat_400, ok
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
-NAMED = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+NAMED: Json = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}
 HEX = "[0-9a-f]{32}"
 
 
@@ -41,21 +41,27 @@ def post(server: Server, path: str, fields: Json) -> requests.Response:
 
 def is_cut(server: Server, path: str, fields: Json) -> bool:
     """Whether a stream begins as if all were well, and ends without its last HTTP chunk."""
-    body = {"messages": [USER]} if path == CHAT else {"prompt": "Hi"}
-    answer = server.exchange(http_post({**body, "max_tokens": 4, "stream": True, **fields},
-                                       path=path) if path == COMPLETIONS else
-                             chat_post({**body, "max_tokens": 4, "stream": True, **fields}))  # fmt: skip
+    fields = {"messages": [USER], "max_tokens": 4, "stream": True, **fields}
+    if path == CHAT:
+        data = chat_post(fields)
+    else:
+        del fields["messages"]
+        data = http_post({"prompt": "Hi", **fields}, "connection: close")
+    answer = server.exchange(data)
     return answer.startswith(b"HTTP/1.1 200") and not answer.endswith(b"0\r\n\r\n")
 
 
 def chat_post(fields: Json) -> bytes:
     body = json.dumps({"model": "m", **fields}).encode()
-    return f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    lines = [f"POST {CHAT} HTTP/1.1", "host: x", "connection: close"]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
 
 
 # -- accepted and refused --
 
-TOO_LONG = "The sum of prompt length (101.0), query length (0) should not exceed max_num_tokens (100)"
+TOO_LONG = (
+    "The sum of prompt length (101.0), query length (0) should not exceed max_num_tokens (100)"
+)
 REFUSED: list[tuple[str, Json, str]] = [
     (COMPLETIONS, {"prompt": [1] * 101}, TOO_LONG),
     (COMPLETIONS, {"prompt": [1] * 101, "stream": True}, TOO_LONG),
@@ -90,7 +96,7 @@ REFUSED: list[tuple[str, Json, str]] = [
     (COMPLETIONS, {"lora_request": {}}, "lora_name"),
     (COMPLETIONS, {"lora_request": {"lora_name": "a", "lora_int_id": 1}}, "does not exist"),
     (COMPLETIONS, {"disaggregated_params": {}}, "request_type"),
-    (COMPLETIONS, {"disaggregated_params": {"request_type": "context_only"}}, "kv_cache_transceiver"),
+    (COMPLETIONS, {"disaggregated_params": {"request_type": "context_only"}}, "transceiver"),
     (CHAT, {"documents": [{"title": 1}]}, "valid string"),
     (
         COMPLETIONS,
@@ -367,7 +373,7 @@ def test_small_routes_of_the_real_one_are_there(server: Server) -> None:
 
 def test_a_trailing_slash_is_redirected_to_the_full_address(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}"
-    response = requests.get(f"{url}/v1/models/?a=1", allow_redirects=False, timeout=5)
+    response = requests.get(f"{url}/v1/models/?a=1", allow_redirects=False, timeout=30)
     assert (response.status_code, response.headers["location"]) == (307, f"{url}/v1/models?a=1")
     assert "date" in response.headers
 

@@ -177,7 +177,7 @@ def test_launches_of_the_same_moment_have_addresses_of_their_own() -> None:
         subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(8)
     ]
     addresses = {each.stdout.readline() for each in together if each.stdout}
-    said = [each.communicate(timeout=20)[1] for each in together]
+    said = [each.communicate(timeout=60)[1] for each in together]
     assert [each.returncode for each in together] == [0] * 8, said
     assert len(addresses) == 8, said
 
@@ -261,7 +261,7 @@ def test_older_script_waits_for_ever_after_a_failure(log: Path) -> None:
 
 def test_newer_script_ends_with_a_failure(log: Path) -> None:
     with alone(log, FAULT="exit-serving:9", LAUNCH="propagate") as server:
-        assert server.process.wait(timeout=5) == 9
+        assert server.process.wait(timeout=30) == 9
         assert session(server.process.pid) == {}
 
 
@@ -270,20 +270,20 @@ def test_signal_ends_rank_and_server(log: Path, signum: int) -> None:
     with alone(log) as server:
         server.wait_ready()
         server.process.send_signal(signum)
-        assert server.process.wait(timeout=1) == 128 + signum
-        eventually(lambda: session(server.process.pid) == {}, 1)
+        assert server.process.wait(timeout=30) == 128 + signum
+        eventually(lambda: session(server.process.pid) == {})
 
 
 def test_world_of_the_wrong_size_is_refused(log: Path) -> None:
     with alone(log, "--tp_size", "2", LAUNCH="propagate") as server:
-        assert server.process.wait(timeout=5) == 1
+        assert server.process.wait(timeout=30) == 1
         assert "ValueError: n_workers must be equal to the number of processes" in server.log
         assert "got 2 vs 1" in server.log
 
 
 def test_death_of_the_leader_leaves_a_server_that_is_unhealthy(log: Path) -> None:
     with alone(log, FAULT="kill-rank:0:0.2") as server:
-        assert server.process.wait(timeout=5) == 137
+        assert server.process.wait(timeout=30) == 137
         eventually(lambda: health(server) == 503)
         with pytest.raises(requests.Timeout):
             server.post("/v1/completions", {"model": "m", "prompt": "Hi"}, timeout=0.2)
@@ -400,7 +400,7 @@ def test_sixteen_ranks_serve_idle_and_end_together(log: Path) -> None:
         assert cpu_seconds(pids) - before < 0.3  # all of them together
         assert health(server) == 200
         os.kill(processes(server, "trtllm-serve")[0], signal.SIGTERM)
-        assert server.process.wait(timeout=5) == 128 + signal.SIGTERM, server.log
+        assert server.process.wait(timeout=30) == 128 + signal.SIGTERM, server.log
         assert session(server.process.pid) == {}
 
 
@@ -450,7 +450,7 @@ def test_death_of_a_rank_is_seen_by_whoever_started_it(log: Path, fault: str, co
 @needs_mpi
 def test_tasks_that_are_no_world_are_told_so(log: Path) -> None:
     env = {**environment(), "PATH": SYSTEM_PATH, "PMI_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-    result = subprocess.run([LAUNCH, "true"], env=env, capture_output=True, text=True, timeout=20)
+    result = subprocess.run([LAUNCH, "true"], env=env, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "rank0 should not have executor" in result.stderr
     assert "task 1 of 2 is rank 0 in an MPI world of 1" in result.stderr
@@ -503,4 +503,4 @@ def test_sigterm_ends_a_rank_at_once(slow: dict[str, Server]) -> None:
     eventually(lambda: len(processes(server, "trtllm-llmapi-launch")) == 3)
     worker, _ = set(processes(server, "trtllm-llmapi-launch")) & parents_of_nobody(server)
     os.kill(worker, signal.SIGTERM)
-    eventually(lambda: worker not in session(server.process.pid), 1)
+    eventually(lambda: worker not in session(server.process.pid))
