@@ -1,7 +1,5 @@
 """The one list of settings: flag > environment > .env > default. env.example shows it."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

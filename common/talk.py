@@ -1,7 +1,5 @@
 """Words for people, and files for programs: what failed, what goes on, results written whole."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

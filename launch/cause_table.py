@@ -3,8 +3,6 @@
 python -m launch.cause_table docs/troubleshooting.md    writes them between the page's marks
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ exceptions, fatal signals, Open MPI's blocks, NCCL's warnings, usage errors. The
 most of these mean and how much they prove; of what proves the most, the first in time is the cause.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Why a server ended: which process, how, and its own last words."""
 
-from __future__ import annotations
-
 import re
 import time
 from functools import partial

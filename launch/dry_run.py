@@ -1,7 +1,5 @@
 """--dry-run: every command as a shell takes it, so that it can be read and pasted; none is run."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What the nodes have to offer, what each told, and what is found wrong or right with it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from launch.image import Image

@@ -1,7 +1,5 @@
 """The image on every node: what it is, whether a node has the right one, and how it gets there."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

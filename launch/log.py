@@ -1,7 +1,5 @@
 """The server's log: followed on the terminal, kept in a file."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

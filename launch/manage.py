@@ -1,7 +1,5 @@
 """What runs from a workspace: its status, its end, its log. Read from the records in logs/."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

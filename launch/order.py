@@ -3,8 +3,6 @@
 A node needs `python3` and nothing of ours. What it tells comes back as JSON lines.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

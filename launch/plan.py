@@ -1,7 +1,5 @@
 """What a launch is: every decision, taken before anything runs."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pwd

@@ -1,7 +1,5 @@
 """What every node has and lacks, asked of all of them at once, before anything heavy is started."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
 
-from __future__ import annotations
-
 import re
 import time
 

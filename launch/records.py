@@ -1,7 +1,5 @@
 """Records in logs/ of who serves what, for --status and --stop; none outlives its launch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

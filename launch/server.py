@@ -1,7 +1,5 @@
 """A server: its steps on the nodes, how they start, and how they are ended."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping, Sequence

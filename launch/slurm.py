@@ -1,7 +1,5 @@
 """What Slurm says of steps, of jobs and of nodes."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """How a world of ranks lies over the nodes of a job, and what wires it up."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The job's time limit: told before it is reached."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import threading

@@ -1,7 +1,5 @@
 """All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import NoReturn

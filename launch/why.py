@@ -1,7 +1,5 @@
 """--why: what the logs of a launch say of its end, afterwards."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Callable, Iterable

@@ -5,8 +5,6 @@ that the ranks of a node share a process table (Open MPI's shared memory needs t
 one thing to name and to remove. Rank 0, on the first node, serves HTTP.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import signal

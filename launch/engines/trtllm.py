@@ -1,7 +1,5 @@
 """TensorRT-LLM's trtllm-serve: its command, its options, its words, and what its exits mean."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence

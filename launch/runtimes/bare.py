@@ -1,7 +1,5 @@
 """No container: the engine from the node's PATH, within one node."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

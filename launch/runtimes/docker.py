@@ -1,7 +1,5 @@
 """Docker: a container for each server on a node, or one a node for all the ranks of a server."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence
