@@ -13,7 +13,8 @@ from launch.preflight import survey_command
 from launch.runtimes import runtime
 from launch.world import pattern_of_logs
 
-HELD = "sleep infinity; "  # keeps an order's input open
+HELD = "cat; "  # an order's input is the shell's, until it ends
+ALONE = "sleep infinity; "  # in the background there is none
 
 
 def dry_run(
@@ -50,7 +51,7 @@ def server_commands(plan: Plan, log: Path) -> Iterator[tuple[str, str]]:
     for replica in plan.replicas:
         if replica.spread:
             yield "a place for the logs", shlex.join(["mkdir", "--parents", str(log.parent)])
-            holder = kind.hold(plan, replica, os.environ).shown(HELD)
+            holder = kind.hold(plan, replica, os.environ).shown(ALONE)
             yield "a container on every node, until its `sleep` is killed", f"({holder}\n) &"
             ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)
             yield "when every node has said `Up`: the ranks; rank 0 serves", ranks

@@ -154,7 +154,7 @@ class Step:
         self, command: Command, output: int | IO[Any] = subprocess.PIPE, secret: str = ""
     ) -> None:
         """Start it, and give it its order; `secret` is a line that follows."""
-        note(command.shown(more="sleep infinity; "))
+        note(command.shown(more="cat; "))
         argv = command.argv
         try:
             self.process: subprocess.Popen[str] = subprocess.Popen(

@@ -58,7 +58,7 @@ class Command:
         """As a shell takes it, on lines that can be read; `more` commands feed what follows."""
         files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
         order = json.dumps(self.fields, indent=1, ensure_ascii=False)
-        feed = f"{{ {files}; cat; {more}}} <<'ORDER' | \\\n"
+        feed = f"{{ {files}; cat <<'ORDER'; {more}}} | \\\n"
         return f"{feed}{folded(self.argv)}\n{order}\n\nORDER"
 
 

@@ -837,7 +837,7 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
 
 def shown_orders(output: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """What --dry-run shows of orders: what each is for, its command line and the order itself."""
-    head = r"^# (.*)\n\(?\{ cat (?:.|\n)*?<<'ORDER' \| \\\n"
+    head = r"^# (.*)\n\(?\{ cat (?:.|\n)*?<<'ORDER'; .*\} \| \\\n"
     block = head + r"((?:.*\\\n)*.*\n)((?:.|\n)*?)\n\nORDER$"
     found = re.findall(block, output, re.M)
     return {why: (shlex.split(command), json.loads(order)) for why, command, order in found}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -34,6 +36,7 @@ from load.loadgen import Load, Result, Target, measure
 from load.matrix import Case
 from load.metrics import Distribution, Wanted, goodput_of, summarise
 from load.payload import RandomPrompts, Requests
+from tests.conftest import PATIENCE
 from tests.loopback import (
     MODEL,
     Answer,
@@ -61,13 +64,27 @@ def own_folder(clean_environment: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
 
 
+@pytest.fixture(autouse=True)
+def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes no run invalid here, but where a test is about just that."""
+    if "quiet_machine" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
+        monkeypatch.setattr(metrics, "BLURRED", 1.0)
+
+
+@pytest.fixture
+def quiet_machine() -> None:
+    """Here the limits are the real ones."""
+
+
 class Run:
     """What bench.py made of a server that answers like this."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], answer: Answer, *args: str) -> None:
+        began = time.monotonic()
         with serving(model_server(answer)) as server:
             self.code = bench.main(["-p", str(server.port), "-o", "out", *args])
-        self.server = server
+        self.server, self.seconds = server, time.monotonic() - began
         captured = capsys.readouterr()
         self.stdout, self.stderr = captured.out, captured.err
         lines = self.stdout.splitlines()
@@ -89,7 +106,7 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["valid"]
     assert record["completed"] == record["num_prompts"] == 4
     assert (record["total_input_tokens"], record["total_output_tokens"]) == (4 * 512, 4 * 4)
-    assert 30 <= record["mean_ttft_ms"] < 60
+    assert 30 <= record["mean_ttft_ms"] <= record["mean_e2el_ms"] <= run.seconds * 1000
     assert record["metadata"]["server_version"] == "1.1.0"
     assert (run.last["valid"], run.last["model"]) == (True, MODEL)
     assert run.last["runs"][0]["name"] == name
@@ -232,7 +249,7 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     record = run.record("throughput-in512-out4-c2")
     assert record["output_lens"] == [4] * 4
     assert [len(gaps) for gaps in record["itls"]] == [3] * 4
-    assert all(0.03 <= ttft < 0.1 for ttft in record["ttfts"])
+    assert all(0.03 <= ttft < run.seconds for ttft in record["ttfts"])
 
 
 # --- what makes a run invalid ---------------------------------------------------------------------
@@ -353,9 +370,7 @@ def test_an_idle_connection_that_the_server_closes_is_noted(
 def test_a_server_that_only_lists_its_models_ends_the_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    began = time.monotonic()
-    run = Run(capsys, lambda _: time.sleep(2), "--timeout", "0.3", "--num-prompts", "2")
-    assert time.monotonic() - began < 10
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "--timeout", "0.3", "--num-prompts", "2")
     assert run.code == 1
     assert [r["name"] for r in run.last["runs"]] == ["throughput-in512-out256-unlimited"]
     assert (run.last["stopped"], run.last["valid"]) == (True, False)
@@ -366,7 +381,7 @@ def test_a_server_that_only_lists_its_models_ends_the_matrix(
 def test_one_stream_after_the_other_does_not_wait_for_each(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "-t", "latency", *QUICK, "--timeout", "0.3")
     assert run.last["runs"][0]["problems"] == ["no warm-up request had its answer within 0.3 s"]
     assert len([r for r in run.server.requests if r.body]) == 1 + 1  # the warm-up, the short one
 
@@ -376,10 +391,12 @@ def test_a_server_that_answers_the_short_request_is_measured_on(
 ) -> None:
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 128:
-            time.sleep(2)
+            over.wait(PATIENCE)
         obedient(request)
 
-    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "0.5")
+    over = threading.Event()
+    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "2")
+    over.set()
     assert [r["valid"] for r in run.last["runs"]] == [False, True]
     assert not run.last["stopped"]
 
@@ -410,10 +427,12 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(streamed=False)]), "not streamed"),
     ],
 )
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_client_that_distorts_is_seen(result: Result, words: str) -> None:
     assert words in "\n".join(problems(LOAD, result))
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_good_run_has_no_problems() -> None:
     assert problems(LOAD, Result([outcome()])) == []
 
@@ -440,11 +459,13 @@ def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture
     assert len([r for r in run.server.requests if r.body]) == 1 + 4
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}), waited=50.0)
     assert problems(LOAD, result) == []
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_server_that_stalls_is_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[90.0, 0.0], merged=1, blurred=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []
@@ -548,7 +569,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 512:
             process.send_signal(number)
-            time.sleep(5)
+            time.sleep(PATIENCE)
         else:
             obedient(request)
 
@@ -560,7 +581,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
             stderr=subprocess.PIPE,
             text=True,
         )
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     last = json.loads(stdout.splitlines()[-1])
@@ -1063,18 +1084,16 @@ def test_where_no_report_can_be_written_it_is_shown(
 def test_benchmark_serving_on_a_server_that_hangs_is_ended(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STAND_IN", "slow=10")
-    began = time.monotonic()
-    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "0.2")
-    assert time.monotonic() - began < 5
-    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+    monkeypatch.setenv("STAND_IN", "slow=1000")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "1")
+    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 4 s"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    run = Run(capfd, lambda _: time.sleep(PATIENCE), "-t", "latency", *SHORT, "--timeout", "0.3")
     assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
     assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
     assert "benchmark_serving" not in run.stderr

@@ -183,7 +183,7 @@ def test_what_the_maintainers_page_names_is_there(name: str, file: str) -> None:
 def test_the_demo_serves_checks_measures_and_ends_by_itself(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     done = subprocess.run([sys.executable, str(ROOT / "simulator/demo.py")], cwd=tmp_path, env=env,
-                          capture_output=True, text=True, timeout=150)  # fmt: skip
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8/8 passed" in done.stdout and "READY" in done.stderr
     assert len(done.stdout.splitlines()) + len(done.stderr.splitlines()) < 50  # one screen

@@ -107,20 +107,6 @@ def test_misses_count_in_a_row(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
 # Is it ours
 
 
-@pytest.mark.parametrize(
-    ("engine", "names"),
-    [
-        (["trtllm-serve", "org/m"], {"org/m", "m"}),
-        (["trtllm-serve", "/fsx/a b/m/"], {"/fsx/a b/m/", "m"}),
-        (["trtllm-serve", "./m", "--port", "1"], {"./m", "m"}),
-        (["trtllm-serve", "."], {"."}),
-        (["trtllm-serve", "org/m", "--served_model_name=x"], {"org/m", "m", "x"}),
-    ],
-)
-def test_a_server_of_ours_goes_by_these_names(engine: list[str], names: set[str]) -> None:
-    assert set(health.names_of(engine)) == names
-
-
 @pytest.fixture
 def healthy(url: str) -> Iterator[health.Health]:
     Engine.replies = {"/health": (200, b""), "/v1/models": (200, GOOD_MODELS)}

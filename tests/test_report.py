@@ -19,6 +19,7 @@ from load.matrix import Case
 from report import __main__ as command
 from report import charts, compare, results
 from report import render as report
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("same_signals")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -209,7 +210,7 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None
         f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
         "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     match = re.search(r'data-facts="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]
     facts = json.loads(match[1].replace("&quot;", '"'))

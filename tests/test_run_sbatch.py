@@ -478,9 +478,10 @@ def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
         script = fakes.home / "impatient.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-            "from launch import health, main, supervise\n"
+            "from launch import health, main, supervise, timelimit\n"
             f"health.PROBE_PATIENCE, supervise.LONGEST_PAUSE = {patience}, {pause}\n"
             "supervise.min = lambda shorter, longest: longest\n"  # from the first one on
+            "timelimit.COMPLETES_WITHIN = 0.5\n"
             "raise SystemExit(main.main())\n"
         )
         return launch(*args, script=script, **{"PROBE_SECONDS": "0.1", **options})
@@ -635,10 +636,10 @@ def hold_on_both(fakes: Fakes) -> None:
 
 @pytest.mark.parametrize("restart", ["0", "3"])
 def test_the_end_of_the_job_is_no_fault_of_the_server(
-    fakes: Fakes, launch: Launcher, restart: str
+    fakes: Fakes, impatient: Launcher, restart: str
 ) -> None:
     hold_on_both(fakes)
-    started = launch("m", "--restart", restart, slurm=True)
+    started = impatient("m", "--restart", restart, slurm=True)
     started.until("stop it with")
     fakes.set(state="COMPLETING")
     os.kill(fakes.container()["pid"], signal.SIGTERM)
@@ -701,7 +702,7 @@ def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
 ) -> None:
     done = launch("m", "--image", f"{ECR}/x:1", "--dry-run", slurm=True)
     assert done.code() == 0
-    login = "cat; aws ecr get-login-password --region us-west-2; sleep infinity; } <<'ORDER'"
+    login = "cat <<'ORDER'; aws ecr get-login-password --region us-west-2; cat; } | "
     assert login in done.output
     assert fakes.calls() == []
 
@@ -984,7 +985,7 @@ def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     try:
         wait_until(Path("logs/endpoint.json").exists)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
+        assert process.wait(PATIENCE) == 143
     finally:
         process.kill()
         process.wait()

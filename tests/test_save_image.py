@@ -53,7 +53,9 @@ match sys.argv[1:]:
         for at in range(0, state.get("cut", len(data)), 1 << 16):
             sys.stdout.buffer.write(data[at : at + (1 << 16)])
             time.sleep(state.get("delay", 0))
-            while state.get("held") and not (home / "go on").exists():
+            for _ in range(10_000 * state.get("held", 0)):
+                if (home / "go on").exists():
+                    break
                 time.sleep(0.01)
         sys.stdout.flush()
         if state.get("rebuilt"):

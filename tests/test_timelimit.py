@@ -130,8 +130,13 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
     ],
 )
 def test_slurm_says_whether_the_job_has_ended(
-    fakes: Fakes, limit: timelimit.TimeLimit, state: str, words: str
+    fakes: Fakes,
+    limit: timelimit.TimeLimit,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    words: str,
 ) -> None:
+    monkeypatch.setattr(timelimit, "COMPLETES_WITHIN", 0.5)
     if state == "GONE":  # of a job that Slurm never knew, it says nothing of ours
         fakes.set(state=state)
         assert limit.how_it_ended() == ""

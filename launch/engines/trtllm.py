@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
-MEANINGS = {
+MEANINGS: Mapping[int, str] = {
     0: "though nobody stopped it",
     1: "it failed",
     2: "it refused its arguments",
@@ -28,7 +28,7 @@ MEANINGS = {
     139: "segmentation fault",
     143: "terminated",
 }
-FINAL = {2, 126, 127}  # would be so again
+FINAL: Collection[int] = {2, 126, 127}  # would be so again
 
 # Options are checked for this version; TRTLLM_VERSION says that the image holds another one. YAML
 # keys: those that the documentation uses. There are more, so one that is not here is an error only

@@ -148,8 +148,12 @@ def take_parts(sizes: list[str]) -> None:
 
 def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
     """The order that follows the parts, up to an empty line: `{"Name": {its fields}}`."""
-    lines = b"".join(iter(sys.stdin.buffer.readline, b"\n"))
-    [(name, fields)] = json.loads(lines.decode(errors="surrogateescape")).items()
+    lines: list[bytes] = []
+    while (line := sys.stdin.buffer.readline()) != b"\n":
+        if not line:
+            os._exit(STOPPED)  # whoever sent it was killed in the middle
+        lines.append(line)
+    [(name, fields)] = json.loads(b"".join(lines).decode(errors="surrogateescape")).items()
     return globals()[name](**fields)
 
 

@@ -72,6 +72,8 @@ def ask_docker(facts: Facts, tag: str) -> None:
     version, *rest = [line.strip() for line in (answer(info) or "").splitlines()] or [""]
     if info.returncode or len(rest) < 2:
         facts.no_docker = why_silent(info.returncode)
+        end(image)
+        end(ours)
         return
     facts.docker, facts.store, root = version, rest[0], rest[-1]
     facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
@@ -90,10 +92,14 @@ def answer(process: subprocess.Popen[str]) -> str | None:
     try:
         said = process.communicate(timeout=10)[0]
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        end(process)
         return None
     return said if process.returncode == 0 else None
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def why_silent(code: int) -> str:
