@@ -295,10 +295,8 @@ def inspect(image: str) -> dict[str, Any]:
     with running("docker", "image", "inspect", "--", image, stdout=subprocess.PIPE) as docker:
         answer = docker.stdout.read()
         if docker.process.wait() and "no such image" in docker.words().lower():
-            die(
-                f"image {image} is not in the local Docker",
-                hint="build it with `make docker`, or `docker pull` it",
-            )
+            hint = "build it with `make docker`, or `docker pull` it"
+            die(f"image {image} is not in the local Docker", hint=hint)
         docker.finish()
     try:
         (found,) = json.loads(answer)

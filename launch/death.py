@@ -53,11 +53,8 @@ def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> 
             hint=f"its log: {server.log.path}",
         )
     if lost := slurm.lost_nodes(said):
-        die(
-            f"{lost}, {server.when}",
-            hint=f"{slurm.SEE_NODES}; its log: {server.log.path}",
-            passing=True,
-        )
+        hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
+        die(f"{lost}, {server.when}", hint=hint, passing=True)
 
 
 def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:

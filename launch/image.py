@@ -159,10 +159,8 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
-            die(
-                f"the image tarball {tarball} is truncated or corrupt: {words}",
-                hint="copy it again or make it anew with `make save`",
-            )
+            hint = "copy it again or make it anew with `make save`"
+            die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
         finally:
             proc.kill()
     try:

@@ -160,10 +160,8 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
         jobs = None  # an answer without our own job is of another cluster, or not whole
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
-        die(
-            f"this job already runs the container {name}",
-            hint="stop that launch first (make stop), or use another allocation",
-        )
+        hint = "stop that launch first (make stop), or use another allocation"
+        die(f"this job already runs the container {name}", hint=hint)
     if gone:
         say(f"removing {len(gone)} container(s) that an earlier launch left behind")
         ask(Command(place.every, Reap(list(gone))), "removing them")

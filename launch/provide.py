@@ -64,10 +64,8 @@ def verify(image: Image) -> None:
     # A name with a newline or backslash in it is marked by a backslash before the sum.
     found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
     if found != image.sha256:
-        die(
-            f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}",
-            hint="it is damaged or not the one that was saved: copy both again, or `make save`",
-        )
+        hint = "it is damaged or not the one that was saved: copy both again, or `make save`"
+        die(f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}", hint=hint)
     say(f"image: sha256 {found[:12]}... is the sidecar's")
 
 

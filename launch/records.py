@@ -34,10 +34,8 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
     try:
         write_json(mine, record)
     except OSError as error:
-        die(
-            f"{path.parent} cannot be written to: {error.strerror}",
-            hint="--workspace with a directory for logs/ that has room",
-        )
+        hint = "--workspace with a directory for logs/ that has room"
+        die(f"{path.parent} cannot be written to: {error.strerror}", hint=hint)
     try:
         os.link(mine, path)  # unlike a rename it replaces nothing
     except FileExistsError:

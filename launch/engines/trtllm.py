@@ -172,10 +172,8 @@ def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
     for key in config:
         if key not in known:
             if near := nearest(str(key), known):
-                die(
-                    f"the config file {path} has the unknown key {key}; {near}?",
-                    hint="the engine refuses unknown keys",
-                )
+                hint = "the engine refuses unknown keys"
+                die(f"the config file {path} has the unknown key {key}; {near}?", hint=hint)
             say(f"the key {key} of {path} is not one that is known here: passed on")
 
 
