@@ -1,5 +1,7 @@
 """What the nodes have to offer, what each told, and what is found wrong or right with it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 from launch.image import Image
@@ -22,6 +24,12 @@ class Node:
 
     def holds(self, image: Image) -> bool:
         return image.is_held(self.facts.image, self.facts.layers, self.facts.store)
+
+    def ok(self, check: str, text: str) -> Finding:
+        return Finding(self.name, check, "ok", text)
+
+    def bad(self, check: str, text: str, hint: str) -> Finding:
+        return Finding(self.name, check, "bad", text, hint)
 
 
 @dataclass(frozen=True)

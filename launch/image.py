@@ -36,9 +36,7 @@ class Image:
     tarball: Path | None = None
     codec: str = "none"
     ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
-    layers: str = (
-        ""  # diff ids as JSON, where the id that a containerd store would show is not known
-    )
+    layers: str = ""  # diff ids as JSON, where a containerd store's id for it is not known
     packed: int = 0  # bytes of the tarball
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
@@ -131,27 +129,18 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
         raise ValueError("a tag or an image id that is none")
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
-    return Image(
-        tag,
-        tarball,
-        codec,
-        ids,
-        "" if manifest else layers,
-        int(data["packed_bytes"]),
-        int(data["unpacked_bytes"]),
-        sha256=str(data.get("sha256", "")),
-    )
+    packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
+    sha256, layers = str(data.get("sha256", "")), "" if manifest else layers
+    return Image(tag, tarball, codec, ids, layers, packed, unpacked, sha256=sha256)
 
 
 def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     """Read the tarball until its manifest, which Docker puts near the end: one pass."""
     say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
-    unpack = unpacker(codec)
+    pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
-        subprocess.Popen(
-            unpack, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as proc,
+        subprocess.Popen(unpacker(codec), stdin=file, stdout=pipe, stderr=pipe) as proc,
     ):
         assert proc.stdout and proc.stderr
         try:

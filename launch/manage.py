@@ -12,7 +12,7 @@ from common.response import Malformed
 from common.talk import Failure, die, say
 from launch.nodes import run
 from launch.records import living, records
-from launch.why import why
+from launch.why import newest, why
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
@@ -90,7 +90,4 @@ def tell(record: dict[str, Any]) -> None:
 
 def follow_log(logs: Path) -> int:
     """Become `tail -F` of the newest log."""
-    newest = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        die(f"there is no log in {logs}")
-    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest)])
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs))])

@@ -23,7 +23,6 @@ def provide_command(image: Image, place: Place) -> Command:
 
 
 def forget_command(image: Image, place: Place) -> Command:
-    """The command that takes the tag off every node, so that it is loaded afresh."""
     return Command(place.every, Forget(image.tag))
 
 
@@ -51,11 +50,10 @@ def sum_command(image: Image) -> list[str]:
 
 def check_verifiable(image: Image) -> None:
     if not re.fullmatch("[0-9a-f]{64}", image.sha256):
-        die(
-            f"--verify: there is no sha256 to compare {image.tarball or 'a tarball'} with",
-            hint="the sidecar of a tarball that `make save` made has one; a registry's image is "
-            "verified by its name: --image name@sha256:...",
-        )
+        named = "a registry's image is verified by its name: --image name@sha256:..."
+        hint = f"the sidecar of a tarball that `make save` made has one; {named}"
+        tarball = image.tarball or "a tarball"
+        die(f"--verify: there is no sha256 to compare {tarball} with", hint=hint)
 
 
 def verify(image: Image) -> None:
@@ -86,16 +84,15 @@ def provide(image: Image, place: Place) -> None:
                 progress.show(told.node, message)
             else:
                 words.append(told.line)
-    if len(have) < place.size and (word := slurm.slurms_word("\n".join(words))):
+    talk = "\n".join(words)
+    if len(have) < place.size and (word := slurm.slurms_word(talk)):
         # It kills what is unpacking, too, and that looks like a broken tarball.
         die(f"{word}; the image was being loaded", hint=slurm.SEE_NODES)
     if errors:
         die(slurm.by_node(sorted(errors.items())), hint=advice(image))
     if len(have) < place.size:
-        die(
-            f"the image reached {len(have)} of {place.size} nodes: "
-            f"{slurm.last_words(chr(10).join(words), 3)}"
-        )
+        reached = f"the image reached {len(have)} of {place.size} nodes"
+        die(f"{reached}: {slurm.last_words(talk, 3)}")
     # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
     if image.registry and len(set(have.values())) > 1:
         die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")

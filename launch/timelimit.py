@@ -7,7 +7,7 @@ import time
 
 from common.talk import say
 from launch.nodes import Place
-from launch.slurm import unfiltered
+from launch.slurm import squeue, unfiltered
 
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
@@ -45,7 +45,7 @@ class TimeLimit(threading.Thread):
         """Seconds left; None without a limit, or where Slurm does not say."""
         try:
             self.asking = subprocess.Popen(
-                squeue(self.job, "%A %L"),
+                ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")],
                 env=unfiltered(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -63,9 +63,8 @@ class TimeLimit(threading.Thread):
             return
         self.told = end
         when = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + left))
-        say(
-            f"the job's time limit is reached in {words(left)} ({when}); then Slurm ends the server"
-        )
+        limit = f"the job's time limit is reached in {words(left)} ({when})"
+        say(f"{limit}; then Slurm ends the server")
 
     def is_reached(self) -> bool:
         """Whether the end that Slurm last named has come."""
@@ -89,10 +88,7 @@ class TimeLimit(threading.Thread):
 
     def _state(self) -> tuple[str, str]:
         """What squeue says now: the job's state and the time left; '' where it does not say."""
-        try:
-            ask = squeue(self.job, "%A %T %L")
-            done = subprocess.run(ask, env=unfiltered(), capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
+        if not (done := squeue(*of_job(self.job, "%A %T %L"))):
             return "", ""
         if "Invalid job id" in done.stderr:  # of a job that it never knew, it says nothing of ours
             return ("GONE" if self.known else ""), ""
@@ -111,9 +107,9 @@ class TimeLimit(threading.Thread):
             self.asking.kill()
 
 
-def squeue(job: str, what: str) -> list[str]:
+def of_job(job: str, what: str) -> list[str]:
     every = "--states=all"  # one that has ended is not listed otherwise
-    return ["squeue", "--all", "--noheader", every, f"--jobs={job}", f"--format={what}"]
+    return [every, f"--jobs={job}", f"--format={what}"]
 
 
 def answer(job: str, text: str) -> str:

@@ -15,7 +15,8 @@ LEAST = 1 << 15
 
 def why(logs: Path, name: str) -> int:
     """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
-    log = Path(name) if name else newest(logs)
+    # Of a launch's own log and its ranks', the launch's.
+    log = Path(name or re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs))))
     if not log.is_file():
         die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
     found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
@@ -24,11 +25,9 @@ def why(logs: Path, name: str) -> int:
 
 
 def newest(logs: Path) -> Path:
-    """The newest launch's own log, of those in a workspace."""
+    """The log written last, of those in a workspace."""
     log = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
-    if log is None:
-        die(f"there is no log in {logs}")
-    return log.with_name(re.sub(r"_rank\d+(?=\.log$)", "", log.name))
+    return log or die(f"there is no log in {logs}")
 
 
 def ranks_of(log: Path) -> list[Path]:
