@@ -53,9 +53,8 @@ def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
         findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
         unseen = (f"{path} is not there, or not readable" for path in node.facts.unseen)
         findings += [node.bad("paths", text, hint) for text in unseen]
-        findings.append(
-            node.ok("devices", f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv)
-        )
+        devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
+        findings.append(node.ok("devices", devices))
     return findings
 
 

@@ -63,11 +63,9 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
         found = f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))})"
         why = "and the engine maps ranks to GPUs by one number"
         die(f"{found}, {why}", hint="allocate nodes of one kind")
-    each, hint = gpus[0], f"choose a multiple of {gpus[0]}"
+    each, why = gpus[0], f"which does not fill nodes of {gpus[0]} GPUs evenly"
     if world.size % each:
-        die(
-            f"the world size is {world}, which does not fill nodes of {each} GPUs evenly", hint=hint
-        )
+        die(f"the world size is {world}, {why}", hint=f"choose a multiple of {each}")
     return Spread(world.size // each, each, mpi)
 
 

@@ -105,11 +105,8 @@ class Holders(threading.Thread):
             missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
-                die(
-                    f"{', '.join(missing)}: no container{late}: "
-                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}",
-                    passing=True,
-                )
+                words = last_words("\n".join(self.talk)) or "no word from there"
+                die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)
             time.sleep(0.02)
 
     def await_farewell(self) -> dict[str, str]:

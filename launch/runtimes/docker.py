@@ -24,8 +24,6 @@ def container(plan: Plan, node: str) -> str | None:
 
 
 # --- its orders -----------------------------------------------------------------------------------
-
-
 def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     """The one order that is the server, for as long as its input is open."""
     prefix = plan.place.on(1, first=replica.first)
@@ -116,8 +114,6 @@ def passed_on(environ: Mapping[str, str]) -> list[str]:
 
 
 # --- its part of the preflight --------------------------------------------------------------------
-
-
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
     if why := node.facts.no_docker:
         start = "start it there (systemctl start docker), or leave the node out (salloc --exclude)"
