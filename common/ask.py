@@ -48,16 +48,12 @@ def ask(
     deadline, parts = time.monotonic() + seconds, urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     with socket.create_connection((parts.hostname, port), min(seconds, CONNECT_TIMEOUT)) as plain:
-        sock = secured(plain, parts.hostname or "", verify) if parts.scheme == "https" else plain
-        with sock:
+        tls = tls_context(verify) if parts.scheme == "https" else None
+        with tls.wrap_socket(plain, server_hostname=parts.hostname) if tls else plain as sock:
             sock.sendall(request(parts.netloc, parts.path or "/", key, body))
             reply = receive(sock, deadline, whole)
     assert reply.head
     return Answer(reply.head.status, read_body(reply.raw, reply.head).data if whole else b"")
-
-
-def secured(sock: socket.socket, host: str, verify: bool) -> ssl.SSLSocket:
-    return tls_context(verify).wrap_socket(sock, server_hostname=host)
 
 
 def tls_context(verify: bool) -> ssl.SSLContext:

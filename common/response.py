@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-STREAM_END = (
-    b"data: [DONE]\n\n\r\n0\r\n\r\n"  # no JSON text holds a raw line end: this is never content
-)
+# No JSON text holds a raw line end: this is never content.
+STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # likewise: inside a string quotes are escaped
 TEXT_KEYS = ("text", "content", "reasoning_content", "reasoning", "tool_calls", "token_ids")
 NO_ANSWER = "the connection closed before the answer began"

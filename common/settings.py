@@ -53,7 +53,6 @@ SETTINGS = (
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
 PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
 
-
 # What the kernel takes for one variable or argument; .env is the one way around it.
 LONGEST = 128 * 1024 - 1
 SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")

@@ -45,8 +45,6 @@ class Finding:
 
 
 # What is looked for
-
-
 def any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
@@ -107,8 +105,6 @@ FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python er
 
 
 # Reading
-
-
 def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight.CRASH) -> Finding:
     """What it weighs, by the table; `rest` is what its message goes on with."""
     first = known(text)
@@ -263,8 +259,6 @@ class Reader:
 
 
 # Choosing
-
-
 def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
     """A log's first finding among those that prove the most, with its time.
 

@@ -22,6 +22,7 @@ from launch.nodes import find_place
 from launch.plan import Plan, Replica, find_model, make_plan, wanted_of
 from launch.runtimes import runtime
 from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
+from launch.timelimit import TimeLimit
 
 ENGINE = "trtllm"  # the one there is
 
@@ -74,7 +75,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     Record.open(log.with_name(f"launch_{place.job}.log"))
     put = partial(put_image, plan, found, nodes, args.force, args.verify)
-    supervise.serve(plan, nodes, url, args, put)
+    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put)
     return 0
 
 

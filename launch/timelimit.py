@@ -43,13 +43,15 @@ class TimeLimit(threading.Thread):
 
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""
+        ask = ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")]
+        env, pipe, null = unfiltered(), subprocess.PIPE, subprocess.DEVNULL
         try:
             self.asking = subprocess.Popen(
-                ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")],
-                env=unfiltered(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                ask,
+                env=env,
+                stdin=null,
+                stdout=pipe,
+                stderr=null,
                 text=True,
                 start_new_session=True,
             )
@@ -74,12 +76,11 @@ class TimeLimit(threading.Thread):
         """What has become of the job, in words; '' while it runs, or where nobody says."""
         if not self.job:
             return ""
-        state, left = self._state()
-        waited = 0.0
-        while state == "COMPLETING" and waited < COMPLETES_WITHIN:  # which comes before the reason
+        deadline = time.monotonic() + COMPLETES_WITHIN
+        # What comes before the reason is COMPLETING.
+        while (now := self._state())[0] == "COMPLETING" and time.monotonic() < deadline:
             time.sleep(0.2)
-            waited += 0.2
-            state, left = self._state()
+        state, left = now
         # What was last asked may be minutes old, and the limit have been raised since.
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
         if state == "TIMEOUT" or (self.is_reached() and not goes_on):
