@@ -66,9 +66,8 @@ def parse_head(raw: bytes | bytearray) -> Head | None:
 def read_head(text: str, end: int) -> Head:
     if not (line := re.match(r"HTTP/1\.(\d) (\d{3})(?!\d)", text, re.ASCII)):
         raise Malformed(f"not an HTTP response: {text[:60]!r}")
-    fields = {
-        k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\r\n")[1:])
-    }
+    headers = (header.partition(":") for header in text.split("\r\n")[1:])
+    fields = {name.lower(): value.strip() for name, _, value in headers}
     length = fields.get("content-length")
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")

@@ -46,7 +46,6 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The steps."""
     Record.verbose = args.verbose
     if args.status or args.stop or args.logs or args.why is not None:
         return manage.act(args)

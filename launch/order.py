@@ -104,7 +104,6 @@ class Told:
 
 
 def parse(line: str) -> Told:
-    """A line of a step's output."""
     line = line.rstrip("\n")
     try:
         found = json.loads(line)

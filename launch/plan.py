@@ -131,7 +131,6 @@ def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
 def make_plan(
     args: argparse.Namespace, place: Place, found: Image, engine_name: str, replica: Replica
 ) -> Plan:
-    """All decisions of the launch, before anything runs."""
     user = user_name()
     none = Plan(place, args.runtime, engine_name, "", (), "", "", False, user, (replica,))
     if not found.tag:  # the runtime has no image

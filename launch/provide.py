@@ -14,7 +14,6 @@ from launch.order import Command
 
 
 def provide_command(image: Image, place: Place) -> Command:
-    """The one command that brings the image to every node."""
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
         return Command(place.every, Pull(image.tag, login))
@@ -101,9 +100,8 @@ def provide(image: Image, place: Place) -> None:
 def advice(image: Image) -> str:
     if image.registry:
         return "check the name, and `docker login` for a private registry; or use a tarball"
-    return (
-        "copy the tarball again or make it anew (`make save`); see the node's disk and Docker log"
-    )
+    again = "copy the tarball again or make it anew (`make save`)"
+    return f"{again}; see the node's disk and Docker log"
 
 
 class Progress:

@@ -48,11 +48,8 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
 @contextlib.contextmanager
 def guarded(*paths: Path) -> Iterator[None]:
     """While the block lasts, the death of this process removes its records, SIGKILL included."""
-    files, pipe, null = (
-        [str(path.absolute()) for path in paths],
-        subprocess.PIPE,
-        subprocess.DEVNULL,
-    )
+    files = [str(path.absolute()) for path in paths]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-IS", GUARD, launcher(), *files]
     guard = subprocess.Popen(
         command, stdin=pipe, stdout=null, stderr=null, start_new_session=True, cwd="/"

@@ -34,9 +34,8 @@ def lost_nodes(text: str) -> str:
     """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
     if failed := re.findall(r"Task launch for \S+ failed on node (\S+): (.+)", text):
         return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
-    return by_node(
-        (node, "Slurm has lost this node") for node in re.findall(r"Node failure on (\S+)", text)
-    )
+    lost = re.findall(r"Node failure on (\S+)", text)
+    return by_node((node, "Slurm has lost this node") for node in lost)
 
 
 def slurms_word(text: str) -> str:
@@ -49,7 +48,6 @@ def slurms_word(text: str) -> str:
 
 
 def how_cancelled(found: re.Match[str]) -> str:
-    """What became of the job, by a match of CANCELLED."""
     return CANCEL_WORDS.get(found[2], "was cancelled")
 
 

@@ -23,7 +23,6 @@ class Spread:
     mpi: str
 
     def ranks_of(self, index: int) -> str:
-        """The ranks of the node of that index, in words."""
         return f"ranks {index * self.ranks}-{(index + 1) * self.ranks - 1}"
 
 

@@ -44,16 +44,10 @@ class TimeLimit(threading.Thread):
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""
         ask = ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")]
-        env, pipe, null = unfiltered(), subprocess.PIPE, subprocess.DEVNULL
+        env, out, null = unfiltered(), subprocess.PIPE, subprocess.DEVNULL
         try:
             self.asking = subprocess.Popen(
-                ask,
-                env=env,
-                stdin=null,
-                stdout=pipe,
-                stderr=null,
-                text=True,
-                start_new_session=True,
+                ask, env=env, stdin=null, stdout=out, stderr=null, text=True, start_new_session=True
             )
         except OSError:
             return None

@@ -58,7 +58,6 @@ SWITCHES = (
 
 @cache
 def options() -> dict[str, list[str]]:
-    """The flags and YAML keys of the version that is known."""
     path = Path(__file__).with_name(f"trtllm-{KNOWN_VERSION}.json")
     return dict(json.loads(path.read_text()))
 
@@ -143,7 +142,6 @@ def size_of(settings: Mapping[str, Any], key: str) -> int:
 
 
 def find_world(settings: Mapping[str, Any]) -> World:
-    """The world size that the engine will want."""
     return World(*(size_of(settings, key) for key in SIZES))
 
 
