@@ -73,9 +73,8 @@ def codec_of_name(name: str) -> str | None:
 
 
 def codec_of_bytes(head: bytes) -> str | None:
-    marks = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
-    found = next((codec for mark, codec in marks.items() if head.startswith(mark)), None)
-    return found or ("none" if head[257:262] == b"ustar" else None)
+    marks = {"gz": (0, b"\x1f\x8b"), "zst": (0, b"\x28\xb5\x2f\xfd"), "none": (257, b"ustar")}
+    return next((codec for codec, (at, mark) in marks.items() if head.startswith(mark, at)), None)
 
 
 def parse_sidecar(text: bytes) -> dict[str, Any]:
@@ -434,8 +433,7 @@ def describe(archive: Archive, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(tarball: Path) -> str:
-    sidecar = read_sidecar(tarball)
-    if sidecar is None:
+    if (sidecar := read_sidecar(tarball)) is None:
         die(f"{tarball} has no sidecar {sidecar_path(tarball)} to be checked against")
     codec, program = unpacker(tarball)
     digest, archive = hashlib.sha256(), Archive()

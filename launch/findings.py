@@ -1,11 +1,20 @@
 """What the nodes have to offer, what each told, and what is found wrong or right with it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from launch.image import Image
 from launch.node.messages import Container, Facts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cell of the report. `state` is ok, note or bad; a bad one stops the launch."""
+
+    node: str
+    check: str
+    state: str
+    text: str
+    hint: str = ""
 
 
 @dataclass
@@ -42,14 +51,3 @@ class Wanted:
     gpus: str  # the GPUS setting: auto, none, or docker's own words
     program: str  # the engine's
     paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One cell of the report. `state` is ok, note or bad; a bad one stops the launch."""
-
-    node: str
-    check: str
-    state: str
-    text: str
-    hint: str = ""

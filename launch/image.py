@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.talk import die, say
+from launch.node import images
 from launch.slurm import last_words
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
@@ -173,11 +173,10 @@ def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
 
 def unpacker(codec: str) -> list[str]:
     """The command that unpacks a codec from stdin to stdout on this machine."""
-    choices = {"gz": ["pigz", "gzip"], "zst": ["zstd"], "none": ["cat"]}[codec]
-    found = next((name for name in choices if shutil.which(name)), None)
-    if not found:
-        die(f"{choices[-1]}: not found in PATH, and the image tarball needs it")
-    return [found] if found == "cat" else [found, "-dc"]
+    if not (found := images.unpacker(codec)):
+        program = images.UNPACKERS[codec][-1]
+        die(f"{program}: not found in PATH, and the image tarball needs it")
+    return found
 
 
 def is_pulled_anew(image: Image, identities: set[str]) -> bool:
