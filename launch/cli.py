@@ -1,7 +1,5 @@
 """The command line of run_sbatch.py, completed from the settings."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
