@@ -22,20 +22,21 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import bench_place
-import endpoint
-import report
-from clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
-from endpoint import Endpoint
-from matrix import MATRIX, SWEEP, TYPES, Case, Overrides, cases
-from nodes import Failure, say, write_json
-from results import load, without_details
-from settings import setting
-from sweep import conflicts, stop_reason, sweep
+from common.settings import setting
+from common.signals import Stopped
+from common.talk import Failure, clean, read_json, say, write_json
+from load import bench_place, check, endpoint, sharegpt
+from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
+from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
+from load.endpoint import Endpoint
+from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
+from load.nvidia import BenchmarkServing
+from load.sweep import conflicts, sweep, verdict
+from report import render as report
+from report.results import Found, load, without_details
 
-GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 RESULTS = "results"
-SAME = ("client", "backend", "url", "goodput", "burstiness")  # or --resume measures again
+SAME = ("client", "image_id", "backend", "url", "server_version", "goodput", "burstiness")
 
 
 class Bench:
@@ -58,27 +59,43 @@ class Bench:
             write_json(path, record)
         record = without_details(record)
         self.records.append(record)
-        say(report.one_line(record))
+        say(report.one_line(record), "" if record["valid"] else "31")
+        if record.get("stopped"):  # now that what it measured is safe
+            raise Stopped(record["stopped"])
         if not record.get("completed"):
             die_if_silent(self.server, self.client.options)
         return record
 
     def earlier(self, case: Case, path: Path) -> Record | None:
         """A valid result of the same thing; an invalid one is worth another try."""
-        try:
-            record: Record = json.loads(path.read_text())
-            same = (
-                record["model_id"] == self.server.asked
-                and record["case"] == case.facts()
-                and all(record["metadata"][key] == self.metadata[key] for key in SAME)
-            )
-            return record if record["valid"] and same else None
-        except (OSError, ValueError, KeyError, TypeError):
+        if not path.exists():
             return None
+        try:
+            record: Record = read_json(path)
+            why = self.unlike(record, case) or ("" if record["valid"] is True else "was invalid")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            why = "the file cannot be read"
+        if why:
+            say(f"{case.name}: measured again: {why}")
+        return None if why else record
 
-    def in_folder(self) -> list[Record]:
+    def unlike(self, record: Record, case: Case) -> str:
+        """In what an earlier result is of something else; empty where it is of the same."""
+        before = {"model": record["model_id"], "load": record["case"],
+                  "data set": record.get("data_set"),
+                  **{key: record["metadata"].get(key) for key in SAME}}  # fmt: skip
+        now = {"model": self.server.asked, "load": case.facts(), "data set": self.data_set(case),
+               **{key: self.metadata[key] for key in SAME}}  # fmt: skip
+        other = [key.replace("_", " ") for key in now if now[key] != before[key]]
+        return f"the result there is of another {', '.join(other)}" if other else ""
+
+    def data_set(self, case: Case) -> Record | None:
+        """Which file the prompts come from; None for random ones."""
+        return None if case.input_len else sharegpt.identity(self.client.options.sharegpt)
+
+    def in_folder(self) -> Found:
         """With --resume also what earlier calls measured."""
-        return load(self.folder) if self.resume and self.records else self.records
+        return load(self.folder) if self.resume and self.records else Found(self.records, [])
 
     def measure(self, case: Case) -> Record:
         try:
@@ -86,7 +103,7 @@ class Bench:
         except Failure as e:  # this run's own; the others are worth having
             found = nothing(case, e.message)
         rate = case.rate if math.isfinite(case.rate) else "inf"
-        return {
+        record: Record = clean({
             "date": time.strftime("%Y%m%d-%H%M%S"),
             "model_id": self.server.asked,
             "tokenizer_id": None,
@@ -97,8 +114,10 @@ class Bench:
             **found,
             "valid": not found["problems"],
             "case": case.facts(),
+            "data_set": self.data_set(case),
             "metadata": self.metadata,
-        }
+        })  # fmt: skip
+        return record
 
     def watched(self, case: Case) -> Record:
         """The client's record, with what became of the server meanwhile."""
@@ -107,10 +126,12 @@ class Bench:
             found = self.client(case, self.folder)
         finally:
             notes = witness.notes()
-        problems = [*found["problems"], *endpoint.changes(self.server, before)]
+        stopped = bool(found.get("stopped"))
+        changed, seen = ([], []) if stopped else endpoint.changes(self.server, before)
+        problems = [*found["problems"], *changed]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
-        return {**found, "problems": problems, "notes": [*found["notes"], *notes]}
+        return {**found, "problems": problems, "notes": [*found["notes"], *seen, *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
@@ -119,21 +140,23 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
     requests = sum(case.num_prompts for case in planned)
     ahead = [f"{len(planned)} runs of {requests:,} requests in all"] if planned else []
     say(", then ".join([*ahead, *(["a sweep"] if SWEEP.type in types else [])]))
+    for words in surprises(planned, change):
+        say(words)
     for case in planned:
         bench.run(case)
     if SWEEP.type not in types:
         return None
     found, knee = sweep(change, bench.run, by_rate)
-    say(f"sweep: {stop_reason(found, by_rate) or 'the end of the range'}; the knee: "
-        + (report.one_line(knee) if knee else "none, the first step was too much"))  # fmt: skip
+    say(verdict(found, knee, by_rate))
     return knee
 
 
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
     """Write what there is, show it, and say how it went."""
     try:
-        if found := bench.in_folder():
-            report.write(bench.folder, found)
+        found = bench.in_folder()
+        if found.records:
+            report.write(bench.folder, *found)
     finally:  # on a full disk, too
         invalid = show(bench, knee, stopped)
     return 1 if invalid or not bench.records else 0
@@ -158,66 +181,6 @@ def show(bench: Bench, knee: Record | None, stopped: bool) -> list[str]:
 
 
 # --- the command line -----------------------------------------------------------------------------
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(word) for word in text.split(","))
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: all have to be 1 or more")
-    return found
-
-
-def streams(text: str) -> tuple[int | None, ...]:
-    return tuple(None if w in ("unlimited", "inf") else numbers(w)[0] for w in text.split(","))
-
-
-def rates(text: str) -> tuple[float, ...]:
-    found = tuple(float(word) for word in text.split(","))
-    if not all(rate > 0 for rate in found):
-        raise argparse.ArgumentTypeError(
-            f"{text}: a rate is requests a second, more than 0, or inf"
-        )
-    return found
-
-
-def positive(text: str) -> float:
-    found = float(text)
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
-    return found
-
-
-def types(text: str) -> tuple[str, ...]:
-    found = tuple(text.split(","))
-    if wrong := [t for t in found if t not in (*TYPES, SWEEP.type, "all")]:
-        known = ", ".join((*TYPES, SWEEP.type))
-        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {known}")
-    return tuple(t for word in found for t in (TYPES if word == "all" else (word,)))
-
-
-def limit(text: str) -> tuple[str, float]:
-    name, _, ms = text.partition(":")
-    if name not in GOODPUT_NAMES:
-        raise argparse.ArgumentTypeError(
-            f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
-        )
-    return name, positive(ms)
-
-
-def count(text: str) -> int:
-    return numbers(text)[0]
-
-
-def whole(text: str) -> int:
-    if (found := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
-    return found
-
-
-def port(text: str) -> int:
-    if not (text.isdecimal() and 0 < int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text}: a port is 1 to 65535")
-    return int(text)
 
 
 def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
@@ -249,9 +212,11 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
     group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
     group("-m", "--model", default="", help="(what the server serves)")
+    group("--gpus", type=count, metavar="N", help="that it uses, for tokens/s per GPU")
     group("--insecure", action="store_true", help="take any https certificate")
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
+    group("--check", action="store_true", help="say what would be sent, and send no load")
     group("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
@@ -351,7 +316,8 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
         "backend": args.backend,
         "image": args.image or None,
         "image_id": bench_place.image_id(args.image, environ),
-        "gpus": gpus_of(server, environ),
+        "gpus": (gpus := gpus_of(server, environ)),
+        "world_size": args.gpus or world_size(server, gpus),
         "burstiness": args.burstiness,
         "seed": args.seed,
         "goodput": dict(args.goodput),
@@ -368,12 +334,22 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
     return bench_place.gpu_names({}) if endpoint.is_this_machine(server.target.host) else []
 
 
+def world_size(server: Endpoint, gpus: list[str]) -> int | None:
+    """GPUs that the server uses: by the launcher's record, or of a machine with one."""
+    said = endpoint.read_record(server.record).get("world_size")
+    return said if type(said) is int and said > 0 else 1 if len(gpus) == 1 else None
+
+
 def bench(argv: Sequence[str] | None = None) -> int:
     environ = bench_place.environment()
     args = parse(argv, environ)
     server = endpoint.find_endpoint(
         args.host, args.port, args.model, environ, verify=not args.insecure
     )
+    if args.check:
+        return check.check(server, args.client, options(args, environ), args.type, overrides(args))
+    if any(case.input_len is None for case in cases(args.type, overrides(args))):
+        sharegpt.provide(args.sharegpt)  # an hour later would be too late to miss it
     client = make_client(args, server, environ)
     folder = result_folder(args)
     metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)

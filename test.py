@@ -2,14 +2,13 @@
 """Smoke-test the OpenAI API of a running server: eight checks, a line each, exit
 0 if all pass.
 
-It asks for nothing that only one engine knows, so vLLM and SGLang servers can
-be tested too, and for nothing known to bring TensorRT-LLM down (max_tokens 0,
-top_k -1, logprobs, long prompts).
+It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1,
+logprobs, long prompts). Other servers can be tested, too: what one does not
+serve (completions) or refuses (top_k) is left out, and said.
 
-Without -H and -p the server is the one in logs/endpoint.json, where the
-launcher leaves that (here or in $WORKSPACE). Flags come before the
-environment's PORT, MODEL, OPENAI_API_KEY, and that before .env. HOST counts
-from .env only.
+Without -H and -p the server is the one in logs/endpoint.json (here or in
+$WORKSPACE). Flags come before the environment's PORT, MODEL, OPENAI_API_KEY,
+and that before .env. HOST counts from .env only.
 
 examples:
   test.py -H 10.0.128.193 -p 8000
@@ -19,10 +18,12 @@ examples:
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
 import shlex
+import ssl
 import stat
 import sys
 import threading
@@ -37,9 +38,11 @@ from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 MAX_BODY = 1 << 20  # no honest answer to these requests comes near
+READ = 1 << 16
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]+)")  # of an event
+DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
+BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 SHOWN = 500  # characters of a wrong answer that are worth reading
-
-ADVICE = "Is it up? `make status` shows what runs; -H and -p name another."
 
 Facts = dict[str, Any]
 
@@ -49,11 +52,7 @@ class Wrong(Exception):
 
 
 class Trouble(Exception):
-    """Nothing could be checked; the text says why in one sentence."""
-
-    def __init__(self, sentence: str, code: int = 2) -> None:
-        super().__init__(sentence)
-        self.code = code
+    """Nothing could be checked: why, in one sentence, and maybe another exit code than 2."""
 
 
 @dataclass
@@ -66,9 +65,12 @@ class Answer:
     ms: float = 0.0
 
 
-# ---- Predicates: they take an answer and its request, and return facts or raise Wrong.
+# Predicates take an answer and its request, and return facts or raise Wrong.
 
-HINTS = {401: ": set OPENAI_API_KEY", 404: ": no such path or model", 503: ": loading, or dead"}
+HINTS = {401: ": set OPENAI_API_KEY", 404: ": not there", 503: ": loading, or dead"}
+# Fields that a strict server may refuse by name, and what is sent instead.
+SPARE = {"top_k": "", "stream_options": "", "temperature": "",
+         "max_tokens": "max_completion_tokens"}  # fmt: skip
 
 
 def is_ok(answer: Answer, ask: Facts) -> Facts:
@@ -82,7 +84,10 @@ def is_ok(answer: Answer, ask: Facts) -> Facts:
 def lists_model(answer: Answer, ask: Facts) -> Facts:
     """An engine echoes whatever name a request carries: only this list tells what it serves."""
     is_ok(answer, ask)
-    ids = [model.get("id") for model in objects(parse(answer.body), "data")]
+    reply = parse(answer.body)  # some send the bare array, or call it `models`
+    key = "models" if isinstance(reply, dict) and "models" in reply else "data"
+    cards = objects({key: reply} if isinstance(reply, list) else reply, key)
+    ids = [card.get("id") or card.get("name") for card in cards]
     names = [name for name in ids if isinstance(name, str) and name]
     if not names or names != ids:
         raise Wrong("the list holds no model, or one without an id")
@@ -93,9 +98,10 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
 
 
 def served_as(model: str) -> list[str]:
-    """TensorRT-LLM serves a directory under its last part, vLLM and SGLang under its path."""
+    """TensorRT-LLM serves a directory under its last part, vLLM under its path, Ollama a tag."""
     is_path = model.startswith(("/", ".", "~")) or os.path.isdir(model)  # noqa: PTH112  never raises
-    return [model, PurePath(model).name] if is_path else [model]
+    others = [PurePath(model).name] if is_path else [f"{model}:latest", f"models/{model}"]
+    return [model, *others]
 
 
 def generates(answer: Answer, ask: Facts) -> Facts:
@@ -107,50 +113,59 @@ def streams(answer: Answer, ask: Facts) -> Facts:
     is_ok(answer, ask)
     if not answer.content_type.lower().startswith("text/event-stream"):
         raise Wrong(f"the content type is {answer.content_type!r} instead of text/event-stream")
-    events = list(re.finditer(rb"^data:(.*)$", answer.body, re.MULTILINE))
-    if not events or events.pop()[1].strip() != b"[DONE]":
-        raise Wrong("the stream does not end with [DONE]")
-    if len(events) < 2:
-        raise Wrong(f"{len(events)} event is not a stream")
-    chunks = [parse(event[1]) for event in events]
-    detail = judge(whole(chunks), ask)["detail"]
-    spoken = next(i for i, chunk in enumerate(chunks) if words(chunk))
-    ttft = next(ms for length, ms in answer.stamps if length > events[spoken].start())
-    return {"detail": f"TTFT {ttft:.1f} ms, {detail}", "ttft_ms": round(ttft, 1)}
+    done = DONE.search(answer.body)
+    said = list(DATA.finditer(answer.body, 0, done.start() if done else len(answer.body)))
+    chunks = [parse(event[1]) for event in said]
+    for chunk in chunks or ([parse(answer.body)] if answer.body.startswith(b"{") else []):
+        if isinstance(chunk, dict) and chunk.get("error"):
+            raise Wrong(f"there is an error in the stream: {json.dumps(chunk['error'])}")
+    if len(chunks) < 2:
+        raise Wrong(f"{len(chunks)} event is not a stream")
+    detail = judge(whole(chunks), ask)["detail"] + ("" if done else ", but no [DONE] at the end")
+    ends = [event.end() for event, chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
+    came = [next(ms for length, ms in answer.stamps if length >= end) for end in ends]
+    ttft = round(came[0], 1)
+    if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < ttft / 50:
+        return {"detail": f"{detail}, all at once after {ttft} ms: buffered on its way?"}
+    return {"detail": f"TTFT {ttft} ms, {detail}", "ttft_ms": ttft}
 
 
 def words(chunk: object) -> str:
-    return "".join(text_of(choice, "delta") for choice in objects(chunk, "choices"))
+    return "".join(text_of(choice, "delta") for choice in objects(chunk, "choices", []))
 
 
 def whole(chunks: list[Any]) -> Facts:
-    """The reply that the stream was cut from."""
-    text = "".join(map(words, chunks))
-    ends = [choice.get("finish_reason") for chunk in chunks for choice in chunk["choices"]]
-    end = next(filter(None, reversed(ends)), None)
-    usage = next(filter(None, (chunk.get("usage") for chunk in reversed(chunks))), None)
-    choice = {"index": 0, "message": {"content": text}, "finish_reason": end}
-    return {"choices": [choice], "usage": usage}
+    """The reply that the stream was cut from; some put a usage of zeros into each chunk."""
+    choices = [choice for chunk in chunks for choice in objects(chunk, "choices", [])]
+    end = next(filter(None, (choice.get("finish_reason") for choice in reversed(choices))), None)
+    counts = [u for chunk in reversed(chunks) if isinstance(u := chunk.get("usage"), dict)]
+    usage = next((u for u in counts if u.get("completion_tokens")), counts[0] if counts else None)
+    message = {"content": "".join(map(words, chunks))}
+    return {"choices": [{"message": message, "finish_reason": end}], "usage": usage}
 
 
 def judge(reply: object, ask: Facts) -> Facts:
     """A text for each prompt, an end for each text, and counts that add up."""
     count = len(ask["prompt"]) if isinstance(ask.get("prompt"), list) else 1
     choices = objects(reply, "choices")
-    indices = [choice.get("index") for choice in choices]
+    indices = [choice.get("index", 0 if count == 1 else None) for choice in choices]
     if len(choices) != count or any(i not in indices for i in range(count)):
         raise Wrong(f"the choices' indices are {indices} instead of {list(range(count))}")
+    silent = re.search('"reasoning_tokens": [1-9]', json.dumps(reply))  # on hidden thoughts
     for choice in choices:
-        judge_choice(choice, ask)
-    return {"detail": f"{completion_tokens(reply, count * ask['max_tokens'])} tokens"}
+        judge_choice(choice, ask, silent is not None)
+    if ask.get("stream") and "stream_options" not in ask:  # refused: nothing has to be counted
+        return {"detail": "uncounted tokens"}
+    limit = ask.get("max_tokens") or ask["max_completion_tokens"]
+    return {"detail": f"{completion_tokens(reply, count * limit)} tokens"}
 
 
-def judge_choice(choice: Facts, ask: Facts) -> None:
+def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:
     text = text_of(choice, "message" if "messages" in ask else "")
     end, stop = choice.get("finish_reason"), ask.get("stop")
     if end not in ("stop", "length"):
         raise Wrong(f"finish_reason is {end!r} instead of 'stop' or 'length'")
-    if not text.strip() and not (stop and end == "stop"):
+    if not text.strip() and not silent and not (stop and end == "stop"):
         raise Wrong("the text is empty")
     if stop and stop in text:
         raise Wrong(f"the text runs on past the stop sequence {stop!r}")
@@ -159,7 +174,8 @@ def judge_choice(choice: Facts, ask: Facts) -> None:
 def completion_tokens(reply: object, limit: int) -> int:
     match reply:
         case {"usage": {"prompt_tokens": int(p), "completion_tokens": int(c), "total_tokens": t}}:
-            if p > 0 and 0 < c <= limit and p + c == t:
+            # Google counts thoughts in the total alone.
+            if p > 0 and 0 < c <= limit and isinstance(t, int) and p + c <= t:
                 return c
             raise Wrong(f"usage: {p} prompt + {c} completion = {t} tokens, with {limit} allowed")
     raise Wrong("usage is missing, or not three numbers")
@@ -169,13 +185,13 @@ def text_of(choice: Facts, key: str) -> str:
     """Chat has it under `message`, or `delta` in a stream; a completion in the choice itself."""
     part = choice.get(key) if key else choice
     # A reasoning model may spend all its tokens before the first word of content.
-    keys = ("content", "reasoning_content", "reasoning") if key else ("text",)
+    keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
     found = [part.get(key) for key in keys] if isinstance(part, dict) else []
     return "".join(text for text in found if isinstance(text, str))
 
 
-def objects(reply: object, key: str) -> list[Facts]:
-    found = reply.get(key) if isinstance(reply, dict) else None
+def objects(reply: object, key: str, default: object = None) -> list[Facts]:
+    found = reply.get(key, default) if isinstance(reply, dict) else None
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise Wrong(f"the answer has no list of objects under {key!r}")
     return found
@@ -183,12 +199,9 @@ def objects(reply: object, key: str) -> list[Facts]:
 
 def parse(text: bytes | bytearray) -> object:
     try:
-        return json.loads(text.decode(), parse_constant=int)  # int("NaN") is an error
+        return json.loads(text.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is an error
     except (ValueError, RecursionError) as e:
         raise Wrong(f"this is not JSON: {e}") from e
-
-
-# ---- The checks.
 
 
 class Check(NamedTuple):
@@ -198,34 +211,27 @@ class Check(NamedTuple):
     predicate: Callable[[Answer, Facts], Facts]
 
 
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 COUNT = "Count on: 1, 2, 3, 4, 5,"  # any model goes on with a number and a comma
-CHAT = [{"role": "user", "content": "Count from one to twenty in words."}]
+ASK = [{"role": "user", "content": "Count from one to twenty in words."}]
 
 # fmt: off
 CHECKS = (
     Check("health", "/health", {}, is_ok),
     Check("list models", "/v1/models", {}, lists_model),
-    Check("completions", "/v1/completions",
-          {"prompt": COUNT, "max_tokens": 16, "temperature": 0}, generates),
-    Check("chat", "/v1/chat/completions",
-          {"messages": CHAT, "max_tokens": 32, "temperature": 0}, generates),
-    Check("sampling parameters", "/v1/completions",
-          {"prompt": "Once upon a time", "max_tokens": 16,
-           "temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 42}, generates),
-    Check("streaming", "/v1/chat/completions",
-          {"messages": CHAT, "max_tokens": 32, "temperature": 0,
-           "stream": True, "stream_options": {"include_usage": True}}, streams),
+    Check("completions", TEXT, {"prompt": COUNT, "max_tokens": 16, "temperature": 0}, generates),
+    Check("chat", CHAT, {"messages": ASK, "max_tokens": 32, "temperature": 0}, generates),
+    Check("sampling parameters", TEXT, {"prompt": "Once upon a time", "max_tokens": 16,
+          "temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 42}, generates),
+    Check("streaming", CHAT, {"messages": ASK, "max_tokens": 32, "temperature": 0,
+          "stream": True, "stream_options": {"include_usage": True}}, streams),
     # TensorRT-LLM looks for the stop sequence's own tokens, and a comma is hardly ever merged.
-    Check("stop sequences", "/v1/completions",
+    Check("stop sequences", TEXT,
           {"prompt": COUNT, "max_tokens": 32, "temperature": 0, "stop": ","}, generates),
-    Check("batch", "/v1/completions",
-          {"prompt": ["The capital of France is", "The capital of Japan is"],
-           "max_tokens": 8, "temperature": 0}, generates),
+    Check("batch", TEXT, {"prompt": ["The capital of France is", "The capital of Japan is"],
+          "max_tokens": 8, "temperature": 0}, generates),
 )
 # fmt: on
-
-
-# ---- Which server.
 
 
 class Target(NamedTuple):
@@ -246,7 +252,7 @@ def settings() -> dict[str, str]:
     except ImportError:
         pass
     except (OSError, ValueError) as e:
-        raise Trouble(f".env cannot be read: {e}", code=1) from e
+        raise Trouble(f".env cannot be read: {e}", 1) from e
     # Not HOST: conda's compilers export HOST=x86_64-conda-linux-gnu, tcsh the client's own name.
     found |= {name: value for name, value in os.environ.items() if name != "HOST" and value}
     return {name: value for name, value in found.items() if value}
@@ -257,15 +263,13 @@ def check_owner(path: Path, why: str) -> None:
     if path.is_file():
         state, ours = path.stat(), {os.geteuid(), 0, Path(__file__).stat().st_uid}
         if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
-            whose = "somebody else's, or everybody may write it"
-            raise Trouble(f"{path} is {whose}, and {why}", code=1)
+            raise Trouble(f"{path} is somebody else's, or everybody may write it, and {why}", 1)
 
 
 def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
     host = args.host or env.get("HOST", "")
     # A URL on the command line is complete: PORT was meant for something else.
     port = port_number(args.port or ("" if "://" in args.host else env.get("PORT", "")))
-    model = args.model or env.get("MODEL", "")
     left = None if host else left_by_launcher(env.get("WORKSPACE", ""))
     # PORT of the environment is the launcher's own setting: it hides no record.
     if left and port_number(args.port) in (0, urlsplit(left.url).port):
@@ -273,7 +277,7 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
     url = base_url(host or "localhost", port)
     if args.port and urlsplit(url).port != port:
         raise Trouble(f"{host!r} and -p {port} name two ports: which one?")
-    return Target(url, model)
+    return Target(url, args.model or env.get("MODEL", ""))
 
 
 def port_number(text: str) -> int:
@@ -292,7 +296,7 @@ def left_by_launcher(workspace: str) -> Target | None:
                 raise Trouble("there is no url in it")
         except (OSError, ValueError, RecursionError, Trouble) as e:
             advice = "remove it, or name the server with -H and -p"
-            raise Trouble(f"{path} does not name a server ({e}): {advice}", code=1) from e
+            raise Trouble(f"{path} does not name a server ({e}): {advice}", 1) from e
     return None
 
 
@@ -314,13 +318,11 @@ def base_url(host: str, port: int) -> str:
     return f"{url.scheme}://{url.netloc.rstrip(':')}{tail}{path}"
 
 
-# ---- One exchange.
-
-CAUSES = {  # by name: importing ssl, socket and http.client for the classes costs time
+CAUSES = {  # by name: a reset can be any of three classes
     "gaierror": "no such host name",
     "ConnectionRefusedError": "connection refused",
     "TimeoutError": "timed out",
-    "ConnectTimeoutError": "timed out while connecting",
+    "SSLCertVerificationError": "no trusted certificate: set SSL_CERT_FILE, or take --insecure",
     "RemoteDisconnected": "the connection was closed without an answer",
     "ConnectionResetError": "the connection was reset",
     "BadStatusLine": "what came is not HTTP",
@@ -331,10 +333,12 @@ CAUSES = {  # by name: importing ssl, socket and http.client for the classes cos
 
 
 def cause(error: BaseException) -> str:
-    """The innermost error: requests and urllib3 wrap it in two or three of their own."""
+    """The innermost error: http.client wraps some in one of its own."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     name = type(error).__name__
+    if str(error).endswith(" b''"):  # no chunk size, as nothing came
+        name = "IncompleteRead"
     return CAUSES.get(name, str(error) if name == "Wrong" else f"{name}: {error}")
 
 
@@ -342,73 +346,65 @@ class Server(NamedTuple):
     url: str
     key: str
     seconds: float  # for one whole request
-    ca_bundle: str
+    tls: ssl.SSLContext
 
     def curl(self, path: str, body: Facts) -> str:
         """The request to paste: the shell fills in the key; no proxy, as here."""
         auth = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if self.key else ""
         data = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
-        return f"curl -isSN --noproxy '*' {auth}{shlex.join([self.url + path, *data])}"
-
-    def without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+        flags = "-isSN" if self.tls.check_hostname else "-isSNk"
+        return f"curl {flags} --noproxy '*' {auth}{shlex.join([self.url + path, *data])}"
 
     def fetch(self, path: str, body: Facts) -> Answer:
-        """The answer, or what there is of it when time is over.
-
-        In a thread, because the library's timeout is for each read: a server that sends a byte a
-        second, or "100 Continue" over and over, would hold it for ever.
-        """
-        answer, start = Answer(), time.perf_counter()
-        reader = threading.Thread(
-            target=self.converse, args=(path, body, answer, start), daemon=True
-        )
+        """The answer, or what there is of it when time is over: bytes can drip for ever."""
+        exchange = (path, body, answer := Answer(), time.perf_counter())
+        reader = threading.Thread(target=self.converse, args=exchange, daemon=True)
         reader.start()
         reader.join(self.seconds)
         if not reader.is_alive():
             return answer
-        broken = f"the answer did not {'end' if answer.status else 'begin'} in {self.seconds:g} s"
-        return replace(answer, broken=broken, ms=self.seconds * 1000)
+        why = f"the answer did not {'end' if answer.status else 'begin'} in {self.seconds:g} s"
+        return replace(answer, broken=why, ms=self.seconds * 1000)
 
     def converse(self, path: str, body: Facts, answer: Answer, start: float) -> None:
         try:
             for block in self.send(path, body, answer):
                 answer.body += block
                 answer.stamps.append((len(answer.body), (time.perf_counter() - start) * 1000))
+                if DONE.search(answer.body[-64:]):
+                    break  # the end of the transfer may be late, or never come
                 if len(answer.body) > MAX_BODY or time.perf_counter() - start > self.seconds:
                     raise Wrong("the answer does not end")
-        except Exception as e:  # urllib3 and http.client let a dozen unrelated kinds through
+        except Exception as e:  # http.client lets a dozen unrelated kinds through
             answer.broken = cause(e)
         answer.ms = (time.perf_counter() - start) * 1000
 
     def send(self, path: str, body: Facts, answer: Answer) -> Iterator[bytes]:
-        """One request, by the adapter itself; what comes, as it comes.
-
-        A Session with trust_env would bring proxies, which cannot reach a private node or answer
-        in its stead, and ~/.netrc, which replaces our key. And any Session reads the whole body
-        of a redirect, however long, even when told not to follow it.
-        """
-        import requests.adapters
-
-        method, content = ("POST", body) if body else ("GET", None)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        ask = requests.Request(method, self.url + path, headers, json=content).prepare()
-        limits = (min(CONNECT_SECONDS, self.seconds), self.seconds)
-        verify = self.ca_bundle or True
-        with (
-            closing(requests.adapters.HTTPAdapter()) as adapter,
-            adapter.send(ask, stream=True, timeout=limits, verify=verify) as response,
-        ):
-            answer.status = response.status_code
+        """What comes, as it comes. Proxies and redirects would take the key elsewhere."""
+        url, limit = urlsplit(self.url), min(CONNECT_SECONDS, self.seconds)
+        host, tls = url.hostname or "", self.tls
+        connection = http.client.HTTPConnection(host, url.port, timeout=limit)
+        if url.scheme == "https":
+            connection = http.client.HTTPSConnection(host, url.port, timeout=limit, context=tls)
+        headers = {"User-Agent": "test.py", "Connection": "close"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers |= {"Content-Type": "application/json"} if body else {}
+        method, content = ("POST", json.dumps(body)) if body else ("GET", None)
+        with closing(connection):
+            connection.connect()
+            connection.sock.settimeout(self.seconds)
+            connection.request(method, url.path + path, content, headers)
+            response = connection.getresponse()
+            answer.status = response.status
             answer.content_type = response.headers.get("Content-Type", "")
-            if response.is_redirect:
+            if 300 <= response.status < 400:
                 raise Wrong(f"redirected to {response.headers['Location']}: not followed")
-            # 64 bytes are less than an event, so none waits for the next one; raw, so that
-            # nothing is unpacked: compression was not asked for.
-            yield from iter(lambda: response.raw.read(64), b"")
-
-
-# ---- The run.
+            left = response.length  # which not every Python's read1 counts down
+            while left != 0 and (block := response.read1(min(READ, left or READ))):
+                left = left and left - len(block)
+                yield block
+            if left:
+                raise http.client.IncompleteRead(b"", left)
 
 
 def run_all(server: Server, target: Target) -> Iterator[Facts]:
@@ -416,28 +412,45 @@ def run_all(server: Server, target: Target) -> Iterator[Facts]:
     for check in CHECKS:
         # Without a name, "default": TensorRT-LLM takes any, and SGLang knows its model by it.
         body = {"model": model or "default", **check.body} if check.body else {}
-        result: Facts = {"name": check.name, "ok": None, "ms": None, "ttft_ms": None}
-        result |= {"detail": "not run", "curl": server.curl(check.path, body)}
-        result |= {"status": None, "answer": None}  # the answer of a failed check, shortened
+        nothing = dict.fromkeys(("ok", "status", "ms", "ttft_ms", "answer"))
+        curl = server.curl(check.path, body)
+        result: Facts = {"name": check.name, **nothing, "detail": "not run", "curl": curl}
         if reachable:
             result |= run(check, server, body or {"model": model})
-        if check.path == "/health" and not result["status"]:
+        if check.path == "/health" and reachable and not result["status"]:
             reachable = False
-            leftover = f" {target.file} names it: a leftover?" if target.file else ""
-            result["detail"] += f": no server at {server.url}. {ADVICE}{leftover}"
+            if "certificate" not in result["detail"]:
+                leftover = f" {target.file} names it: a leftover?" if target.file else ""
+                result["detail"] += f": no server at {server.url}. Is it up? `make status` shows "
+                result["detail"] += f"what runs; -H and -p name another.{leftover}"
         model = result.pop("model", model)  # from here on as the server calls it
         yield result
 
 
 def run(check: Check, server: Server, ask: Facts) -> Facts:
-    answer = server.fetch(check.path, ask if check.body else {})
-    result = {"ms": round(answer.ms, 1), "status": answer.status or None}
+    answer, without = server.fetch(check.path, ask if check.body else {}), ""
+    while name := refused(answer, ask):
+        ask = {new: ask[key] for key in ask if (new := SPARE[name] if key == name else key)}
+        without += f", without {name}"
+        answer = server.fetch(check.path, ask)
+    curl = server.curl(check.path, ask if check.body else {})
+    result = {"ms": round(answer.ms, 1), "status": answer.status or None, "curl": curl}
     try:
-        return result | {"ok": True} | check.predicate(answer, ask)
+        found = check.predicate(answer, ask)
+        return result | {"ok": True} | found | {"detail": found["detail"] + without}
     except Wrong as wrong:
         body = answer.body[: 8 * SHOWN].decode(errors="replace")
-        detail, text = (server.without_key(text)[:SHOWN] for text in (str(wrong), body))
-        return result | {"ok": False, "detail": detail, "answer": text}
+        key = re.escape(server.key) or "(?!)"  # some servers repeat it
+        detail, text = (re.sub(key, "***", text)[:SHOWN] for text in (str(wrong), body))
+        # No such path, or no such model? A gateway need not have every path.
+        gone = answer.status in (404, 405) and "model" not in text.replace(check.path, "")
+        return result | {"ok": None if gone else False, "detail": detail, "answer": text}
+
+
+def refused(answer: Answer, ask: Facts) -> str:
+    """The field that a 400 names and that we can do without; or none."""
+    said = answer.body.decode(errors="replace") if answer.status in (400, 422) else ""
+    return next((n for n, other in SPARE.items() if n in ask and n in said and other in said), "")
 
 
 def show(result: Facts, out: TextIO) -> None:
@@ -448,9 +461,8 @@ def show(result: Facts, out: TextIO) -> None:
     line = f"  {mark}  {result['name']:<19} {ms:>11}  {printable(result['detail'])[:SHOWN]}"
     print(line.rstrip(), file=out, flush=True)
     if result["ok"] is False:
-        print(f"        $ {result['curl']}", file=out)
-    if result["ok"] is False and result["status"]:
-        print(f"        {result['status']} {printable(result['answer'])}".rstrip(), file=out)
+        answered = f"\n        {result['status']} {printable(result['answer'])}".rstrip()
+        print(f"        $ {result['curl']}{answered if result['status'] else ''}", file=out)
 
 
 def printable(text: str) -> str:
@@ -458,31 +470,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def api_key(env: dict[str, str]) -> str:
-    """For vLLM's --api-key. Checked here: the HTTP library's complaint would print it."""
-    key = env.get("OPENAI_API_KEY", "")
-    if not re.fullmatch("[!-~]*", key):
-        raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
-    return key
-
-
 def smoke(args: argparse.Namespace) -> int:
-    try:
-        import requests.adapters  # noqa: F401  late, for --help; here, before any clock runs
-    except ImportError as e:
-        raise Trouble(f"{e}: `make setup`, or pip install requests", code=1) from e
     env = settings()
     target = find_target(args, env)
-    # requests reads these itself, but in a Session.
-    bundle = env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE", "")
-    key = api_key(env)
+    key = env.get("OPENAI_API_KEY", "")
+    if not re.fullmatch("[!-~]*", key):  # http.client's complaint would print it
+        raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
+    if bundle := env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
+        os.environ["SSL_CERT_FILE"] = bundle  # OpenSSL's own name for it
+    tls = ssl.create_default_context()
+    if args.insecure:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     if key and target.file:
         check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
-    server = Server(target.url, key, args.timeout, bundle)
+    server = Server(target.url, key, args.timeout, tls)
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
         out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale
-
     source = f", from {printable(target.file)}" if target.file else ""
     print(f"Testing {target.url}{source}", file=out)
     results = []
@@ -490,11 +494,14 @@ def smoke(args: argparse.Namespace) -> int:
         show(result, out)
         results.append(result)
     passed = sum(result["ok"] is True for result in results)
-    print(f"{passed}/{len(results)} passed", file=out)
+    failed = any(result["ok"] is False for result in results)
+    written = any(result["ok"] and result["name"] in ("completions", "chat") for result in results)
+    rest = "" if failed or passed == len(results) else f", {len(results) - passed} not served"
+    print(f"{passed}/{len(results)} passed{rest}", file=out)
     if args.json:
         print(json.dumps({"url": target.url, "passed": passed, "checks": results}, indent=2))
     sys.stdout.flush()
-    return 0 if passed == len(results) else 1
+    return 1 if failed or not written else 0
 
 
 def seconds(text: str) -> float:
@@ -507,22 +514,18 @@ def seconds(text: str) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, examples = (__doc__ or "").partition("\n\nexamples:\n")
     parser = argparse.ArgumentParser(
-        usage="test.py [-H HOST] [-p PORT] [-m MODEL] [--json] [--timeout SECONDS]",
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    # fmt: off
-    add = parser.add_argument_group("server").add_argument
+    add = parser.add_argument
     add("-H", "--host", default="", help="name, address or URL (default: localhost)")
     add("-p", "--port", default="", help="(default: 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first that is)")
-    add = parser.add_argument_group("run").add_argument
-    add("--timeout", type=seconds, default=60.0, metavar="SECONDS",
-        help="for one whole request (default: %(default)g)")
+    add("--insecure", action="store_true", help="take any https certificate")
+    add("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of a request (60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
-    # fmt: on
     return parser.parse_args(argv)
 
 
@@ -531,8 +534,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return smoke(args)
     except Trouble as trouble:
-        print(f"test.py: {printable(str(trouble))}", file=sys.stderr)
-        return trouble.code
+        sentence, code, *_ = *trouble.args, 2
+        print(f"test.py: {printable(sentence)}", file=sys.stderr)
+        return int(code)
     except KeyboardInterrupt:
         print("test.py: interrupted", file=sys.stderr)
         return 130

@@ -28,9 +28,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from loadgen import Load, Result, Target, measure  # noqa: E402
-from metrics import Distribution, Wanted, client_facts, mean, summarise  # noqa: E402
-from payload import RandomPrompts, Requests  # noqa: E402
+from load.loadgen import measure  # noqa: E402
+from load.metrics import Distribution, Wanted, client_facts, mean, summarise  # noqa: E402
+from load.payload import RandomPrompts, Requests  # noqa: E402
+from load.target import Load, Result, Target  # noqa: E402
 
 TTFT_MS, ITL_MS, TOKENS, PROMPT = 50, 10, 128, 16
 ROUNDS, FEWEST, ATTEMPTS = 4, 8, 3

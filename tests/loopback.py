@@ -41,10 +41,17 @@ class Request:
             if pause:
                 time.sleep(pause)
 
-    def document(self, body: Any, status: str = "200 OK") -> None:
+    def document(self, body: Any, status: str = "200 OK", fields: str = "") -> None:
         text = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{fields}"
         self.send(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+
+    def hang_up(self) -> None:
+        """Close it in good order: what was sent arrives, then the end."""
+        if isinstance(self.socket, ssl.SSLSocket):
+            with suppress(OSError, ValueError):
+                self.socket.unwrap()
+        self.socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """Close it hard, under the file that still reads from it."""
@@ -175,7 +182,7 @@ def model_server(answer: Answer, model: str = MODEL) -> Answer:
     def route(request: Request) -> None:
         path = request.line.split()[1]
         if path == "/v1/models":
-            request.document({"object": "list", "data": [{"id": model}]})
+            request.document({"data": [{"id": model}]}, fields="Server: uvicorn\r\n")
         elif path == "/version":
             request.document({"version": "1.1.0"})
         elif path.startswith("/v1/"):
@@ -187,11 +194,14 @@ def model_server(answer: Answer, model: str = MODEL) -> Answer:
 
 
 def obedient(request: Request, ttft: float = 0.03) -> None:
-    """Writes as many tokens as it was asked for, half of them at once."""
+    """Writes as many tokens as it was asked for: a few at once, more as an engine does."""
     body = request.body
     wanted = body.get("max_tokens") or body.get("max_completion_tokens")
     prompt = body.get("prompt")
     said = usage(len(prompt) if isinstance(prompt, list) else 7, wanted)
-    make = delta(content="hi") if "messages" in body else token()
+    make = chunk(delta(content="hi") if "messages" in body else token())
     time.sleep(ttft)
-    request.send(HEAD + b"".join(map(chunk, [*[make] * wanted, said, DONE])) + LAST)
+    tokens = [make] * wanted if wanted >= 8 else [make * wanted]
+    request.send(HEAD + tokens[0])
+    request.send(*tokens[1:], pause=0.02)
+    request.send(chunk(said) + chunk(DONE) + LAST)

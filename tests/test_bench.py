@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -23,20 +26,19 @@ from typing import Any
 import pytest
 
 import bench
-import bench_place
-import clients
-import image
-import metrics
-import nodes
-import sharegpt
-from endpoint import Endpoint
-from live import LiveLine
-from loadgen import Load, Result, Target, measure
-from matrix import Case
-from metrics import Distribution, Wanted, goodput_of, summarise
-from nodes import Failure
-from payload import RandomPrompts, Requests
-from response import Outcome
+from common import talk
+from common.live import LiveLine
+from common.talk import Failure
+from launch import image
+from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
+from load.answer import Outcome
+from load.endpoint import Endpoint
+from load.loadgen import measure
+from load.matrix import Case
+from load.metrics import Distribution, Wanted, goodput_of, summarise
+from load.payload import RandomPrompts, Requests
+from load.target import Load, Result, Target
+from tests.conftest import PATIENCE
 from tests.loopback import (
     MODEL,
     Answer,
@@ -51,6 +53,7 @@ ROOT = Path(__file__).parent.parent
 STAND_IN = ROOT / "tests" / "stand_in"
 SHORT = ("--num-prompts", "4", "--concurrency", "2", "--output-len", "4")
 QUICK = (*SHORT, "--warmup", "1")
+PROBES = 1  # what it takes to know a server that understands everything
 MS = 1_000_000
 
 
@@ -64,13 +67,27 @@ def own_folder(clean_environment: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
 
 
+@pytest.fixture(autouse=True)
+def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes no run invalid here, but where a test is about just that."""
+    if "quiet_machine" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
+        monkeypatch.setattr(metrics, "BLURRED", 1.0)
+
+
+@pytest.fixture
+def quiet_machine() -> None:
+    """Here the limits are the real ones."""
+
+
 class Run:
     """What bench.py made of a server that answers like this."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], answer: Answer, *args: str) -> None:
+        began = time.monotonic()
         with serving(model_server(answer)) as server:
             self.code = bench.main(["-p", str(server.port), "-o", "out", *args])
-        self.server = server
+        self.server, self.seconds = server, time.monotonic() - began
         captured = capsys.readouterr()
         self.stdout, self.stderr = captured.out, captured.err
         lines = self.stdout.splitlines()
@@ -92,7 +109,7 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["valid"]
     assert record["completed"] == record["num_prompts"] == 4
     assert (record["total_input_tokens"], record["total_output_tokens"]) == (4 * 512, 4 * 4)
-    assert 30 <= record["mean_ttft_ms"] < 60
+    assert 30 <= record["mean_ttft_ms"] <= record["mean_e2el_ms"] <= run.seconds * 1000
     assert record["metadata"]["server_version"] == "1.1.0"
     assert (run.last["valid"], run.last["model"]) == (True, MODEL)
     assert run.last["runs"][0]["name"] == name
@@ -117,8 +134,9 @@ def test_the_warm_up_is_not_counted_and_has_prompts_of_its_own(
 ) -> None:
     run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--warmup", "2")
     prompts = [tuple(r.body["prompt"]) for r in run.server.requests if r.body]
-    assert len(prompts) == 2 + 4
-    assert len(set(prompts)) == 6
+    assert len(prompts) == PROBES + 2 + 4
+    assert len(set(prompts)) == len(prompts)
+    assert "note: 3 requests went to the server before a run" in run.stdout
 
 
 def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +145,7 @@ def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert "its exact length is the server's to say" in run.stdout
     request = next(r for r in run.server.requests if r.body)
     assert "/v1/chat/completions" in request.line
-    assert request.body["max_completion_tokens"] == 4
+    assert request.body["max_tokens"] == 8  # of the probe
 
 
 def test_repeats_have_their_spread(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +178,7 @@ def resumed(capsys: pytest.CaptureFixture[str], types: str, *more: str) -> tuple
 
 def test_resume_makes_only_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     requests, runs = resumed(capsys, "throughput,latency", "--input-len", "512")
-    assert (requests, len(runs)) == (1 + 4, 2)
+    assert (requests, len(runs)) == (PROBES + 1 + 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +193,66 @@ def test_resume_takes_no_result_of_something_else(
 ) -> None:
     requests, _ = resumed(capsys, "throughput", *more)
     assert requests > 1
+
+
+def calls(capsys: pytest.CaptureFixture[str], *each: list[str]) -> str:
+    """bench.py --resume, each time with these arguments, on one server; what it said at last."""
+    with serving(model_server(obedient)) as server:
+        for more in each:
+            capsys.readouterr()
+            code = bench.main(["-p", str(server.port), "-o", "out", "--resume", *more, *QUICK])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(("second", "again"), [("alpha", False), ("omega", True)])
+def test_resume_takes_no_result_of_another_data_set(
+    capsys: pytest.CaptureFixture[str], second: str, again: bool
+) -> None:
+    for name in ("alpha", "omega"):
+        turns = [conversation(f"{name} {i} is what I ask", "it is fine " * 6) for i in range(20)]
+        Path(f"{name}.json").write_text(json.dumps(turns))
+    sets = (["-t", "sharegpt", "--sharegpt", f"{name}.json"] for name in ("alpha", second))
+    said = calls(capsys, *sets)
+    record = json.loads(Path("out/sharegpt-c2.json").read_text())
+    assert record["data_set"]["file"] == f"{second}.json"
+    assert ("measured again: the result there is of another data set" in said) == again
+    assert Path("out/sharegpt-c2.json.before").exists() == again
+
+
+def test_resume_takes_no_result_of_another_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(("1.1.0", "1.2.1"))
+    monkeypatch.setattr(endpoint, "version", lambda _: next(versions))
+    said = calls(capsys, *[["-t", "throughput"]] * 2)
+    assert "measured again: the result there is of another server version" in said
+    record = json.loads(Path("out/throughput-in512-out4-c2.json").read_text())
+    assert record["metadata"]["server_version"] == "1.2.1"
+
+
+@pytest.mark.parametrize("text", ["", "{half", "[]", '{"metadata": 7}', '{"case": null}'])
+def test_resume_measures_again_what_it_cannot_read(
+    capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    Path("out").mkdir()
+    Path("out/throughput-in512-out4-c2.json").write_text(text)
+    said = calls(capsys, ["-t", "throughput"])
+    assert "throughput-in512-out4-c2: measured again: the file cannot be read" in said
+
+
+def is_coloured(request: Request) -> None:
+    words = "\x1b[31mTraceback\x1b[0m \x1b]0;owned\x07 \x9b2J"
+    request.document({"error": {"message": words}}, "500 Internal Server Error")
+
+
+def test_what_a_server_says_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(capsys, is_coloured, "-t", "throughput", *QUICK)
+    assert run.code == 1
+    everything = run.stdout + run.stderr + Path("out/report.html").read_text()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", everything)
+    assert r"\x1b]0;owned\x07" in run.stdout
 
 
 def test_resume_loses_no_result_of_something_else(capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +282,7 @@ def test_resume_that_measures_nothing_leaves_the_reports(
 def test_resume_takes_no_result_of_another_server(capsys: pytest.CaptureFixture[str]) -> None:
     Run(capsys, obedient, "-t", "throughput", *QUICK)
     again = Run(capsys, obedient, "-t", "throughput", *QUICK, "--resume")
-    assert len([r for r in again.server.requests if r.body]) == 1 + 4
+    assert len([r for r in again.server.requests if r.body]) == PROBES + 1 + 4
 
 
 def test_after_resume_the_reports_hold_the_whole_folder(
@@ -235,14 +313,14 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     record = run.record("throughput-in512-out4-c2")
     assert record["output_lens"] == [4] * 4
     assert [len(gaps) for gaps in record["itls"]] == [3] * 4
-    assert all(0.03 <= ttft < 0.1 for ttft in record["ttfts"])
+    assert all(0.03 <= ttft < run.seconds for ttft in record["ttfts"])
 
 
 # --- what makes a run invalid ---------------------------------------------------------------------
 
 
 def fails_once(request: Request) -> None:
-    if request.number == 6:  # the first that is measured
+    if request.number == 7:  # the first that is measured
         request.document({"object": "error", "message": "no room"}, "400 Bad Request")
     else:
         obedient(request)
@@ -259,8 +337,10 @@ def is_empty(request: Request) -> None:
 
 
 def is_another(request: Request) -> None:
+    """From the first measured request on; before, it was the one that was asked for."""
     time.sleep(0.03)
-    request.send(stream(4, prompt=512).replace(MODEL.encode(), b"other-mode"))
+    said = stream(4, prompt=512)
+    request.send(said.replace(MODEL.encode(), b"other-mode") if request.number > 5 else said)
 
 
 def cuts_the_prompt(request: Request) -> None:
@@ -356,9 +436,7 @@ def test_an_idle_connection_that_the_server_closes_is_noted(
 def test_a_server_that_only_lists_its_models_ends_the_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    began = time.monotonic()
-    run = Run(capsys, lambda _: time.sleep(2), "--timeout", "0.3", "--num-prompts", "2")
-    assert time.monotonic() - began < 10
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "--timeout", "0.3", "--num-prompts", "2")
     assert run.code == 1
     assert [r["name"] for r in run.last["runs"]] == ["throughput-in512-out256-unlimited"]
     assert (run.last["stopped"], run.last["valid"]) == (True, False)
@@ -369,9 +447,11 @@ def test_a_server_that_only_lists_its_models_ends_the_matrix(
 def test_one_stream_after_the_other_does_not_wait_for_each(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
-    assert run.last["runs"][0]["problems"] == ["no warm-up request had its answer within 0.3 s"]
-    assert len([r for r in run.server.requests if r.body]) == 1 + 1  # the warm-up, the short one
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "-t", "latency", *QUICK, "--timeout", "0.3")
+    assert run.last["runs"][0]["problems"] == [
+        "no answer to a short request: no whole answer within 0.3 s"
+    ]
+    assert len([r for r in run.server.requests if r.body]) == 1 + 1  # and once more, to be sure
 
 
 def test_a_server_that_answers_the_short_request_is_measured_on(
@@ -379,10 +459,12 @@ def test_a_server_that_answers_the_short_request_is_measured_on(
 ) -> None:
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 128:
-            time.sleep(2)
+            over.wait(PATIENCE)
         obedient(request)
 
-    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "0.5")
+    over = threading.Event()
+    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "2")
+    over.set()
     assert [r["valid"] for r in run.last["runs"]] == [False, True]
     assert not run.last["stopped"]
 
@@ -413,10 +495,12 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(streamed=False)]), "not streamed"),
     ],
 )
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_client_that_distorts_is_seen(result: Result, words: str) -> None:
     assert words in "\n".join(problems(LOAD, result))
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_good_run_has_no_problems() -> None:
     assert problems(LOAD, Result([outcome()])) == []
 
@@ -440,14 +524,16 @@ def test_a_client_that_was_held_up_measures_again(
 
 def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, is_short, "-t", "throughput", *QUICK)
-    assert len([r for r in run.server.requests if r.body]) == 1 + 4
+    assert len([r for r in run.server.requests if r.body]) == PROBES + 1 + 4
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}), waited=50.0)
     assert problems(LOAD, result) == []
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_server_that_stalls_is_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[90.0, 0.0], merged=1, blurred=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []
@@ -551,7 +637,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 512:
             process.send_signal(number)
-            time.sleep(5)
+            time.sleep(PATIENCE)
         else:
             obedient(request)
 
@@ -563,13 +649,34 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
             stderr=subprocess.PIPE,
             text=True,
         )
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     last = json.loads(stdout.splitlines()[-1])
     assert [r["name"] for r in last["runs"]] == ["latency-in128-out4-c2"]
     assert (last["stopped"], last["valid"]) == (True, False)
     assert Path("out/summary.json").exists()
+
+
+def test_a_run_that_a_signal_ends_is_kept_as_far_as_it_came() -> None:
+    def answer(request: Request) -> None:
+        if request.number > 12:  # a list of models, a version, and warm-ups came before
+            process.send_signal(signal.SIGTERM)
+            time.sleep(5)
+        obedient(request)
+
+    with serving(model_server(answer)) as server:
+        command = [sys.executable, str(ROOT / "bench.py"), "-p", str(server.port), "-o", "out"]
+        load = ["-t", "latency", "--num-prompts", "30", "--input-len", "16", "--output-len", "4"]
+        process = subprocess.Popen([*command, *load, "--concurrency", "2"], stderr=subprocess.PIPE)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 143, stderr
+    run = json.loads(Path("out/latency-in16-out4-c2.json").read_text())
+    assert run["completed"] > 2
+    assert run["mean_ttft_ms"] > 20
+    assert not run["valid"]
+    (problem,) = run["problems"]
+    assert problem == f"ended after {run['completed']} of 30 requests: stopped by SIGTERM"
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -675,7 +782,7 @@ def test_a_sharegpt_run_says_whose_lengths_it_has(capsys: pytest.CaptureFixture[
     write_sharegpt(Path("share.json"))
     run = Run(capsys, obedient, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
     assert run.code == 0, run.stdout
-    prompts = [r.body["prompt"] for r in run.server.requests if r.body]
+    prompts = [r.body["prompt"] for r in run.server.requests if r.body][PROBES:]
     assert len(set(prompts)) == len(prompts) == 1 + 4  # the warm-up has its own
     assert "no tokenizer on the client" in run.stdout
 
@@ -756,6 +863,7 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
         ("silent=1", "benchmark_serving wrote no result (exit code 0): ======"),
         ("half=1", "benchmark_serving wrote no result (exit code 0)"),
+        ("odd=1", "benchmark_serving's result cannot be read: TypeError"),
         ("die=1", "benchmark_serving wrote no result (exit code 1): OSError: no such tokenizer"),
     ],
 )
@@ -769,10 +877,24 @@ def test_its_exit_status_is_not_trusted(
 
 
 @pytest.mark.usefixtures("installed")
+def test_its_nan_is_no_figure_and_no_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "nan=1")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT)
+    assert run.code == 0, run.stderr
+    record = run.record("throughput-in512-out4-c2")
+    assert (record["mean_itl_ms"], record["p99_itl_ms"]) == (None, None)
+    assert "NVIDIA's client has no figure for mean_itl_ms, p99_itl_ms" in record["notes"]
+    everything = run.stdout + "".join(path.read_text() for path in Path("out").glob("*.*"))
+    assert not re.search(r"\b(NaN|Infinity)\b", everything)
+
+
+@pytest.mark.usefixtures("installed")
 def test_nobody_knows_whether_its_client_kept_up(capfd: pytest.CaptureFixture[str]) -> None:
     run = Run(capfd, obedient, "-t", "throughput", *SHORT)
-    assert clients.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
-    assert clients.UNKNOWN in unescape(Path("out/report.html").read_text())
+    assert nvidia.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
+    assert nvidia.UNKNOWN in unescape(Path("out/report.html").read_text())
 
 
 @pytest.mark.usefixtures("installed")
@@ -785,7 +907,7 @@ def test_a_proxy_stays_out_of_what_it_measures(
     monkeypatch.setenv("TRTLLM_STAND_IN", "measure")
     run = Run(capfd, obedient, "-H", "localhost", "-t", "throughput", *SHORT)
     assert run.code == 0, run.stderr
-    assert clients.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
+    assert nvidia.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
 
 
 @pytest.mark.usefixtures("installed")
@@ -838,9 +960,9 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
     model = Path("models/Qwen").absolute()
     model.mkdir(parents=True)
     server = Endpoint("http://10.0.0.1:8000", "Qwen", str(model))
-    client = clients.BenchmarkServing(server, clients.Options(Path("share.json")))
+    client = nvidia.BenchmarkServing(server, clients.Options(Path("share.json")))
     assert client.mounts(Path("out")) == [Path("out").absolute(), model]
-    command = clients.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
+    command = nvidia.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
     assert command[command.index("--model") + 1] == str(model)
     assert command[command.index("--served-model-name") + 1] == "Qwen"
 
@@ -848,7 +970,7 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)
-    command = clients.benchmark_serving(
+    command = nvidia.benchmark_serving(
         case, server, clients.Options(Path("x"), seed=5), Path("/out/x.json")
     )
     assert command == [
@@ -980,21 +1102,21 @@ def test_one_token_without_text_is_none_that_is_missing() -> None:
     assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]
     record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
               "total_input_tokens": 128}  # fmt: skip
-    assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
+    assert nvidia.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
 
 
 def test_what_the_other_client_calls_zero_is_nothing() -> None:
     record = {"output_lens": [1], "errors": [""], "completed": 1, "total_input_tokens": 128,
               "mean_tpot_ms": 0.0, "p99_itl_ms": 0.0, "mean_ttft_ms": 5.0}  # fmt: skip
-    judged = clients.judge(Case("prefill", 128, 1, 1), record, False)
+    judged = nvidia.judge(Case("prefill", 128, 1, 1), record, False)
     assert (judged["mean_tpot_ms"], judged["p99_itl_ms"]) == (None, None)
     assert judged["mean_ttft_ms"] == 5.0
 
 
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
     record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
-    assert clients.end_to_end(record) == pytest.approx([0.7, 1.0])
-    assert clients.end_to_end({**record, "e2els": [9.0]}) == [9.0]
+    assert nvidia.end_to_end(record) == pytest.approx([0.7, 1.0])
+    assert nvidia.end_to_end({**record, "e2els": [9.0]}) == [9.0]
 
 
 def test_a_data_set_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1017,7 +1139,7 @@ def test_a_conversation_has_to_be_as_long_as_was_asked(capsys: pytest.CaptureFix
         request.send(stream(request.body["max_tokens"] - 1))
 
     run = Run(capsys, answer, "-t", "sharegpt", *QUICK, "--sharegpt", "share.json")
-    (problem,) = run.last["runs"][0]["problems"]
+    problem, *_ = run.last["runs"][0]["problems"]
     assert problem.startswith("4 outputs are not as long as asked (one has ")
 
 
@@ -1030,7 +1152,7 @@ def test_without_ignore_eos_a_conversation_may_be_shorter() -> None:
 def test_whatever_happens_what_is_finished_is_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real = nodes.write_json
+    real = talk.write_json
 
     def write(path: Path, data: Any) -> None:
         if "in512" in path.name:
@@ -1056,7 +1178,7 @@ def test_where_no_report_can_be_written_it_is_shown(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("report.write", full)
+    monkeypatch.setattr("report.render.write", full)
     run = Run(capsys, obedient, "-t", "throughput", *QUICK)
     assert (run.code, len(run.last["runs"])) == (1, 1)
     assert "No space left" in run.stderr
@@ -1066,26 +1188,24 @@ def test_where_no_report_can_be_written_it_is_shown(
 def test_benchmark_serving_on_a_server_that_hangs_is_ended(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STAND_IN", "slow=10")
-    began = time.monotonic()
-    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "0.2")
-    assert time.monotonic() - began < 5
-    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+    monkeypatch.setenv("STAND_IN", "slow=1000")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "1")
+    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 4 s"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    run = Run(capfd, lambda _: time.sleep(PATIENCE), "-t", "latency", *SHORT, "--timeout", "0.3")
     assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
     assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
     assert "benchmark_serving" not in run.stderr
 
 
 def test_how_long_benchmark_serving_may_take() -> None:
-    assert clients.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
-    assert clients.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
+    assert nvidia.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
+    assert nvidia.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
 
 
 def test_a_mean_keeps_no_list_of_millions() -> None:

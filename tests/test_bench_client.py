@@ -11,9 +11,11 @@ from itertools import accumulate
 
 import pytest
 
-import loadgen
-from metrics import Distribution
-from response import Outcome, Reply, read_reply
+from common.response import Reply
+from load import loop
+from load.answer import Outcome, read_reply
+from load.loop import Loop
+from load.metrics import Distribution
 from tests import bench_client
 
 
@@ -36,7 +38,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[float]]:
         found[outcome.index] = [int(ns) / 1e6 for ns in re.findall(rb'"sent":(\d+)', reply.raw)]
         return read_reply(reply, outcome, chat)
 
-    monkeypatch.setattr(loadgen, "read_reply", read)
+    monkeypatch.setattr(loop, "read_reply", read)
     return found
 
 
@@ -49,13 +51,13 @@ def test_what_was_sent_when_is_what_the_client_saw(
     monkeypatch: pytest.MonkeyPatch, sent: dict[int, list[float]]
 ) -> None:
     """Of many streams, by a client that looks up every 5 ms only: its own delay must not count."""
-    poll = loadgen.Loop.poll
+    poll = Loop.poll
 
-    def oversleep(loop: loadgen.Loop) -> list[tuple[int, int]]:
+    def oversleep(loop: Loop) -> list[tuple[int, int]]:
         time.sleep(0.005)
         return poll(loop)
 
-    monkeypatch.setattr(loadgen.Loop, "poll", oversleep)
+    monkeypatch.setattr(Loop, "poll", oversleep)
     with bench_client.server() as (port, _):
         count = 2 * STREAMS
         _, truth, result = bench_client.run(port, STREAMS, count, ttft=50, itl=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import ssl
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-import endpoint
-from endpoint import Endpoint, Witness, base_url, choose, find_endpoint
-from nodes import Failure
-from tests.loopback import MODEL, Request, Server, model_server, obedient, serving
+from common.talk import Failure
+from load import endpoint
+from load.endpoint import Endpoint, Witness, base_url, choose, find_endpoint
+from tests.loopback import MODEL, Answer, Request, Server, model_server, obedient, serving
+from tests.servers import MODELS, Kind
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -160,7 +162,8 @@ def test_is_this_machine(host: str, here: bool) -> None:
 
 # --- the same one ---------------------------------------------------------------------------------
 
-RESTARTED = ["the server was restarted during the run"]
+RESTARTED: tuple[list[str], list[str]] = (["the server was restarted during the run"], [])
+SAME: tuple[list[str], list[str]] = ([], [])
 
 
 def at(server: Server) -> Endpoint:
@@ -172,7 +175,7 @@ def test_a_restart_that_the_launchers_record_tells() -> None:
         write_record(server.port)
         named = find_endpoint("localhost", server.port, "", {})
         before = endpoint.identity(named)
-        assert endpoint.changes(named, before) == []
+        assert endpoint.changes(named, before) == SAME
         write_record(server.port, started="9:05")
         assert endpoint.changes(named, before) == RESTARTED
 
@@ -191,15 +194,79 @@ def test_a_restart_that_prometheus_metrics_tell() -> None:
 
     with serving(answer) as server:
         before = endpoint.identity(at(server))
-        assert endpoint.changes(at(server), before) == []
+        assert endpoint.changes(at(server), before) == SAME
         started = 1234.5
         assert endpoint.changes(at(server), before) == RESTARTED
 
 
+def replicas(*starts: float) -> Answer:
+    """One after the other behind one address, each with a page of its own."""
+    turns = itertools.cycle(starts)
+
+    def metrics(request: Request) -> None:
+        text = f'process_start_time_seconds{{pid="7"}} {next(turns)}\n'
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n"
+        request.send((head + text).encode())
+
+    return Kind(paths={"/metrics": metrics})
+
+
+@pytest.mark.parametrize("starts", [(1e9, 2e9), (3e9, 1e9, 2e9), range(1, 9)])
+def test_replicas_behind_one_address_are_no_restart(starts: tuple[float, ...]) -> None:
+    with serving(replicas(*starts)) as server:
+        problems, (note,) = endpoint.changes(at(server), endpoint.identity(at(server)))
+    assert problems == []
+    assert "several processes answer at this address" in note
+
+
+def test_an_older_process_is_another_replica_and_no_restart() -> None:
+    with serving(replicas(1e9)) as server:
+        assert endpoint.changes(at(server), {"started": {"2e9"}})[0] == []
+
+
+@pytest.mark.parametrize(
+    ("models", "note"),
+    [
+        ({"data": [{"id": "new-adapter"}, {"id": MODEL, "created": 9}]}, ""),
+        (lambda request: request.document({}, "503 Busy"), "did not list its models: "),
+        ({"data": []}, "did not list its models: "),
+    ],
+)
+def test_a_list_that_is_reordered_or_not_given_is_no_restart(models: Any, note: str) -> None:
+    with serving(Kind(models=models)) as server:
+        ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
+        problems, notes = endpoint.changes(ours, endpoint.identity(ours))
+    assert problems == []
+    assert note in "".join(notes)
+    assert bool(note) == bool(notes)
+
+
+def test_a_list_that_is_slow_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "TIMEOUT", 0.2)
+    with serving(Kind(models=lambda _: time.sleep(1))) as server:
+        ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
+        problems, (note,) = endpoint.changes(ours, endpoint.identity(ours))
+    assert problems == []
+    assert "no whole answer within 0.2 s" in note
+
+
+def test_a_replica_that_is_a_moment_behind_is_asked_again() -> None:
+    lists = itertools.chain([{"data": [{"id": "old"}]}], itertools.repeat(MODELS))
+    with serving(Kind(models=lambda request: request.document(next(lists)))) as server:
+        ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
+        assert endpoint.changes(ours, endpoint.identity(ours)) == SAME
+
+
+def test_a_server_that_is_gone_after_the_run() -> None:
+    ours = Endpoint("http://127.0.0.1:1", MODEL, MODEL)
+    ((problem,), _) = endpoint.changes(ours, {})
+    assert problem == "the server is gone: no server answers at http://127.0.0.1:1"
+
+
 def test_a_page_that_cannot_be_read_once_is_no_restart() -> None:
     with serving(model_server(obedient)) as server:  # it has no /metrics
-        before = {**endpoint.identity(at(server)), "started": "1000.5"}
-        assert endpoint.changes(at(server), before) == []
+        before = {**endpoint.identity(at(server)), "started": {"1000.5"}}
+        assert endpoint.changes(at(server), before) == SAME
 
 
 def test_the_launchers_model_is_not_the_one_to_ask_for() -> None:
@@ -226,13 +293,13 @@ def test_metrics_that_reading_empties_are_left_alone() -> None:
         request.document({"data": [{"id": MODEL, "owned_by": "tensorrt_llm"}]})
 
     with serving(answer) as server:
-        assert endpoint.changes(at(server), endpoint.identity(at(server))) == []
+        assert endpoint.changes(at(server), endpoint.identity(at(server))) == SAME
 
 
 def test_a_server_with_another_model_after_the_run() -> None:
     with serving(model_server(obedient, "another")) as server:
         ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
-        (problem,) = endpoint.changes(ours, {})
+        ((problem,), _) = endpoint.changes(ours, {})
     assert problem == f"the server now serves another, not {MODEL}"
 
 

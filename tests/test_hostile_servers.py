@@ -10,9 +10,8 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import bench
-import endpoint
-import health
-import manage
-from ask import ask
-from response import Malformed, Outcome, Reply, read_reply
-from tests.conftest import ROOT
+from common.ask import ask
+from common.response import Malformed, Reply
+from launch import health, manage
+from load import endpoint
+from load.answer import Outcome, read_reply
+from tests.conftest import PATIENCE, ROOT
 from tests.loopback import (
     DONE,
     HEAD,
@@ -153,8 +152,10 @@ COUNTS: dict[str, tuple[Misbehave, str]] = {
     "counts too high": (counts(4, 10**400), "without usage"),
     "counts in halves": (counts(4.5, 1e308), "without usage"),
     "counts what it did not write": (counts(4, 99), "are not 4 tokens long (one has 99)"),
-    "is another model": (counts(4, 4, model="x" * 9_000), "answers came from xxx"),
-    "is a list of models": (counts(4, 4, model=["a"]), "answers came from ['a']"),
+    "is another model each time": (
+        lambda request: counts(4, 4, model=str(request.number) * 9_000)(request),
+        "answers came from ",
+    ),
 }
 
 
@@ -165,7 +166,7 @@ MEASURED = {kind: (row[0], row[-1]) for kind, row in SERVERS.items()} | STREAMS 
 def timeout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Short where it has to run out, long where a busy machine must not let it."""
     kind = request.node.callspec.params["kind"]
-    seconds = 0.3 if "no whole answer" in MEASURED[kind][1] else 5.0
+    seconds = 1.0 if "no whole answer" in MEASURED[kind][1] else PATIENCE
     monkeypatch.setattr(endpoint, "TIMEOUT", seconds)
     monkeypatch.setattr(health, "HEALTH_TIMEOUT", seconds)
     monkeypatch.setattr(manage, "HEALTH_TIMEOUT", seconds)
@@ -179,18 +180,11 @@ QUICK = [
 ]
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
-
-
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.usefixtures("timeout")
 def test_a_question_to_a_server_that(kind: str) -> None:
     misbehave, words, _ = SERVERS[kind]
-    with serving(misbehave) as there, within(4):
+    with serving(misbehave) as there:
         code, out, err = call(bench.main, "-H", f"http://127.0.0.1:{there.port}", *QUICK)
     assert (code, out) == (1, b"") and "ERROR" in err and words in err, err
     assert not Path("out").exists()
@@ -199,7 +193,7 @@ def test_a_question_to_a_server_that(kind: str) -> None:
 @pytest.mark.parametrize("kind", MEASURED)
 def test_a_measured_request_to_a_server_that(kind: str, timeout: str) -> None:
     misbehave, words = MEASURED[kind]
-    with serving(model_server(misbehave)) as there, within(9):
+    with serving(model_server(misbehave)) as there:
         url = f"http://127.0.0.1:{there.port}"
         code, out, _ = call(bench.main, "-H", url, *QUICK, "--timeout", timeout)
     last = json.loads(out.splitlines()[-1])
@@ -215,7 +209,7 @@ def test_a_measured_request_to_a_server_that(kind: str, timeout: str) -> None:
 def test_a_launcher_whose_server(kind: str) -> None:
     """Each is a missed health check, or one without a model, as soon as its time is over."""
     misbehave = SERVERS[kind][0]
-    with serving(misbehave) as there, within(4):
+    with serving(misbehave) as there:
         url = f"http://127.0.0.1:{there.port}"
         asked, probe = health.Health(url, [MODEL]), health.Probe(url, 1)
         assert not asked._ask() and asked.misses == 1 and not asked.model
@@ -268,7 +262,8 @@ HEAVY: dict[str, Misbehave] = {
     "sends a gzip bomb": kept(document(gzip.compress(bytes(300 << 20), 1),
                                        OK + b"Content-Encoding: gzip\r\n")),
 }  # fmt: skip
-ASK = """import health, sys
+ASK = """import sys
+from launch import health
 asked, probe = health.Health(sys.argv[1], ["m"]), health.Probe(sys.argv[1], 1)
 print(asked._ask(), asked.answer, probe._ask(), probe.answer)"""
 
@@ -281,7 +276,7 @@ def peaks(*scripts: list[str]) -> list[tuple[int, int, str]]:
         subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=one, text=True)
         for c in commands
     ]
-    said = [process.communicate(timeout=30)[0].rpartition("peak ") for process in started]
+    said = [process.communicate(timeout=2 * PATIENCE)[0].rpartition("peak ") for process in started]
     return [(p.returncode, int(s[2]) >> 10, s[0]) for p, s in zip(started, said, strict=True)]
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import image_check
-from image_check import Check
+from launch import image_check
+from launch.image_check import Check
 
 
 def program(directory: Path, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""report.py: tables, files, plots, the page in a real browser, two folders side by side."""
+"""The report: tables, files, plots, the page in a real browser, two folders side by side."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import charts
-import compare
-import report
-import results
-from matrix import Case
+from load.matrix import Case
+from report import __main__ as command
+from report import charts, compare, draw, results
+from report import render as report
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("same_signals")
+ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def spread(value: float) -> dict[str, float]:
+    shares = {"5": 0.5, "25": 0.9, "50": 1.0, "75": 1.1, "95": 2.0, "99": 3.0}
+    return {p: value * share for p, share in shares.items()}
 
 
 def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:
@@ -31,7 +39,9 @@ def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:
     return {
         "date": "20261124-101500", "model_id": "org/model", "valid": True, "problems": [],
         "notes": [], "request_throughput": 2.5, "output_throughput": 640.0, "duration": 4.0,
+        "completed": case.num_prompts, "user_throughput": 50.0, "e2el_growth": None,
         **dict.fromkeys(names, value),
+        **{f"{metric}_percentiles_ms": spread(value) for metric in ("ttft", "itl", "e2el")},
         "case": case.facts(),
         "metadata": {"url": "http://h:1", "command": "bench.py"},
         **facts,
@@ -59,6 +69,8 @@ def put(folder: Path, *records: dict[str, Any]) -> Path:
     return folder
 
 
+PICTURES = ("ttft_input", "itl_output", "throughput_latency", "sweep", "per_user",
+            "ttft_spread", "itl_spread", "e2el_spread")  # fmt: skip
 LATENCY = Case("latency", 128, 128, 100, 1)
 SECOND = Case("latency", 128, 128, 100, 1, repeat=2)
 
@@ -66,10 +78,12 @@ SECOND = Case("latency", 128, 128, 100, 1, repeat=2)
 def test_the_table() -> None:
     text = report.table([record(LATENCY), bad(Case("latency", 512, 256, 100, 1))])
     assert text.splitlines() == [
-        "                         req/s  out tok/s  TTFT ms   p99  TPOT ms  ITL ms    p99  E2EL ms",
-        "latency-in128-out128-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10",
-        "latency-in512-out256-c1   2.50        640     10.0  10.0    10.00   10.00  10.00       10"
-        "  INVALID",
+        "                         req/s  out tok/s  TTFT ms  TTFT p99  TPOT ms  ITL ms  ITL p99"
+        "  E2EL ms",
+        "latency-in128-out128-c1   2.50        640     10.0      10.0    10.00   10.00    10.00"
+        "       10",
+        "latency-in512-out256-c1   2.50        640     10.0      10.0    10.00   10.00    10.00"
+        "       10  INVALID",
         "INVALID latency-in512-out256-c1: 1 of 10 requests failed: <b>HTTP 500</b>",
     ]
 
@@ -82,10 +96,10 @@ def test_repeats_are_one_row_with_their_spread() -> None:
 
 def test_the_curve_goes_from_load_to_load_not_by_date() -> None:
     runs = [record(Case("concurrency", 512, 256, 10, c), 10.0 * c) for c in (4, 16, 1)]
-    chart = charts.load_curve("n", "t", results.groups(runs), "concurrency")
+    chart = charts.load_curve("n", "t", [("", results.groups(runs))], "concurrency")
     (points,) = chart.series.values()
-    assert [x for x, _ in points] == [10.0, 40.0, 160.0]
-    assert chart.labels == ("c=1", "c=4", "c=16")
+    assert [p.x for p in points] == [10.0, 40.0, 160.0]
+    assert [p.label for p in points] == ["c=1", "c=4", "c=16"]
 
 
 def test_goodput_has_a_column_when_it_was_asked_for() -> None:
@@ -132,7 +146,7 @@ def test_the_csv_holds_every_run(tmp_path: Path) -> None:
 
 def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
     folder = put(tmp_path / "a", record(LATENCY, ttfts=[0.1] * 10_000))
-    assert report.main([str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
     (found,) = json.loads((folder / "summary.json").read_text())
     assert "ttfts" not in found
     assert found["mean_ttft_ms"] == 10
@@ -141,7 +155,7 @@ def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
 def test_every_plot_is_a_png_and_in_the_page(tmp_path: Path) -> None:
     report.write(tmp_path, everything())
     page = (tmp_path / "report.html").read_text()
-    for name in ("ttft_input", "itl_output", "throughput_latency", "sweep"):
+    for name in PICTURES:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'<figure id="{name}"' in page
 
@@ -173,9 +187,126 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_pat
     assert "<b>HTTP 500" not in page
     assert "&lt;b&gt;HTTP 500" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,12})', page)
+    sources += re.findall(r"url\((.)", page)
     assert sources
-    assert all(source.startswith("data:") for source in sources)
+    assert all(source.startswith(("data:", "#")) for source in sources)
     HTMLParser().feed(page)
+
+
+class Heads(HTMLParser):
+    """The words of the header cells, a list a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.inside = tag == "th"
+        if tag == "thead":
+            self.tables.append([])
+        elif tag == "th":
+            self.tables[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.tables[-1][-1] += data
+
+
+def page_of(folder: Path, *records: dict[str, Any]) -> str:
+    report.write(folder, list(records))
+    return (folder / "report.html").read_text()
+
+
+def test_no_two_columns_have_one_name(tmp_path: Path) -> None:
+    server = {column.key: 1.0 for column in results.SERVER}
+    more = {"request_goodput": 1.0, "goodput_share": 1.0, "cached_share": 0.5}
+    heads = Heads()
+    heads.feed(page_of(tmp_path, *everything(), record(LATENCY, **server, **more)))
+    assert len(heads.tables) >= 2
+    for titles in heads.tables:
+        assert len(set(titles)) == len(titles)
+    head = report.table(everything()).splitlines()[0]
+    assert head.count("TTFT p99") == head.count("ITL p99") == head.count("p99") / 2 == 1
+
+
+def test_how_many_requests_were_asked_completed_and_failed(tmp_path: Path) -> None:
+    wrong = bad(SECOND) | {"completed": 97}
+    text = re.sub("<[^>]*>", " ", page_of(tmp_path, record(LATENCY), wrong).replace("<wbr>", ""))
+    assert re.search(r"latency-in128-out128-c1\s+invalid\s+200\s+197\s+3\s", text)
+
+
+def sweep_of(*throughputs: float, **facts: Any) -> list[dict[str, Any]]:
+    return [
+        record(Case("sweep", 512, 256, 10, 2**n), output_throughput=t, **facts)
+        for n, t in enumerate(throughputs)
+    ]
+
+
+def test_the_knee_in_words(tmp_path: Path) -> None:
+    page = page_of(tmp_path, *sweep_of(100.0, 190.0, 195.0))
+    assert "The knee of the sweep: sweep-in512-out256-c2, with 190 output tokens/s" in page
+    assert "At the next step twice the streams brought +3% throughput." in page
+
+
+def test_a_sweep_that_ended_before_its_knee(tmp_path: Path) -> None:
+    assert "More load than that was not tried" in page_of(tmp_path / "a", *sweep_of(100.0, 190.0))
+    first = bad(Case("sweep", 512, 256, 10, 1))
+    assert "has no knee: at its first step" in page_of(tmp_path / "b", first)
+
+
+def test_the_goodput_in_words(tmp_path: Path) -> None:
+    limits = {"goodput": {"ttft": 200.0}}
+    good = record(LATENCY, request_goodput=2.0, goodput_share=1.0, metadata=limits)
+    many = Case("throughput", 512, 256, 100)
+    less = record(many, request_goodput=9.0, goodput_share=0.4, metadata=limits)
+    page = page_of(tmp_path, good, less)
+    assert "Goodput (TTFT up to 200 ms): 1 of 2 loads keep the limits for 99%" in page
+    assert "9.00 at throughput-in512-out256-unlimited (40% keep them)" in page
+
+
+def test_tokens_a_second_of_each_gpu(tmp_path: Path) -> None:
+    page = page_of(tmp_path, record(LATENCY, metadata={"world_size": 4}))
+    assert "<th>tok/s per user" in page
+    assert re.search(r"<th>tok/s per GPU(.|\n)*<td>160\n", page)
+    assert "per GPU" not in page_of(tmp_path, record(LATENCY))
+
+
+def test_the_exact_values_are_there_to_be_pointed_at(tmp_path: Path) -> None:
+    page = page_of(tmp_path, *everything())
+    titles = re.findall(r"<title>([^<]*)</title>", page)[1:]
+    assert "prefill-in128-out1-c4: mean TTFT 12.80 ms" in titles
+    assert any(t.startswith("sweep-in512-out256-c2: 640 output tokens/s") for t in titles)
+    assert any(t.startswith("decode-in128-out128-c4: p5 5.50, p25 9.90, p50 11.00") for t in titles)
+
+
+@pytest.mark.parametrize("points", [3, 8, 14])
+def test_labels_do_not_lie_on_each_other_at_saturation(points: int) -> None:
+    from matplotlib.figure import Figure
+
+    runs = [record(Case("sweep", 512, 256, 10, 2**n), 100.0 + 2 * n) for n in range(points)]
+    chart = charts.load_curve("n", "t", [("", results.groups(runs))], "sweep")
+    figure = Figure(layout="constrained")
+    draw.draw_lines(chart, figure)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert boxes
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(axes.bbox.y0 <= box.y0 for box in boxes)
+
+
+def test_how_each_run_was_measured_where_they_differ(tmp_path: Path) -> None:
+    facts = {"url": "http://h:1", "client": "builtin"}
+    client = {"late_share": 0.0, "p99_read_lag_ms": 0.0, "stamps": "kernel"}
+    one = record(LATENCY, metadata=facts, client=client)
+    other = record(Case("decode", 1, 2, 3, 4), metadata={**facts, "backend": "openai-chat"},
+                   client={**client, "stamps": "user space"})  # fmt: skip
+    page = page_of(tmp_path, one, other)
+    assert "<dt>url<dd>http://h:1" in page
+    heads = Heads()
+    heads.feed(page)
+    assert heads.tables[-1] == ["loads", "time stamps", "backend"]
+    assert re.search(r"decode-<wbr>in1.*user space.*openai-chat", page)
 
 
 @pytest.fixture(scope="module")
@@ -187,35 +318,67 @@ def browser() -> str:
     return found
 
 
-# What a reader would see: pictures that are there, nothing wider than the screen, no errors.
+# What a reader would see: charts that have a size, nothing wider than the screen, no errors, and
+# what is pointed at tells its values.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", e => errors.push(String(e.message || e.target.src)), true);
 addEventListener("load", () => {
-  const images = [...document.images].map(i => i.naturalWidth > 0 && i.width <= innerWidth);
-  const facts = {errors, images, wide: document.documentElement.scrollWidth > innerWidth};
-  document.body.setAttribute("data-facts", JSON.stringify(facts));
+  const charts = [...document.querySelectorAll("figure svg")].map(chart => {
+    const box = chart.getBoundingClientRect();
+    return box.width > 200 && box.height > 100 && box.right <= innerWidth;
+  });
+  const point = document.querySelector(".tip"), box = point.getBoundingClientRect();
+  point.scrollIntoView();
+  const at = point.getBoundingClientRect();
+  const hit = document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2);
+  const tip = hit?.closest(".tip")?.querySelector("title")?.textContent || "";
+  const wide = document.documentElement.scrollWidth > innerWidth;
+  document.body.setAttribute("data-facts", JSON.stringify({errors, charts, tip, wide}));
 });
 </script>"""
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None:
-    report.write(tmp_path, [*everything(), bad(LATENCY)])
-    page = (tmp_path / "report.html").read_text()
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.replace("<title>", PROBE + "<title>"))
+def seen_by(browser: str, page: Path, width: int) -> dict[str, Any]:
+    text = page.read_text()
+    probed = page.with_name("probed.html")
+    probed.write_text(text.replace("<title>", PROBE + "<title>", 1))
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
-        "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--enable-logging=stderr", f"--user-data-dir={page.parent}/profile",
+        f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     match = re.search(r'data-facts="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]
-    facts = json.loads(match[1].replace("&quot;", '"'))
-    assert facts == {"errors": [], "images": [True] * 4, "wide": False}
     assert "CONSOLE" not in done.stderr
+    found: dict[str, Any] = json.loads(match[1].replace("&quot;", '"'))
+    return found
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None:
+    report.write(tmp_path, [*everything(), bad(LATENCY)])
+    seen = seen_by(browser, tmp_path / "report.html", width)
+    assert seen["tip"].endswith("ms")
+    assert seen == {"errors": [], "charts": [True] * 8, "tip": seen["tip"], "wide": False}
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_two_folders_on_one_page(tmp_path: Path, browser: str, width: int) -> None:
+    a = put(tmp_path / "a", *everything(), *twice(10.0, 10.02))
+    b = put(tmp_path / "b", *everything(), *twice(12.0, 12.0))
+    assert command.main(["compare", str(a), str(b)]) == 0
+    page = b / "compare-a.html"
+    text = page.read_text()
+    told = r'class="bad" title="10.0 before, 12.0 after; by chance[^"]*">\+19.9% WORSE'
+    assert re.search(told, text)
+    assert "no verdict on " in text
+    assert {"mean, before", "mean, after"} <= set(re.findall(r"mean, \w+", text))
+    seen = seen_by(browser, page, width)
+    assert (seen["errors"], seen["wide"], set(seen["charts"])) == ([], False, {True})
+    assert command.main([str(b)]) == 0  # the page is no result
 
 
 # --- from the command line, and two folders -------------------------------------------------------
@@ -223,44 +386,82 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None
 
 def test_a_report_can_be_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = put(tmp_path / "a", *everything())
-    assert report.main([str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
     assert "prefill-in128-out1-c4" in capsys.readouterr().out
     assert (folder / "report.html").exists()
-    assert report.main([str(folder)]) == 0  # its own summary is no run
+    assert command.main([str(folder)]) == 0  # its own summary is no run
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = put(tmp_path / "a", record(LATENCY, 10.0), record(Case("decode", 1, 2, 3, 4)))
+    a = put(tmp_path / "a", *twice(10.0, 10.02), record(Case("decode", 1, 2, 3, 4)))
     b = put(
         tmp_path / "b",
-        record(LATENCY, 12.0, output_throughput=700.0),
+        *twice(12.0, 12.0, output_throughput=700.0),
         bad(Case("prefill", 1, 1, 1, 1)),
     )
-    assert report.main(["compare", str(a), str(b)]) == 0
+    assert command.main(["compare", str(a), str(b)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "latency-in128-out128-c1 mean_ttft_ms 10.0 12.0 +20.0% - WORSE" in lines
-    assert "latency-in128-out128-c1 output_throughput 640 700 +9.4% - better" in lines
-    assert "latency-in128-out128-c1 request_throughput 2.50 2.50 +0.0% -" in lines
+    assert "latency-in128-out128-c1 TTFT ms 10.0 12.0 +19.9% ±1.0% WORSE" in lines
+    assert "latency-in128-out128-c1 out tok/s 640 700 +9.4% - better" in lines
+    assert "latency-in128-out128-c1 req/s 2.50 2.50 +0.0% -" in lines
+    assert lines[9].startswith("of 8 figures 1 are better and 6 WORSE")
     assert "only before: decode-in1-out2-c4" in lines
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
 
 
+def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
+    return [record(LATENCY, first, **facts), record(SECOND, second, **facts)]
+
+
+def verdicts(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, str]:
+    return {c.column.key: c.verdict for c in compare.compare(before, after)}
+
+
+def test_one_run_a_side_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody knows by how much two such runs differ by chance."""
+    text = words_of(tmp_path, capsys, record(LATENCY, 10.0), record(LATENCY, 20.0))
+    assert "+100.0%" in text
+    assert not re.search("better|WORSE", text)
+    assert "with one run a side" in text
+    assert "--repeat" in text
+    mixed = verdicts(twice(10.0, 10.0), [record(LATENCY, 20.0)])
+    assert mixed["mean_ttft_ms"] == "one run"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ((8.0, 12.0), (9.0, 13.0), ""),  # within the spread
+        ((9.0, 11.0), (12.0, 14.0), ""),  # apart, but two runs a side are few
+        ((10.0, 10.1), (10.2, 10.3), ""),  # certain, perhaps, and of no matter
+        ((10.0, 10.1), (13.0, 13.1), "WORSE"),
+        ((13.0, 13.1), (10.0, 10.1), "better"),
+        ((0.0, 0.0), (1.0, 1.0), "WORSE"),
+        ((0.0, 0.0), (0.0, 0.0), ""),
+    ],
+)
+def test_a_verdict_is_beyond_what_repeats_differ_by(
+    before: tuple[float, float], after: tuple[float, float], verdict: str
+) -> None:
+    assert verdicts(twice(*before), twice(*after))["mean_ttft_ms"] == verdict
+
+
 def words_of(folder: Path, capsys: pytest.CaptureFixture[str], *sides: dict[str, Any]) -> str:
     a, b = (put(folder / name, one) for name, one in zip("ab", sides, strict=True))
-    assert report.main(["compare", str(a), str(b)]) == 0
+    assert command.main(["compare", str(a), str(b)]) == 0
     return capsys.readouterr().out
 
 
 def test_goodput_is_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = (record(LATENCY, request_goodput=g) for g in (2.0, 1.0))
     text = " ".join(words_of(tmp_path, capsys, before, after).split())
-    assert "request_goodput 2.00 1.00 -50.0% - WORSE" in text
+    assert "good req/s 2.00 1.00 -50.0% - one run" in text
 
 
-def test_from_nothing_to_something_is_a_change() -> None:
-    before, after = (record(LATENCY, request_goodput=g) for g in (0.0, 1.0))
-    (change,) = (c for c in compare.compare([before], [after]) if c.column == results.GOODPUT)
-    assert (change.verdict, change.row[4]) == ("better", "+inf%")
+def test_from_nothing_to_something_is_a_change_but_no_number() -> None:
+    before, after = (twice(9.0, 9.0, request_goodput=g) for g in (0.0, 1.0))
+    (change,) = (c for c in compare.compare(before, after) if c.column == results.GOODPUT)
+    assert (change.verdict, change.row[4]) == ("better", "-")
 
 
 @pytest.mark.parametrize(
@@ -271,6 +472,7 @@ def test_from_nothing_to_something_is_a_change() -> None:
         ({"metadata": {"client": "builtin", "served_model": "b"}}, "model: org/model before, b"),
         ({"completed": 10, "total_input_tokens": 1300}, "input tokens a request: 128 before, 130"),
         ({"completed": 10, "total_output_tokens": 90}, "output tokens a request: 0 before, 9"),
+        ({"data_set": {"file": "b", "sha256": "b1"}}, "data set: None before, b1 after"),
     ],
 )  # fmt: skip
 def test_unlike_runs_are_not_compared_in_silence(
@@ -300,30 +502,98 @@ def test_what_another_client_left_is_no_repeat() -> None:
     assert "latency-in128-out128-c1 (trtllm, org/model, 100 requests)" in text
 
 
-def test_a_change_within_the_spread_is_no_change() -> None:
-    before = [record(LATENCY, 8.0), record(SECOND, 12.0)]
-    after = [record(LATENCY, 9.0), record(SECOND, 13.0)]
-    verdicts = {c.column.key: c.verdict for c in compare.compare(before, after)}
-    assert verdicts["mean_ttft_ms"] == ""
-
-
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
 def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(words) == 1
+    assert command.main(words) == 1
     assert "no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["compare", "one"], ["one", "two"], []])
 def test_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        report.main(words)
+        command.main(words)
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("text", ["{half", "[]", "7"])
+BROKEN = {
+    b"": "not JSON",
+    b"{half": "not JSON",
+    b"[]": "no result of bench.py",
+    b"7": "no result of bench.py",
+    b'{"mean_ttft_ms": 7}': "no result of bench.py",  # another tool's
+    b'{"case": {"name": "a"}}': "damaged",
+    b"\xff\xfe\x00": "not JSON",
+    b"[" * 100_000: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_file_that_is_no_result(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (put(tmp_path / "a") / "x.json").write_text(text)
-    assert report.main([str(tmp_path / "a")]) == 1
-    assert "ERROR" in capsys.readouterr().err
+    (put(tmp_path / "a") / "x.json").write_bytes(text)
+    assert command.main([str(tmp_path / "a")]) == 1
+    err = capsys.readouterr().err
+    assert "no results in it; x.json is left out: " in err
+    assert BROKEN[text] in err
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_file_costs_no_other_run_its_report(
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "x.json").write_bytes(text)
+    assert command.main([str(folder)]) == 0
+    assert re.search(f"note: x.json is left out: .*{BROKEN[text]}", capsys.readouterr().out)
+    assert "x.json is left out" in (folder / "report.html").read_text()
+    assert command.main(["compare", str(folder), str(folder)]) == 0
+    assert "x.json is left out" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "folder.json").mkdir()
+    os.mkfifo(folder / "pipe.json")
+    (folder / "link.json").symlink_to("nowhere")
+    assert command.main([str(folder)]) == 0
+    assert capsys.readouterr().out.count("is left out: ") == 3
+
+
+def test_a_nan_of_another_program_is_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = put(tmp_path / "a", record(LATENCY, mean_itl_ms=float("nan")))
+    assert "NaN" in (folder / "latency-in128-out128-c1.json").read_text()
+    assert command.main([str(folder)]) == 0
+    assert re.search(r"10\.00 +- +10\.00", capsys.readouterr().out)
+    assert "NaN" not in (folder / "summary.json").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_kind(tmp_path: Path, encoding: str) -> None:
+    """A job's log may be ASCII; what was measured for hours is shown all the same."""
+    note = record(SECOND, notes=["a model named 模型 \udcff"])
+    folder = put(tmp_path / "a", record(LATENCY, 9.0), note)
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "report", str(folder)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    sign = "+-" if encoding == "ascii" else "±"
+    assert f"{sign}7.4%" in done.stdout.decode(encoding)
+    model = "模型" if encoding == "utf-8" else r"\u6a21\u578b"
+    assert f"{model} \\udcff" in done.stdout.decode(encoding)
+
+
+def test_a_result_cannot_drive_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = bad(LATENCY) | {"problems": ["\x1b]0;owned\x07 \x9b31m \u202e"]}
+    folder = put(tmp_path / "a", wrong)
+    assert command.main([str(folder)]) == 0
+    out, err = capsys.readouterr()
+    files = "".join(path.read_text() for path in folder.glob("summary.*"))
+    files += (folder / "report.html").read_text()
+    for text in (out, err, files):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert r"\x1b]0;owned\x07 \x9b31m \u202e" in out

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from response import Malformed, Outcome, Reply, error_message, parse_head, read_reply
+from common.ask import authority
+from common.response import Malformed, Reply, error_message, parse_head
+from load.answer import Outcome, read_reply
+from load.target import Target
 from tests.loopback import DONE, HEAD, LAST, chunk, delta, event, stream, token, usage
 
 MS = 1_000_000
@@ -152,7 +155,7 @@ def test_a_chats_role_is_no_token() -> None:
         chunk(usage(3, 2)) + chunk(DONE) + LAST,
         chat=True,
     )
-    assert (out.first, out.last, list(out.gaps), out.events) == (1 * MS, 3 * MS, [1.0], 2)
+    assert (out.first, out.last, list(out.gaps), out.events) == (1 * MS, 2 * MS, [1.0], 2)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
@@ -235,3 +238,96 @@ def test_a_bad_chunk_size_is_refused() -> None:
 def test_a_length_that_is_no_number(length: bytes) -> None:
     with pytest.raises(Malformed, match="bad Content-Length"):
         parse_head(b"HTTP/1.1 200 OK\r\nContent-Length: " + length + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("ends", [(b"\n", b"\n"), (b"\r\n", b"\n"), (b"\n", b"\r\n")])
+def test_a_header_may_have_bare_line_feeds(ends: tuple[bytes, bytes]) -> None:
+    line, last = ends
+    raw = b"HTTP/1.1 200 OK%sContent-Length: 2%s%s{}" % (line, line, last)
+    for cut in range(1, len(raw)):
+        reply = Reply()
+        assert not reply.add(raw[:cut], 0, 0) and reply.add(raw[cut:], 0, 0)
+
+
+def test_line_ends_before_an_answer_are_of_the_last_one() -> None:
+    assert read(b"\r\n", b"\r\n" + stream()).output_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "hint"),
+    [
+        (b"\x15\x03\x01\x00\x02\x02\x16", "write https://"),
+        (b"\x00\x00\x12\x04\x00\x00\x00\x00\x00", "HTTP/2"),
+        (b"SSH-2.0-OpenSSH\r\n", "not an HTTP response: b'SSH-2.0-OpenSSH\\r\\n'"),
+    ],
+)
+def test_another_protocol_is_named(raw: bytes, hint: str) -> None:
+    with pytest.raises(Malformed, match="not an HTTP response") as raised:
+        parse_head(raw)
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "tls", "said"),
+    [
+        ("llm.example", 80, False, "llm.example"),
+        ("llm.example", 443, True, "llm.example"),
+        ("llm.example", 443, False, "llm.example:443"),
+        ("llm.example", 8000, False, "llm.example:8000"),
+        ("::1", 80, False, "[::1]"),
+        ("::1", 8000, True, "[::1]:8000"),
+        ("müller.example", 80, False, "xn--mller-kva.example"),
+    ],
+)
+def test_the_host_is_written_as_browsers_do(host: str, port: int, tls: bool, said: str) -> None:
+    assert authority(host, port, tls) == said
+    assert f"\r\nHost: {said}\r\n".encode() in Target(host, port, tls).request("/", b"")
+
+
+@pytest.mark.parametrize(
+    ("head", "close"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nConnection: Close\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: Keep-Alive, close\r\n\r\n", True),
+        (b"HTTP/1.0 200 OK\r\n\r\n", True),
+        (b"HTTP/1.0 200 OK\r\nConnection: TE, Keep-Alive\r\n\r\n", False),
+    ],
+)
+def test_whether_a_connection_is_kept(head: bytes, close: bool) -> None:
+    found = parse_head(head)
+    assert found and found.close is close
+
+
+def texts(*found: str) -> list[bytes]:
+    return [token(text) for text in found]
+
+
+@pytest.mark.parametrize(
+    ("events", "wanted", "first", "count"),
+    [
+        (texts("", "a", "b"), 2, 1, 2),  # the request was taken, and no more
+        (texts("", "a", "b"), 3, 0, 3),  # the first half of a character
+        (texts("", "", "a", "b"), 3, 1, 3),
+        (texts("a", "", "b", ""), 4, 0, 4),  # a special token at the end
+        (texts("a", "", "b", ""), 3, 0, 3),  # the end itself
+        (texts("", "a", "b", ""), 3, 1, 3),
+        (texts("a", "", "b"), 2, 0, 2),  # a heartbeat between them
+        (texts("", "a b", "c d"), 4, 1, 2),  # several tokens an event
+        (texts("", ""), 1, 0, 1),
+        (texts("a", "b", ""), None, 0, 2),  # nobody counted
+    ],
+)
+def test_which_events_are_tokens(
+    events: list[bytes], wanted: int | None, first: int, count: int
+) -> None:
+    said = chunk(usage(1, wanted)) if wanted else b""
+    out = read(HEAD, *map(chunk, events), said + chunk(DONE) + LAST)
+    assert (out.first, out.events, out.output_tokens) == ((first + 1) * MS, count, wanted)
+
+
+def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:
+    reply, outcome = Reply(), Outcome(0, 0, 0)
+    reply.add(b"HTTP/1.1 413 Too Large\r\nContent-Length: 99\r\n\r\ntoo long a prompt", 0, 0)
+    outcome.error = "Connection reset by peer"
+    assert read_reply(reply, outcome, False).error == "HTTP 413: too long a prompt"

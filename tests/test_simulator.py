@@ -18,11 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+
+from tests.conftest import PATIENCE
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
 COMMAND = [sys.executable, str(SIMULATOR / "trtllm-serve")]
@@ -45,7 +48,11 @@ def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
     """Run to the end: the simulator stops by itself as soon as it has accepted its arguments."""
     stop = environment(FAULT=f"exit-loading:{ACCEPTED}", LOAD_SECONDS="0")
     return subprocess.run(
-        [*COMMAND, *argv], env={**stop, **(env or {})}, capture_output=True, text=True, timeout=30
+        [*COMMAND, *argv],
+        env={**stop, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 
@@ -55,8 +62,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(holds: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
+def eventually(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
@@ -73,13 +80,13 @@ class Server:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     def wait_ready(self) -> None:
-        eventually(lambda: "Uvicorn running" in self.log or self.process.poll() is not None, 30)
+        eventually(lambda: "Uvicorn running" in self.log or self.process.poll() is not None)
         assert self.process.poll() is None, self.log
 
-    def get(self, path: str, timeout: float = 30) -> requests.Response:
+    def get(self, path: str, timeout: float = PATIENCE) -> requests.Response:
         return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=timeout)
 
-    def post(self, path: str, body: object, timeout: float = 30) -> requests.Response:
+    def post(self, path: str, body: object, timeout: float = PATIENCE) -> requests.Response:
         return requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, timeout=timeout)
 
     def complete(self, prompt: object = "The capital of France is", **fields: object) -> Json:
@@ -102,7 +109,7 @@ class Server:
         return [json.loads(event.removeprefix("data: ")) for event in events]
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def exchange(self, data: bytes) -> bytes:
         """Send raw bytes, return everything up to the server's close."""
@@ -146,10 +153,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def idle_until_closed(server: Server) -> float:
     with server.connect() as client:
+        began = time.monotonic()
         client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
-        began = time.monotonic()
-        client.settimeout(60)
+        client.settimeout(PATIENCE)
         assert client.recv(4096) == b""
         return time.monotonic() - began
 
@@ -444,7 +451,7 @@ def test_signal_lets_the_open_stream_finish_and_is_then_died_of(log: Path, signu
         answer += b"".join(iter(lambda: client.recv(65536), b""))
         assert answer.count(b"data: {") == 30
         assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-        assert server.process.wait(timeout=30) == -signum
+        assert server.process.wait(timeout=PATIENCE) == -signum
 
 
 def test_a_second_sigint_cuts_what_the_first_lets_finish(log: Path) -> None:
@@ -454,7 +461,7 @@ def test_a_second_sigint_cuts_what_the_first_lets_finish(log: Path) -> None:
         for _ in range(2):
             server.process.send_signal(signal.SIGINT)
             eventually(lambda: "Shutting down" in server.log)
-        assert server.process.wait(timeout=30) == -signal.SIGINT
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
@@ -464,7 +471,7 @@ def test_signal_ends_the_load(log: Path, signum: int, code: int) -> None:
     with serving(log, ready=False, LOAD_SECONDS="30") as server:
         eventually(lambda: "start MpiSession" in server.log)
         server.process.send_signal(signum)
-        assert server.process.wait(timeout=30) == code
+        assert server.process.wait(timeout=PATIENCE) == code
         assert "Traceback" not in server.log
 
 
@@ -498,7 +505,7 @@ def test_impossible_port_fails_after_the_load(port: str) -> None:
 )
 def test_route_answers(server: Server, method: str, path: str, status: int, body: str) -> None:
     url = f"http://127.0.0.1:{server.port}{path}"
-    response = requests.request(method, url, timeout=30)
+    response = requests.request(method, url, timeout=PATIENCE)
     assert (response.status_code, response.text) == (status, body)
 
 
@@ -761,7 +768,7 @@ def test_body_that_is_no_json_object_gets_the_flat_400(
 def post_bytes(server: Server, data: bytes, content_type: str | None) -> requests.Response:
     url = f"http://127.0.0.1:{server.port}/v1/completions"
     headers = {"content-type": content_type} if content_type is not None else {}
-    return requests.post(url, data=data, headers=headers, timeout=30)
+    return requests.post(url, data=data, headers=headers, timeout=PATIENCE)
 
 
 def test_values_are_converted_as_leniently_as_pydantic_does(server: Server) -> None:
@@ -775,7 +782,7 @@ def test_second_request_for_no_tokens_kills_the_server(log: Path) -> None:
         assert server.get("/health").status_code == 200
         with pytest.raises(requests.ConnectionError):
             server.post("/v1/completions", body)
-        server.process.wait(timeout=30)
+        server.process.wait(timeout=PATIENCE)
 
 
 # -- streaming --
@@ -891,7 +898,7 @@ def test_expect_continue_is_granted(server: Server) -> None:
 def test_connection_serves_several_requests(server: Server) -> None:
     with requests.Session() as session:
         for _ in range(3):
-            session.get(f"http://127.0.0.1:{server.port}/version", timeout=30)
+            session.get(f"http://127.0.0.1:{server.port}/version", timeout=PATIENCE)
     assert len(set(re.findall(r'(127\S+) - "GET /version', server.log)[-3:])) == 1
 
 
@@ -910,7 +917,7 @@ def test_http_1_0_stream_is_unframed_and_ends_with_the_connection(server: Server
 
 
 def test_idle_connection_is_closed_after_five_seconds(idle_seconds: Future[float]) -> None:
-    assert idle_seconds.result() > 4.5
+    assert 4.5 < idle_seconds.result() < PATIENCE
 
 
 def test_no_request_has_left_a_traceback_but_those_that_do_so_in_the_real_one(
@@ -924,29 +931,35 @@ def test_no_request_has_left_a_traceback_but_those_that_do_so_in_the_real_one(
 # -- speed and batching --
 
 
+def is_on_time(seconds: float, complete: Callable[[], object]) -> bool:
+    """Never too early, whatever the machine does; the caller tries until it does nothing else."""
+    began = time.monotonic()
+    complete()
+    took = time.monotonic() - began
+    assert took >= seconds
+    return took < 2 * seconds
+
+
 def test_timetable_is_kept(log: Path) -> None:
     with serving(log, TTFT_MS="50", PREFILL_US_PER_TOKEN="1000", ITL_MS="5") as server:
-        began = time.monotonic()
-        server.complete([1] * 50, max_tokens=41, ignore_eos=True)
-        assert time.monotonic() - began >= 0.3  # 50 + 50 x 1 + 40 x 5 ms
+        ask = partial(server.complete, [1] * 50, max_tokens=41, ignore_eos=True)
+        eventually(lambda: is_on_time(0.3, ask))  # 50 + 50 x 1 + 40 x 5 ms
 
 
 def test_running_requests_slow_each_other_down_when_asked_to(log: Path) -> None:
     with serving(log, ITL_MS="0", ITL_US_PER_RUNNING="1000") as server:
-        began = time.monotonic()
-        server.complete(["Hi"] * 10, max_tokens=21, ignore_eos=True)
-        assert time.monotonic() - began >= 0.2
+        ask = partial(server.complete, ["Hi"] * 10, max_tokens=21, ignore_eos=True)
+        eventually(lambda: is_on_time(0.2, ask))
 
 
 def test_requests_beyond_the_batch_wait_their_turn(log: Path) -> None:
     with serving(log, MODEL, "--max_batch_size", "2", ITL_MS="10") as server:
-        began = time.monotonic()
-        server.complete(["a", "b", "c", "d"], max_tokens=11, ignore_eos=True)
-        assert time.monotonic() - began >= 0.2
+        ask = partial(server.complete, ["a", "b", "c", "d"], max_tokens=11, ignore_eos=True)
+        eventually(lambda: is_on_time(0.2, ask))
 
 
 def test_a_client_that_leaves_frees_its_slot(log: Path) -> None:
-    with serving(log, MODEL, "--max_batch_size", "1", ITL_MS="20") as server:
+    with serving(log, MODEL, "--max_batch_size", "1", ITL_MS="1000") as server:
         for stream in (True, False):
             with server.connect() as client:
                 client.sendall(http_post({"max_tokens": 500, "ignore_eos": True, "stream": stream}))
@@ -954,11 +967,11 @@ def test_a_client_that_leaves_frees_its_slot(log: Path) -> None:
             assert server.complete(max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_256_streams_at_once_are_correct(log: Path) -> None:
+def test_256_streams_at_once_are_correct_and_not_too_early(log: Path) -> None:
     count, tokens = 256, 60
     fields = {"max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
     with serving(log, ITL_MS="10") as server:
-        answers = read_all(
+        answers, spans = read_all(
             [
                 (server.connect(), http_post({**fields, "prompt": f"p {i}"}, "connection: close"))
                 for i in range(count)
@@ -969,6 +982,7 @@ def test_256_streams_at_once_are_correct(log: Path) -> None:
         assert len({text_of(answer) for answer in answers}) > count / 2
         whole = server.complete("p 17", max_tokens=tokens, ignore_eos=True)
         assert text_of(answers[17]) == whole["choices"][0]["text"]
+    assert sum(spans) / count / (tokens - 1) > 0.005
 
 
 def text_of(answer: bytes) -> str:
@@ -976,22 +990,25 @@ def text_of(answer: bytes) -> str:
     return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
 
 
-def read_all(clients: list[tuple[socket.socket, bytes]]) -> list[bytes]:
-    """Send all requests, and return all answers, read to their ends."""
+def read_all(clients: list[tuple[socket.socket, bytes]]) -> tuple[list[bytes], list[float]]:
+    """Send all requests, read all answers to their ends; return them and their tokens' time."""
     answers = [bytearray() for _ in clients]
+    times: list[list[float]] = [[] for _ in clients]
     with selectors.DefaultSelector() as selector:
         for index, (client, data) in enumerate(clients):
             client.sendall(data)
             selector.register(client, selectors.EVENT_READ, index)
         while selector.get_map():
-            for key, _ in selector.select(timeout=60):
+            for key, _ in selector.select(timeout=PATIENCE):
                 assert isinstance(key.fileobj, socket.socket)
                 received = key.fileobj.recv(65536)
+                if b"data: {" in received:
+                    times[key.data].append(time.monotonic())
                 answers[key.data] += received
                 if not received:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-    return [bytes(answer) for answer in answers]
+    return [bytes(answer) for answer in answers], [time[-1] - time[0] for time in times]
 
 
 # -- faults --
@@ -999,7 +1016,7 @@ def read_all(clients: list[tuple[socket.socket, bytes]]) -> list[bytes]:
 
 def test_exit_while_loading(log: Path) -> None:
     with serving(log, ready=False, FAULT="exit-loading:3") as server:
-        assert server.process.wait(timeout=30) == 3
+        assert server.process.wait(timeout=PATIENCE) == 3
         assert "Executor worker died during initialization" in server.log
         assert "Uvicorn" not in server.log
 
@@ -1010,7 +1027,7 @@ def test_exit_while_loading(log: Path) -> None:
 )
 def test_death_while_serving(log: Path, fault: str, code: int) -> None:
     with serving(log, ready=False, FAULT=fault) as server:
-        assert server.process.wait(timeout=30) == code
+        assert server.process.wait(timeout=PATIENCE) == code
         assert "Uvicorn running" in server.log
 
 
@@ -1023,7 +1040,7 @@ def test_hang_while_loading(log: Path) -> None:
 
 
 def test_503_health_with_a_dead_engine(log: Path) -> None:
-    with serving(log, FAULT="503:0.3") as server:
+    with serving(log, FAULT="503:2") as server:
         assert server.get("/health").status_code == 200
         eventually(lambda: server.get("/health").status_code == 503)
         assert server.get("/health_generate").status_code == 500
@@ -1043,7 +1060,7 @@ def test_hang_accepts_but_never_answers_and_still_obeys_signals(log: Path) -> No
         with pytest.raises(requests.ReadTimeout):
             server.get("/health", timeout=0.2)
         server.process.terminate()
-        assert server.process.wait(timeout=30) == -signal.SIGTERM
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGTERM
 
 
 def test_ignored_signals(log: Path) -> None:
@@ -1059,7 +1076,7 @@ def test_log_flood_does_not_stop_the_answers(log: Path) -> None:
         eventually(lambda: server.log_file.stat().st_size > 500_000)
         server.complete()
         server.process.terminate()
-        assert server.process.wait(timeout=30) == -signal.SIGTERM
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGTERM
 
 
 def test_binary_log_and_several_faults_at_once(log: Path) -> None:

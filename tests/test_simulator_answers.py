@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.conftest import PATIENCE
 from tests.test_simulator import MODEL, Json, Server, http_post, is_flat_400, ok, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -373,7 +374,7 @@ def test_small_routes_of_the_real_one_are_there(server: Server) -> None:
 
 def test_a_trailing_slash_is_redirected_to_the_full_address(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}"
-    response = requests.get(f"{url}/v1/models/?a=1", allow_redirects=False, timeout=30)
+    response = requests.get(f"{url}/v1/models/?a=1", allow_redirects=False, timeout=PATIENCE)
     assert (response.status_code, response.headers["location"]) == (307, f"{url}/v1/models?a=1")
     assert "date" in response.headers
 

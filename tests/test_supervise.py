@@ -12,12 +12,12 @@ from typing import cast
 
 import pytest
 
-import signals
-import supervise
-from nodes import Failure
-from server import Server
+from common import signals
+from common.talk import Failure
+from launch import supervise
+from launch.server import Server
+from launch.timelimit import TimeLimit
 from tests.conftest import plan
-from timelimit import TimeLimit
 
 Make = Callable[[int], supervise.Launch]
 
@@ -81,12 +81,12 @@ def test_an_hour_of_serving_is_forgiven(
     served: float,
     expected: list[float],
 ) -> None:
-    monkeypatch.setattr("server.stop", lambda _: None)
+    monkeypatch.setattr("launch.server.stop", lambda _: None)
     launch = make(2)
     fail(launch)
-    launch.running = cast(Server, SimpleNamespace(served=served))
+    launch.running = [cast(Server, SimpleNamespace(served=served))]
     fail(launch)
-    assert pauses == expected and launch.running is None
+    assert pauses == expected and launch.running == []
 
 
 def test_a_signal_during_a_clean_up_is_obeyed_after_it() -> None:

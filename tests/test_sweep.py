@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import bench
-from matrix import MATRIX, Case, Overrides, cases
-from metrics import growth
-from sweep import RATE_SECONDS, stop_reason, sustained_rate, sweep
+from load.matrix import MATRIX, Case, Overrides, cases
+from load.metrics import growth
+from load.sweep import RATE_SECONDS, stop_reason, sustained_rate, sweep, verdict
+from load.sweep import knee as best
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -167,3 +168,33 @@ def test_what_a_sweep_takes() -> None:
 def test_a_sweep_whose_first_step_is_invalid_has_no_knee() -> None:
     found, knee = sweep(Overrides(), lambda _: record(1, valid=False), False)
     assert (len(found), knee) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("by_rate", "runs", "words"),
+    [
+        (False, [record(1, valid=False, problems=["4 answers came without usage"])],
+         "the knee: none, since at the first step the run is invalid (4 answers came without"),
+        (False, [record(1, goodput_share=0.5)], "none, since at the first step only 50% of the"),
+        (True, [record(1, request_rate=1.0, e2el_growth=1.0)],
+         "none, since at the first step the server does 0.5 requests/s and no more"),
+        (False, [record(1, case={"name": "c1"}), record(1)], "+0% throughput; the knee: c1"),
+        (False, [record(1, case={"name": "c1"}), record(9, valid=False, problems=["slow client"])],
+         "no knee found, since the run is invalid (slow client); the last good step: c1"),
+        (False, [record(1), record(9, case={"name": "c2"})],
+         "no knee found, since 4,096 is the end of the range; the last good step: c2"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_a_sweep(by_rate: bool, runs: list[dict[str, Any]], words: str) -> None:
+    assert words in verdict(runs, best(runs, by_rate), by_rate)
+
+
+def test_a_sweeps_requests_fill_its_streams_whatever_num_prompts_says() -> None:
+    """Else the knee is where they run out, and not where the server does."""
+    found, knee = sweep(
+        Overrides(num_prompts=8),
+        lambda c: record(100 * min(c.concurrency or 0, c.num_prompts)),
+        False,
+    )
+    assert knee is found[-1]
+    assert len(found) == 13  # up to the end of the range

@@ -1,0 +1,127 @@
+"""One question to a server that may be anything: bounded in time and in size, and by the book.
+
+No redirect is followed: it would take the key, and what is measured, elsewhere. No proxy is used:
+it cannot reach a private node, or would answer in its stead. The library that scripts use for the
+rest has a timeout for each read, so that a byte a second would hold it for ever.
+"""
+
+import json
+import os
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from common.response import BROKEN_OFF, HEAD_LIMIT, Malformed, Reply, read_body
+
+CONNECT_TIMEOUT = 5.0
+LARGEST = 1 << 20  # bytes; no honest answer to these questions comes near
+USER_AGENT = "tensorrt-llm-serve"  # gateways and their firewalls refuse requests without one
+DEFAULT_PORTS = {False: 80, True: 443}  # by TLS
+BUNDLE = "REQUESTS_CA_BUNDLE"  # test.py's; Python itself knows SSL_CERT_FILE
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+    moved: str = ""  # where a redirect leads, in words
+    server: str = ""  # the header of that name
+
+    def json(self) -> Any:  # noqa: ANN401
+        """The document; ValueError where it is none."""
+        try:
+            return json.loads(self.body)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+
+def ask(
+    url: str,
+    seconds: float,
+    *,
+    body: Mapping[str, object] | None = None,
+    key: str = "",
+    verify: bool = True,
+    whole: bool = True,
+) -> Answer:
+    """The answer to a GET, or to a POST of `body`; without `whole`, its status alone.
+
+    Everything has to be over in `seconds`, at most a day; a connection within CONNECT_TIMEOUT.
+    OSError (TimeoutError, too) where nobody answers, Malformed where it is no good answer.
+    """
+    deadline, parts = time.monotonic() + seconds, urlsplit(url)
+    tls = parts.scheme == "https"
+    host, port = parts.hostname or "", parts.port or DEFAULT_PORTS[tls]
+    with socket.create_connection((host, port), min(seconds, CONNECT_TIMEOUT)) as plain:
+        sock = secured(plain, host, verify) if tls else plain
+        with sock:
+            sock.sendall(request(authority(host, port, tls), parts.path or "/", key, body))
+            reply = receive(sock, deadline, whole)
+    head = reply.head
+    assert head
+    return Answer(head.status, content(reply) if whole else b"", head.moved, head.server)
+
+
+def content(reply: Reply) -> bytes:
+    assert reply.head
+    body = read_body(reply.raw, reply.head)
+    if not body.whole:
+        raise Malformed(BROKEN_OFF)
+    return body.data
+
+
+def authority(host: str, port: int, tls: bool) -> str:
+    """A Host header as browsers write it: some gateways know no `name:80`."""
+    name = f"[{host}]" if ":" in host else host.encode("idna").decode()
+    return name if port == DEFAULT_PORTS[tls] else f"{name}:{port}"
+
+
+def secured(sock: socket.socket, host: str, verify: bool) -> ssl.SSLSocket:
+    return tls_context(verify).wrap_socket(sock, server_hostname=host)
+
+
+def tls_context(verify: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif bundle := os.environ.get(BUNDLE):
+        try:
+            context.load_verify_locations(
+                **{"capath" if Path(bundle).is_dir() else "cafile": bundle}
+            )
+        except OSError as e:
+            raise Malformed(f"{BUNDLE}={bundle}: {e.strerror or e}") from None
+    return context
+
+
+def request(host: str, path: str, key: str, body: Mapping[str, object] | None) -> bytes:
+    content = b"" if body is None else json.dumps(body).encode()
+    kind = "Content-Type: application/json\r\n"
+    head = (
+        f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: {host}\r\nAccept: */*\r\n"
+        f"Accept-Encoding: identity\r\nUser-Agent: {USER_AGENT}\r\n"
+        + (f"Authorization: Bearer {key}\r\n" if key else "")
+        + (f"{kind}Content-Length: {len(content)}\r\n" if content else "")
+        + "Connection: close\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+def receive(sock: socket.socket, deadline: float, whole: bool) -> Reply:
+    """What comes until the answer is whole, or its header is; a deadline for all of it."""
+    reply = Reply()
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        data = sock.recv(1 << 16)
+        ended = not data or reply.add(data, 0, 0)
+        if reply.head and (ended or not whole):
+            return reply
+        if ended:
+            raise Malformed("the connection was closed without an answer")
+        if len(reply.raw) > HEAD_LIMIT + LARGEST:
+            raise Malformed(f"the answer does not end: {len(reply.raw):,} bytes so far")
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")

@@ -1,0 +1,217 @@
+"""One answer over HTTP: its bytes as they came, where it ends, and what its header says.
+
+While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes.
+All else happens when it has ended (load/answer.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# No JSON text holds a raw line end: this is never content.
+STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, and is sent
+NO_ANSWER = "the connection closed before the answer began"
+BROKEN_OFF = "the connection closed in the middle of the answer"
+ERROR_LENGTH = 300
+HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
+INTERIMS = 9
+WORDS = ("error", "message", "detail", "msg", "text")  # where an error's words are, by server
+PROTOCOLS = {  # what else may listen on a port, by its first bytes
+    b"\x15\x03": "it speaks TLS: write https://",
+    b"\x16\x03": "it speaks TLS: write https://",
+    b"\x00\x00": "it may be the port for HTTP/2 or gRPC",
+}
+
+
+class Malformed(Exception):
+    """The server did not speak HTTP, or broke off in the middle."""
+
+
+class Head(NamedTuple):
+    """The part of a response's header that decides where the body ends, and what it is."""
+
+    status: int
+    end: int
+    chunked: bool
+    length: int | None
+    close: bool
+    kind: str  # the content type, without parameters; '' for none
+    encoding: str  # gzip and its like, which was not asked for; mostly ''
+    location: str
+    server: str
+
+    @property
+    def moved(self) -> str:
+        """Where a redirect leads, in words; '' where it is none."""
+        if not 300 <= self.status < 400:
+            return ""
+        where = f" to {shown(self.location)}" if self.location else ""
+        return f"a redirect{where}, not followed: name the server itself with -H"
+
+
+def parse_head(raw: bytes | bytearray) -> Head | None:
+    end = len(raw) - len(raw.lstrip(b"\r\n"))  # left over from the last answer
+    for _ in range(INTERIMS):
+        start = end
+        if not b"HTTP/1.".startswith(bytes(raw[start : start + 7])):
+            raise Malformed(f"not an HTTP response: {foreign(bytes(raw[start : start + 60]))}")
+        found = HEAD_END.search(raw, start, start + HEAD_LIMIT)
+        if not found and len(raw) - start >= HEAD_LIMIT:
+            raise Malformed(f"the header does not end: {len(raw):,} bytes so far")
+        if not found:
+            return None
+        end = found.end()
+        head = read_head(raw[start : found.start()].decode("latin-1"), end)
+        if head.status >= 200:  # 100 Continue and its like come before the answer
+            return head
+    raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
+
+
+def foreign(start: bytes) -> str:
+    hint = PROTOCOLS.get(start[:2], "")
+    return f"{start!r}" + (f" ({hint})" if hint else "")
+
+
+def read_head(text: str, end: int) -> Head:
+    if not (line := re.match(r"HTTP/1\.(\d) (\d{3})(?!\d)", text, re.ASCII)):
+        raise Malformed(f"not an HTTP response: {text[:60]!r}")
+    fields = {k.lower(): v.strip() for k, _, v in (h.partition(":") for h in text.split("\n")[1:])}
+    length = fields.get("content-length")
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        raise Malformed(f"bad Content-Length {length[:20]!r}")
+    connection = [word.strip() for word in fields.get("connection", "").lower().split(",")]
+    return Head(
+        status=int(line[2]),
+        end=end,
+        chunked="chunked" in fields.get("transfer-encoding", "").lower(),
+        length=0 if line[2] in ("204", "304") else None if length is None else int(length),
+        close="close" in connection or (line[1] == "0" and "keep-alive" not in connection),
+        kind=fields.get("content-type", "").partition(";")[0].strip().lower(),
+        encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
+        location=fields.get("location", ""),
+        server=fields.get("server", ""),
+    )
+
+
+class Reply:
+    """The bytes of one answer as they came: `ends[i]` bytes had arrived at `stamps[i]`."""
+
+    __slots__ = ("ends", "head", "raw", "seen", "stamps", "walked")
+
+    def __init__(self) -> None:
+        self.raw = bytearray()
+        self.ends = array("q")
+        self.stamps = array("q")  # arrival of each read's last packet, ns since 1970
+        self.seen = array("q")  # when the client got round to it
+        self.head: Head | None = None
+        self.walked = 0
+
+    def add(self, data: bytes, stamp: int, seen: int) -> bool:
+        """Keep what came; true when it was the end of the answer."""
+        self.raw += data
+        self.ends.append(len(self.raw))
+        self.stamps.append(stamp)
+        self.seen.append(seen)
+        return self.complete()
+
+    def complete(self) -> bool:
+        head = self.head
+        if head is None:
+            head = self.head = parse_head(self.raw)
+            if head is None:
+                return False
+            self.walked = head.end
+        if head.chunked:
+            return self.raw.endswith(b"\r\n\r\n") and (
+                self.raw.endswith(STREAM_END) or self._at_last_chunk()
+            )
+        return head.length is not None and len(self.raw) >= head.end + head.length
+
+    def said_done(self) -> bool:
+        """Is [DONE] the last that came? Some never end the transfer after it."""
+        return self.raw[-32:].rstrip(b"\r\n").endswith(b"[DONE]")
+
+    def _at_last_chunk(self) -> bool:
+        for at, size in chunks(self.raw, self.walked):
+            if size == 0:
+                return True
+            self.walked = at + size + 2
+        return False
+
+
+def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
+    """Where each whole chunk's data begins, and its size; the last one has size 0."""
+    while (eol := raw.find(b"\r\n", at)) >= 0:
+        try:
+            size = int(raw[at:eol].partition(b";")[0], 16)
+        except ValueError:
+            size = -1
+        if size < 0:  # one that went back would be read for ever
+            raise Malformed(f"bad chunk size {bytes(raw[at:eol][:20])!r}")
+        if eol + 4 + size > len(raw):
+            return
+        yield eol + 2, size
+        if size == 0:
+            return
+        at = eol + 4 + size
+
+
+class Body(NamedTuple):
+    """A body without its transfer encoding, and how to find its bytes in the raw answer again."""
+
+    data: bytes
+    ends: list[int]  # where each chunk ends in `data`
+    shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
+    whole: bool  # else the connection closed before the end
+
+    def raw_offset(self, offset: int) -> int:
+        return offset + self.shifts[bisect_left(self.ends, offset)]
+
+
+def read_body(raw: bytearray, head: Head) -> Body:
+    """The body, or as much of it as came."""
+    if head.encoding:
+        raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
+    if not head.chunked:
+        data = bytes(raw[head.end :])
+        return Body(data, [len(data)], [head.end], len(data) >= (head.length or 0))
+    pieces: list[bytearray] = []
+    ends, shifts, length, after, size = [], [], 0, head.end, -1
+    for at, size in chunks(raw, head.end):
+        pieces.append(raw[at : at + size])
+        shifts.append(at - length)
+        length += size
+        ends.append(length)
+        after = at + size + 2
+    if size != 0 and (eol := raw.find(b"\r\n", after)) >= 0:  # a part of a chunk
+        pieces.append(raw[eol + 2 :])
+        shifts.append(eol + 2 - length)
+        ends.append(length + len(pieces[-1]))
+    return Body(b"".join(pieces), ends, shifts, size == 0)
+
+
+def error_message(body: bytes) -> str:
+    """The words of an error: flat as TensorRT-LLM's, nested as OpenAI's, a page, or any text."""
+    text = body.decode("utf-8", "replace").strip()
+    start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
+    try:
+        document = json.loads(text[start : end + 1])
+        words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
+        found = next(words, text)
+        text = str((found.get("message") or text) if isinstance(found, dict) else found)
+    except (ValueError, RecursionError, AttributeError):
+        page = re.search(r"<title[^>]*>(.*?)</title>", text[:4096], re.IGNORECASE | re.DOTALL)
+        text = f"an HTML page, {page[1].strip()!r}" if page else text
+    return shown(text) or "(empty body)"
+
+
+def shown(text: str) -> str:
+    """What a server said, for a terminal and a report: one line, nothing that acts on either."""
+    line = " ".join(text.split())[:ERROR_LENGTH]
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -1,0 +1,109 @@
+"""The one list of settings: flag > environment > .env > default. env.example shows it."""
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.talk import die, say
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A variable, its default, and a line of what it is for."""
+
+    name: str
+    default: str
+    help: str
+
+
+ROWS = (
+    ("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: a Hugging Face id or a path"),
+    ("IMAGE", "", "tarball, local tag or registry reference (default: what make save wrote)"),
+    ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
+    ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
+    ("RUNTIME", "docker", "docker; or bare, for the trtllm-serve in the node's PATH"),
+    ("READY_TIMEOUT", "3600", "seconds a server may take to become ready"),
+    ("RESTART", "0", "how many times a server that fails is restarted"),
+    ("PROBE_SECONDS", "60", "seconds between two requests that probe the server; 0: none"),
+    ("PORT", "8000", "port of the server"),
+    ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
+    ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
+    ("TRTLLM_VERSION", "1.1.0", "version in the image; only 1.1.0's options are checked"),
+    ("PRIVILEGED", "0", "1 runs the container with docker's --privileged"),
+    ("HF_HOME", "", "Hugging Face cache, which the containers see (~/.cache/huggingface)"),
+    ("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
+    (
+        "HOST",
+        "localhost",
+        "server to test and benchmark, only from .env; without it, logs/endpoint.json's",
+    ),
+    ("OPENAI_API_KEY", "", "API key that is sent to that server; never printed"),
+    ("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
+    ("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
+    ("SHAREGPT_PATH", "ShareGPT.json", "ShareGPT data set; downloaded there if missing"),
+)
+SETTINGS = tuple(Setting(*row) for row in ROWS)
+
+# Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
+PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
+
+# What the kernel takes for one variable or argument; .env is the one way around it.
+LONGEST = 128 * 1024 - 1
+SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")
+
+
+def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
+    """Failure for a file that anybody may have written: what it says can mean running their code.
+
+    Ours, root's, and the owner's of these scripts, whose code we run anyway, are as good as told by
+    us. Who owns the directory does not matter: what others put there is theirs.
+    """
+    friends = {os.geteuid(), 0, Path(__file__).stat().st_uid}
+    if state.st_uid not in friends:
+        who = f"user {state.st_uid}, neither you, nor root, nor the owner of the scripts"
+        die(f"{path} belongs to {who}: {otherwise}")
+    if state.st_mode & stat.S_IWOTH:
+        die(f"{path} may be written by everybody: {otherwise}")
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables of a .env file; {} where there is none. Failure where it is not sound."""
+    from dotenv import dotenv_values
+
+    try:
+        if not (path.is_file() or path.is_fifo()):
+            return {}
+        with path.open(encoding="utf-8") as file:
+            state = os.fstat(file.fileno())
+            trust(path, state, "it is not read; make it your own (chown, chmod o-w) or remove it")
+            found = {name: value for name, value in dotenv_values(stream=file).items() if value}
+    except (OSError, ValueError) as error:
+        die(f"cannot read {path}: {error}")
+    for name, value in found.items():
+        if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
+            die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
+    if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
+        say(f"{path} holds a secret and others may read it: chmod 600 {path}")
+    return found
+
+
+def load_env_files() -> list[str]:
+    """Read .env of the current directory, then beside the scripts; returns the names they set.
+
+    By explicit path: under sbatch the script that runs is a copy in a spool directory.
+    """
+    before = {name for name, value in os.environ.items() if value}
+    for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1])):
+        found = read_env_file(directory / ".env")
+        os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
+    return sorted(set(os.environ) - before)
+
+
+def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
+    """A setting's value below its flag. An empty variable counts as not set."""
+    environ = os.environ if environ is None else environ
+    default = next(s.default for s in SETTINGS if s.name == name)
+    return environ.get(name) or default

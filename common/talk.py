@@ -1,0 +1,171 @@
+"""Words for people, and files for programs: what failed, what goes on, results written whole."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, ClassVar, NoReturn
+
+from common.live import colour
+
+WIDTH = 120  # columns of a terminal that are used
+
+
+class Failure(Exception):
+    """What failed, in one sentence, and what to do next. Ends the program with exit code 1.
+
+    One that is `passing` may not happen again when the server is started anew (--restart).
+    """
+
+    def __init__(self, message: str, hint: str = "", passing: bool = False) -> None:
+        super().__init__(message)
+        self.message, self.hint, self.passing = message, hint, passing
+
+
+def die(message: str, *, hint: str = "", passing: bool = False) -> NoReturn:
+    raise Failure(message, hint, passing)
+
+
+def complain(error: Failure | OSError) -> int:
+    """Say what ended the program and what to do next; returns its exit code."""
+    if isinstance(error, Failure):
+        hint = f"\n           next: {error.hint}" if error.hint else ""  # below the word ERROR
+        say(f"ERROR {error.message}{hint}")
+    else:
+        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    return 1
+
+
+class Record:
+    """What is kept of the talk: lines for a launch's own log, and whether the terminal gets all."""
+
+    verbose = False  # -v: commands, too
+    file: IO[str] | None = None
+    early: ClassVar[list[str]] = []  # said before the log was there
+
+    @classmethod
+    def open(cls, path: Path) -> None:
+        """Write to this file from now on, first what was said before."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cls.file = path.open("a", encoding="utf-8", errors="surrogateescape")
+        early, cls.early = cls.early, []
+        for line in early:
+            cls.keep(line)
+
+    @classmethod
+    def keep(cls, line: str) -> None:
+        if not cls.file:
+            cls.early.append(line)
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not stop a clean-up
+            cls.file.write(line + "\n")
+            cls.file.flush()
+
+
+def say(message: str, code: str = "") -> None:
+    """Talk goes to stderr, with the time, in a colour where a code asks for one.
+
+    A terminal that is gone must not stop a clean-up.
+    """
+    line = f"[{time.strftime('%H:%M:%S')}] {visible(message)}"
+    Record.keep(line)
+    try:
+        print(colour(folded(line), code, sys.stderr) if code else folded(line), file=sys.stderr,
+              flush=True)  # fmt: skip
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def visible(text: str) -> str:
+    """What a server or a file says must not drive the terminal: an escape is shown, not obeyed."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def clean(data: Any) -> Any:  # noqa: ANN401
+    """A document as others may have it: words visible, and no NaN, which JSON does not know."""
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: clean(value) for key, value in data.items()}
+    return [clean(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """A character that the terminal does not know, in those that every terminal knows."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].replace("±", "+-")
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error("plain", plain)
+
+
+def folded(line: str) -> str:
+    """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
+    if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
+        return line
+    wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line, subsequent_indent=" " * 11))  # below the first word
+
+
+def note(message: str) -> None:
+    """For the launch's log, and for the terminal only where -v asks for it: a command in full."""
+    if Record.verbose:
+        say(message)
+    else:
+        Record.keep(f"[{time.strftime('%H:%M:%S')}] {message}")
+
+
+def keep_ours() -> None:
+    """What we write is not for everybody to change, whatever umask we were given."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """A document; null for a NaN, which other programs write. OSError; ValueError where it is none.
+
+    What is no regular file is not opened: it could keep its reader waiting for ever.
+    """
+    if not path.is_file():
+        raise OSError(f"{path.name} is no file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def write_json(path: Path, data: object) -> None:
+    with whole_file(path) as file:
+        json.dump(data, file, indent=2)
+        file.write("\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """To write all of it or nothing, for readers that look at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        part.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise

@@ -1,0 +1,171 @@
+"""Is the server well? Two threads ask it; `hold` in watch.py looks at what they found.
+
+Health asks /health: is it ready, and later, is it there? Probe asks for one token: the /health of a
+hung engine can answer 200 for ever.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+
+from common.ask import ask
+from common.response import ERROR_LENGTH, Malformed
+from common.talk import say
+
+HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
+STRANGER_ANSWERS = 4  # the log may be a moment behind the port
+PROBE_MISSES = 3
+NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
+PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
+DAY = 86400.0
+ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+
+
+def why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+class Health(threading.Thread):
+    """Asks the server how it is, so that a slow answer holds up nothing else."""
+
+    def __init__(self, url: str, names: Sequence[str]) -> None:
+        super().__init__(daemon=True)
+        self.url, self.names = url, names
+        self.ready = threading.Event()
+        self.hurry = threading.Event()
+        self.ended = threading.Event()
+        self.listening = False  # set when our engine's log says so: then the port is its own
+        self.model = ""
+        self.stranger = ""  # what somebody else's server on our port serves
+        self.strange = 0  # how often in a row it has answered
+        self.misses = 0
+        self.answer = "no answer yet"
+
+    def run(self) -> None:
+        wait, asked = 0.0, time.monotonic()
+        while not self.ended.is_set():
+            self.hurry.wait(wait)
+            self.hurry.clear()
+            if self._ask() and not self.ready.is_set():
+                self.ready.set()
+            # 0.25 s at first; an engine that loads for minutes is asked every 2 s.
+            young = time.monotonic() - asked < 60
+            wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
+
+    def _ask(self) -> bool:
+        try:
+            status = ask(f"{self.url}/health", HEALTH_TIMEOUT, whole=False).status
+            self.answer = f"/health answered {status}"
+            good = status == 200 and (bool(self.model) or self._learn_model())
+        except OSError as error:
+            self.answer, good = f"/health did not answer ({why(error)})", False
+        except Malformed as error:
+            self.answer, good = f"/health gave no answer ({error})", False
+        except ValueError as error:
+            words = str(error)[:ERROR_LENGTH]
+            self.answer, good = f"/v1/models gave no list of models ({words})", False
+        self.misses = 0 if good else self.misses + 1
+        return good
+
+    def _learn_model(self) -> bool:
+        """Whether it is our server that answers: it serves what we asked for, or has the port."""
+        try:
+            found = ask(f"{self.url}/v1/models", HEALTH_TIMEOUT).json()["data"]
+            served = [str(model["id"])[:ERROR_LENGTH] for model in found]
+            self.model = next((name for name in served if name in self.names), "")
+            if not self.model and self.listening:
+                self.model = served[0]
+            self.stranger = "" if self.model else served[0]
+        except (LookupError, TypeError):
+            raise ValueError("it has another shape") from None
+        except Malformed as error:
+            raise ValueError(str(error)) from None
+        self.strange = self.strange + 1 if self.stranger else 0
+        return bool(self.model)
+
+    def fault(self) -> str:
+        """Why it is no longer well, in words; '' while it is."""
+        if self.misses < HEALTH_MISSES:
+            return ""
+        return f"{HEALTH_MISSES} health checks in a row failed, the last: {self.answer}"
+
+    def is_stranger(self) -> bool:
+        """Whether another server has the port on which ours is to listen."""
+        return self.strange >= STRANGER_ANSWERS and not self.listening
+
+    def end(self) -> None:
+        self.ended.set()
+        self.hurry.set()
+
+
+class Probe(threading.Thread):
+    """Asks for one token every so often. A hung engine is told from a busy one by these rules:
+
+    * One request at a time, never cut short: where it queues, it keeps its place. It has failed
+      when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
+    * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
+      are a failure.
+    * A server that refuses one (4xx) before it has answered any will refuse all: it is not asked
+      again. The first is asked when the server is only just ready.
+
+    The log shows an answer as it begins. An engine that hangs while clients go on opening streams
+    therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
+    """
+
+    def __init__(self, url: str, every: float) -> None:
+        """`every` in seconds; 0 asks nothing."""
+        super().__init__(daemon=True)
+        self.url, self.every, self.model = url, every, ""
+        self.ended = threading.Event()
+        self.asked = 0.0  # when the one that is waiting now was sent; 0: none is
+        self.traffic = 0.0  # when the log last showed an answer to anybody
+        self.answered = False
+        self.misses = 0
+        self.answer = ""
+
+    def begin(self, model: str) -> None:
+        """Start, once the server is ready."""
+        self.model = model
+        if self.every > 0:
+            self.start()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            self.asked = time.monotonic()
+            self._judge(self._ask())
+            self.asked = 0.0
+            self.ended.wait(min(self.every, threading.TIMEOUT_MAX))
+
+    def _ask(self) -> int:
+        """The answer's status; 0 where there was none."""
+        body = {"model": self.model, **ONE_TOKEN}
+        try:
+            answer = ask(f"{self.url}/v1/completions", DAY, body=body)
+        except (OSError, Malformed) as error:
+            self.answer = f"no answer ({why(error)})"
+            return 0
+        words = answer.body[:200].decode(errors="replace").strip()
+        self.answer = f"{answer.status} {words}".strip()
+        return answer.status
+
+    def _judge(self, status: int) -> None:
+        if status == 200:
+            self.answered, self.misses = True, 0
+        elif 400 <= status < 500 and status not in NOT_NOW and not self.answered:
+            say(f"the server refuses the one-token probe ({self.answer}): it is not probed")
+            self.ended.set()
+        elif self.traffic < self.asked:
+            self.misses += 1
+
+    def fault(self) -> str:
+        """Why the engine is taken to hang, in words; '' while it is not."""
+        asked = self.asked  # the thread may set it to 0 at any moment
+        waited = time.monotonic() - max(asked, self.traffic)
+        if asked and waited > PROBE_PATIENCE:
+            return f"for {waited:.0f} s no request was answered, not even one for one token"
+        if self.misses >= PROBE_MISSES:
+            return f"{PROBE_MISSES} requests for one token in a row failed, the last: {self.answer}"
+        return ""
+
+    def end(self) -> None:
+        self.ended.set()

@@ -1,0 +1,188 @@
+"""The image on every node: what it is, whether a node has the right one, and how it gets there."""
+
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from common.talk import die, say
+from launch.node import images
+from launch.slurm import last_words
+
+DEFAULT_TAG = "tensorrt-llm-serve:latest"
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
+MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+GET_ONE = (
+    "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
+    "--image nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
+)
+# More than Docker takes, but nothing that it would read as an option.
+REFERENCE = re.compile(r"[\w\[][\w.:/@+\[\]-]{0,1000}", re.ASCII)
+DIGEST = re.compile(r"\w+:[\w.-]{1,200}", re.ASCII)
+SLOWEST = 10e6  # bytes a second that a file system has to give
+SMALL = 16 << 20  # bytes; a larger manifest or sidecar is none
+ECR = re.compile(r"^\d+\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?$")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image by the name `docker run` is given, and where it comes from if a node lacks it."""
+
+    tag: str
+    tarball: Path | None = None
+    codec: str = "none"
+    ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
+    layers: str = ""  # diff ids as JSON, where a containerd store's id for it is not known
+    packed: int = 0  # bytes of the tarball
+    unpacked: int = 0  # bytes on disk; 0: not known
+    registry: str = ""
+    sha256: str = ""  # of the tarball, as its sidecar says
+
+    @property
+    def room(self) -> int:
+        """Free bytes a node needs: the daemon unpacks the tar beside its store, then the layers."""
+        return 2 * (self.unpacked or self.packed)
+
+    def is_held(self, identity: str, layers: str, store: str) -> bool:
+        """Whether what a node calls by our tag is this very image."""
+        if not identity or not self.ids or identity in self.ids:
+            return bool(identity)
+        return bool(self.layers) and "containerd" in store and layers == self.layers
+
+
+NONE = Image("")  # runtime bare needs none
+
+
+def find_image(asked: str, workspace: Path) -> Image:
+    """The image that --image names: a tarball, a registry reference or a local tag."""
+    if not asked:
+        tarball = newest_tarball(workspace)
+        return read_tarball(tarball) if tarball else Image(DEFAULT_TAG)
+    if asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~")):
+        return read_tarball(Path(asked))
+    registry, slash, _ = asked.partition("/")
+    if not REFERENCE.fullmatch(asked):
+        die(f"{asked[:99]!r} is neither a tarball nor the name of an image", hint=GET_ONE)
+    if slash and ("." in registry or ":" in registry or registry == "localhost"):
+        return Image(asked, registry=registry)
+    return Image(asked)
+
+
+def newest_tarball(workspace: Path) -> Path | None:
+    """The default tarball of the workspace; of several codecs the one written last."""
+    there = [workspace / f"tensorrt-llm-serve-latest{suffix}" for suffix in SUFFIXES]
+    return max((p for p in there if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def read_tarball(path: Path) -> Image:
+    """A tarball's tag and identity: from its sidecar, or else by reading it once."""
+    try:
+        path = path.expanduser().resolve()
+        if not path.is_file():
+            die(f"there is no image tarball {path}", hint=GET_ONE)
+        codec, size = codec_of(path), path.stat().st_size
+    except OSError as error:
+        die(f"cannot read the image tarball {path}: {error.strerror}")
+    except RuntimeError as error:  # ~nobody
+        die(f"there is no image tarball {path}: {error}", hint=GET_ONE)
+    return read_sidecar(path, codec, size) or read_manifest(path, codec, size)
+
+
+def codec_of(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return next((codec for magic, codec in MAGIC.items() if start.startswith(magic)), "none")
+
+
+def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
+    """What save_image.py wrote beside the tarball; None where it does not belong to it."""
+    sidecar = tarball.with_name(tarball.name + ".json")
+    if not sidecar.exists():
+        return None
+    try:
+        if sidecar.stat().st_size > SMALL:
+            raise ValueError("far too large")
+        image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec, size)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        why = repr(error)[:200]
+        say(f"image: {sidecar} cannot be used ({why}): reading the tarball itself")
+        return None
+    if image.packed != size:
+        say(f"image: {sidecar} describes another tarball (its size differs): reading this one")
+        return None
+    return image
+
+
+def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) -> Image:
+    """An Image from a sidecar's fields. KeyError, TypeError or ValueError where they are wrong."""
+    config, manifest = data["config_digest"], data["manifest_digest"]
+    ids = tuple(digest for digest in (config, manifest) if digest)
+    tag = data["tags"][0] if isinstance(data["tags"], list) else None
+    layers = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
+    if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
+        raise ValueError("no tag or no image id")
+    if not REFERENCE.fullmatch(tag) or not all(map(DIGEST.fullmatch, ids)):
+        raise ValueError("a tag or an image id that is none")
+    if int(data["unpacked_bytes"]) < 0:
+        raise ValueError("a negative size")
+    packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
+    sha256, layers = str(data.get("sha256", "")), "" if manifest else layers
+    return Image(tag, tarball, codec, ids, layers, packed, unpacked, sha256=sha256)
+
+
+def read_manifest(tarball: Path, codec: str, size: int) -> Image:
+    """Read the tarball until its manifest, which Docker puts near the end: one pass."""
+    say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
+    pipe = subprocess.PIPE
+    with (
+        tarball.open("rb") as file,
+        subprocess.Popen(unpacker(codec), stdin=file, stdout=pipe, stderr=pipe) as proc,
+    ):
+        assert proc.stdout and proc.stderr
+        try:
+            manifest = manifest_in(proc.stdout)
+        except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
+            proc.stdout.close()
+            words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
+            hint = "copy it again or make it anew with `make save`"
+            die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
+        finally:
+            proc.kill()
+    try:
+        tag, config = manifest[0]["RepoTags"][0], manifest[0]["Config"]
+        digest = f"sha256:{Path(config).name.removesuffix('.json')}"
+        if not (REFERENCE.fullmatch(tag) and DIGEST.fullmatch(digest)):
+            raise TypeError
+    except (LookupError, TypeError):
+        die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
+    return Image(tag, tarball, codec, (digest,), packed=size)
+
+
+def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
+    """manifest.json of a `docker save` stream. ValueError where the stream has none."""
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        for member in tar:
+            if member.name == "manifest.json" and (content := tar.extractfile(member)):
+                return list(json.loads(content.read(SMALL)))
+    raise ValueError("no manifest.json in it: not made by docker save?")
+
+
+def unpacker(codec: str) -> list[str]:
+    """The command that unpacks a codec from stdin to stdout on this machine."""
+    if not (found := images.unpacker(codec)):
+        program = images.UNPACKERS[codec][-1]
+        die(f"{program}: not found in PATH, and the image tarball needs it")
+    return found
+
+
+def is_pulled_anew(image: Image, identities: set[str]) -> bool:
+    """Whether a registry has to be asked although every node has the tag.
+
+    `latest` moves, and nodes that hold different images under one tag cannot both be right.
+    """
+    moving = image.tag.endswith(":latest") or ":" not in image.tag.rpartition("/")[2]
+    return bool(image.registry) and (moving or len(identities) > 1)

@@ -1,0 +1,116 @@
+"""run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from common.settings import load_env_files, setting
+from common.signals import SIGNALS, Stopped, obey
+from common.talk import Failure, Record, complain, die, keep_ours, say
+from launch import image, manage, preflight, provide, supervise
+from launch.address import url_of
+from launch.cli import parse
+from launch.dry_run import dry_run
+from launch.engines import engine
+from launch.findings import Node, Wanted
+from launch.nodes import find_place
+from launch.plan import Plan, Replica, find_model, make_plan, wanted_of
+from launch.runtimes import runtime
+from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
+from launch.timelimit import TimeLimit
+
+ENGINE = "trtllm"  # the one there is
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    obey()
+    keep_ours()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+    try:
+        load_env_files()
+        return go(*parse(argv, description))
+    except (Failure, OSError) as error:
+        return complain(error)
+    except Stopped as stopped:
+        # From here the interpreter takes handlers down: a late signal would be death by signal.
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        say(f"stopped by {signal.Signals(stopped.args[0]).name}")
+        return 128 + int(stopped.args[0])
+
+
+def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    Record.verbose = args.verbose
+    if args.status or args.stop or args.logs or args.why is not None:
+        return manage.act(args)
+    place = find_place(os.environ)
+    kind, served = runtime(args.runtime), engine(ENGINE)
+    model, serve_args, port = served.read(rest, setting("PORT"))
+    replica = Replica(served.command(find_model(model), serve_args), port, setting("GPUS"))
+    shape, world = served.check(serve_args, setting("TRTLLM_VERSION"))
+    found = image.find_image(args.image, args.workspace) if kind.HAS_IMAGE else image.NONE
+    if args.verify:
+        provide.check_verifiable(found)
+    plan = make_plan(args, place, found, ENGINE, replica)
+    wanted, log = wanted_of(plan, found), supervise.log_path(plan, args.workspace)
+    if args.dry_run:
+        plan = spread_out(plan, expect_spread(world, place, kind.OVER_NODES), args)
+        dry_run(plan, found, wanted, log, force=args.force, verify=args.verify)
+        return 0
+    if args.force:
+        check_force(found)
+    nodes = prepare_nodes(plan, wanted, args)
+    url = url_of(nodes[0], place, serve_args)
+    plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES), args)
+    say(f"{shape}: {describe(plan.replicas[0].spread, world, nodes)}")
+    if args.check:
+        return 0
+
+    Record.open(log.with_name(f"launch_{place.job}.log"))
+    put = partial(put_image, plan, found, nodes, args.force, args.verify)
+    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put)
+    return 0
+
+
+def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> Plan:
+    """The plan with its server laid over the nodes."""
+    check_logs(spread, args.workspace)
+    return replace(plan, replicas=(replace(plan.replicas[0], spread=spread),))
+
+
+def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:
+    """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
+    nodes = preflight.ask_nodes(wanted, plan.place)
+    if args.check:
+        print(preflight.table(preflight.judge(nodes, wanted)))
+    elif preflight.reap(nodes, plan.place, plan.user):
+        nodes = preflight.ask_nodes(wanted, plan.place)
+    preflight.stop_if_bad(preflight.judge(nodes, wanted))
+    say(preflight.summary(nodes))
+    return nodes
+
+
+def check_force(found: image.Image) -> None:
+    """--force takes an image away; there has to be something to load it from again."""
+    if found.tag and not (found.tarball or found.registry):
+        hint = "--image with a tarball or a registry reference"
+        die(f"--force would remove {found.tag} with nothing to load it from again", hint=hint)
+
+
+def put_image(
+    plan: Plan, found: image.Image, nodes: Sequence[Node], force: bool, verify: bool
+) -> None:
+    """The image on every node that lacks it; with --force on all of them, afresh."""
+    if not (force or preflight.must_provide(nodes, found)):
+        return
+    if verify:
+        provide.verify(found)
+    if force:
+        provide.forget(found, plan.place)
+    provide.provide(found, plan.place)

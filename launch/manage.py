@@ -1,0 +1,112 @@
+"""What runs from a workspace: its status, its end, its log, why it ended. Records are in logs/."""
+
+import argparse
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from common.ask import ask
+from common.response import Malformed
+from common.talk import Failure, die, say
+from launch.causes import cause_in, ranks_of
+from launch.log import end_of
+from launch.nodes import run
+from launch.records import living, records
+
+HEALTH_TIMEOUT = 5.0
+PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
+
+
+def act(args: argparse.Namespace) -> int:
+    logs = args.workspace / "logs"
+    if args.logs:
+        return follow_log(logs)
+    if args.why is not None:
+        return why(logs, args.why)
+    return stop(logs) if args.stop else status(logs)
+
+
+def status(logs: Path) -> int:
+    """A line a launch on stdout: job, state, url, model. Exit code 1 when there is none."""
+    found = records(logs)
+    for record in found:
+        print(f"{record['job']}\t{health(record['url'])}\t{record['url']}\t{record['model']}")
+    if not found:
+        say(f"nothing runs from {logs.parent}")
+    return 0 if found else 1
+
+
+def health(url: str) -> str:
+    try:
+        code = ask(f"{url}/health", HEALTH_TIMEOUT, whole=False).status
+    except (OSError, ValueError, Malformed):
+        return "not ready"
+    return "ready" if code == 200 else f"unwell ({code})"
+
+
+def stop(logs: Path) -> int:
+    """Tell every launcher of this workspace to stop, and wait until it has cleaned up."""
+    found, told, refused = records(logs), [], []
+    for record in found:
+        try:
+            tell(record)
+            told.append(record)
+        except Failure as failure:  # one that is somebody else's does not keep ours
+            refused.append(failure.message)
+    deadline = time.monotonic() + PATIENCE
+    while any(living(logs / f"run_{record['job']}.json") for record in told):
+        if time.monotonic() > deadline:
+            die(f"not stopped within {PATIENCE:g} s", hint="scancel the job")
+        time.sleep(0.1)
+    say(f"stopped {len(told)} server(s)" if found else f"nothing runs from {logs.parent}")
+    if refused:
+        die("; ".join(refused))
+    return 0
+
+
+def tell(record: dict[str, Any]) -> None:
+    """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job.
+
+    What others have written may name any process or job of ours: it must be their own.
+    """
+    where, pid, _ = record["launcher"].rsplit(":", 2)
+    if os.geteuid() not in (record["owner"], 0):
+        die(f"the record of {record['job']} is somebody else's: they have to stop it")
+    if record["alive"]:
+        try:
+            if Path(f"/proc/{pid}").stat().st_uid != record["owner"]:
+                raise PermissionError
+            os.kill(int(pid), signal.SIGTERM)
+        except (ProcessLookupError, FileNotFoundError):
+            pass  # it ended in this very moment
+        except PermissionError:
+            die(f"the launcher of {record['job']}, process {pid}, is somebody else's")
+    elif (job := record["job"]).isascii() and job.isdigit():
+        run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
+    else:
+        die(f"the launcher runs on {where.partition('/')[0]}: stop it there")
+
+
+def follow_log(logs: Path) -> int:
+    """Become `tail -F` of the newest log."""
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs))])
+
+
+def why(logs: Path, name: str) -> int:
+    """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
+    # Of a launch's own log and its ranks', the launch's.
+    log = Path(name or re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs))))
+    if not log.is_file():
+        die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
+    found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
+    print(f"cause: {found.line}\nnext: {found.advice}" if found else "no cause in the log")
+    return 0 if found else 1
+
+
+def newest(logs: Path) -> Path:
+    """The log written last, of those in a workspace."""
+    log = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
+    return log or die(f"there is no log in {logs}")

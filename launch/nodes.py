@@ -1,0 +1,200 @@
+"""Where commands run: on this machine, or on every node of a Slurm allocation.
+
+The place is a prefix (`[]` or `srun ...`), never a branch. What a node has to decide for itself is
+an order (order.py). One that has to outlive a question is *held*: it ends when its standard input
+does. However this process ends, SIGKILL included, the kernel closes that pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+from common.talk import die, note
+from launch import slurm
+from launch.order import Command, Told, parse
+
+# srun reads these from the environment of an allocation, and they bend a step that did not ask.
+LEAKS = (
+    "SLURM_CPU_BIND SLURM_CPUS_PER_TASK SLURM_DISTRIBUTION SLURM_HINT SLURM_TRES_PER_TASK "
+    "SLURM_HOSTFILE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_GPUS SLURM_GPUS_PER_TASK "
+    "SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE"
+).split()
+APART: Any = {
+    "_bg": True,
+    "_bg_exc": False,
+    "_tty_out": False,
+    "_new_session": True,
+}  # sh's options
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the nodes are: `job` and `size`, and how to run a command on them."""
+
+    job: str
+    size: int
+    srun: tuple[str, ...]  # () without Slurm
+
+    @property
+    def slurm(self) -> bool:
+        return bool(self.srun)
+
+    def on(self, nodes: int, ranks: int = 1, mpi: str = "none", first: int = 0) -> list[str]:
+        """The prefix for `nodes` nodes from the `first` on, `ranks` tasks on each."""
+        if not self.srun:
+            return []
+        return [
+            *self.srun,
+            f"--mpi={mpi}",
+            "--cpu-bind=none",
+            # However Slurm is configured: one node's failure does not end what the others do.
+            "--kill-on-bad-exit=0",
+            "--wait=0",
+            f"--ntasks-per-node={ranks}",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * ranks}",
+            *([f"--relative={first}"] if nodes < self.size else []),
+        ]
+
+    @property
+    def every(self) -> list[str]:
+        return self.on(self.size)
+
+    @property
+    def head(self) -> list[str]:
+        return self.on(1)
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """This machine, or the allocation that SLURM_JOB_ID names."""
+    if not (job := environ.get("SLURM_JOB_ID")):
+        return Place(f"local{os.getpid()}", 1, ())
+    if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
+        die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
+    nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
+    size = int(nodes) if nodes.isdecimal() else 1
+    leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
+    # --overlap: a step without it waits for the other steps to end.
+    srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
+    return Place(job, size, srun)
+
+
+def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str = "") -> str:
+    """Run a short command, return its stdout; Failure with the command's own last words.
+
+    `text` is its input, `what` says what it does. Its process ends with ours: a signal that stops
+    us stops it, too.
+    """
+    import sh  # late: it brings asyncio
+
+    note(f"$ {shlex.join(argv)}")
+    what = what or f"`{shlex.join(argv)}`"
+    try:
+        program = sh.Command(argv[0])
+        process = program(*argv[1:], _in=text, _timeout=timeout, _decode_errors="replace", **APART)
+    except sh.CommandNotFound:
+        die(f"{argv[0]}: not found in PATH")
+    except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
+        die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
+    try:
+        process.wait()
+    except sh.TimeoutException:
+        die(f"{what} did not end within {timeout:g} s")
+    except sh.ErrorReturnCode as error:
+        die_of_exit(what, error.exit_code, error.stderr.decode(errors="replace"))
+    except BaseException:
+        process.terminate()
+        raise
+    return str(process)
+
+
+def die_of_exit(what: str, code: int, said: str) -> NoReturn:
+    """Failure of a command, by what it said."""
+    if nodes := slurm.without_python(said):
+        die(nodes, hint="the nodes need python3, 3.9 or newer, in PATH (apt-get install python3)")
+    if word := slurm.slurms_word(said):
+        die(f"{word}; {what} has failed", hint=slurm.SEE_NODES)
+    words = slurm.last_words(said, 3)
+    die(f"{what} ended with exit code {code}: {words or 'no message'}")
+
+
+def ask(command: Command, what: str, timeout: float = 60) -> list[Told]:
+    """Give nodes a short order; what they told. Failure where one could not."""
+    note(command.shown())
+    said = run(command.argv, timeout=timeout, text=command.text, what=what)
+    return [parse(line) for line in said.splitlines()]
+
+
+class Step:
+    """A command with its input held open: an order's node side ends when we do."""
+
+    def __init__(
+        self, command: Command, output: int | IO[Any] = subprocess.PIPE, secret: str = ""
+    ) -> None:
+        """Start it, and give it its order; `secret` is a line that follows."""
+        note(command.shown(more="cat; "))
+        argv = command.argv
+        try:
+            self.process: subprocess.Popen[str] = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            die(f"{argv[0]} cannot be run: {getattr(error, 'strerror', error)}")
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(command.text + secret)
+            self.process.stdin.flush()
+
+    def told(self) -> Iterator[Told]:
+        """What the nodes tell, until the command ends."""
+        assert self.process.stdout is not None
+        yield from map(parse, self.process.stdout)
+        self.process.wait()
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def let_go(self) -> None:
+        """Close its standard input: the node's side begins to stop."""
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+
+    def stop(self, seconds: float = 15) -> bool:
+        """Let go of the node's side and wait for it; False when it did not end in time."""
+        self.let_go()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):  # its children, too: they hold the pipe
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            return False
+        finally:
+            if self.process.stdout:
+                self.process.stdout.close()
+        return True
+
+
+@contextlib.contextmanager
+def held(command: Command, secret: str = "") -> Iterator[Step]:
+    """A step for as long as the block lasts."""
+    step = Step(command, secret=secret)
+    try:
+        yield step
+    finally:
+        step.stop()

@@ -1,0 +1,157 @@
+"""What a launch is: every decision, taken before anything runs."""
+
+import argparse
+import os
+import pwd
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.settings import setting
+from common.talk import die, say
+from launch.engines import Engine, engine
+from launch.findings import Wanted
+from launch.image import Image
+from launch.nodes import Place
+from launch.spread import Spread
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One server of a launch: what it is, where it runs, its GPUs and its port."""
+
+    command: tuple[str, ...]  # the engine and its arguments; the second word is the model
+    port: int
+    gpus: str  # auto, none, or docker's own words
+    first: int = 0  # the index of its first node, which serves
+    spread: Spread | None = None  # None: all of it is on that node
+
+    @property
+    def model(self) -> str:
+        return self.command[1]
+
+    @property
+    def nodes(self) -> int:
+        """On how many nodes it runs."""
+        return self.spread.nodes if self.spread else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a launch needs to know. Of servers there is a list, today of one."""
+
+    place: Place
+    runtime: str
+    engine_name: str
+    tag: str  # the image's; '' where the runtime needs none
+    mounts: tuple[str, ...]
+    cache: str  # the Hugging Face cache, one of the mounts; '' without an image
+    cwd: str  # the container's working directory; '': the image's own
+    privileged: bool
+    user: str
+    replicas: tuple[Replica, ...]
+
+    @property
+    def engine(self) -> Engine:
+        return engine(self.engine_name)
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes, from the first on, have something to run."""
+        return max(replica.first + replica.nodes for replica in self.replicas)
+
+
+def user_name(uid: int | None = None) -> str:
+    """Whose the uid is; without one who we are, whatever $LOGNAME says. Nameless: its number."""
+    uid = os.geteuid() if uid is None else uid
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def real(path: str) -> Path:
+    """A path as it is, home directory and links resolved; never an error."""
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
+
+
+def is_directory(path: Path | str) -> bool:
+    """False for a name too long, too, where Path.is_dir() raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def find_model(given: str | None) -> str:
+    if given is None:
+        given = setting("MODEL")
+        say(f"no MODEL was given: serving {given}")
+    return given
+
+
+def called_otherwise(path: str, where: Path) -> list[Path]:
+    """The name of a link that leads there: the model may be called by it."""
+    called = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+    return [Path(called)] if real(called) == where else []
+
+
+def find_mounts(args: argparse.Namespace, cache: Path, paths: Sequence[Path] = ()) -> list[Path]:
+    """Host directories that the containers see under the same path, each once.
+
+    A link to the workspace is one of them where one of `paths` is called by it.
+    """
+    mount = real(args.container_mount)
+    links = called_otherwise(args.called_workspace, args.workspace)
+    called = [link for link in links if any(path.is_relative_to(link) for path in paths)]
+    mounts = [args.workspace, *called, cache]
+    if is_directory(mount):
+        mounts[:0] = [mount, *called_otherwise(args.container_mount, mount)]
+    elif args.asked_mount:
+        die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
+    else:
+        say(f"there is no {mount} on this machine: left out of the containers")
+    unique = list(dict.fromkeys(mounts))
+    return [p for p in unique if not any(p != q and p.is_relative_to(q) for q in unique)]
+
+
+def local_paths(model: str, config: str | None) -> list[Path]:
+    """The model and config, where they are files: the nodes have to see them."""
+    paths = [Path(model)] if model.startswith(("/", "./", "../")) or is_directory(model) else []
+    return [p.absolute() for p in [*paths, *([Path(config)] if config is not None else [])]]
+
+
+def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
+    for path in paths:
+        # As it is called and as it is: a link that leads in from outside is unknown inside.
+        called = any(path.is_relative_to(m) for m in mounts)
+        if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
+            these = ", ".join(map(str, mounts))
+            hint = "move it there, or --container-mount its directory"
+            die(f"{path} is not mounted into the container; these are: {these}", hint=hint)
+
+
+def make_plan(
+    args: argparse.Namespace, place: Place, found: Image, engine_name: str, replica: Replica
+) -> Plan:
+    user = user_name()
+    none = Plan(place, args.runtime, engine_name, "", (), "", "", False, user, (replica,))
+    if not found.tag:  # the runtime has no image
+        return none
+    cache = Path(os.path.expanduser(setting("HF_HOME") or "~/.cache/huggingface")).absolute()  # noqa: PTH111
+    paths = paths_of(replica, engine(engine_name))
+    mounts = find_mounts(args, cache, paths)
+    check_mounted(paths, mounts)
+    cwd = Path.cwd()
+    seen = str(cwd) if any(cwd.is_relative_to(mount) for mount in mounts) else ""
+    privileged, names = setting("PRIVILEGED") == "1", tuple(map(str, mounts))
+    whole = replace(none, tag=found.tag, mounts=names, cache=str(cache), cwd=seen)
+    return replace(whole, privileged=privileged)
+
+
+def paths_of(replica: Replica, engine: Engine) -> list[Path]:
+    return local_paths(replica.model, engine.config_of(replica.command[2:]))
+
+
+def wanted_of(plan: Plan, found: Image) -> Wanted:
+    head = plan.replicas[0]
+    seen = [m for m in plan.mounts if m != plan.cache]  # the cache is made where it is missing
+    paths = (*seen, *map(str, paths_of(head, plan.engine)))
+    return Wanted(plan.runtime, found, head.port, head.gpus, plan.engine.PROGRAM, paths)

@@ -1,0 +1,150 @@
+"""What every node has and lacks, asked of all of them at once, before anything heavy is started."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from common.talk import die, say
+from launch.findings import Finding, Node, Wanted
+from launch.identity import is_alive
+from launch.image import Image, is_pulled_anew
+from launch.node.containers import Reap
+from launch.node.facts import Survey
+from launch.node.messages import Container, Facts
+from launch.nodes import Place, ask
+from launch.order import Command, Told
+from launch.runtimes import runtime
+from launch.slurm import by_node, squeue
+
+PATIENCE = 60.0  # seconds for all nodes together
+
+
+def survey_command(wanted: Wanted, place: Place) -> Command:
+    tag, paths = wanted.image.tag, list(wanted.paths)
+    return Command(place.every, Survey(wanted.runtime, wanted.port, tag, wanted.program, paths))
+
+
+def ask_nodes(wanted: Wanted, place: Place) -> list[Node]:
+    """Ask every node; the head node comes first. Failure when one does not answer."""
+    nodes = gather(ask(survey_command(wanted, place), "asking the nodes", PATIENCE))
+    if len(nodes) < place.size:
+        missing, names = place.size - len(nodes), ", ".join(node.name for node in nodes) or "none"
+        hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"
+        die(f"{missing} of {place.size} nodes did not answer; these did: {names}", hint=hint)
+    return nodes
+
+
+def gather(told: Iterable[Told]) -> list[Node]:
+    nodes: dict[str, Node] = {}
+    for each in told:
+        if isinstance(each.message, Facts):
+            nodes.setdefault(each.node, Node(each.node)).facts = each.message
+        elif isinstance(each.message, Container):
+            nodes.setdefault(each.node, Node(each.node)).containers.append(each.message)
+    return sorted(nodes.values(), key=lambda node: node.facts.rank)
+
+
+def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
+    """Every check of every node. The first node serves: its GPUs and its port matter."""
+    findings: list[Finding] = []
+    hint = "it has to be on a file system that the nodes share"
+    for node in nodes:
+        findings += runtime(wanted.runtime).judge(node, wanted)
+        findings.append(judge_gpus(node, wanted, is_head=node is nodes[0]))
+        findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
+        unseen = (f"{path} is not there, or not readable" for path in node.facts.unseen)
+        findings += [node.bad("paths", text, hint) for text in unseen]
+        devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
+        findings.append(node.ok("devices", devices))
+    return findings
+
+
+def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
+    if wanted.gpus == "none":
+        return node.ok("gpus", "not asked for")
+    if node.gpus or not is_head:
+        return node.ok("gpus", str(node.gpus))
+    hint = "GPUS=none starts an engine that needs none (the simulator)"
+    return node.bad("gpus", "no GPU found", hint)
+
+
+def judge_port(node: Node, port: int) -> Finding:
+    if node.facts.taken is None:
+        return node.ok("port", f"{port} free")
+    by = f" by {node.facts.taken}" if node.facts.taken else ""
+    return node.bad("port", f"port {port} is taken{by}", "give another one: --port, or PORT=")
+
+
+def stop_if_bad(findings: Sequence[Finding]) -> None:
+    """Failure with a sentence for every bad finding."""
+    if bad := [finding for finding in findings if finding.state == "bad"]:
+        hints = dict.fromkeys(finding.hint for finding in bad if finding.hint)
+        die(by_node((f.node, f.text) for f in bad), hint="; ".join(hints))
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """A row a node, a column a check."""
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for f in findings:
+        mark = {"ok": "", "note": "* ", "bad": "! "}[f.state]
+        cells[f.node][f.check] = " ".join([cells[f.node].get(f.check, ""), mark + f.text]).strip()
+    columns = list(dict.fromkeys(f.check for f in findings))
+    rows = [["node", *columns]]
+    rows += [[node, *(row.get(c, "-") for c in columns)] for node, row in cells.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def must_provide(nodes: Sequence[Node], image: Image) -> bool:
+    """Whether any node lacks the image, or the registry has to be asked for a newer one."""
+    there = {node.facts.image for node in nodes}
+    return not all(node.holds(image) for node in nodes) or is_pulled_anew(image, there)
+
+
+def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str]:
+    """Ids of this user's containers whose launcher is gone: their job has ended, or it was killed.
+
+    `jobs` are the user's jobs that Slurm knows; None where nobody can say.
+    """
+    found = []
+    for each in (each for node in nodes for each in node.containers):
+        job_ended = each.job.isdigit() and jobs is not None and each.job not in jobs
+        alive = is_alive(each.launcher)
+        if each.user == user and alive is not True and (job_ended or alive is False):
+            found.append(each.id)
+    return found
+
+
+def ours_already(nodes: Sequence[Node], place: Place, gone: Sequence[str]) -> str:
+    """The name of a container that this very job already runs, or ''."""
+    ours = (each for node in nodes for each in node.containers if each.job == place.job)
+    return next((each.name for each in ours if each.id not in gone), "")
+
+
+def jobs_of(user: str) -> set[str] | None:
+    """The user's jobs that Slurm still holds, by id; None without Slurm, or when it is silent."""
+    done = squeue(f"--user={user}", "--format=%A")
+    return set(done.stdout.split()) if done and done.returncode == 0 else None
+
+
+def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
+    """Remove what launchers that were killed left behind. True when something was."""
+    if not any(node.containers for node in nodes):
+        return False
+    jobs = jobs_of(user)
+    if place.job not in (jobs or ()):
+        jobs = None  # an answer without our own job is of another cluster, or not whole
+    gone = orphans(nodes, user, jobs)
+    if name := ours_already(nodes, place, gone):
+        hint = "stop that launch first (make stop), or use another allocation"
+        die(f"this job already runs the container {name}", hint=hint)
+    if gone:
+        say(f"removing {len(gone)} container(s) that an earlier launch left behind")
+        ask(Command(place.every, Reap(list(gone))), "removing them")
+    return bool(gone)
+
+
+def summary(nodes: Sequence[Node]) -> str:
+    names, facts = ", ".join(node.name for node in nodes), nodes[0].facts
+    what = f"Docker {facts.docker}" if facts.docker else facts.engine
+    gpus = " and ".join(dict.fromkeys(str(node.gpus) for node in nodes))
+    return f"preflight: {len(nodes)} node(s) ready ({names}): {what}, {gpus} GPU(s) each"

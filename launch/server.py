@@ -1,0 +1,179 @@
+"""A server: its steps on the nodes, how they start, and how they are ended."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.talk import Failure, die, say
+from launch import world
+from launch.findings import Node
+from launch.health import Health, Probe
+from launch.log import Log
+from launch.node.messages import Left
+from launch.nodes import Step, ask
+from launch.plan import Plan, Replica
+from launch.runtimes import Runtime, runtime
+
+STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
+
+
+@dataclass
+class Server:
+    """A launched server: its steps, its logs, who asks how it is, and when it was started."""
+
+    plan: Plan
+    replica: Replica
+    nodes: Sequence[Node]  # its own; the first one serves
+    url: str
+    step: Step  # the engine; of a spread launch all its ranks
+    log: Log  # what the step says; of a spread launch only Slurm speaks there
+    health: Health
+    probe: Probe
+    started: float
+    rank0: Log | None = None
+    holders: world.Holders | None = None  # of a spread launch
+    starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
+    ready_at: float | None = None
+
+    @property
+    def node(self) -> str:
+        return self.nodes[0].name
+
+    @property
+    def runtime(self) -> Runtime:
+        return runtime(self.plan.runtime)
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def served(self) -> float:
+        """Seconds since it was ready; 0 before."""
+        return time.monotonic() - self.ready_at if self.ready_at else 0.0
+
+    @property
+    def when(self) -> str:
+        return "while serving" if self.ready_at else "before it was ready"
+
+    @property
+    def main_log(self) -> Log:
+        """Where the engine itself speaks."""
+        return self.rank0 or self.log
+
+    def pump(self) -> bytes:
+        """Show what is new in the logs, and note what it means."""
+        new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
+        if self.plan.engine.READY_WORDS in new:
+            self.health.listening = True
+            self.health.hurry.set()
+        if self.plan.engine.ANSWER_WORDS.search(new):
+            self.probe.traffic = time.monotonic()
+        return new
+
+
+def launch(
+    plan: Plan, replica: Replica, nodes: Sequence[Node], url: str, log_path: Path, every: float
+) -> Server:
+    """Start a server's steps; `every` so many seconds it will be probed.
+
+    What has been started by then ends with a Failure in here.
+    """
+    own = nodes[replica.first : replica.first + replica.nodes]
+    log, started = Log(log_path), time.monotonic()
+    starts = {p: p.stat().st_size for p in log_path.parent.glob(f"{log_path.stem}_rank*.log")}
+    rank0: Log | None = None
+    holders: world.Holders | None = None
+    try:
+        if replica.spread:
+            step, rank0, holders = launch_spread(plan, replica, own, log)
+        else:
+            step = Step(runtime(plan.runtime).serve(plan, replica, os.environ), output=log.sink)
+    except BaseException:
+        log.close()
+        raise
+    health, probe = Health(url, plan.engine.names_of(replica.command)), Probe(url, every)
+    health.start()
+    steps = step, log, health, probe, started, rank0, holders, starts
+    return Server(plan, replica, own, url, *steps)
+
+
+def launch_spread(
+    plan: Plan, replica: Replica, nodes: Sequence[Node], log: Log
+) -> tuple[Step, Log, world.Holders]:
+    """A container on every node first, then the ranks in them."""
+    assert replica.spread
+    kind = runtime(plan.runtime)
+    holders = world.Holders(Step(kind.hold(plan, replica, os.environ)), replica.spread, nodes)
+    holders.start()
+    try:
+        holders.await_up()
+        rank0 = Log(world.rank_log(log.path, "0"))
+        step = Step(kind.ranks(plan, replica, world.pattern_of_logs(log.path)), output=log.sink)
+    except BaseException:
+        stop_world(plan, holders)
+        raise
+    return step, rank0, holders
+
+
+def die_of_a_node(server: Server) -> None:
+    if server.holders and (fault := server.holders.fault()):
+        hint = f"the logs: {server.log.path.parent}"
+        die(f"{fault}, {server.when}", hint=hint, passing=True)
+
+
+def stop(server: Server) -> None:
+    """End it and everything of it on the nodes."""
+    server.health.end()
+    server.probe.end()
+    died_alone = server.step.poll() is not None
+    if server.holders:
+        stop_world(server.plan, server.holders, server.step)
+    elif not server.step.stop(STOP_WITHIN) or died_alone:
+        remove_once_more(server.plan)
+    # What it still said is in the log; on the screen it would look like a failure.
+    for log in filter(None, (server.log, server.rank0)):
+        log.close()
+    say(f"stopped; the log is {server.main_log.path}")
+
+
+def stop_world(plan: Plan, holders: world.Holders, *ranks: Step) -> None:
+    """End a spread launch; a node that is out of reach does not hold up the end of the others."""
+    steps = (*ranks, holders.step)
+    for step in steps:
+        step.let_go()
+    left = holders.await_farewell()
+    for step in steps:
+        step.stop(1)
+    if "" in left.values():
+        remove_once_more(plan)
+    for name, why in left.items():
+        if why:
+            say_left(plan, name, why)
+
+
+def say_left(plan: Plan, node: str, why: str) -> None:
+    name = runtime(plan.runtime).container(plan, node)
+    then = "It should end by itself once the node and its Docker answer"
+    otherwise = "else your next launch there removes it, or `docker rm --force`"
+    say(f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}")
+
+
+def remove_once_more(plan: Plan) -> None:
+    """Where a node's own step could not clean up, or was killed before it did."""
+    if not (command := runtime(plan.runtime).remove(plan)):
+        return
+    try:
+        told = ask(command, "removing what is left", timeout=REMOVE_WITHIN)
+    except Failure as failure:
+        if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
+            then = "It should end by itself once the node answers"
+            otherwise = "else your next launch there removes it"
+            what = f"could not confirm that the container is gone: {failure.message}"
+            say(f"{what}. {then}; {otherwise}")
+        return
+    for each in told:
+        if isinstance(each.message, Left):
+            say_left(plan, each.node, each.message.why)

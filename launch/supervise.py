@@ -1,0 +1,140 @@
+"""One launch, supervised: launched, ready, announced, held; after a failure, once more."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from common.signals import Stopped, postponed, turn_deaf
+from common.talk import Failure, die, say
+from launch import records, server, watch
+from launch.announce import announce, iso, say_how_to_use
+from launch.findings import Node
+from launch.plan import Plan
+from launch.runtimes import runtime
+from launch.timelimit import TimeLimit
+
+LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
+FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
+
+
+def serve(launch: Launch, put_image: Callable[[], object]) -> None:
+    """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
+    with records.guarded(launch.record, launch.endpoint):
+        supervise(launch, put_image)
+
+
+def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
+    plan, limit = launch.plan, launch.limit
+    try:
+        records.sweep(launch.logs)
+        records.write_record(launch.record, plan, launch.url, launch.log)
+        limit.begin()
+        if runtime(plan.runtime).HAS_IMAGE:
+            put_image()
+        if launch.log.exists():  # of an earlier launch of this job
+            mark(launch.log, "launch")
+        while True:
+            try:
+                launch.attempt()
+            except Failure as failure:
+                launch.prepare_restart(failure)
+    except Stopped:
+        if limit.is_reached():
+            say(f"Slurm ended the server: job {plan.place.job} has reached its time limit")
+        raise
+    finally:
+        turn_deaf()
+        limit.end()
+        launch.clean_up()
+        records.remove_records(launch.record)
+
+
+@dataclass
+class Launch:
+    """A launch, its server as long as there is one, and how often it was started anew."""
+
+    plan: Plan
+    nodes: Sequence[Node]
+    url: str
+    args: argparse.Namespace
+    limit: TimeLimit
+    running: list[server.Server] = field(default_factory=list)
+    restarts: int = 0
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.args.workspace / "logs")
+
+    @property
+    def log(self) -> Path:
+        return log_path(self.plan, self.args.workspace)
+
+    @property
+    def record(self) -> Path:
+        return self.logs / f"run_{self.plan.place.job}.json"
+
+    @property
+    def endpoint(self) -> Path:
+        return self.logs / "endpoint.json"
+
+    def attempt(self) -> NoReturn:
+        """Start the servers and hold them: ends only with a Failure, or by a signal."""
+        every = self.args.probe_seconds
+        for replica in self.plan.replicas:
+            started = server.launch(self.plan, replica, self.nodes, self.url, self.log, every)
+            self.running.append(started)
+        watch.await_ready(self.running, self.args.ready_timeout)
+        for running in self.running:
+            say_how_to_use(announce(running, self.nodes, self.endpoint))
+            running.main_log.show(self.plan.engine.READY_WORDS)
+        watch.hold(self.running)
+
+    def prepare_restart(self, failure: Failure) -> None:
+        """Clean up and pause; the Failure again where it is final, or there were enough of them."""
+        allowed = self.args.restart
+        if not failure.passing:
+            raise failure
+        self.check_job(failure)
+        if any(running.served > FORGIVEN_AFTER for running in self.running):
+            self.restarts = 0
+        if self.restarts >= allowed:
+            after = f" (given up after {allowed} restart(s))" if allowed else ""
+            raise Failure(failure.message + after, failure.hint)
+        self.restarts += 1
+        with postponed():
+            self.clean_up()
+        seconds = min(2**self.restarts, LONGEST_PAUSE)
+        count = f"{self.restarts} of {allowed}"
+        say(f"{failure.message}; restarting ({count}) in {seconds} s")
+        time.sleep(seconds)
+        mark(self.log, f"restart {count}")
+
+    def check_job(self, failure: Failure) -> None:
+        """The end of the job is not the server's fault, whoever was the first to notice."""
+        if how := self.limit.how_it_ended():
+            where, job = self.nodes[0].name, self.plan.place.job
+            die(f"{where}: Slurm ended the server: job {job} {how}", hint=failure.hint)
+
+    def clean_up(self) -> None:
+        """No server, no container of it, and no word of an endpoint is left."""
+        records.remove_records(self.endpoint)
+        running, self.running = self.running, []
+        for each in running:
+            server.stop(each)
+
+
+def mark(log: Path, what: str) -> None:
+    """A line in every log of the launch: what follows is another server's."""
+    for path in (log, *log.parent.glob(f"{log.stem}_rank*.log")):
+        with contextlib.suppress(OSError), path.open("a") as file:  # a full disk ends nothing
+            file.write(f"===== run_sbatch.py: {what}, {iso(time.time())} =====\n")
+
+
+def log_path(plan: Plan, workspace: Path) -> Path:
+    return workspace / f"logs/trtllm_server_{plan.place.job}.log"

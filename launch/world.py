@@ -1,0 +1,172 @@
+"""One model over several nodes: a container a node, a rank a GPU, one MPI world.
+
+Slurm's PMIx wires the ranks up; each runs by `docker exec` in the one container of its node, so
+that the ranks of a node share a process table (Open MPI's shared memory needs that) and there is
+one thing to name and to remove. Rank 0, on the first node, serves HTTP.
+"""
+
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.talk import die
+from launch.findings import Node
+from launch.node.messages import Beat, Ended, Left, Up
+from launch.nodes import Step
+from launch.order import Told
+from launch.slurm import last_words
+from launch.spread import Spread
+
+UP_WITHIN = 60.0  # seconds until every node's container runs
+SILENCE = 8.0  # seconds without a sign of life from a node
+SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
+ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
+# Seconds a node has to clean up; and one that is in trouble, which gives up after two (BEAT):
+# who stops listening in that very moment does not hear why its container is left.
+FAREWELL, SHORT_FAREWELL = 10.0, 3.0
+
+
+class Holders(threading.Thread):
+    """The nodes' containers, and signs of life from each."""
+
+    def __init__(self, step: Step, spread: Spread, nodes: Sequence[Node]) -> None:
+        super().__init__(daemon=True)
+        self.step, self.spread = step, spread
+        self.names = [node.name for node in nodes[: spread.nodes]]
+        self.up: set[str] = set()
+        self.seen: dict[str, float] = {}  # when a node gave its last sign of life
+        self.slurmd: dict[str, float] = {}  # when it last saw its slurmd; never: it is not judged
+        self.ended: dict[str, int] = {}  # exit codes of containers
+        self.left: dict[str, str] = {}  # why a node's container may be there still; '': it is gone
+        self.talk: list[str] = []
+        self.looked = time.monotonic()  # when somebody last asked for a fault
+
+    def run(self) -> None:
+        with contextlib.suppress(ValueError):  # the step is let go of while we read
+            for told in self.step.told():
+                self.note(told)
+
+    def note(self, told: Told) -> None:
+        now, message = time.monotonic(), told.message
+        if isinstance(message, Up):
+            self.up.add(told.node)
+        elif isinstance(message, Beat):
+            self.seen[told.node] = now
+            if message.slurmd:
+                self.slurmd[told.node] = now
+        elif isinstance(message, Ended):
+            self.ended[told.node] = message.code
+        elif isinstance(message, Left):
+            self.left[told.node] = message.why
+        else:
+            self.talk = [*self.talk[-50:], told.line]
+
+    def fault(self) -> str:
+        """What is wrong with the first node that is in trouble, or ''."""
+        self.forgive_absence()
+        for index, name in enumerate(self.names):
+            if trouble := self.trouble(name):
+                return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
+        return ""
+
+    def forgive_absence(self) -> None:
+        """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
+        now = time.monotonic()
+        if now - self.looked > ABSENCE:
+            self.seen = dict.fromkeys(self.seen, now)
+            self.slurmd = dict.fromkeys(self.slurmd, now)
+        self.looked = now
+
+    def trouble(self, name: str) -> str:
+        if name in self.ended:
+            words = last_words("\n".join(self.talk))
+            return f"its container ended with exit code {self.ended[name]}: {words}".rstrip(": ")
+        now = time.monotonic()
+        seen = self.seen.get(name, now)
+        if now - seen > SILENCE:
+            return f"no sign of life for {SILENCE:g} s"
+        if seen - self.slurmd.get(name, seen) > SLURMD_AWAY:
+            return f"its slurmd has been gone for {SLURMD_AWAY:g} s"
+        return ""
+
+    def await_up(self) -> None:
+        """Return when every node's container runs."""
+        deadline = time.monotonic() + UP_WITHIN
+        while len(self.up) < self.spread.nodes:
+            if ended := self.step.poll() is not None:
+                self.join(1)  # until all that it said has been read
+            if fault := self.fault():
+                die(fault, passing=True)
+            missing = [name for name in self.names if name not in self.up]
+            if missing and (ended or time.monotonic() > deadline):
+                late = "" if ended else f" within {UP_WITHIN:g} s"
+                words = last_words("\n".join(self.talk)) or "no word from there"
+                die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)
+            time.sleep(0.02)
+
+    def await_farewell(self) -> dict[str, str]:
+        """Wait for the nodes' word on their containers; what is not gone, and why, by node.
+
+        A node in trouble is not waited for long. '' where a node ended without a word.
+        """
+        begun = time.monotonic()
+        patience = {name: SHORT_FAREWELL if self.trouble(name) else FAREWELL for name in self.names}
+        while any(time.monotonic() - begun < patience[name] for name in self.silent()):
+            if self.step.poll() is not None:
+                self.join(1)
+                break
+            time.sleep(0.02)
+        silent = {name: self.trouble(name) for name in self.silent()}
+        return silent | {name: why for name, why in self.left.items() if why}
+
+    def silent(self) -> list[str]:
+        return [name for name in self.names if name not in self.left]
+
+
+RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)
+# srun says a signal in strsignal()'s words.
+SIGNALS = {str(signal.strsignal(each)): 128 + each for each in signal.Signals}
+ENDS = SIGNALS | {"Out Of Memory": 137}
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of a rank, or of several that ended alike."""
+
+    node: str
+    ranks: str  # as Slurm writes them: 9 or 8-15
+    code: int
+
+    @property
+    def first(self) -> str:
+        return re.split(r"[,-]", self.ranks)[0]
+
+
+def first_failure(log: str) -> Death | None:
+    """The first rank that failed, as srun tells it; those that it took along come later."""
+    if not (found := RANK_ENDED.search(log)):
+        return None
+    code = re.search(r"exit code (\d+)", found[3])
+    word = next((code for word, code in ENDS.items() if found[3].startswith(word)), 1)
+    return Death(found[1], found[2], int(code[1]) if code else word)
+
+
+def up_to_failure(log: str) -> str:
+    """What srun says until its first word of a rank that failed."""
+    found = RANK_ENDED.search(log)
+    return log[: found.end()] if found else log
+
+
+def rank_log(main_log: Path, rank: str) -> Path:
+    """A rank's own log, beside the launch's; `%t` is Slurm's word for every rank."""
+    return main_log.with_name(f"{main_log.stem}_rank{rank}.log")
+
+
+def pattern_of_logs(main_log: Path) -> Path:
+    """All ranks' logs in srun's words, in which a % fills something in."""
+    return rank_log(Path(str(main_log).replace("%", "%%")), "%t")

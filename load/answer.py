@@ -1,0 +1,224 @@
+"""What one answer was, read from its raw bytes and their arrival times after it has ended."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from common.response import (
+    BROKEN_OFF,
+    ERROR_LENGTH,
+    NO_ANSWER,
+    Body,
+    Malformed,
+    Reply,
+    error_message,
+    read_body,
+    shown,
+)
+from load.events import (
+    Event,
+    Json,
+    counted,
+    finish_reason,
+    is_stream,
+    says,
+    split_events,
+    token_events,
+    usage,
+)
+
+LATE = 1.5  # times the usual pace
+TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
+ABORTED = ("error", "abort", "cancelled")  # finish reasons
+# What was odd about a whole answer, as the end of `N answers ...`.
+NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
+NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
+HELD_OPEN = "ended with [DONE], but the transfer stayed open: each kept its stream from the next "
+HELD_OPEN += "request for up to half a second, which throughput includes"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one request turned out to be. Times are ns since 1970, on the client's clock."""
+
+    index: int
+    intended: int
+    sent: int
+    first: int = 0
+    last: int = 0
+    gaps: array[float] = field(default_factory=lambda: array("f"))  # ms between token events
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt's; None: the server does not say
+    events: int = 0
+    merged: int = 0  # events that came with another in one read, so their times are one
+    blurred: int = 0  # those of them that had waited for each other: somebody was late
+    first_blurred: bool = False  # the first one came with others, and was read late
+    has_text: bool = False
+    streamed: bool = True
+    model: str = ""
+    finish: str = ""  # why the output ended: stop, length, ...
+    collected: bool = False  # a stream whose length was known before it began
+    connect: int = 0  # ns for a new connection, as the server had closed the last one
+    quirks: tuple[str, ...] = ()  # what was odd, though all is there
+    error: str = ""
+    retried: bool = False
+
+
+class Told(Malformed):
+    """The server's own words: better than that the connection broke afterwards."""
+
+
+def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
+    """Fill in what the server answered; a problem becomes `outcome.error`."""
+    try:
+        _read(reply, outcome, chat)
+    except Told as e:
+        outcome.error = str(e)
+    except Malformed as e:
+        outcome.error = outcome.error or str(e)
+    except ValueError as e:
+        outcome.error = outcome.error or shown(f"unreadable answer: {e}")
+    except (LookupError, TypeError, AttributeError, RecursionError) as e:
+        outcome.error = outcome.error or shown(f"unreadable answer: {e!r}")
+    return outcome
+
+
+def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
+    head = reply.head
+    if head is None:
+        raise Malformed(BROKEN_OFF if reply.raw else NO_ANSWER)
+    body = read_body(reply.raw, head)
+    if head.status != 200:
+        raise Told(f"HTTP {head.status}: {head.moved or error_message(body.data)}")
+    read = _read_stream if is_stream(body.data, head.kind) else _read_document
+    try:
+        read(reply, body, outcome, chat)
+    except ValueError:
+        if body.whole:
+            raise
+        raise Malformed(BROKEN_OFF) from None
+
+
+def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
+    """The server did not stream: everything arrives at the end."""
+    try:
+        document = json.loads(body.data)
+    except ValueError as e:
+        if not body.whole:
+            raise
+        words = f"unreadable answer ({kind_of(reply)}): {e}: {error_message(body.data)}"
+        raise Malformed(shown(words)) from None
+    outcome.streamed = False
+    outcome.events = 1
+    _note(document, outcome)
+    if not body.whole:
+        raise Malformed(BROKEN_OFF)
+    if not document.get("choices"):
+        raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
+    outcome.has_text = says(document)
+    outcome.first = outcome.last = reply.stamps[-1]
+    if said := document.get("usage"):
+        outcome.prompt_tokens = counted(said.get("prompt_tokens"))
+        outcome.output_tokens = counted(said.get("completion_tokens"))
+    for choice in document.get("choices") or ():
+        outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
+
+
+def kind_of(reply: Reply) -> str:
+    return (reply.head and reply.head.kind) or "no content type"
+
+
+def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
+    head = reply.head
+    outcome.collected = head is not None and head.length is not None and not head.chunked
+    if (kind := kind_of(reply)) != "text/event-stream":
+        outcome.quirks += (f"were event streams, though sent as {kind}",)
+    tokens, others = split_events(body.data)
+    for event in others:
+        _note(event.read(), outcome)
+    for event in tokens if b'"error"' in body.data else ():  # of a gateway that lost its server
+        if b'"error"' in event.text:
+            _note(event.read(), outcome)
+    tokens = tokens or [e for e in others if (e.read() or {}).get("choices")]  # written oddly
+    outcome.finish = finish_reason(tokens)
+    _check_end(body, others, outcome)
+    if not tokens:
+        raise Malformed("the stream held no token")
+    _note(tokens[-1].read(), outcome)
+    told = usage([*tokens, *others])
+    outcome.prompt_tokens, outcome.output_tokens, outcome.cached_tokens = told
+    found = token_events(tokens, chat, outcome.output_tokens)
+    outcome.has_text = any(says(e.read()) for e in found)
+    _time(reply, [body.raw_offset(e.end) for e in found], outcome)
+
+
+def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
+    """Is it all there? By [DONE], or by the finish reason and the end of the transfer."""
+    done = any(b"[DONE]" in event.text for event in others)
+    if outcome.finish in ABORTED:
+        raise Told(f"the server ended the answer: finish_reason {outcome.finish!r}")
+    if not done and not body.whole:
+        raise Malformed(BROKEN_OFF)
+    if not done and not outcome.finish:
+        raise Malformed("the stream ended without [DONE] and without a finish_reason")
+    if not done:
+        outcome.quirks += (NO_DONE,)
+    elif not body.whole and HELD_OPEN not in outcome.quirks:
+        outcome.quirks += (NO_END,)
+
+
+def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
+    """From the bytes at which the token events end to their times."""
+    reads = [bisect_left(reply.ends, offset) for offset in offsets]
+    reads = one_for_each(reads, reply.stamps, outcome.output_tokens)
+    times = [reply.stamps[read] for read in reads]
+    outcome.first, outcome.last = times[0], times[-1]
+    outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(times))
+    outcome.events = len(times)
+    brought = Counter(reads)  # events a read
+    outcome.merged = len(times) - len(brought)
+    if outcome.merged:
+        outcome.blurred = count_blurred(brought, reply.stamps)
+    # A server may send its first tokens together; then the client has them as soon as they arrive.
+    at, pace = reads[0], (times[-1] - times[0]) / max(len(times) - 1, 1)
+    late = reply.seen[at] - reply.stamps[at] > max(pace / 2, TOGETHER * 1e6)
+    outcome.first_blurred = brought[at] > 1 and pace > 0 and late
+
+
+def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) -> list[int]:
+    """Where a token came as several events at once: the first of them, if that makes the count."""
+    if not tokens or len(reads) <= tokens:
+        return reads
+    apart = TOGETHER * 1e6
+    found = [*reads[:1], *(b for a, b in pairwise(reads) if stamps[b] - stamps[a] > apart)]
+    return found if 0.9 * tokens <= len(found) <= tokens else reads
+
+
+def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
+    """Events in reads that came later after the last one than usual.
+
+    A server that sends its events in pairs sends pairs at its usual pace. When several came at
+    once *and* after a longer time, they were sent singly, and only the last one's time is known.
+    """
+    steps = [(stamps[b] - stamps[a], brought[b]) for a, b in pairwise(sorted(brought))]
+    usual = sorted(wait for wait, _ in steps)[len(steps) // 2] if steps else 0
+    return sum(events - 1 for wait, events in steps if wait > LATE * usual)
+
+
+def _note(document: Json, outcome: Outcome) -> None:
+    """Keep the model's name, and raise the error, that a document or event holds."""
+    if not isinstance(document, dict):
+        return
+    # FastChat has the code apart; a document of words alone is an error by any name.
+    kinds = (document.get("error"), document.get("error_code"), document.get("object") == "error")
+    words = document.get("message") or document.get("detail")
+    if any(kinds) or (words and not document.get("choices")):
+        raise Told(f"error from the server: {error_message(json.dumps(document).encode())}")
+    outcome.model = shown(str(document.get("model") or outcome.model))

@@ -1,0 +1,70 @@
+"""What bench.py takes as the value of a flag; each says what is wrong with another."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from load.matrix import SWEEP, TYPES
+
+GOODPUT_NAMES = ("ttft", "tpot", "e2el")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    found = tuple(int(word) for word in text.split(","))
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: all have to be 1 or more")
+    return found
+
+
+def streams(text: str) -> tuple[int | None, ...]:
+    return tuple(None if w in ("unlimited", "inf") else numbers(w)[0] for w in text.split(","))
+
+
+def rates(text: str) -> tuple[float, ...]:
+    found = tuple(float(word) for word in text.split(","))
+    if not all(rate > 0 for rate in found):
+        raise argparse.ArgumentTypeError(
+            f"{text}: a rate is requests a second, more than 0, or inf"
+        )
+    return found
+
+
+def positive(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
+    return found
+
+
+def types(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if wrong := [t for t in found if t not in (*TYPES, SWEEP.type, "all")]:
+        known = ", ".join((*TYPES, SWEEP.type))
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: not one of {known}")
+    return tuple(t for word in found for t in (TYPES if word == "all" else (word,)))
+
+
+def limit(text: str) -> tuple[str, float]:
+    name, _, ms = text.partition(":")
+    if name not in GOODPUT_NAMES:
+        raise argparse.ArgumentTypeError(
+            f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
+        )
+    return name, positive(ms)
+
+
+def count(text: str) -> int:
+    return numbers(text)[0]
+
+
+def whole(text: str) -> int:
+    if (found := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
+    return found
+
+
+def port(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text}: a port is 1 to 65535")
+    return int(text)

@@ -1,0 +1,205 @@
+"""How the benchmark scripts run and end, and where NVIDIA's own programs do.
+
+That is here, in a container, or in one on an allocation's first node: a prefix to put before a
+command, never a branch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+from common.settings import load_env_files, setting
+from common.signals import Stopped, obey
+from common.talk import Failure, complain, die, keep_ours, note
+from launch import nodes
+from launch.nodes import Place, find_place
+from launch.slurm import last_words
+
+PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
+FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
+MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
+PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy")
+WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do a script's work; whatever stops it is one sentence and an exit code."""
+    obey()
+    keep_ours()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="plain")  # a log may be ASCII, after hours of measuring
+    try:
+        return work()
+    except Stopped as stopped:
+        return 128 + int(stopped.args[0])
+    except ModuleNotFoundError as error:
+        return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
+                                "then .venv/bin/python in place of python3"))  # fmt: skip
+    except BrokenPipeError:  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Failure, OSError) as error:
+        return complain(error)
+
+
+def environment() -> dict[str, str]:
+    """The environment over the .env files.
+
+    Not HOST from the environment: conda's compilers and tcsh set it to other things.
+    """
+    os.environ.pop("HOST", None)
+    load_env_files()
+    return {name: value for name, value in os.environ.items() if value}
+
+
+def is_installed() -> bool:
+    """Is TensorRT-LLM here, without a container?"""
+    try:
+        return subprocess.run([PYTHON, "-c", FIND], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def node(environ: Mapping[str, str]) -> Place:
+    """This machine; inside an allocation its first node, beside the server's own step."""
+    place = find_place(environ)
+    return replace(place, size=1, srun=(*place.srun, "--relative=0")) if place.slurm else place
+
+
+def provide_image(asked: str, environ: Mapping[str, str]) -> str:
+    """Bring the image there if it is not, as run_sbatch.py does; its tag."""
+    from launch import image, provide
+
+    asked = asked or setting("IMAGE", environ)
+    found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
+    if found.tarball or (found.registry and not image_id(found.tag, environ)):
+        provide.provide(found, node(environ))
+    elif not found.registry:
+        find_tag(found.tag, environ)
+    return found.tag
+
+
+def find_tag(tag: str, environ: Mapping[str, str]) -> None:
+    """A local tag that is not there fails now, and not once a run."""
+    try:
+        nodes.run(inspect(tag, environ))
+    except Failure as e:
+        die(e.message, hint="`docker images` lists what is there; -i takes a tarball, too")
+
+
+def name() -> str:
+    return f"trtllm-bench-{os.getpid()}"
+
+
+def prefix(
+    tag: str, mounts: Sequence[Path], environ: Mapping[str, str], gpus: str = ""
+) -> list[str]:
+    """Puts a command into a container that sees the mounts; [] for no tag: it runs as it is."""
+    if not tag:
+        return []
+    from launch.runtimes.docker import mount_flag
+
+    cache = environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
+    names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
+    return [
+        *node(environ).head,
+        "bash", "-c", MAKE_FOLDER, "bench", cache,
+        "docker", "run", "--rm", "--init", "--pull=never",
+        f"--name={name()}",
+        "--net=host", "--ipc=host",
+        *([f"--gpus={gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"] if gpus else []),
+        *map(mount_flag, dict.fromkeys([*map(str, mounts), cache])),
+        f"--env=HF_HOME={cache}",
+        *(f"--env={n}" for n in names),  # names only: an argv is there for all to read
+        tag,
+    ]  # fmt: skip
+
+
+@contextmanager
+def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> Iterator[None]:
+    """However this ends, no container of ours stays: a killed `docker run` leaves it running."""
+    try:
+        yield
+    except BaseException:
+        if "docker" in command:
+            remove = [*node(environ).head, "docker", "rm", "--force", name()]
+            with suppress(subprocess.TimeoutExpired):  # what happened is worth more
+                subprocess.run(remove, capture_output=True, timeout=30, check=False)
+        raise
+
+
+def run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    hint: str = "",
+    timeout: float | None = None,
+    stdout: IO[bytes] | None = None,
+) -> tuple[int, str]:
+    """Show a command and run it, its output on stderr; its exit status and last words.
+
+    With `stdout` what it prints goes there, and only its errors are words.
+    """
+    note(f"$ {shlex.join(command)}")
+    program = "docker" if "docker" in command and command[0] == "bash" else command[0]
+    if not shutil.which(program):
+        die(f"{program}: not found in PATH", hint=hint)
+    words = bytearray()
+    with removed_afterwards(command, environ):
+        source, sink = os.pipe()
+        copier = threading.Thread(target=copy, args=(source, words), daemon=True)
+        copier.start()
+        try:
+            env = {**os.environ, **environ}
+            status = subprocess.run(
+                command, stdout=stdout or sink, stderr=sink, env=env, timeout=timeout
+            ).returncode
+        finally:
+            os.close(sink)
+        copier.join(1)  # a child of its own may hold the pipe for longer
+    return status, last_words(words.decode(errors="replace"))
+
+
+def copy(source: int, words: bytearray) -> None:
+    """From a pipe to stderr; the last of it is kept."""
+    with open(source, "rb", buffering=0) as pipe:
+        while piece := pipe.read(WORDS):
+            with suppress(OSError, ValueError):  # nobody reads any more: the program goes on
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+            words += piece
+            del words[:-WORDS]
+
+
+def inspect(tag: str, environ: Mapping[str, str]) -> list[str]:
+    return [*node(environ).head, "docker", "image", "inspect", "--format={{.Id}}", tag]
+
+
+def image_id(tag: str, environ: Mapping[str, str]) -> str | None:
+    if not tag:
+        return None
+    return output(inspect(tag, environ))
+
+
+def gpu_names(environ: Mapping[str, str]) -> list[str]:
+    """Of the first node of the allocation that the environment names; without one, of this."""
+    ask = [*node(environ).head, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return (output(ask) or "").splitlines()
+
+
+def output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,297 @@
+"""What a measuring client is, and ours. NVIDIA's is in nvidia.py.
+
+A case goes in, a record comes out: the names of benchmark_serving's result files, `valid` and
+`problems`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.live import LiveLine
+from common.talk import die, say
+from load import sharegpt
+from load.connection import TOO_LATE
+from load.counters import Counters
+from load.endpoint import Endpoint
+from load.loadgen import measure
+from load.matrix import Case, too_few
+from load.metrics import (
+    Wanted,
+    ended_early,
+    mean,
+    summarise,
+)
+from load.payload import Conversations, Dialect, Prompts, RandomPrompts, Requests
+from load.probe import Found, explore
+from load.target import CutShort, Load, LoadError, Result
+
+WAITED = 0.05  # share of its time that a request waited for a stream: worth a note
+ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
+WARM_UP_TOKENS = 32
+WARM_UP_STREAMS = 16
+LONGEST = 2048  # tokens of a conversation's answer
+ROOM, ROOM_A_TOKEN = 1 << 18, 1 << 12  # bytes of an answer; an event takes a few hundred
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every run."""
+
+    sharegpt: Path
+    backend: str = "openai"  # or openai-chat, as in benchmark_serving
+    seed: int = 0
+    warmup: int | None = None
+    burstiness: float = 1.0
+    timeout: float = 600.0
+    goodput: Mapping[str, float] = field(default_factory=dict)
+    shards: int = 0
+    detailed: bool = False
+    image: str = ""
+    tokenizer: str = ""
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def chat(self) -> bool:
+        return self.backend == "openai-chat"
+
+
+class Client(Protocol):
+    name: str
+    options: Options
+
+    def __call__(self, case: Case, folder: Path) -> Record: ...
+
+
+def die_if_silent(endpoint: Endpoint, options: Options) -> None:
+    """Failure when not even the shortest request is answered: no other run would be, either."""
+    found = explore(endpoint, options.chat, options.timeout)
+    if found.error:
+        die(
+            f"{endpoint.url} does not answer even one short request: {found.error}; "
+            "the rest is left out",
+            hint=found.hint or "its log says why; --resume goes on from here",
+        )
+
+
+def nothing(case: Case, why: str) -> Record:
+    """The record of a run that measured nothing."""
+    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
+            "notes": [], "client": {}}  # fmt: skip
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class Builtin:
+    """loadgen.py: no container, no tokenizer, no GPU on the client."""
+
+    name = "builtin"
+
+    def __init__(self, endpoint: Endpoint, options: Options) -> None:
+        self.endpoint, self.options = endpoint, options
+        self.counters = Counters(endpoint)
+        self.server = Found(Dialect(options.chat), endpoint.model, 0, error="not asked yet")
+
+    def __call__(self, case: Case, folder: Path) -> Record:
+        for attempt in range(1, ATTEMPTS + 1):
+            record = self.measure(case, attempt)
+            own = record["client"].get("problems")
+            spoilt_by_us_alone = own and record["problems"] == own
+            if not spoilt_by_us_alone or attempt == ATTEMPTS:
+                break
+            say(f"{case.name}: again, for {own[0]}")
+        if attempt > 1:
+            record["notes"].append(f"{case.name} was measured {attempt} times: others kept the "
+                                   "client's machine busy")  # fmt: skip
+        return record
+
+    def measure(self, case: Case, attempt: int) -> Record:
+        probes = self.acquaint()
+        if self.server.error:
+            return nothing(case, f"no answer to a short request: {self.server.error}")
+        load = self.load_for(case, attempt)
+        try:
+            warmed = self.warm_up(case, load)
+            with self.counters.watching():
+                result = watched(load, case)
+        except LoadError as e:
+            return nothing(case, str(e))
+        assert isinstance(load.body, Requests)
+        wanted = self.wanted(case, load.body.prompts)
+        record = summarise(load, result, wanted, self.options.goodput)
+        record["notes"] += [
+            *self.server.notes,
+            *unmeasured(probes, warmed),
+            *notes_for(case, record, load.body.dialect),
+            *early_ends(load.body.dialect, result, wanted),
+            *unlike_its_name(load, case, record),
+            *repeats(load.body.prompts, case.num_prompts),
+        ]
+        self.counters.add_to(record, case.name)
+        return record | (details(load, result) if self.options.detailed else {})
+
+    def acquaint(self) -> int:
+        """Once, or until the server answers; the number of requests that it took."""
+        if not self.server.error:
+            return 0
+        self.server = explore(self.endpoint, self.options.chat, self.options.timeout)
+        for note in self.server.notes:
+            say(note)
+        return self.server.probes
+
+    def load_for(self, case: Case, attempt: int) -> Load:
+        options, dialect = self.options, self.server.dialect
+        return Load(
+            self.endpoint.target,
+            self.endpoint.prefix + dialect.path,
+            Requests(self.endpoint.model, self.prompts(case, attempt), dialect),
+            case.num_prompts,
+            case.concurrency,
+            rate=case.rate,
+            burstiness=options.burstiness,
+            timeout=options.timeout,
+            seed=options.seed,
+            chat=dialect.chat,
+            shards=options.shards,
+            largest=ROOM + ROOM_A_TOKEN * (case.output_len or LONGEST),
+        )
+
+    def prompts(self, case: Case, attempt: int) -> Prompts:
+        options = self.options
+        # No run may find the prefix cache of another, a repeat or an attempt before it.
+        seed = f"{options.seed}/{case.name}/{attempt}"
+        if case.input_len is None or case.output_len is None:
+            count = case.num_prompts + WARM_UP_STREAMS
+            return sharegpt.pick(options.sharegpt, count, seed)
+        return RandomPrompts(case.input_len, case.output_len, seed, self.server.dialect.text)
+
+    def wanted(self, case: Case, prompts: Prompts) -> Wanted:
+        """What the answers have to be like, now that it is known what the server understands."""
+        dialect = self.server.dialect
+        input_len = None if dialect.text else case.input_len
+        wanted = Wanted(self.server.model, case.output_len, input_len, exact=dialect.ignore_eos)
+        if case.output_len is None:
+            wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
+        return wanted
+
+    def warm_up(self, case: Case, load: Load) -> int:
+        """Unmeasured requests with prompts of their own, and how many they were."""
+        count = warm_up_count(case, self.options)
+        done = measure(self.warm_up_load(load, count)).outcomes if count else []
+        if count and all(o.error.startswith(TOO_LATE) for o in done):
+            raise LoadError(f"no warm-up request had its answer within {load.timeout:g} s")
+        return count
+
+    def warm_up_load(self, load: Load, count: int) -> Load:
+        assert isinstance(load.body, Requests)
+        prompts = load.body.prompts
+        if isinstance(prompts, RandomPrompts):
+            prompts = replace(prompts, seed=f"warm-up {prompts.seed}")
+        if isinstance(prompts, Conversations):
+            prompts = Conversations(prompts.turns[load.count :] or prompts.turns)
+        body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
+        streams = min(count, load.width, WARM_UP_STREAMS)
+        return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
+
+
+def warm_up_count(case: Case, options: Options) -> int:
+    """Unmeasured requests before a run of ours."""
+    if options.warmup is not None:
+        return options.warmup
+    return min(case.concurrency or case.num_prompts, case.num_prompts, WARM_UP_STREAMS)
+
+
+def watched(load: Load, case: Case) -> Result:
+    """Measure it; a terminal shows how far it is."""
+    line = LiveLine(case.name, case.num_prompts)
+    try:
+        return measure(load, line)
+    except CutShort as cut:
+        return cut.result
+    finally:
+        line.clear()
+
+
+def unmeasured(probes: int, warmed: int) -> list[str]:
+    parts = [f"{probes} that found out what it understands"] * bool(probes)
+    parts += [f"{warmed} of warm-up"] * bool(warmed)
+    if not parts:
+        return []
+    return [f"{probes + warmed} requests went to the server before a run, and were not measured: "
+            + ", ".join(parts)]  # fmt: skip
+
+
+def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
+    """Whether ignore_eos is taken and ignored."""
+    early = [o for o in result.outcomes if not o.error and ended_early(o, wanted)]
+    if not early or not dialect.ignore_eos:
+        return []
+    return [f"the server ignores ignore_eos: {len(early)} of {len(result.outcomes)} outputs ended "
+            f"early, after {mean(o.output_tokens or 0 for o in early):.0f} tokens on average"
+            ]  # fmt: skip
+
+
+def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
+    """Whether the load was as much as the run's name says."""
+    streams, client = case.concurrency, record["client"]
+    if load.open_loop:  # a stream can be busy when the next request is due
+        waited = client["mean_late_ms"]
+        if not streams or client["late_share"] < WAITED:
+            return []
+        return [f"requests waited {waited:,.0f} ms on average for one of the {streams} streams: "
+                f"the server did not get {case.rate:g} requests/s"]  # fmt: skip
+    return [words] if (words := too_few(case)) else []
+
+
+def repeats(prompts: Prompts, count: int) -> list[str]:
+    """Whether a data set was too small for so many requests."""
+    if not isinstance(prompts, Conversations) or len(prompts.turns) >= count:
+        return []
+    return [f"the data set has only {len(prompts.turns)} conversations for {count} requests: a "
+            "prefix cache knows the repeated ones"]  # fmt: skip
+
+
+def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
+    notes, client = [], record["client"]
+    if dialect.chat and case.input_len is not None:
+        notes.append("a chat's prompt is as many words as tokens were asked for: its exact length "
+                     "is the server's to say")  # fmt: skip
+    if case.input_len is None:
+        notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
+                     "token counts are the server's")  # fmt: skip
+    if client["tokens_per_event"] > 1.05:
+        notes.append(f"an event carried {client['tokens_per_event']:.1f} tokens on average: "
+                     "ITL is the time between events")  # fmt: skip
+    if client["stamps"] != "kernel":
+        notes.append("times were taken by the client, not by the kernel: https, or a kernel "
+                     "without SO_TIMESTAMPING")  # fmt: skip
+    if client["retried"]:
+        notes.append(f"{client['retried']} requests were sent again: the server had closed the "
+                     "idle connection")  # fmt: skip
+    return notes
+
+
+def details(load: Load, result: Result) -> Record:
+    """One value a request, as --save-detailed of benchmark_serving; seconds."""
+    outcomes = result.outcomes
+    start = [o.intended if load.open_loop else o.sent for o in outcomes]
+    return {
+        "input_lens": [o.prompt_tokens or 0 for o in outcomes],
+        "output_lens": [o.output_tokens or 0 for o in outcomes],
+        "ttfts": [
+            (o.first - t) / 1e9 if o.first else 0.0 for o, t in zip(outcomes, start, strict=True)
+        ],
+        "e2els": [
+            (o.last - t) / 1e9 if o.last else 0.0 for o, t in zip(outcomes, start, strict=True)
+        ],
+        "itls": [[round(g / 1e3, 7) for g in o.gaps] for o in outcomes],
+        "errors": [o.error for o in outcomes],
+    }

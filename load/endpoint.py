@@ -1,0 +1,385 @@
+"""The server under test: where it is, what it serves, and whether it is still the same one."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from common.ask import BUNDLE, Answer, ask
+from common.response import ERROR_LENGTH, Malformed, error_message
+from common.settings import setting, trust
+from common.talk import Failure, die, say
+from load.target import Target
+
+TIMEOUT = 10.0
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
+LACKING = (403, 404, 405, 500, 501, 502, 503)  # what gateways say that have no such list
+LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
+LOOKS_AFTER = 8  # until a process shows that was there before
+LISTINGS, PAUSE = 3, 0.3  # a replica may be a moment behind with its models
+
+STARTED = re.compile(
+    r"^process_start_time_seconds(?:\{.*\})? (\d+(?:\.\d+)?(?:e\+?\d+)?)\s*$", re.MULTILINE
+)
+RESTARTED = "the server was restarted during the run"
+
+
+class Unanswered(Failure):
+    """A server is there; this question it does not answer as it should."""
+
+
+class Unlisted(Unanswered):
+    """It answers, and has no list of models for us, or an empty one."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server, and the model it serves under the name it gives it."""
+
+    url: str
+    model: str  # the id in /v1/models
+    asked: str  # what names its tokenizer: -m, the launcher's MODEL, or the id
+    api_key: str = ""
+    verify: bool = True
+    record: Path | None = None  # the launcher's endpoint.json, when it is about this server
+    trtllm: bool = False  # by its own word
+    unlisted: str = ""  # why -m is taken at its word: the server lists no such model
+
+    @property
+    def target(self) -> Target:
+        parts = urlsplit(self.url)
+        return Target(
+            parts.hostname or "", port_of(self.url), parts.scheme == "https",
+            self.api_key, self.verify,
+        )  # fmt: skip
+
+    @property
+    def prefix(self) -> str:
+        return urlsplit(self.url).path
+
+
+# --- which server ---------------------------------------------------------------------------------
+
+
+def find_endpoint(
+    host: str, port: int | None, model: str, environ: Mapping[str, str], *, verify: bool = True
+) -> Endpoint:
+    """-H and -p, else what the launcher wrote into logs/endpoint.json, else localhost and PORT."""
+    record = find_record(environ)
+    left = read_record(record)
+    url = left_url(left)
+    if record and not url and not (host or port):
+        die(f"{record} does not name a server", hint="remove it, or name the server with -H and -p")
+    if not url or host or port not in (None, port_of(url)):
+        asked = base_url(host or "localhost", port, int(setting("PORT", environ)))
+        if not (url and same_server(asked, url)):
+            record, left = None, {}
+        url = asked
+    endpoint = Endpoint(url, "", "", api_key(environ, record), verify, record)
+    # MODEL is what the launcher is to serve: the record of what it does serve is better.
+    model = model or ("" if left else environ.get("MODEL", ""))
+    endpoint = with_model(endpoint, model)
+    given = str(left.get("model_argument") or endpoint.model)
+    asked = str(Path(model).absolute()) if model and Path(model).is_dir() else model
+    return replace(endpoint, asked=given if asked in ("", endpoint.model) else asked)
+
+
+def with_model(endpoint: Endpoint, model: str) -> Endpoint:
+    """The name that the server has for it; where it has no list of models, -m's own."""
+    try:
+        cards = model_cards(endpoint)
+    except Unlisted as e:
+        if not model:
+            raise Failure(e.message, e.hint or "-m NAME does without the list of models") from None
+        say(f"{e.message}: -m {model} is taken at its word")
+        return replace(endpoint, model=model, unlisted=f"no list of models ({e.message})")
+    served = [card_id(card) for card in cards]
+    name = choose(model, served, endpoint.url)
+    unlisted = "" if name in served else f"{endpoint.url} lists no {name} but a pattern for it"
+    trtllm = any("tensorrt_llm" in str(card.get("owned_by")) for card in cards)
+    return replace(endpoint, model=name, trtllm=trtllm, unlisted=unlisted)
+
+
+def left_url(record: Mapping[str, Any]) -> str:
+    """The launcher's own URL, or none that can be used."""
+    try:
+        return base_url(str(record.get("url") or ""), None, 80)
+    except Failure:
+        return ""
+
+
+def api_key(environ: Mapping[str, str], record: Path | None) -> str:
+    """OPENAI_API_KEY, but not for a server that somebody else's record names."""
+    key = environ.get("OPENAI_API_KEY", "")
+    if not re.fullmatch("[!-~]*", key):
+        die("OPENAI_API_KEY has characters that no HTTP header can carry")
+    if key and record and record.is_file():
+        why = "OPENAI_API_KEY is not sent where it says; name the server with -H and -p"
+        trust(record, record.stat(), why)
+    return key
+
+
+def find_record(environ: Mapping[str, str]) -> Path | None:
+    places = (Path(environ.get("WORKSPACE") or "."), Path())
+    return next(
+        (p / "logs/endpoint.json" for p in places if (p / "logs/endpoint.json").is_file()), None
+    )
+
+
+def read_record(record: Path | None) -> dict[str, Any]:
+    """What the launcher wrote; nothing where it did not, or has removed it."""
+    try:
+        found = json.loads(record.read_text()) if record else {}
+    except (OSError, ValueError, RecursionError):
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+def base_url(host: str, port: int | None, default: int) -> str:
+    """From a name, an address, HOST:PORT or a whole URL, to which no default port is added."""
+    bare_ipv6 = host.count(":") > 1 and "[" not in host and "://" not in host
+    try:
+        parts: SplitResult = urlsplit(
+            host if "://" in host else f"http://[{host}]" if bare_ipv6 else f"http://{host}"
+        )
+        own = parts.port
+        (parts.hostname or "").encode("idna")
+    except ValueError:
+        die(f"{host[:99]!r} is neither a host nor a URL")
+    odd = own == 0 or not re.fullmatch(r"[^\s@?#\\]+", host) or not host.isprintable()
+    if odd or not parts.hostname or parts.scheme not in ("http", "https"):
+        # With a login in it, it would be in every result.
+        die(f"{host[:99]!r} is neither a host nor an http(s) URL (without login or query)")
+    if own and port not in (None, own):
+        die(f"{host!r} and -p {port} name two ports: which one?")
+    tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
+    return f"{parts.scheme}://{parts.netloc}{tail}{parts.path.rstrip('/').removesuffix('/v1')}"
+
+
+def port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def same_server(one: str, other: str) -> bool:
+    """Do two URLs, by whatever names, lead to one port of one machine?"""
+    hosts = [addresses(urlsplit(url).hostname or "") for url in (one, other)]
+    return port_of(one) == port_of(other) and bool(hosts[0] & hosts[1])
+
+
+def is_this_machine(host: str) -> bool:
+    return "here" in addresses(host)
+
+
+def addresses(host: str) -> set[str]:
+    """A host's addresses; all that are this machine's count as one."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return {host}
+    return {"here" if can_bind(family, at) else str(at[0]) for family, *_, at in found}
+
+
+def can_bind(family: int, address: Any) -> bool:  # noqa: ANN401
+    with socket.socket(family) as sock, suppress(OSError):
+        sock.bind(address)
+        return True
+    return False
+
+
+def choose(model: str, served: list[str], url: str) -> str:
+    """TensorRT-LLM serves a directory under its last part, and answers to any name at all."""
+    is_path = model.startswith(("/", ".", "~")) or Path(model).is_dir()
+    # Ollama lists a tag that nobody types; Google's models are in a folder.
+    names = [model, PurePath(model).name] if is_path else [model, f"{model}:latest",
+                                                           f"models/{model}"]  # fmt: skip
+    for name in names if model else served:
+        if name in served:
+            return name
+    if any("*" in pattern and fnmatchcase(model, pattern) for pattern in served):  # LiteLLM's
+        return model
+    there = ", ".join(served)[:ERROR_LENGTH]
+    die(f"{url} serves {there}, not {model}", hint="leave -m out to take what is there")
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+def models(endpoint: Endpoint) -> list[str]:
+    return [card_id(card) for card in model_cards(endpoint)]
+
+
+def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
+    """Under `data`, as OpenAI has it; some send the bare array, others call it `models`."""
+    answer = get(endpoint, "/v1/models")
+    if isinstance(answer, dict):
+        answer = answer.get("data") or answer.get("models") or answer.get("data")
+    listed = answer if isinstance(answer, list) else []
+    found = [card for card in listed if isinstance(card, dict) and card_id(card)]
+    if not found:
+        kind = Unlisted if answer == [] else Unanswered
+        raise kind(f"{endpoint.url}/v1/models names no model")
+    return found
+
+
+def card_id(card: Mapping[str, Any]) -> str:
+    return str(card.get("id") or card.get("name") or "")
+
+
+def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
+    answer = fetch(endpoint, path)
+    try:
+        return answer.json()
+    except ValueError as e:
+        if answer.body.lstrip()[:1] == b"<":
+            raise Unlisted(
+                f"{endpoint.url}{path} is HTML, no JSON: a login page, or another service",
+                "-H and -p name the API itself",
+            ) from None
+        raise Unanswered(f"{endpoint.url}{path} is no JSON: {e}") from None
+
+
+def fetch(endpoint: Endpoint, path: str) -> Answer:
+    """A whole answer of status 200."""
+    url = endpoint.url + path
+    try:
+        answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
+    except TimeoutError:
+        raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s") from None
+    except ssl.SSLError as e:
+        die(f"{endpoint.url}: TLS failed: {e}", hint=tls_hint(e))
+    except OSError as e:
+        why = "" if isinstance(e, ConnectionRefusedError) else f" ({e.strerror or e})"
+        die(f"no server answers at {endpoint.url}{why}", hint="name it with -H and -p")
+    except Malformed as e:
+        raise Unanswered(f"{url}: {e}") from None
+    if answer.status != 200:
+        words = endpoint.target.without_key(answer.moved or error_message(answer.body))
+        hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
+        kind = Unlisted if answer.status in LACKING else Unanswered
+        raise kind(f"{url}: {answer.status}: {words}", hint)
+    return answer
+
+
+def tls_hint(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{BUNDLE} (or SSL_CERT_FILE) names whom to trust; --insecure takes any certificate"
+    return "http:// in place of https://?" if error.reason in NO_TLS else ""
+
+
+def version(endpoint: Endpoint) -> str | None:
+    """Not every server tells."""
+    try:
+        return str(get(endpoint, "/version")["version"])[:ERROR_LENGTH]
+    except (Failure, KeyError, TypeError):
+        return None
+
+
+# --- is it still the same one? --------------------------------------------------------------------
+
+
+def identity(endpoint: Endpoint) -> dict[str, Any]:
+    """What must not change while it is measured."""
+    launched = read_record(endpoint.record).get("started")
+    # TensorRT-LLM's /metrics is no Prometheus page, and to read it empties it.
+    told = endpoint.trtllm or launched
+    return {"launched": launched, "started": set() if told else starts(endpoint, LOOKS)}
+
+
+def starts(endpoint: Endpoint, looks: int, known: Collection[str] = ()) -> set[str]:
+    """When its processes started, of those met in so many looks, or up to one that is known.
+
+    By the Prometheus metrics, which vLLM has. `created` in a list of models is no start.
+    """
+    found: set[str] = set()
+    for _ in range(looks):
+        new = set(process_starts(endpoint))
+        found |= new
+        if not new or new & set(known):
+            break
+    return found
+
+
+def process_starts(endpoint: Endpoint) -> Iterator[str]:
+    with suppress(Failure):
+        page = fetch(endpoint, "/metrics").body.decode(errors="replace")
+        yield from re.findall(
+            r"^process_start_time_seconds(?:\{.*\})? (\d+(?:\.\d+)?(?:e\+?\d+)?)\s*$", page, re.M
+        )
+
+
+def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Why a run that began with this server did not end with it; and what else is worth a note."""
+    problems, notes = served_now(endpoint)
+    known = before.get("started", set())
+    now = starts(endpoint, LOOKS_AFTER, known) if known and not problems else set()
+    if len(known | now) > 1 and not restarted(known, now):
+        notes.append("several processes answer at this address (by their start times): the figures "
+                     "are of all of them")  # fmt: skip
+    launched = read_record(endpoint.record).get("started")
+    if not problems and (launched != before.get("launched") or restarted(known, now)):
+        problems = [RESTARTED]
+    return problems, notes
+
+
+def restarted(before: Collection[str], now: Collection[str]) -> bool:
+    """One process was there, and now it is another, younger one. Two at a time are replicas."""
+    return len(before) == len(now) == 1 and float(*now) > float(*before)
+
+
+def served_now(endpoint: Endpoint) -> tuple[list[str], list[str]]:
+    """A problem where the model, or the server, is gone; only a note where it does not say."""
+    problem = ""
+    for attempt in range(0 if endpoint.unlisted else LISTINGS):
+        time.sleep(PAUSE if attempt else 0)
+        try:
+            names = models(endpoint)
+        except Unanswered as e:
+            return [], [f"after the run the server did not list its models: {e.message}"]
+        except Failure as e:
+            problem = f"the server is gone: {e.message}"
+            continue
+        if endpoint.model in names:
+            return [], []
+        problem = f"the server now serves {', '.join(names)[:ERROR_LENGTH]}, not {endpoint.model}"
+    return [problem] if problem else [], []
+
+
+class Witness:
+    """A connection on which nothing is said, for as long as a run lasts.
+
+    Only at uvicorn (TensorRT-LLM, vLLM, SGLang), which keeps it while it lives, and which it costs
+    nothing: a server with a worker for each connection would have one less for the load.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        target, self.sock = endpoint.target, None
+        if not target.tls:  # a server waits for a handshake for so long only
+            with suppress(OSError, Failure):
+                if fetch(endpoint, "/v1/models").server == "uvicorn":
+                    self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
+
+    def notes(self) -> list[str]:
+        """To be asked once, at the end."""
+        if self.sock is None:
+            return []
+        with self.sock:
+            self.sock.setblocking(False)
+            try:
+                self.sock.recv(1)
+            except BlockingIOError:
+                return []
+            except OSError:
+                pass
+        return ["an idle connection was closed during the run: by a proxy, or because the server "
+                "was restarted"]  # fmt: skip

@@ -1,0 +1,162 @@
+"""Server-sent events as servers and gateways write them, and which of a stream's are tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from common.response import Malformed, error_message
+
+COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # inside a JSON string quotes are escaped
+BLANK_LINES = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+BOM = b"\xef\xbb\xbf"
+STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
+USAGE = re.compile(rb'"usage"\s*:\s*\{')
+FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
+FIELDS = (b"", b"event", b"id", b"retry")  # besides data; '' is a comment, which keeps it alive
+TEXT_KEYS = (
+    "text content reasoning_content reasoning reasoning_details thinking refusal "
+    "tool_calls function_call token_ids"
+).split()
+
+Json = Any
+
+
+class Event(NamedTuple):
+    """One server-sent event: where it ends in the body, and its text, unread."""
+
+    end: int
+    text: bytes
+
+    def read(self) -> Json:
+        """Its document; None for one without, as heartbeats are, and for [DONE]."""
+        data, name, strays = [], b"", []
+        for line in self.text.removeprefix(BOM).replace(b"\r", b"\n").split(b"\n"):
+            field, _, value = line.partition(b":")
+            if field == b"data":
+                data.append(value.strip())
+            elif field == b"event":
+                name = value.strip()
+            elif field not in FIELDS:
+                strays.append(line)
+        said = b"\n".join(data).strip()
+        if name == b"error" or (strays and not said):  # its words, maybe without `data:`
+            raise Malformed(f"error from the server: {error_message(said or b' '.join(strays))}")
+        if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # `event: ping`, say
+            return None
+        try:
+            return json.loads(said)
+        except ValueError as e:
+            raise ValueError(f"{e}: {error_message(said)}") from None
+
+
+def is_stream(data: bytes, kind: str) -> bool:
+    """Is a body a stream of events? Some call it text/plain; others so call a document."""
+    start = data.removeprefix(BOM).lstrip()[:1]
+    return bool(STREAM.match(data.removeprefix(BOM))) or (
+        kind == "text/event-stream" and start not in (b"{", b"<")
+    )
+
+
+def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
+    """The events that carry choices, and the others, told apart without decoding them."""
+    tokens, others = [], []
+    for end, text in pieces(data):
+        if COMPACT in text or SPACED in text:
+            tokens.append(Event(end, text))
+        elif text:
+            others.append(Event(end, text))
+    return tokens, others
+
+
+def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """What blank lines separate, and where each ends; they may be of \\n, \\r\\n, \\r, or mixed."""
+    lines, returns = data.count(b"\n"), data.count(b"\r")
+    if returns and not lines == returns == data.count(b"\r\n"):
+        yield from mixed_pieces(data)
+        return
+    separator, end = b"\r\n\r\n" if returns else b"\n\n", 0
+    for text in data.split(separator):
+        end += len(text)
+        yield end, text
+        end += len(separator)
+
+
+def mixed_pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
+    start = 0
+    for blank in BLANK_LINES.finditer(data):
+        yield blank.start(), data[start : blank.start()]
+        start = blank.end()
+    yield len(data), data[start:]
+
+
+# --- which of them are tokens ---------------------------------------------------------------------
+
+
+def says(document: Json) -> bool:
+    """Does this answer, or piece of one, carry any output?"""
+    for choice in document.get("choices") or ():
+        holder = choice.get("delta") or choice.get("message") or choice
+        if any(holder.get(key) for key in TEXT_KEYS):
+            return True
+    return False
+
+
+def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> list[Event]:
+    """Those that are tokens, of a stream in which the server counts `wanted`.
+
+    A chat begins with the role alone, some completions with an empty text; a stream ends with the
+    reason why, or with the usage. None of them is a token. But half a character is one, and a
+    special token too, and neither has a text: these are told from the others by the count.
+    """
+    spoken = (i for i, event in enumerate(events) if says(event.read()))
+    first = next(spoken, None)
+    if first is None:
+        silent = list(events[1:] if chat and len(events) > 1 else events)
+        return silent[: wanted or None]
+    last = next(i for i in reversed(range(len(events))) if says(events[i].read()))
+    found = list(events[first : last + 1])
+    before, after = list(events[: 0 if chat else first]), list(events[last + 1 :])
+    missing = (wanted or 0) - len(found)
+    if missing < 0 and wanted:
+        return [event for event in found if says(event.read())]
+    if missing and after and missing in (1, len(before) + 1):  # the last one, a special token
+        found, missing = [*found, after[0]], missing - 1
+    return [*before[-missing:], *found] if 0 < missing <= len(before) else found
+
+
+def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
+    """Tokens of the prompt, of the output, and of the prompt from a cache: the last that are true.
+
+    Some servers count on in each event, some put zeros or null into all but the last one.
+    """
+    prompt = output = cached = None
+    for event in sorted(events, reverse=True):
+        if prompt and output:
+            break
+        if USAGE.search(event.text):
+            said = event.read()["usage"]
+            prompt = prompt or counted(said.get("prompt_tokens"))
+            output = output or counted(said.get("completion_tokens"))
+            cached = from_cache(said) if cached is None else cached
+    return prompt, output, cached
+
+
+def from_cache(usage: Json) -> int | None:
+    """As OpenAI, vLLM, SGLang and TensorRT-LLM write it, or DeepSeek; None where nobody says."""
+    details = usage.get("prompt_tokens_details")
+    said = details.get("cached_tokens") if isinstance(details, dict) else None
+    return counted(usage.get("prompt_cache_hit_tokens") if said is None else said)
+
+
+def counted(value: Json) -> int | None:
+    """A number of tokens; None for what cannot be one."""
+    return value if type(value) is int and 0 <= value < 1 << 32 else None
+
+
+def finish_reason(events: Sequence[Event]) -> str:
+    """Why the output ended; '' where no event says."""
+    found = (FINISH.search(event.text) for event in reversed(events))
+    return next((match[1].decode() for match in found if match), "")

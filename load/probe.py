@@ -1,0 +1,158 @@
+"""Find out by a few short requests what a server understands; the measured ones keep to that.
+
+A server that refuses a field says so in words of its own, or not at all. So what a refused request
+is made of is put together again piece by piece, and what is refused for itself is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from load.answer import Outcome
+from load.endpoint import Endpoint
+from load.loadgen import measure
+from load.payload import Dialect, RandomPrompts, Requests
+from load.target import Load, LoadError
+
+PROMPT, OUTPUT = 16, 8  # tokens; no server's own limit is as low
+SECONDS = 60.0
+ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
+# With these the server means another thing than the fields of the request.
+OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
+BUSY = re.compile("HTTP (429|50[234])")
+REFUSED = re.compile("HTTP [45]|error from the server")
+
+WITHOUT = {  # in the order in which they matter least
+    "token_ids": ("token ids as a prompt", "prompts are text, and their length is the server's "
+                  "to say"),
+    "stream_options": ("stream_options", "it may not count its tokens"),
+    "temperature": ("temperature 0", "it picks its tokens as it likes"),
+    "ignore_eos": ("ignore_eos", "outputs may end early"),
+}  # fmt: skip
+PLAINEST = Dialect(token_ids=False, stream_options=False, temperature=False, ignore_eos=False)
+LENGTHS = ("max_tokens", "max_completion_tokens")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a server turned out to be like; `error` where it does not answer at all."""
+
+    dialect: Dialect
+    model: str  # as its answers name it
+    probes: int
+    notes: tuple[str, ...] = ()
+    error: str = ""
+    hint: str = ""
+
+
+@dataclass
+class Prober:
+    """Sends one short request after the other, and keeps what the answers call the model."""
+
+    endpoint: Endpoint
+    timeout: float
+    sent: int = 0
+    names: set[str] = field(default_factory=set)
+
+    def __call__(self, dialect: Dialect) -> Outcome:
+        prompts = RandomPrompts(PROMPT, OUTPUT, f"probe {self.sent}", dialect.text)
+        self.sent += 1
+        load = Load(
+            self.endpoint.target,
+            self.endpoint.prefix + dialect.path,
+            Requests(self.endpoint.model, prompts, dialect),
+            count=1,
+            timeout=min(self.timeout, SECONDS),
+            chat=dialect.chat,
+            largest=ROOM,
+        )
+        try:
+            (outcome,) = measure(load).outcomes
+        except LoadError as e:
+            return Outcome(0, 0, 0, error=str(e))
+        self.names |= {outcome.model} if outcome.model and not outcome.error else set()
+        return outcome
+
+
+def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
+    """Two or three requests for most servers, a dozen for the strictest."""
+    ask = Prober(endpoint, timeout)
+    dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
+    answer = ask(dialect)
+    if BUSY.match(answer.error):
+        time.sleep(1)
+        answer = ask(dialect)
+    if refused(answer):
+        dialect, answer, refusals = pieced_together(ask, dialect, answer)
+        notes += refusals
+    if answer.error and not too_long(answer):
+        return Found(dialect, endpoint.model, ask.sent, (), answer.error, hint(ask, chat, answer))
+    if too_long(answer):
+        dialect, ignored = with_the_other_length(ask, dialect)
+        notes += ignored
+    name = ask.names.pop() if len(ask.names) == 1 else endpoint.model
+    if name != endpoint.model:
+        notes.append(f"the answers name {name}, where {endpoint.model} was asked for: taken as the "
+                     "model behind that name")  # fmt: skip
+    return Found(dialect, name, ask.sent, tuple(notes))
+
+
+def refused(answer: Outcome) -> bool:
+    """Was it the request that the server did not like, and not the moment or the address?"""
+    return bool(REFUSED.match(answer.error)) and not OTHERWISE.match(answer.error)
+
+
+def too_long(answer: Outcome) -> bool:
+    """Longer than asked: the field for the length was ignored."""
+    if answer.error:
+        return "does not end" in answer.error
+    return (answer.output_tokens or answer.events) > OUTPUT
+
+
+def pieced_together(
+    ask: Prober, full: Dialect, refusal: Outcome
+) -> tuple[Dialect, Outcome, Sequence[str]]:
+    """From the plainest request that is accepted back to all that is."""
+    for length in LENGTHS:
+        plain = replace(PLAINEST, chat=full.chat, length=length)
+        if not refused(answer := ask(plain)):
+            break
+    else:
+        return full, refusal, []
+    notes = [f"the server refuses {full.length}: {length} is sent"] * (length != full.length)
+    for name, (what, so) in WITHOUT.items():
+        if full.chat and name == "token_ids":
+            continue
+        richer: Dialect = replace(plain, **{name: True})  # type: ignore[arg-type]
+        if refused(again := ask(richer)):
+            notes.append(f"the server refuses {what}: {so} ({again.error})")
+        else:
+            plain, answer = richer, again
+    return plain, answer, notes
+
+
+def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[str]]:
+    (other,) = set(LENGTHS) - {dialect.length}
+    changed = replace(dialect, length=other)
+    answer = ask(changed)
+    if answer.error or too_long(answer):
+        return dialect, [f"the server writes more than {dialect.length} allows"]
+    return changed, [f"the server ignores {dialect.length}: {other} is sent"]
+
+
+def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
+    """Which flag helps, where no request of this kind is answered."""
+    if re.match("HTTP 40[13]", answer.error):
+        return "set OPENAI_API_KEY"
+    if not answer.error.startswith("HTTP "):
+        return ""
+    other = replace(PLAINEST, chat=not chat)
+    if any(not ask(replace(other, length=length)).error for length in LENGTHS):
+        name = "openai-chat" if other.chat else "openai"
+        return f"--backend {name}: {other.path} is answered"
+    if ask.endpoint.unlisted:
+        return f"-m: is {ask.endpoint.model} what the server calls its model?"
+    return ""

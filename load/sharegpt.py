@@ -1,0 +1,216 @@
+"""The ShareGPT conversations: found by path, downloaded when missing, picked by the usual rules.
+
+The client has no tokenizer. The rules of benchmark_serving (which conversations are too short or
+too long) are applied to lengths estimated from characters; what is reported comes from the server.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+import re
+import time
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from common.live import LiveLine
+from common.talk import die, say
+from load.payload import Conversations
+
+URL = (
+    "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main/"
+    "ShareGPT_V3_unfiltered_cleaned_split.json"
+)
+CHARACTERS_A_TOKEN = 4
+PIECE = 1 << 20
+LONGEST = 64 << 20  # characters of one conversation; more is no conversation
+LONGEST_WORD = 16  # characters of JSON's words and escapes: one may be cut by the end of a piece
+NEWLINE = "\n"
+BETWEEN = re.compile(r"[\s,\[\]\x1e]*")  # entries; JSON Lines have no brackets and no commas
+TURNS = ("conversations", "conversation", "messages")
+TEXTS = ("value", "content", "text")
+QUESTIONS = ("prompt", "question", "instruction", "input")
+ANSWERS = ("completion", "response", "answer", "output")
+
+
+def provide(path: Path) -> None:
+    """Before the first run: download what is missing, and read all of it.
+
+    Failure for a file with a broken entry, which is named, or with nothing that can be used.
+    """
+    if not path.exists():
+        download(URL, path)
+    pick(path, 1, 0)
+
+
+def pick(path: Path, count: int, seed: int | str) -> Conversations:
+    """`count` conversations picked at random, with the rules of benchmark_serving."""
+    picked: list[tuple[str, int]] = []
+    rng = random.Random(seed)
+    for seen, turn in enumerate(usable_turns(path)):
+        if len(picked) < count:
+            picked.append(turn)
+        elif (place := rng.randrange(seen + 1)) < count:
+            picked[place] = turn
+    if not picked:
+        die(f"{path}: none of its {sum(1 for _ in entries(path)):,} entries is a conversation with "
+            "a question and an answer of usual length (4 to 1,024 tokens)",
+            hint="--sharegpt takes JSON or JSON Lines of conversations, messages, or a prompt and "
+            "its completion")  # fmt: skip
+    rng.shuffle(picked)
+    return Conversations(tuple(picked))
+
+
+def usable_turns(path: Path) -> Iterator[tuple[str, int]]:
+    for entry in entries(path):
+        prompt, answer = first_turns(entry)
+        lengths = tokens(prompt), tokens(answer)
+        if min(lengths) >= 4 and lengths[0] <= 1024 and sum(lengths) <= 2048:
+            yield prompt, lengths[1]
+
+
+def first_turns(entry: dict[str, Any]) -> tuple[str, str]:
+    """A question and its answer, as ShareGPT, OpenAI and the sets for instructions write them."""
+    found: list[Any] = next(
+        (entry[name] for name in TURNS if isinstance(entry.get(name), list)), []
+    )
+    turns = [turn for turn in found if isinstance(turn, dict)]
+    said = [words(turn, TEXTS) for turn in turns
+            if "system" not in (turn.get("from"), turn.get("role"))]  # fmt: skip
+    prompt, answer, *_ = *said, "", ""
+    return prompt or words(entry, QUESTIONS), answer or words(entry, ANSWERS)
+
+
+def words(holder: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The first text under one of these names. Half a surrogate pair is none that can be sent."""
+    text = next((holder[name] for name in names if isinstance(holder.get(name), str)), "")
+    return text.encode(errors="replace").decode()
+
+
+def tokens(text: str) -> int:
+    return -(-len(text) // CHARACTERS_A_TOKEN)
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON array or of JSON Lines, one by one: the file may be larger than memory.
+
+    Failure where one of them is broken, by its number and line.
+    """
+    decode, text, number, line = json.JSONDecoder().raw_decode, "", 1, 1
+    with path.open(encoding=encoding_of(path), errors="replace") as file:
+        while piece := file.read(PIECE):
+            text, at = text + piece, 0
+            while (start := BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+                try:
+                    value, end = decode(text, start)
+                except (ValueError, RecursionError) as e:
+                    if goes_on(e, text[start:]):
+                        break  # the rest of it is in the next piece
+                    die(f"{path}: entry {number:,} (line {line + text.count(NEWLINE, 0, start):,}) "
+                        f"is broken: {getattr(e, 'msg', e)}", hint="mend or remove it")  # fmt: skip
+                if isinstance(value, dict):
+                    yield value
+                number, at = number + 1, end
+            line += text.count(NEWLINE, 0, start)
+            text = text[start:]
+    if text:
+        die(f"{path} is not whole: it ends in the middle of entry {number:,} (line {line:,})",
+            hint="mend it; or remove it, and ShareGPT is downloaded there")  # fmt: skip
+
+
+def encoding_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+
+
+def goes_on(error: Exception, text: str) -> bool:
+    """Was the text only not long enough yet?"""
+    if not isinstance(error, json.JSONDecodeError) or len(text) > LONGEST:
+        return False
+    return error.msg.startswith("Unterminated") or error.pos + LONGEST_WORD > len(error.doc)
+
+
+def download(url: str, path: Path) -> None:
+    """Into `.part`, going on where an earlier try stopped; renamed when it is whole and right."""
+    import requests
+
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    say(f"{path} is missing: downloading {url}" + (f" from byte {have:,}" if have else ""))
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
+            if answer.status_code != 416:  # nothing is left to get
+                answer.raise_for_status()
+                keep(answer, part, have if answer.status_code == 206 else 0)
+            digests = [h.headers.get("X-Linked-Etag", "") for h in answer.history]
+    except requests.RequestException as e:
+        die(f"{path} is missing, and {urlsplit(url).hostname} cannot be asked for it: {cause(e)}",
+            hint="--sharegpt (SHAREGPT_PATH) names a copy; -t without sharegpt does without"
+            )  # fmt: skip
+    digest = next((d.strip('"') for d in digests if len(d) == 66), "")  # the host's own sha256
+    if digest and sha256(part) != digest:
+        part.unlink()
+        die(f"{url}: what came is damaged", hint="run it again")
+    part.replace(path)
+
+
+def cause(error: Exception) -> str:
+    """In plain words: the library's own are a page long."""
+    import requests
+
+    match error:
+        case requests.HTTPError():
+            return f"HTTP {error.response.status_code}"
+        case requests.Timeout():
+            return "it does not answer"
+        case requests.exceptions.ProxyError():
+            return "the proxy does not answer"
+        case requests.exceptions.SSLError():
+            return "its certificate is not trusted here"
+        case requests.exceptions.ChunkedEncodingError():
+            return "the connection broke off"
+    return "no connection"
+
+
+def keep(answer: Any, part: Path, have: int) -> None:  # noqa: ANN401
+    total = have + int(answer.headers.get("Content-Length", 0))
+    line, start = LiveLine(f"{part.stem}, MB", total >> 20), time.monotonic()
+    with part.open("ab" if have else "wb") as file:
+        for piece in answer.iter_content(PIECE):
+            file.write(piece)
+            line(file.tell() >> 20, 0, 0)
+    line.clear()
+    say(f"{total / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+    if total > have and part.stat().st_size != total:
+        die(
+            f"{part}: {part.stat().st_size:,} of {total:,} bytes came", hint="run it again to go on"
+        )
+
+
+def identity(path: Path) -> dict[str, str] | None:
+    """What tells one data set from another; None where there is no file."""
+    if not path.is_file():
+        return None
+    seen = path.stat()
+    return {"file": path.name, "sha256": sha256_of(path, seen.st_size, seen.st_mtime_ns)}
+
+
+@functools.cache
+def sha256_of(path: Path, *_: int) -> str:
+    """Of a file that is large, once for as long as it stays the same."""
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""Did the answers stream? What was held back on its way has lost its times.
+
+A proxy may collect an answer whole, or hand it on every 4 KB or 100 ms. Then the tokens have come
+together, and their times are the proxy's. (That a late client reads them together is another
+matter: metrics.slow_client.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from load.answer import TOGETHER, Outcome
+
+FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
+PAIRS = 1.5
+CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
+HEAD_CLUMP = 5  # the same, at the beginning alone
+SPOILT, ODD = 0.5, 0.05  # shares of the answers: a problem (a server may just stall), a note
+BUFFERED = "something on the way (a proxy or gateway; nginx: proxy_buffering off) holds them back"
+
+
+@dataclass
+class Judgement:
+    """What the streams were like; `wrong` are the metrics that a problem spoils."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def spoilt(self, problem: str, wrong: Sequence[str], holds: str) -> None:
+        names = ", ".join(wrong[:-1]) + " and " * (len(wrong) > 1) + wrong[-1]
+        verb = "mean" if len(wrong) > 1 else "means"
+        self.problems.append(f"{problem}: {BUFFERED}. {names} {verb} nothing; {holds} hold")
+        self.wrong += [name.lower() for name in wrong]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the tokens of one answer came."""
+
+    tokens: int  # of their own: a token may be several events, and a few tokens one
+    bursts: int  # in which they came
+    first: int  # events in the first of them
+    collected: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.collected or self.bursts == 1
+
+    @property
+    def size(self) -> float:
+        return self.tokens / self.bursts
+
+
+def shape(outcome: Outcome) -> Shape:
+    apart = [i for i, gap in enumerate(outcome.gaps, 1) if gap > TOGETHER]
+    tokens = min(outcome.events, outcome.output_tokens or outcome.events)
+    return Shape(tokens, 1 + len(apart), (*apart, outcome.events)[0], outcome.collected)
+
+
+def judge(good: Sequence[Outcome]) -> Judgement:
+    """Which of the metrics the answers can bear."""
+    found, shapes = Judgement(), [shape(o) for o in good]
+    many = [s for s in shapes if s.tokens >= FEWEST]
+    whole = [s for s in many if s.whole]
+    clumps = [s for s in many if s.size >= CLUMP]
+    late = [s for s in many if s.first >= HEAD_CLUMP]
+    limit = SPOILT * len(good)
+    if len(whole) > limit:
+        found.spoilt(f"{len(whole)} of {len(good)} answers came in one piece, not as a stream",
+                     ("TTFT", "ITL", "TPOT"), "E2EL and throughput")  # fmt: skip
+    elif len(clumps) > limit:
+        found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {average(clumps):.0f} "
+                     "tokens together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
+    elif len(late) > limit:
+        size = sum(s.first for s in late) / len(late)
+        found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(good)} "
+                     "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
+    elif len(clumps) > ODD * len(good):
+        found.notes = [f"{len(clumps)} of {len(good)} answers came in clumps of tokens: a part of "
+                       "TTFT and ITL is of what held them back on their way"]  # fmt: skip
+    found.notes += [*together(shapes), *in_pairs(many), *pieces(good), *quirks(good)]
+    return found
+
+
+def average(shapes: Sequence[Shape]) -> float:
+    """Tokens at a time."""
+    return sum(s.tokens for s in shapes) / (sum(s.bursts for s in shapes) or 1)
+
+
+def together(shapes: Sequence[Shape]) -> list[str]:
+    """Too little to judge, and enough to say."""
+    short = [s for s in shapes if 1 < s.tokens < FEWEST and s.whole]
+    if len(short) <= ODD * len(shapes):
+        return []
+    return [f"{len(short)} of {len(shapes)} answers came all at once: too short to tell whether "
+            "they were buffered on their way; if so, TTFT and ITL mean nothing"]  # fmt: skip
+
+
+def in_pairs(many: Sequence[Shape]) -> list[str]:
+    """Less than a clump, and still not one token after the other."""
+    size = average(many)
+    if not PAIRS <= size < CLUMP:
+        return []
+    return [f"tokens came {size:.1f} at a time on average: half of ITL or more is 0, the rest the "
+            "time between such groups"]  # fmt: skip
+
+
+def pieces(good: Sequence[Outcome]) -> list[str]:
+    events, counted = sum(o.events for o in good), sum(o.output_tokens or 0 for o in good)
+    if not counted or counted >= 0.95 * events:
+        return []
+    return [f"an event carried {counted / events:.2f} tokens on average: ITL is the time between "
+            "events, not between tokens; TPOT is per token"]  # fmt: skip
+
+
+def quirks(good: Sequence[Outcome]) -> list[str]:
+    seen = Counter(quirk for o in good for quirk in o.quirks)
+    return [f"{count} of {len(good)} answers {quirk}" for quirk, count in seen.items()]

@@ -1,0 +1,67 @@
+"""Results of bench.py: write a folder's report again, or compare two folders.
+
+Examples:
+    python -m report results/20261124-101500         # write its report again
+    python -m report compare results/A results/B     # better or worse?
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.talk import say
+from load.bench_place import exit_code
+from report.compare import comparison
+from report.render import table, write
+from report.results import load
+from report.side_by_side import write as write_page
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m report",
+        usage="%(prog)s FOLDER | %(prog)s compare BEFORE AFTER",
+    )
+    parser.add_argument("words", nargs="+", metavar="FOLDER")
+    args = parser.parse_args(argv)
+    wanted = 3 if args.words[0] == "compare" else 1
+    if len(args.words) != wanted:
+        parser.error("one folder, or `compare` and two")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: report(*map(Path, args.words)))
+
+
+def report(first: Path, *others: Path) -> int:
+    """Of one folder; or, after the word `compare`, of two side by side."""
+    if others:
+        return side_by_side(*others)
+    found = load(first)
+    write(first, *found)
+    print(table(*found))
+    say(f"{first}/report.html")
+    return 0
+
+
+def side_by_side(first: Path, second: Path) -> int:
+    """On the screen, and as a page in the second folder: it is the newer one."""
+    before, after = load(first), load(second)
+    print(comparison(before.records, after.records))
+    for words in (*before.left_out, *after.left_out):
+        say(words)
+    names = (first.resolve().name, second.resolve().name)
+    page = second / f"compare-{names[0]}.html"
+    write_page(names, before, after, page)
+    say(f"{page}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""Two folders of results side by side: what became better or worse, and is it the same thing?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from report.results import COMPARED, Column, Group, Record, columns_of, groups, in_words
+
+NOTICED = 0.03  # a change of less means nothing, however sure it is
+# Student's t, two-sided, 99 %, for 1, 2, ... degrees of freedom: how many standard errors apart two
+# means have to be. Twenty loads have 180 figures: at 95 % nine of them would change by chance.
+STUDENT = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98)
+ONE_RUN, UNKNOWN = "one run", "unknown"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one figure of one load."""
+
+    label: str
+    column: Column
+    before: tuple[float, ...]  # a value a run
+    after: tuple[float, ...]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        return statistics.fmean(self.before), statistics.fmean(self.after)
+
+    @property
+    def relative(self) -> float | None:
+        """None where there was nothing before."""
+        before, after = self.means
+        return after / before - 1 if before else None
+
+    @property
+    def noise(self) -> float | None:
+        """How far apart the means of two such series come by chance; None: nobody knows."""
+        sides = (self.before, self.after)
+        if min(map(len, sides)) < 2:
+            return None
+        freedom = sum(len(side) - 1 for side in sides)
+        squares = sum(statistics.variance(side) * (len(side) - 1) for side in sides)
+        error = math.sqrt(squares / freedom * sum(1 / len(side) for side in sides))
+        return error * STUDENT[min(freedom, len(STUDENT)) - 1]
+
+    @property
+    def noise_in_words(self) -> str:
+        if self.noise is None:
+            return "one run a side: what chance does is not known"
+        return f"by chance {in_words(self.noise, self.column)} more or less"
+
+    @property
+    def verdict(self) -> str:
+        before, after = self.means
+        if self.noise is None:
+            return ONE_RUN if before != after else ""
+        if abs(after - before) <= max(self.noise, NOTICED * abs(before)):
+            return ""
+        return "better" if (after > before) == self.column.more_is_better else "WORSE"
+
+    @property
+    def row(self) -> list[str]:
+        sides = (in_words(side, self.column) for side in self.means)
+        change = "-" if self.relative is None else f"{self.relative:+.1%}"
+        around = f"±{self.noise / self.means[0]:.1%}" if self.noise and self.means[0] else "-"
+        return [self.label, self.column.title, *sides, change, around, self.verdict]
+
+
+HEAD = ("load", "", "before", "after", "change", "by chance", "")
+
+
+def pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Group, Group]]:
+    """The loads that both measured, and measured validly."""
+    left, right = ({g.label: g for g in groups(r) if g.valid} for r in (before, after))
+    return [(left[label], right[label]) for label in left if label in right]
+
+
+def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Change]:
+    return [
+        Change(left.label, column, tuple(a), tuple(b))
+        for left, right in pairs(before, after)
+        for column in COMPARED
+        if (a := left.values(column.key)) and (b := right.values(column.key))
+    ]
+
+
+def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
+    changes = compare(before, after)
+    rows = [HEAD, *(change.row for change in changes)]
+    return "\n".join([*columns_of(rows), *outcome(changes), *remarks(before, after)])
+
+
+def outcome(changes: Sequence[Change]) -> list[str]:
+    """The whole of it in a sentence or two."""
+    if not changes:
+        return ["nothing to compare: the folders have no valid load in common"]
+    found = Counter(change.verdict for change in changes)
+    lines = []
+    if unknown := sum(change.noise is None for change in changes):
+        lines.append(f"no verdict on {unknown} figures: with one run a side nobody knows how much "
+                     "two runs differ by chance; --repeat 3 on both sides tells")  # fmt: skip
+    if judged := len(changes) - unknown:
+        lines.append(f"of {judged} figures {found['better']} are better and {found['WORSE']} "
+                     f"WORSE, by {NOTICED:.0%} or more and by more than repeats differ (Student's "
+                     "t, 99 %)")  # fmt: skip
+    return lines
+
+
+def remarks(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+    return [*differences(before, after), *left_out(before, after)]
+
+
+def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
+    """What makes a comparison lame: another client, say. One line for all loads that share it."""
+    found: dict[str, list[str]] = {}
+    for left, right in pairs(before, after):
+        one, other = conditions(left), conditions(right)
+        for name in one:
+            if one[name] != other[name] and UNKNOWN not in (one[name], other[name]):
+                line = f"{name}: {one[name]} before, {other[name]} after"
+                found.setdefault(line, []).append(left.label)
+    every = len(pairs(before, after))
+    return [f"UNLIKE {line} ({'every load' if len(labels) == every else ', '.join(labels)})"
+            for line, labels in found.items()]  # fmt: skip
+
+
+def conditions(group: Group) -> Record:
+    """What two measurements should have in common, besides the load."""
+    record = group.records[0]
+    known = record.get("metadata", {})
+    requests = record.get("completed") or 1
+    data_set = record.get("data_set")
+    return {
+        "client": known.get("client"),
+        "API": known.get("backend"),
+        "model": known.get("served_model") or record["model_id"],
+        "GPUs": known.get("world_size"),
+        "burstiness": known.get("burstiness"),
+        "goodput limits": known.get("goodput"),
+        "data set": data_set.get("sha256") if isinstance(data_set, dict) else None,
+        "prompts from the cache": cached(group),
+        "requests": record["case"]["num_prompts"],
+        "input tokens a request": round((record.get("total_input_tokens") or 0) / requests),
+        "output tokens a request": round((record.get("total_output_tokens") or 0) / requests),
+    }
+
+
+def cached(group: Group) -> str:
+    """To a tenth: a cache that is a little warmer is no other measurement."""
+    share = group.value("cached_share")
+    return UNKNOWN if share is None else f"{round(share, 1):.0%}"
+
+
+def left_out(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
+    """What could not be compared must not look as if nothing had changed."""
+    for side, mine, others in (("before", before, after), ("after", after, before)):
+        labels = {g.label for g in groups(others)}
+        yield from (f"only {side}: {g.label}" for g in groups(mine) if g.label not in labels)
+        yield from (f"INVALID {side}, not compared: {g.label}" for g in groups(mine) if not g.valid)

@@ -1,0 +1,154 @@
+"""Data sets as people have them: what is read of them, and what is said of a broken one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.talk import Failure
+from load import sharegpt
+from tests.loopback import serving
+from tests.servers import Kind, bench, running
+
+pytestmark = pytest.mark.usefixtures("clean_environment", "same_signals")
+ANSWER = "it is fine, and it stays fine for the rest of the week"
+DATA = Path("data.json")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(
+    clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def question(number: int) -> str:
+    return f"question {number}: what is the weather like today, please?"
+
+
+def turns(number: int, name: str = "conversations", who: str = "from", text: str = "value") -> Any:
+    return {name: [{who: "human", text: question(number)}, {who: "gpt", text: ANSWER}]}
+
+
+def picked(data: bytes, count: int = 9) -> list[str]:
+    DATA.write_bytes(data)
+    return sorted(str(prompt) for prompt, _ in sharegpt.pick(DATA, count, 0).turns)
+
+
+ENTRIES: dict[str, Callable[[int], Any]] = {
+    "ShareGPT": turns,
+    "OpenAI's messages": lambda n: turns(n, "messages", "role", "content"),
+    "with a system prompt": lambda n: {
+        "messages": [{"role": "system", "content": "be kind " * 9},
+                     *turns(n, "messages", "role", "content")["messages"]]
+    },
+    "instructions": lambda n: {"instruction": question(n), "input": "", "output": ANSWER},
+    "prompts and completions": lambda n: {"prompt": question(n), "completion": ANSWER},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_the_usual_forms_of_an_entry(entry: Callable[[int], Any]) -> None:
+    assert picked(json.dumps([entry(n) for n in range(3)]).encode()) == [
+        question(n) for n in range(3)
+    ]
+
+
+LINES = "\n".join(json.dumps(turns(n)) for n in range(3))
+FILES = {
+    "an array": json.dumps([turns(n) for n in range(3)]).encode(),
+    "an array, indented": json.dumps([turns(n) for n in range(3)], indent=4).encode(),
+    "JSON Lines": LINES.encode(),
+    "JSON Lines, one of them empty": LINES.replace("\n", "\r\n\r\n").encode() + b"\n\n",
+    "with a byte order mark": b"\xef\xbb\xbf" + LINES.encode(),
+    "as PowerShell writes it": LINES.encode("utf-16"),
+    "among others": b'[1, "two", null, ' + LINES.replace("\n", ",[],").encode() + b"]",
+}
+
+
+@pytest.mark.parametrize("data", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_the_usual_forms_of_a_file(
+    data: bytes, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharegpt, "PIECE", piece)
+    assert picked(data) == [question(n) for n in range(3)]
+
+
+def cut(number: int) -> str:
+    entries = [json.dumps(turns(n)) for n in range(5)]
+    entries[number] = entries[number][:60]
+    return ",\n".join(entries)
+
+
+BROKEN = {
+    "a string that does not end": (f"[{cut(2)}]", r"entry 3 \(line 3\) is broken: Invalid control"),
+    "a line that does not end": (cut(1).replace(",\n", "\n"), r"entry 2 \(line 2\) is broken"),
+    "a word of Python": (
+        FILES["an array"].decode().replace('"gpt"', "None", 1),
+        "entry 1 .*Expect",
+    ),
+    "a file that does not end": (LINES[:-9], r"is not whole: it ends in the middle of entry 3 \("),
+    "a table": ("question,answer\nwhat?,that!\n" * 9, r"entry 1 \(line 1\) is broken: Expecting"),
+    "nothing of use": ('[{"text": "one"}, {"text": "two"}]', "none of its 2 entries is a conver"),
+    "nothing at all": ("", "none of its 0 entries"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("piece", [50, 1 << 20])
+def test_where_a_file_is_broken(
+    text: str, words: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharegpt, "PIECE", piece)
+    with pytest.raises(Failure, match=words):
+        picked(text.encode())
+
+
+def test_half_a_surrogate_pair_is_sent_as_a_text_that_every_server_can_read() -> None:
+    entry = turns(1)
+    entry["conversations"][0]["value"] += "\ud83d" * 4 + "\U0001f600"
+    (prompt,) = picked(json.dumps([entry]).encode())
+    assert prompt.encode().decode() == question(1) + "????\U0001f600"
+
+
+def test_a_broken_data_set_is_found_before_the_first_run() -> None:
+    DATA.write_text("[" + cut(2))
+    with running(Kind()) as server:
+        said = bench(server, "-t", "latency,sharegpt", "--sharegpt", str(DATA))
+    assert said.code == 1
+    assert "entry 3" in said.err
+    assert not [r for r in server.requests if r.body]
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://127.0.0.1:1/x", "127.0.0.1 cannot be asked for it: no connection"),
+        ("http://no.such.invalid/x", "no.such.invalid cannot be asked for it: no connection"),
+    ],
+)
+def test_a_data_set_that_cannot_be_downloaded_is_told_first(
+    url: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharegpt, "URL", url)
+    with running(Kind()) as server:
+        said = bench(server, "-t", "latency,sharegpt")
+    assert said.code == 1
+    assert f"ShareGPT.json is missing, and {words}" in said.err
+    assert "-t without sharegpt does without" in said.err
+    assert "Pool" not in said.err
+    assert not [r for r in server.requests if r.body]
+
+
+def test_what_the_other_side_answers_is_told_in_its_number() -> None:
+    with (
+        serving(lambda request: request.document({}, "403 Forbidden")) as server,
+        pytest.raises(Failure, match="cannot be asked for it: HTTP 403"),
+    ):
+        sharegpt.download(f"http://127.0.0.1:{server.port}/x", DATA)
