@@ -163,12 +163,9 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         part.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        if error.filename in (None, str(part)):
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
             error.filename = str(path)
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
         raise

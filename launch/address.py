@@ -1,7 +1,5 @@
 """Where a server can be reached, from where the launcher runs."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Sequence
 

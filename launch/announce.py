@@ -1,7 +1,5 @@
 """The server is ready: where it is, in words for people and in endpoint.json for programs."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Words of a command line, whatever engine they are for."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 

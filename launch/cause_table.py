@@ -3,8 +3,6 @@
 python -m launch.cause_table docs/troubleshooting.md    writes them between the page's marks
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
@@ -49,11 +47,9 @@ def table() -> Sequence[Kind]:
 
 
 def kind(group: str, row: dict[str, str]) -> Kind:
-    says = re.compile("|".join(row["says"]), re.IGNORECASE)
+    says, shows = re.compile("|".join(row["says"]), re.IGNORECASE), plain(row["says"][0])
     weight = Weight[row.get("weight", "root").upper()]
-    return Kind(
-        group, plain(row["says"][0]), says, row.get("means", ""), row.get("next", ""), weight
-    )
+    return Kind(group, shows, says, row.get("means", ""), row.get("next", ""), weight)
 
 
 def plain(pattern: str) -> str:

@@ -5,15 +5,17 @@ exceptions, fatal signals, Open MPI's blocks, NCCL's warnings, usage errors. The
 most of these mean and how much they prove; of what proves the most, the first in time is the cause.
 """
 
-from __future__ import annotations
-
+import glob
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from launch.cause_table import Kind, Weight, known
 from launch.log_lines import Line, lines_of
 
+READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
+LEAST = 1 << 15
 SHOWN = 400  # characters of it that are shown
 UNFORESEEN = "not among the known causes: read the log around it, look in the engine's issues"
 
@@ -43,8 +45,6 @@ class Finding:
 
 
 # What is looked for
-
-
 def any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
@@ -105,8 +105,6 @@ FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python er
 
 
 # Reading
-
-
 def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight.CRASH) -> Finding:
     """What it weighs, by the table; `rest` is what its message goes on with."""
     first = known(text)
@@ -261,8 +259,6 @@ class Reader:
 
 
 # Choosing
-
-
 def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
     """A log's first finding among those that prove the most, with its time.
 
@@ -297,3 +293,14 @@ def of(*logs: str) -> Cause | None:
     best = min(found, key=lambda each: (each[0].weight, each[1] or "~"))[0]
     line = best.text if len(best.text) <= SHOWN else best.text[: SHOWN - 3] + "..."
     return Cause(line, *((best.kind.meaning, best.kind.next) if best.kind else ("", UNFORESEEN)))
+
+
+def ranks_of(log: Path) -> list[Path]:
+    return sorted(log.parent.glob(f"{glob.escape(log.stem)}_rank*.log"))
+
+
+def cause_in(logs: Iterable[Path], end: Callable[[Path, int], str]) -> Cause | None:
+    """The cause that these files name; `end` reads so many bytes of the end of one."""
+    paths = list(dict.fromkeys(logs))
+    size = max(READ // len(paths), LEAST)
+    return of(*(end(path, size) for path in paths))

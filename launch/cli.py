@@ -1,7 +1,5 @@
 """The command line of run_sbatch.py, completed from the settings."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -31,7 +29,7 @@ def parse(
     option("--container-mount", metavar="DIR", help="the containers see it, too (default: /fsx)")
     option("--force", "-f", action="store_true", help="take the image off the nodes, load it anew")
     option("--verify", action="store_true", help="a tarball to load: compare its sha256 first")
-    option("--verbose", "-v", action="store_true", help="show the commands, too")
+    option("--verbose", "-v", action="store_true", help="show commands, and the log while loading")
     option = parser.add_argument_group("serving").add_argument
     option("--runtime", choices=RUNTIMES, help="bare: trtllm-serve from PATH")
     option("--ready-timeout", metavar="SECONDS", help="for it to get ready (default: 3600)")

@@ -1,7 +1,5 @@
 """Why a server ended: which process, how, and its own last words."""
 
-from __future__ import annotations
-
 import re
 import time
 from functools import partial
@@ -10,10 +8,11 @@ from typing import NoReturn
 
 from common.talk import die, say
 from launch import slurm, world
+from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.server import Server, die_of_a_node
-from launch.why import cause_in, ranks_of
 
+NO_CAUSE = "its log names no cause"
 KILLED = {137: "who killed it: `dmesg | grep -i oom` on its node, `docker events`, scancel"}
 
 
@@ -35,31 +34,22 @@ def report_death(server: Server, code: int) -> NoReturn:
     engine = server.plan.engine
     meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS else ""
     logs = (path, server.log.path, *ranks_of(server.log.path))
-    cause = cause_in(logs, partial(end_since_start, server))
-    die(
-        f"{who} ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s: "
-        f"{cause.line if cause else 'its log names no cause'}",
-        hint=f"{cause.advice if cause else KILLED.get(code, '')}; the whole log: {path}".lstrip(
-            "; "
-        ),
-        passing=code not in engine.FINAL,
-    )
+    cause = cause_in(logs, partial(evidence, server, death))
+    end = f"ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s"
+    why, advice = (cause.line, cause.advice) if cause else (NO_CAUSE, KILLED.get(code, ""))
+    hint = f"{advice}; the whole log: {path}".lstrip("; ")
+    die(f"{who} {end}: {why}", hint=hint, passing=code not in engine.FINAL)
 
 
 def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:
     """Failure where Slurm ended the step, or has lost a node of it."""
     if server.plan.place.slurm and cancelled:
-        die(
-            f"{server.node}: Slurm ended the server {server.when}: job {server.plan.place.job} "
-            f"{slurm.how_cancelled(cancelled)}",
-            hint=f"its log: {server.log.path}",
-        )
+        how = f"job {server.plan.place.job} {slurm.how_cancelled(cancelled)}"
+        end = f"{server.node}: Slurm ended the server {server.when}: {how}"
+        die(end, hint=f"its log: {server.log.path}")
     if lost := slurm.lost_nodes(said):
-        die(
-            f"{lost}, {server.when}",
-            hint=f"{slurm.SEE_NODES}; its log: {server.log.path}",
-            passing=True,
-        )
+        hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
+        die(f"{lost}, {server.when}", hint=hint, passing=True)
 
 
 def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:
@@ -79,6 +69,12 @@ def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:
     logs = {log.path: log for log in (server.log, server.main_log)}
     start = server.starts.get(path, 0)
     return logs[path].end(size) if path in logs else end_of(path, start, size)
+
+
+def evidence(server: Server, death: world.Death | None, path: Path, size: int) -> str:
+    """A log's end; of Slurm's words none that only follow from the death of that rank."""
+    said = end_since_start(server, path, size)
+    return world.up_to_failure(said) if death and path == server.log.path else said
 
 
 def await_holders(server: Server) -> None:

@@ -1,7 +1,5 @@
 """--dry-run: every command as a shell takes it, so that it can be read and pasted; none is run."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterator
@@ -23,10 +21,8 @@ def dry_run(
     plan: Plan, found: Image, wanted: Wanted, log: Path, *, force: bool, verify: bool
 ) -> None:
     print(f"# ask every node\n{survey_command(wanted, plan.place).shown()}")
-    if found.tag:
-        for why, command in image_commands(plan, found, force=force, verify=verify):
-            print(f"# {why}\n{command}")
-    for why, command in server_commands(plan, log):
+    images = image_commands(plan, found, force=force, verify=verify) if found.tag else ()
+    for why, command in (*images, *server_commands(plan, log)):
         print(f"# {why}\n{command}")
 
 
@@ -37,10 +33,8 @@ def image_commands(
         sum_command = shlex.join(provide.sum_command(found))
         yield "the tarball's sha256, compared with its sidecar's", sum_command
     if force:
-        yield (
-            "--force: take the image off every node",
-            provide.forget_command(found, plan.place).shown(),
-        )
+        forget = provide.forget_command(found, plan.place).shown()
+        yield "--force: take the image off every node", forget
     if found.tarball or found.registry:
         login = provide.password_command(found)
         more = f"{shlex.join(login)}; {HELD}" if login else HELD

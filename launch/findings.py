@@ -1,11 +1,20 @@
 """What the nodes have to offer, what each told, and what is found wrong or right with it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from launch.image import Image
 from launch.node.messages import Container, Facts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cell of the report. `state` is ok, note or bad; a bad one stops the launch."""
+
+    node: str
+    check: str
+    state: str
+    text: str
+    hint: str = ""
 
 
 @dataclass
@@ -25,6 +34,12 @@ class Node:
     def holds(self, image: Image) -> bool:
         return image.is_held(self.facts.image, self.facts.layers, self.facts.store)
 
+    def ok(self, check: str, text: str) -> Finding:
+        return Finding(self.name, check, "ok", text)
+
+    def bad(self, check: str, text: str, hint: str) -> Finding:
+        return Finding(self.name, check, "bad", text, hint)
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -36,14 +51,3 @@ class Wanted:
     gpus: str  # the GPUS setting: auto, none, or docker's own words
     program: str  # the engine's
     paths: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One cell of the report. `state` is ok, note or bad; a bad one stops the launch."""
-
-    node: str
-    check: str
-    state: str
-    text: str
-    hint: str = ""

@@ -4,8 +4,6 @@ Run as a program of its own, by `python -IS guard.py LAUNCHER FILE...`. It ends 
 input, whose other end the launcher holds. Standard library only.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

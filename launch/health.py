@@ -4,8 +4,6 @@ Health asks /health: is it ready, and later, is it there? Probe asks for one tok
 hung engine can answer 200 for ever.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

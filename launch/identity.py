@@ -1,7 +1,5 @@
 """Who a launcher is, and whether it still lives: host, boot, process and its start."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

@@ -1,10 +1,7 @@
 """The image on every node: what it is, whether a node has the right one, and how it gets there."""
 
-from __future__ import annotations
-
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.talk import die, say
+from launch.node import images
 from launch.slurm import last_words
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
@@ -38,9 +36,7 @@ class Image:
     tarball: Path | None = None
     codec: str = "none"
     ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
-    layers: str = (
-        ""  # diff ids as JSON, where the id that a containerd store would show is not known
-    )
+    layers: str = ""  # diff ids as JSON, where a containerd store's id for it is not known
     packed: int = 0  # bytes of the tarball
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
@@ -133,27 +129,18 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
         raise ValueError("a tag or an image id that is none")
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
-    return Image(
-        tag,
-        tarball,
-        codec,
-        ids,
-        "" if manifest else layers,
-        int(data["packed_bytes"]),
-        int(data["unpacked_bytes"]),
-        sha256=str(data.get("sha256", "")),
-    )
+    packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
+    sha256, layers = str(data.get("sha256", "")), "" if manifest else layers
+    return Image(tag, tarball, codec, ids, layers, packed, unpacked, sha256=sha256)
 
 
 def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     """Read the tarball until its manifest, which Docker puts near the end: one pass."""
     say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
-    unpack = unpacker(codec)
+    pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
-        subprocess.Popen(
-            unpack, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as proc,
+        subprocess.Popen(unpacker(codec), stdin=file, stdout=pipe, stderr=pipe) as proc,
     ):
         assert proc.stdout and proc.stderr
         try:
@@ -161,10 +148,8 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
-            die(
-                f"the image tarball {tarball} is truncated or corrupt: {words}",
-                hint="copy it again or make it anew with `make save`",
-            )
+            hint = "copy it again or make it anew with `make save`"
+            die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
         finally:
             proc.kill()
     try:
@@ -188,11 +173,10 @@ def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
 
 def unpacker(codec: str) -> list[str]:
     """The command that unpacks a codec from stdin to stdout on this machine."""
-    choices = {"gz": ["pigz", "gzip"], "zst": ["zstd"], "none": ["cat"]}[codec]
-    found = next((name for name in choices if shutil.which(name)), None)
-    if not found:
-        die(f"{choices[-1]}: not found in PATH, and the image tarball needs it")
-    return [found] if found == "cat" else [found, "-dc"]
+    if not (found := images.unpacker(codec)):
+        program = images.UNPACKERS[codec][-1]
+        die(f"{program}: not found in PATH, and the image tarball needs it")
+    return found
 
 
 def is_pulled_anew(image: Image, identities: set[str]) -> bool:

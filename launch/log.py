@@ -1,7 +1,5 @@
 """The server's log: followed on the terminal, kept in a file."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -39,9 +37,8 @@ class Log:
         """Return what is new, and show it. A flood is skipped on screen, not in the file."""
         behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
         if behind > 8 * limit:
-            say(
-                f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
-            )
+            where = f"all of it is in {self.path}"
+            say(f"log: {behind / 1e6:.0f} MB behind, skipped on screen; {where}")
             self.reader.seek(-limit, os.SEEK_END)
         if new := self.reader.read(limit):
             if said := new.rstrip():

@@ -1,7 +1,5 @@
 """A log's lines without what loggers and launchers put before them: who speaks, when, how loud."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
@@ -24,6 +22,7 @@ from launch.nodes import find_place
 from launch.plan import Plan, Replica, find_model, make_plan, wanted_of
 from launch.runtimes import runtime
 from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
+from launch.timelimit import TimeLimit
 
 ENGINE = "trtllm"  # the one there is
 
@@ -47,7 +46,6 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """The steps."""
     Record.verbose = args.verbose
     if args.status or args.stop or args.logs or args.why is not None:
         return manage.act(args)
@@ -76,7 +74,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     Record.open(log.with_name(f"launch_{place.job}.log"))
     put = partial(put_image, plan, found, nodes, args.force, args.verify)
-    supervise.serve(plan, nodes, url, args, put)
+    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put)
     return 0
 
 
@@ -101,10 +99,8 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
 def check_force(found: image.Image) -> None:
     """--force takes an image away; there has to be something to load it from again."""
     if found.tag and not (found.tarball or found.registry):
-        die(
-            f"--force would remove {found.tag} with nothing to load it from again",
-            hint="--image with a tarball or a registry reference",
-        )
+        hint = "--image with a tarball or a registry reference"
+        die(f"--force would remove {found.tag} with nothing to load it from again", hint=hint)
 
 
 def put_image(
@@ -117,5 +113,4 @@ def put_image(
         provide.verify(found)
     if force:
         provide.forget(found, plan.place)
-    if force or preflight.must_provide(nodes, found):
-        provide.provide(found, plan.place)
+    provide.provide(found, plan.place)

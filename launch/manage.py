@@ -1,9 +1,8 @@
-"""What runs from a workspace: its status, its end, its log. Read from the records in logs/."""
-
-from __future__ import annotations
+"""What runs from a workspace: its status, its end, its log, why it ended. Records are in logs/."""
 
 import argparse
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 from common.ask import ask
 from common.response import Malformed
 from common.talk import Failure, die, say
+from launch.causes import cause_in, ranks_of
+from launch.log import end_of
 from launch.nodes import run
 from launch.records import living, records
-from launch.why import why
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
@@ -92,7 +92,21 @@ def tell(record: dict[str, Any]) -> None:
 
 def follow_log(logs: Path) -> int:
     """Become `tail -F` of the newest log."""
-    newest = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        die(f"there is no log in {logs}")
-    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest)])
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs))])
+
+
+def why(logs: Path, name: str) -> int:
+    """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
+    # Of a launch's own log and its ranks', the launch's.
+    log = Path(name or re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs))))
+    if not log.is_file():
+        die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
+    found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
+    print(f"cause: {found.line}\nnext: {found.advice}" if found else "no cause in the log")
+    return 0 if found else 1
+
+
+def newest(logs: Path) -> Path:
+    """The log written last, of those in a workspace."""
+    log = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
+    return log or die(f"there is no log in {logs}")

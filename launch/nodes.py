@@ -23,22 +23,16 @@ from launch.order import Command, Told, parse
 
 # srun reads these from the environment of an allocation, and they bend a step that did not ask.
 LEAKS = (
-    "SLURM_CPU_BIND",
-    "SLURM_CPUS_PER_TASK",
-    "SLURM_DISTRIBUTION",
-    "SLURM_HINT",
-    "SLURM_TRES_PER_TASK",
-    "SLURM_HOSTFILE",
-    "SLURM_NTASKS_PER_GPU",
-    "SLURM_NTASKS_PER_TRES",
-    "SLURM_GPUS",
-    "SLURM_GPUS_PER_TASK",
-    "SLURM_GPUS_PER_SOCKET",
-    "SLURM_GPU_BIND",
-    "SLURM_LABELIO",
-    "SLURM_STDINMODE",
-    "SLURM_STDOUTMODE",
-)
+    "SLURM_CPU_BIND SLURM_CPUS_PER_TASK SLURM_DISTRIBUTION SLURM_HINT SLURM_TRES_PER_TASK "
+    "SLURM_HOSTFILE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_GPUS SLURM_GPUS_PER_TASK "
+    "SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE"
+).split()
+APART: Any = {
+    "_bg": True,
+    "_bg_exc": False,
+    "_tty_out": False,
+    "_new_session": True,
+}  # sh's options
 
 
 @dataclass(frozen=True)
@@ -104,16 +98,8 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
     note(f"$ {shlex.join(argv)}")
     what = what or f"`{shlex.join(argv)}`"
     try:
-        process = sh.Command(argv[0])(
-            *argv[1:],
-            _bg=True,
-            _bg_exc=False,
-            _tty_out=False,
-            _in=text,
-            _new_session=True,
-            _timeout=timeout,
-            _decode_errors="replace",
-        )
+        program = sh.Command(argv[0])
+        process = program(*argv[1:], _in=text, _timeout=timeout, _decode_errors="replace", **APART)
     except sh.CommandNotFound:
         die(f"{argv[0]}: not found in PATH")
     except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold

@@ -3,8 +3,6 @@
 A node needs `python3` and nothing of ours. What it tells comes back as JSON lines.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -106,7 +104,6 @@ class Told:
 
 
 def parse(line: str) -> Told:
-    """A line of a step's output."""
     line = line.rstrip("\n")
     try:
         found = json.loads(line)

@@ -1,12 +1,10 @@
 """What a launch is: every decision, taken before anything runs."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pwd
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.settings import setting
@@ -125,38 +123,27 @@ def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
         # As it is called and as it is: a link that leads in from outside is unknown inside.
         called = any(path.is_relative_to(m) for m in mounts)
         if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
-            die(
-                f"{path} is not mounted into the container; these are: "
-                f"{', '.join(map(str, mounts))}",
-                hint="move it there, or --container-mount its directory",
-            )
+            these = ", ".join(map(str, mounts))
+            hint = "move it there, or --container-mount its directory"
+            die(f"{path} is not mounted into the container; these are: {these}", hint=hint)
 
 
 def make_plan(
     args: argparse.Namespace, place: Place, found: Image, engine_name: str, replica: Replica
 ) -> Plan:
-    """All decisions of the launch, before anything runs."""
     user = user_name()
+    none = Plan(place, args.runtime, engine_name, "", (), "", "", False, user, (replica,))
     if not found.tag:  # the runtime has no image
-        return Plan(place, args.runtime, engine_name, "", (), "", "", False, user, (replica,))
+        return none
     cache = Path(os.path.expanduser(setting("HF_HOME") or "~/.cache/huggingface")).absolute()  # noqa: PTH111
     paths = paths_of(replica, engine(engine_name))
     mounts = find_mounts(args, cache, paths)
     check_mounted(paths, mounts)
     cwd = Path.cwd()
-    is_seen = any(cwd.is_relative_to(mount) for mount in mounts)
-    return Plan(
-        place,
-        args.runtime,
-        engine_name,
-        found.tag,
-        tuple(map(str, mounts)),
-        str(cache),
-        str(cwd) if is_seen else "",
-        setting("PRIVILEGED") == "1",
-        user,
-        (replica,),
-    )
+    seen = str(cwd) if any(cwd.is_relative_to(mount) for mount in mounts) else ""
+    privileged, names = setting("PRIVILEGED") == "1", tuple(map(str, mounts))
+    whole = replace(none, tag=found.tag, mounts=names, cache=str(cache), cwd=seen)
+    return replace(whole, privileged=privileged)
 
 
 def paths_of(replica: Replica, engine: Engine) -> list[Path]:

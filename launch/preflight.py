@@ -1,9 +1,5 @@
 """What every node has and lacks, asked of all of them at once, before anything heavy is started."""
 
-from __future__ import annotations
-
-import shutil
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -17,27 +13,23 @@ from launch.node.messages import Container, Facts
 from launch.nodes import Place, ask
 from launch.order import Command, Told
 from launch.runtimes import runtime
-from launch.slurm import by_node, unfiltered
+from launch.slurm import by_node, squeue
 
 PATIENCE = 60.0  # seconds for all nodes together
 
 
 def survey_command(wanted: Wanted, place: Place) -> Command:
-    order = Survey(
-        wanted.runtime, wanted.port, wanted.image.tag, wanted.program, list(wanted.paths)
-    )
-    return Command(place.every, order)
+    tag, paths = wanted.image.tag, list(wanted.paths)
+    return Command(place.every, Survey(wanted.runtime, wanted.port, tag, wanted.program, paths))
 
 
 def ask_nodes(wanted: Wanted, place: Place) -> list[Node]:
     """Ask every node; the head node comes first. Failure when one does not answer."""
     nodes = gather(ask(survey_command(wanted, place), "asking the nodes", PATIENCE))
     if len(nodes) < place.size:
-        die(
-            f"{place.size - len(nodes)} of {place.size} nodes did not answer; "
-            f"these did: {', '.join(n.name for n in nodes) or 'none'}",
-            hint=f"look at the others with `scontrol show job {place.job}` and `sinfo -R`",
-        )
+        missing, names = place.size - len(nodes), ", ".join(node.name for node in nodes) or "none"
+        hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"
+        die(f"{missing} of {place.size} nodes did not answer; these did: {names}", hint=hint)
     return nodes
 
 
@@ -54,42 +46,32 @@ def gather(told: Iterable[Told]) -> list[Node]:
 def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     """Every check of every node. The first node serves: its GPUs and its port matter."""
     findings: list[Finding] = []
-    for i, node in enumerate(nodes):
+    hint = "it has to be on a file system that the nodes share"
+    for node in nodes:
         findings += runtime(wanted.runtime).judge(node, wanted)
-        findings += judge_gpus(node, wanted, is_head=i == 0)
-        findings += judge_port(node, wanted.port, is_head=i == 0)
-        findings += [
-            Finding(
-                node.name,
-                "paths",
-                "bad",
-                f"{path} is not there, or not readable",
-                "it has to be on a file system that the nodes share",
-            )
-            for path in node.facts.unseen
-        ]
+        findings.append(judge_gpus(node, wanted, is_head=node is nodes[0]))
+        findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
+        unseen = (f"{path} is not there, or not readable" for path in node.facts.unseen)
+        findings += [node.bad("paths", text, hint) for text in unseen]
         devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
-        findings.append(Finding(node.name, "devices", "ok", devices))
+        findings.append(node.ok("devices", devices))
     return findings
 
 
-def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> list[Finding]:
+def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
     if wanted.gpus == "none":
-        return [Finding(node.name, "gpus", "ok", "not asked for")]
+        return node.ok("gpus", "not asked for")
     if node.gpus or not is_head:
-        return [Finding(node.name, "gpus", "ok", str(node.gpus))]
+        return node.ok("gpus", str(node.gpus))
     hint = "GPUS=none starts an engine that needs none (the simulator)"
-    return [Finding(node.name, "gpus", "bad", "no GPU found", hint)]
+    return node.bad("gpus", "no GPU found", hint)
 
 
-def judge_port(node: Node, port: int, *, is_head: bool) -> list[Finding]:
-    if not is_head:
-        return []
+def judge_port(node: Node, port: int) -> Finding:
     if node.facts.taken is None:
-        return [Finding(node.name, "port", "ok", f"{port} free")]
+        return node.ok("port", f"{port} free")
     by = f" by {node.facts.taken}" if node.facts.taken else ""
-    hint = "give another one: --port, or PORT="
-    return [Finding(node.name, "port", "bad", f"port {port} is taken{by}", hint)]
+    return node.bad("port", f"port {port} is taken{by}", "give another one: --port, or PORT=")
 
 
 def stop_if_bad(findings: Sequence[Finding]) -> None:
@@ -114,9 +96,8 @@ def table(findings: Sequence[Finding]) -> str:
 
 def must_provide(nodes: Sequence[Node], image: Image) -> bool:
     """Whether any node lacks the image, or the registry has to be asked for a newer one."""
-    return not all(n.holds(image) for n in nodes) or is_pulled_anew(
-        image, {n.facts.image for n in nodes}
-    )
+    there = {node.facts.image for node in nodes}
+    return not all(node.holds(image) for node in nodes) or is_pulled_anew(image, there)
 
 
 def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str]:
@@ -135,22 +116,14 @@ def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str
 
 def ours_already(nodes: Sequence[Node], place: Place, gone: Sequence[str]) -> str:
     """The name of a container that this very job already runs, or ''."""
-    for each in (each for node in nodes for each in node.containers):
-        if each.job == place.job and each.id not in gone:
-            return each.name
-    return ""
+    ours = (each for node in nodes for each in node.containers if each.job == place.job)
+    return next((each.name for each in ours if each.id not in gone), "")
 
 
 def jobs_of(user: str) -> set[str] | None:
     """The user's jobs that Slurm still holds, by id; None without Slurm, or when it is silent."""
-    if not shutil.which("squeue"):
-        return None
-    command = ["squeue", "--all", "--noheader", f"--user={user}", "--format=%A"]
-    try:
-        done = subprocess.run(command, env=unfiltered(), capture_output=True, text=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return None
-    return set(done.stdout.split()) if done.returncode == 0 else None
+    done = squeue(f"--user={user}", "--format=%A")
+    return set(done.stdout.split()) if done and done.returncode == 0 else None
 
 
 def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
@@ -162,10 +135,8 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
         jobs = None  # an answer without our own job is of another cluster, or not whole
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
-        die(
-            f"this job already runs the container {name}",
-            hint="stop that launch first (make stop), or use another allocation",
-        )
+        hint = "stop that launch first (make stop), or use another allocation"
+        die(f"this job already runs the container {name}", hint=hint)
     if gone:
         say(f"removing {len(gone)} container(s) that an earlier launch left behind")
         ask(Command(place.every, Reap(list(gone))), "removing them")

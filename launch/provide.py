@@ -1,7 +1,5 @@
 """The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
 
-from __future__ import annotations
-
 import re
 import time
 
@@ -16,7 +14,6 @@ from launch.order import Command
 
 
 def provide_command(image: Image, place: Place) -> Command:
-    """The one command that brings the image to every node."""
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
         return Command(place.every, Pull(image.tag, login))
@@ -25,7 +22,6 @@ def provide_command(image: Image, place: Place) -> Command:
 
 
 def forget_command(image: Image, place: Place) -> Command:
-    """The command that takes the tag off every node, so that it is loaded afresh."""
     return Command(place.every, Forget(image.tag))
 
 
@@ -53,11 +49,10 @@ def sum_command(image: Image) -> list[str]:
 
 def check_verifiable(image: Image) -> None:
     if not re.fullmatch("[0-9a-f]{64}", image.sha256):
-        die(
-            f"--verify: there is no sha256 to compare {image.tarball or 'a tarball'} with",
-            hint="the sidecar of a tarball that `make save` made has one; a registry's image is "
-            "verified by its name: --image name@sha256:...",
-        )
+        named = "a registry's image is verified by its name: --image name@sha256:..."
+        hint = f"the sidecar of a tarball that `make save` made has one; {named}"
+        tarball = image.tarball or "a tarball"
+        die(f"--verify: there is no sha256 to compare {tarball} with", hint=hint)
 
 
 def verify(image: Image) -> None:
@@ -66,10 +61,8 @@ def verify(image: Image) -> None:
     # A name with a newline or backslash in it is marked by a backslash before the sum.
     found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
     if found != image.sha256:
-        die(
-            f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}",
-            hint="it is damaged or not the one that was saved: copy both again, or `make save`",
-        )
+        hint = "it is damaged or not the one that was saved: copy both again, or `make save`"
+        die(f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}", hint=hint)
     say(f"image: sha256 {found[:12]}... is the sidecar's")
 
 
@@ -90,16 +83,15 @@ def provide(image: Image, place: Place) -> None:
                 progress.show(told.node, message)
             else:
                 words.append(told.line)
-    if len(have) < place.size and (word := slurm.slurms_word("\n".join(words))):
+    talk = "\n".join(words)
+    if len(have) < place.size and (word := slurm.slurms_word(talk)):
         # It kills what is unpacking, too, and that looks like a broken tarball.
         die(f"{word}; the image was being loaded", hint=slurm.SEE_NODES)
     if errors:
         die(slurm.by_node(sorted(errors.items())), hint=advice(image))
     if len(have) < place.size:
-        die(
-            f"the image reached {len(have)} of {place.size} nodes: "
-            f"{slurm.last_words(chr(10).join(words), 3)}"
-        )
+        reached = f"the image reached {len(have)} of {place.size} nodes"
+        die(f"{reached}: {slurm.last_words(talk, 3)}")
     # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
     if image.registry and len(set(have.values())) > 1:
         die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
@@ -108,9 +100,8 @@ def provide(image: Image, place: Place) -> None:
 def advice(image: Image) -> str:
     if image.registry:
         return "check the name, and `docker login` for a private registry; or use a tarball"
-    return (
-        "copy the tarball again or make it anew (`make save`); see the node's disk and Docker log"
-    )
+    again = "copy the tarball again or make it anew (`make save`)"
+    return f"{again}; see the node's disk and Docker log"
 
 
 class Progress:

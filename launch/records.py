@@ -1,7 +1,5 @@
 """Records in logs/ of who serves what, for --status and --stop; none outlives its launch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -25,31 +23,23 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
 
     Two launches of a job would have one log and one container name between them.
     """
-    record = {
-        "job": plan.place.job,
-        "launcher": launcher(),
-        "url": url,
-        "model": plan.replicas[0].model,
-        "log": str(log),
-    }
+    record = {"job": plan.place.job, "launcher": launcher(), "url": url}
+    record |= {"model": plan.replicas[0].model, "log": str(log)}
     mine = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         write_json(mine, record)
     except OSError as error:
-        die(
-            f"{path.parent} cannot be written to: {error.strerror}",
-            hint="--workspace with a directory for logs/ that has room",
-        )
+        hint = "--workspace with a directory for logs/ that has room"
+        die(f"{path.parent} cannot be written to: {error.strerror}", hint=hint)
     try:
         os.link(mine, path)  # unlike a rename it replaces nothing
     except FileExistsError:
         if (other := read_record(path)) and other["alive"] and other["launcher"] != launcher():
             where, pid, _ = other["launcher"].rsplit(":", 2)
-            die(
-                f"another launch of job {plan.place.job} is under way in {path.parent}: "
-                f"process {pid} on {where.partition('/')[0]}",
-                hint="stop that one first (make stop), or use another allocation",
-            )
+            who = f"process {pid} on {where.partition('/')[0]}"
+            what = f"another launch of job {plan.place.job} is under way in {path.parent}"
+            hint = "stop that one first (make stop), or use another allocation"
+            die(f"{what}: {who}", hint=hint)
         mine.replace(path)
     finally:
         mine.unlink(missing_ok=True)
@@ -58,13 +48,11 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
 @contextlib.contextmanager
 def guarded(*paths: Path) -> Iterator[None]:
     """While the block lasts, the death of this process removes its records, SIGKILL included."""
+    files = [str(path.absolute()) for path in paths]
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    command = [sys.executable, "-IS", GUARD, launcher(), *files]
     guard = subprocess.Popen(
-        [sys.executable, "-IS", GUARD, launcher(), *(str(path.absolute()) for path in paths)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
+        command, stdin=pipe, stdout=null, stderr=null, start_new_session=True, cwd="/"
     )
     try:
         yield
@@ -114,7 +102,7 @@ def sweep(logs: Path) -> None:
 def records(logs: Path) -> list[dict[str, Any]]:
     """The launches that have a record, without those that are known to be gone."""
     sweep(logs)
-    return [r for path in sorted(logs.glob("run_*.json")) if (r := living(path))]
+    return [record for path in sorted(logs.glob("run_*.json")) if (record := living(path))]
 
 
 def living(path: Path) -> dict[str, Any] | None:

@@ -1,7 +1,5 @@
 """A server: its steps on the nodes, how they start, and how they are ended."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -98,9 +96,8 @@ def launch(
         raise
     health, probe = Health(url, plan.engine.names_of(replica.command)), Probe(url, every)
     health.start()
-    return Server(
-        plan, replica, own, url, step, log, health, probe, started, rank0, holders, starts
-    )
+    steps = step, log, health, probe, started, rank0, holders, starts
+    return Server(plan, replica, own, url, *steps)
 
 
 def launch_spread(
@@ -159,11 +156,9 @@ def stop_world(plan: Plan, holders: world.Holders, *ranks: Step) -> None:
 
 def say_left(plan: Plan, node: str, why: str) -> None:
     name = runtime(plan.runtime).container(plan, node)
-    say(
-        f"{node}: the container {name} may be there still ({why}). It should end by itself once "
-        "the node and its Docker answer; else your next launch there removes it, or "
-        "`docker rm --force`"
-    )
+    then = "It should end by itself once the node and its Docker answer"
+    otherwise = "else your next launch there removes it, or `docker rm --force`"
+    say(f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}")
 
 
 def remove_once_more(plan: Plan) -> None:
@@ -174,10 +169,10 @@ def remove_once_more(plan: Plan) -> None:
         told = ask(command, "removing what is left", timeout=REMOVE_WITHIN)
     except Failure as failure:
         if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
-            say(
-                f"could not confirm that the container is gone: {failure.message}. It should end "
-                "by itself once the node answers; else your next launch there removes it"
-            )
+            then = "It should end by itself once the node answers"
+            otherwise = "else your next launch there removes it"
+            what = f"could not confirm that the container is gone: {failure.message}"
+            say(f"{what}. {then}; {otherwise}")
         return
     for each in told:
         if isinstance(each.message, Left):

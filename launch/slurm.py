@@ -1,15 +1,14 @@
 """What Slurm says of steps, of jobs and of nodes."""
 
-from __future__ import annotations
-
+import contextlib
 import os
 import re
+import subprocess
 from collections.abc import Iterable
 
 from launch.order import TOO_OLD
 
 SEE_NODES = "see what Slurm thinks: `sinfo -R`, `squeue`; leave a node out: salloc --exclude"
-
 
 # The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
 CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
@@ -18,8 +17,6 @@ CANCEL_WORDS = {
     "NODE FAILURE": "has lost a node",
     "PREEMPTION": "was preempted",
 }
-
-
 EXITED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: Exited with exit code (\d+)", re.M)
 
 
@@ -37,23 +34,20 @@ def lost_nodes(text: str) -> str:
     """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
     if failed := re.findall(r"Task launch for \S+ failed on node (\S+): (.+)", text):
         return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
-    return by_node(
-        (node, "Slurm has lost this node") for node in re.findall(r"Node failure on (\S+)", text)
-    )
+    lost = re.findall(r"Node failure on (\S+)", text)
+    return by_node((node, "Slurm has lost this node") for node in lost)
 
 
 def slurms_word(text: str) -> str:
     """What Slurm says of a step that it could not start, or ended; '' where it did neither."""
-    if lost := lost_nodes(text):
-        return lost
     if cancelled := CANCELLED.search(text):
-        return f"Slurm ended the job: it {how_cancelled(cancelled)}"
-    aborted = "Job step aborted" in text
-    return "Slurm ended the job: it was cancelled, or is out of time" if aborted else ""
+        how = how_cancelled(cancelled)
+    else:
+        how = "was cancelled, or is out of time" if "Job step aborted" in text else ""
+    return lost_nodes(text) or (f"Slurm ended the job: it {how}" if how else "")
 
 
 def how_cancelled(found: re.Match[str]) -> str:
-    """What became of the job, by a match of CANCELLED."""
     return CANCEL_WORDS.get(found[2], "was cancelled")
 
 
@@ -77,3 +71,11 @@ def without_python(text: str) -> str:
 def unfiltered() -> dict[str, str]:
     """Our environment for squeue: a filter in it must not make a job look ended."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+
+
+def squeue(*what: str) -> subprocess.CompletedProcess[str] | None:
+    """squeue's answer; None where it cannot be asked, or gives none within 10 s."""
+    command, env = ["squeue", "--all", "--noheader", *what], unfiltered()
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=10)
+    return None

@@ -1,7 +1,5 @@
 """How a world of ranks lies over the nodes of a job, and what wires it up."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,6 @@ class Spread:
     mpi: str
 
     def ranks_of(self, index: int) -> str:
-        """The ranks of the node of that index, in words."""
         return f"ranks {index * self.ranks}-{(index + 1) * self.ranks - 1}"
 
 
@@ -33,19 +30,14 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
     """Whether the world is more than the first node holds. Failure where it cannot be had."""
     if setting("GPUS") == "none":
         return False
+    wants = f"the world size is {world}, but"
     if world.size > sum(gpus):
-        die(
-            f"the world size is {world}, but the {len(gpus)} node(s) have {sum(gpus)} GPU(s) in "
-            "all",
-            hint="allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)",
-        )
+        hint = "allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)"
+        die(f"{wants} the {len(gpus)} node(s) have {sum(gpus)} GPU(s) in all", hint=hint)
     if world.size <= gpus[0]:
         return False
     if not over_nodes:
-        die(
-            f"the world size is {world}, but {head} has {gpus[0]} GPU(s): more nodes need "
-            "--runtime docker"
-        )
+        die(f"{wants} {head} has {gpus[0]} GPU(s): more nodes need --runtime docker")
     return True
 
 
@@ -60,28 +52,20 @@ def find_spread(world: World, nodes: Sequence[Node], over_nodes: bool) -> Spread
 def check_logs(spread: Spread | None, workspace: Path) -> None:
     """Failure for a path that srun's --output cannot name: a backslash has no escape there."""
     if spread and "\\" in str(workspace):
-        die(
-            f"the workspace {workspace} has a backslash in its name, and srun cannot write a log "
-            "for each rank there",
-            hint="use another --workspace",
-        )
+        why = "has a backslash in its name, and srun cannot write a log for each rank there"
+        die(f"the workspace {workspace} {why}", hint="use another --workspace")
 
 
 def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
     """The world over nodes with `gpus` GPUs each. Failure where it does not fill them evenly."""
     if len(set(gpus)) > 1:
-        die(
-            f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))}), and the engine "
-            "maps ranks to GPUs by one number",
-            hint="allocate nodes of one kind",
-        )
-    per_node = gpus[0]
-    if world.size % per_node:
-        die(
-            f"the world size is {world}, which does not fill nodes of {per_node} GPUs evenly",
-            hint=f"choose a multiple of {per_node}",
-        )
-    return Spread(world.size // per_node, per_node, mpi)
+        found = f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))})"
+        why = "and the engine maps ranks to GPUs by one number"
+        die(f"{found}, {why}", hint="allocate nodes of one kind")
+    each, why = gpus[0], f"which does not fill nodes of {gpus[0]} GPUs evenly"
+    if world.size % each:
+        die(f"the world size is {world}, {why}", hint=f"choose a multiple of {each}")
+    return Spread(world.size // each, each, mpi)
 
 
 def choose_mpi(asked: str) -> str:
@@ -91,22 +75,21 @@ def choose_mpi(asked: str) -> str:
     if asked == "auto":
         return pick_mpi(offered)
     if not re.search(rf"\b{re.escape(asked)}(\s|$)", offered):
-        die(
-            f"this Slurm has no MPI type {asked} "
-            f"(srun --mpi=list says: {' '.join(offered.split())})",
-            hint="MPI=auto takes what there is",
-        )
+        found = f"this Slurm has no MPI type {asked} {quoted(offered)}"
+        die(found, hint="MPI=auto takes what there is")
     return asked
+
+
+def quoted(offered: str) -> str:
+    return f"(srun --mpi=list says: {' '.join(offered.split())})"
 
 
 def refuse_others(asked: str) -> None:
     """Failure for what is neither `auto` nor PMIx."""
     if asked != "auto" and not asked.startswith("pmix"):
-        die(
-            f"MPI={asked}: only PMIx reaches ranks in containers (pmi2 hands each rank an open "
-            "file, which no container inherits)",
-            hint="MPI=auto takes the PMIx that srun offers",
-        )
+        why = "pmi2 hands each rank an open file, which no container inherits"
+        hint = "MPI=auto takes the PMIx that srun offers"
+        die(f"MPI={asked}: only PMIx reaches ranks in containers ({why})", hint=hint)
 
 
 def pick_mpi(offered: str) -> str:
@@ -115,10 +98,8 @@ def pick_mpi(offered: str) -> str:
         return "pmix"
     if versions := re.findall(r"\bpmix_v(\d+)\b", offered):
         return f"pmix_v{max(map(int, versions))}"
-    die(
-        f"this Slurm has no PMIx plug-in (srun --mpi=list says: {' '.join(offered.split())})",
-        hint="ask for Slurm's PMIx plug-in, or serve within one node",
-    )
+    hint = "ask for Slurm's PMIx plug-in, or serve within one node"
+    die(f"this Slurm has no PMIx plug-in {quoted(offered)}", hint=hint)
 
 
 def expect_spread(
@@ -146,7 +127,5 @@ def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
     if not spread:
         return f"world size {world}: all of it on {nodes[0].name}, which serves"
     names = ", ".join(node.name for node in nodes[: spread.nodes])
-    return (
-        f"world size {world}: {spread.ranks} ranks on each of {names} "
-        f"(--mpi={spread.mpi}); {nodes[0].name} serves"
-    )
+    where = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
+    return f"world size {world}: {where}; {nodes[0].name} serves"

@@ -23,16 +23,8 @@ LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
 FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
 
 
-def serve(
-    plan: Plan,
-    nodes: Sequence[Node],
-    url: str,
-    args: argparse.Namespace,
-    put_image: Callable[[], object],
-) -> None:
+def serve(launch: Launch, put_image: Callable[[], object]) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
-    limit = TimeLimit(plan.place)
-    launch = Launch(plan, nodes, url, args, limit)
     with records.guarded(launch.record, launch.endpoint):
         supervise(launch, put_image)
 

@@ -1,7 +1,5 @@
 """All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import NoReturn
@@ -34,12 +32,10 @@ def await_ready(servers: Sequence[Server], timeout: float) -> None:
 
 
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:
-    die(
-        f"{server.node}: the server was not ready within {timeout:g} s: "
-        f"{server.health.answer}; its log ends: {server.main_log.last_line or '(empty)'}",
-        hint=f"more time: --ready-timeout; the whole log: {server.log.path}",
-        passing=True,
-    )
+    end = server.main_log.last_line or "(empty)"
+    late = f"{server.node}: the server was not ready within {timeout:g} s: {server.health.answer}"
+    hint = f"more time: --ready-timeout; the whole log: {server.log.path}"
+    die(f"{late}; its log ends: {end}", hint=hint, passing=True)
 
 
 def check_owner(server: Server) -> None:
@@ -62,10 +58,9 @@ def die_if_strange(server: Server) -> None:
 
 
 def die_of_stranger(server: Server, serves: str) -> NoReturn:
-    die(
-        f"{server.node}: another server has taken {server.url} meanwhile: it serves {serves}",
-        hint="another --port; `ss -ltnp` on the node says whose it is",
-    )
+    hint = "another --port; `ss -ltnp` on the node says whose it is"
+    taken = f"{server.node}: another server has taken {server.url} meanwhile"
+    die(f"{taken}: it serves {serves}", hint=hint)
 
 
 def hold(servers: Sequence[Server]) -> NoReturn:
@@ -76,12 +71,9 @@ def hold(servers: Sequence[Server]) -> NoReturn:
         tick(servers)
         for server in servers:
             if fault := server.health.fault() or server.probe.fault():
-                die(
-                    f"{server.node}: the server is up but no longer serves: {fault}",
-                    hint="an engine whose rank died can stay so for ever; "
-                    f"its log: {server.main_log.path}",
-                    passing=True,
-                )
+                words = f"{server.node}: the server is up but no longer serves: {fault}"
+                hint = "an engine whose rank died can stay so for ever"
+                die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
 
 
 def tick(servers: Sequence[Server]) -> None:

@@ -5,8 +5,6 @@ that the ranks of a node share a process table (Open MPI's shared memory needs t
 one thing to name and to remove. Rank 0, on the first node, serves HTTP.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import signal
@@ -107,11 +105,8 @@ class Holders(threading.Thread):
             missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
-                die(
-                    f"{', '.join(missing)}: no container{late}: "
-                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}",
-                    passing=True,
-                )
+                words = last_words("\n".join(self.talk)) or "no word from there"
+                die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)
             time.sleep(0.02)
 
     def await_farewell(self) -> dict[str, str]:
@@ -159,6 +154,12 @@ def first_failure(log: str) -> Death | None:
     code = re.search(r"exit code (\d+)", found[3])
     word = next((code for word, code in ENDS.items() if found[3].startswith(word)), 1)
     return Death(found[1], found[2], int(code[1]) if code else word)
+
+
+def up_to_failure(log: str) -> str:
+    """What srun says until its first word of a rank that failed."""
+    found = RANK_ENDED.search(log)
+    return log[: found.end()] if found else log
 
 
 def rank_log(main_log: Path, rank: str) -> Path:

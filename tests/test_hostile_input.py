@@ -145,7 +145,9 @@ def as_bash_reads_it(
     """The commands of a dry run, as a shell takes them, and the orders that they send."""
     (folder / "pasted").write_bytes(text.replace(os.fsencode(sys.executable), b"python3"))
     env = {"PATH": str(recorders), "RECORD": str(folder / "record")}
-    done = subprocess.run(["/bin/bash", "pasted"], env=env, capture_output=True, cwd=folder)
+    done = subprocess.run(
+        ["/bin/bash", "pasted"], env=env, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     words = [os.fsdecode(w) for w in (folder / "record").read_bytes().split(b"\0")[:-1]]
     commands = []

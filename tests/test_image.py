@@ -20,7 +20,6 @@ from launch.image import Image, find_image, is_pulled_anew, read_tarball
 from launch.node import messages
 from launch.node.messages import Error, Present, Progress, Waiting
 from launch.nodes import Place
-from launch.order import parse
 from launch.provide import password_command
 from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed
 
@@ -388,16 +387,12 @@ def image_file(path: Path, codec: str = "gz", data: bytes | None = None) -> Imag
 
 
 def load(script: Callable[..., Script], found: Image, **env: str) -> Script:
-    command = provide.provide_command(found, HERE)
-    loading = script(command.argv, **env)
-    loading.type(command.text)
-    return loading
+    return script(provide.provide_command(found, HERE), **env)
 
 
 def told(script: Script, kind: type) -> list[Any]:
     """The fields of the messages of that kind; of one with a single field its value."""
-    found = [parse(line).message for line in script.output.splitlines()]
-    values = [tuple(vars(each).values()) for each in found if isinstance(each, kind)]
+    values = [tuple(vars(each).values()) for each in script.told if isinstance(each, kind)]
     return [value[0] if len(value) == 1 else value for value in values]
 
 

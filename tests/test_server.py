@@ -53,13 +53,16 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         each.log.close()
 
 
+WHY = "echo OSError: why; "
+
+
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("echo why; exit 137", r"exit code 137 \(killed, .*\) before it was ready, .* s: why$"),
-        ("echo why; exit 3", r"exit code 3 before it was ready, .* s: why$"),
-        ("exit 2", r"exit code 2 \(it refused its arguments\) .*: it said nothing$"),
-        ("exit 0", r"exit code 0 before it was ready"),
+        (WHY + "exit 137", r"exit code 137 \(killed\) before it was ready, .* s: OSError: why$"),
+        (WHY + "exit 3", r"exit code 3 before it was ready, .* s: OSError: why$"),
+        ("exit 2", r"exit code 2 \(it refused its arguments\) .*: its log names no cause$"),
+        ("exit 0", r"exit code 0 \(though nobody stopped it\) before it was ready"),
     ],
 )
 def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
@@ -88,13 +91,25 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
 @pytest.mark.parametrize(
     ("said", "words", "path"),
     [
-        (FIRST + CANCEL + REST, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
-        (FIRST + REST * 500, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
+        (
+            FIRST + CANCEL + REST,
+            r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
+            "_rank9",
+        ),
+        (
+            FIRST + REST * 500,
+            r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
+            "_rank9",
+        ),
         (CANCEL + REST, "n1: Slurm ended the server while serving: job 77 was cancelled", ""),
         (LIMIT, "n1: Slurm ended the server while serving: job 77 has reached its time limit", ""),
-        (REST, r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
+        (
+            REST,
+            r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: OSError: rank 0's",
+            "_rank0",
+        ),
         ("srun: error: Node failure on n2\n", "n2: Slurm has lost this node, while serving", ""),
-        ("", r"n1: trtllm-serve ended with exit code 1 .*: rank 0's words$", "_rank0"),
+        ("", r"n1: trtllm-serve ended with exit code 1 .*: OSError: rank 0's words$", "_rank0"),
     ],
 )
 def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
@@ -104,11 +119,11 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
     log.sink.write(said.encode())
     log.sink.flush()
     for rank in ("0", "9"):
-        (tmp_path / f"x_rank{rank}.log").write_text("an earlier launch\n" * (rank == "0"))
+        (tmp_path / f"x_rank{rank}.log").write_text("OSError: earlier\n" * (rank == "0"))
     rank0 = Log(tmp_path / "x_rank0.log")
     for rank in ("0", "9"):
         with (tmp_path / f"x_rank{rank}.log").open("a") as file:
-            file.write(f"rank {rank}'s words\n")
+            file.write(f"OSError: rank {rank}'s words\n")
     made = replace(plan(), place=Place("77", 2, ("srun",)))
     spread = replace(made.replicas[0], spread=Spread(2, 8, "pmix"))
     url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]
@@ -124,13 +139,17 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
         each.close()
 
 
-def test_a_rank_that_said_nothing_is_not_lent_an_earlier_launchs_words(
-    run_plan: Callable[..., server.Server], tmp_path: Path
+@pytest.mark.parametrize("said", [FIRST, FIRST + REST, FIRST + CANCEL + REST])
+def test_a_rank_that_said_nothing_is_not_lent_the_words_of_others(
+    run_plan: Callable[..., server.Server], tmp_path: Path, said: str
 ) -> None:
-    (tmp_path / "x_rank9.log").write_text("an earlier launch\n")
-    running = run_plan("bash", "-c", f"printf '{FIRST.strip()}\\n'; exit 3")
+    """An earlier launch's, or Slurm's on the ranks that ended because this one did."""
+    (tmp_path / "x_rank9.log").write_text("OSError: an earlier launch\n")
+    (tmp_path / "said").write_text(said)
+    running = run_plan("bash", "-c", f"cat {tmp_path}/said; exit 3")
     running.replica = replace(running.replica, spread=Spread(2, 8, "pmix"))
-    with pytest.raises(Failure, match=r"^n2: rank 9 ended with exit code 3 .*: it said nothing$"):
+    words = r"^n2: rank 9 ended with exit code 3 .*: its log names no cause$"
+    with pytest.raises(Failure, match=words):
         watch.await_ready([running], 60)
 
 

@@ -3,8 +3,6 @@
 Imports common/ and launch/arguments.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module

@@ -1,10 +1,9 @@
 """TensorRT-LLM's trtllm-serve: its command, its options, its words, and what its exits mean."""
 
-from __future__ import annotations
-
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
-MEANINGS = {
+MEANINGS: Mapping[int, str] = {
     0: "though nobody stopped it",
     1: "it failed",
     2: "it refused its arguments",
@@ -30,7 +29,7 @@ MEANINGS = {
     139: "segmentation fault",
     143: "terminated",
 }
-FINAL = {2, 126, 127}  # would be so again
+FINAL: Collection[int] = {2, 126, 127}  # would be so again
 
 # Options are checked for this version; TRTLLM_VERSION says that the image holds another one. YAML
 # keys: those that the documentation uses. There are more, so one that is not here is an error only
@@ -59,14 +58,11 @@ SWITCHES = (
 
 @cache
 def options() -> dict[str, list[str]]:
-    """The flags and YAML keys of the version that is known."""
     path = Path(__file__).with_name(f"trtllm-{KNOWN_VERSION}.json")
     return dict(json.loads(path.read_text()))
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
 def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     """The model, if one was given, all other arguments, and the port it will serve on."""
     model, args = split_model(words, SWITCHES)
@@ -126,8 +122,6 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 # --- what it would refuse -------------------------------------------------------------------------
-
-
 def merged(args: Sequence[str]) -> dict[str, Any]:
     """The settings as the engine will see them: sizes given by flags, and over them the YAML."""
     path = config_of(args)
@@ -148,7 +142,6 @@ def size_of(settings: Mapping[str, Any], key: str) -> int:
 
 
 def find_world(settings: Mapping[str, Any]) -> World:
-    """The world size that the engine will want."""
     return World(*(size_of(settings, key) for key in SIZES))
 
 
@@ -160,10 +153,9 @@ def check_flags(args: Sequence[str], version: str) -> None:
     for flag in flags_of(args, SWITCHES):
         if flag not in known:
             near = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
-            die(
-                f"{PROGRAM} {version} has no option {flag}" + (f"; {near}?" if near else ""),
-                hint="TRTLLM_VERSION=... where the image holds another version",
-            )
+            meant = f"; {near}?" if near else ""
+            hint = "TRTLLM_VERSION=... where the image holds another version"
+            die(f"{PROGRAM} {version} has no option {flag}{meant}", hint=hint)
 
 
 def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
@@ -174,10 +166,8 @@ def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
     for key in config:
         if key not in known:
             if near := nearest(str(key), known):
-                die(
-                    f"the config file {path} has the unknown key {key}; {near}?",
-                    hint="the engine refuses unknown keys",
-                )
+                hint = "the engine refuses unknown keys"
+                die(f"the config file {path} has the unknown key {key}; {near}?", hint=hint)
             say(f"the key {key} of {path} is not one that is known here: passed on")
 
 
@@ -189,9 +179,7 @@ def check_moe(settings: Mapping[str, Any]) -> None:
     """moe_tp x moe_ep (x moe_cluster) has to be tp; where one is left out, it follows."""
     tp, cp = (size_of(settings, f"{name}_parallel_size") for name in ("tensor", "context"))
     given = [key for key in MOE_SIZES if settings.get(key) is not None]
-    product = 1
-    for key in given:
-        product *= size_of(settings, key)
+    product = math.prod(size_of(settings, key) for key in given)
     cp_config = settings.get("cp_config")
     kind = str(cp_config.get("cp_type", "")).upper() if isinstance(cp_config, dict) else ""
     if cp > 1 and size_of(settings, "moe_expert_parallel_size") > 1 and kind != "HELIX":
@@ -201,11 +189,9 @@ def check_moe(settings: Mapping[str, Any]) -> None:
     complete = {"moe_tensor_parallel_size", "moe_expert_parallel_size"} <= set(given)
     if tp % product or (complete and product != tp):
         shown = " x ".join(f"{key} {settings[key]}" for key in given)
-        die(
-            f"{shown} = {product} has to {'be' if complete else 'divide'} the tensor parallel "
-            f"size, {tp}",
-            hint="experts are spread over the GPUs of the tensor parallelism",
-        )
+        must = f"has to {'be' if complete else 'divide'} the tensor parallel size, {tp}"
+        hint = "experts are spread over the GPUs of the tensor parallelism"
+        die(f"{shown} = {product} {must}", hint=hint)
 
 
 def name_of(settings: Mapping[str, Any]) -> str:

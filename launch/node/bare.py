@@ -1,7 +1,5 @@
 """An engine without a container: a session of its own, to be signalled as one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -36,8 +34,7 @@ class Run:
         except OSError as error:
             print(f"{self.engine[0]}: {error.strerror}", file=sys.stderr, flush=True)
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_FOUND - 1
-        code = ends.code_of(engine)
-        if code is None:
+        if (code := ends.code_of(engine)) is None:
             give_time(engine.pid)
         end(engine.pid, signal.SIGKILL)
         return STOPPED if code is None else code

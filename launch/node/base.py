@@ -41,9 +41,8 @@ def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # 
     """Exit code and output, errors included, of a short command."""
     options.setdefault("stderr", subprocess.STDOUT)
     try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=timeout, **options
-        )
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        done = subprocess.run(argv, stdin=null, stdout=pipe, timeout=timeout, **options)
     except subprocess.TimeoutExpired:
         return TIMED_OUT, ""
     except OSError as error:

@@ -1,7 +1,5 @@
 """An engine in a container of its own, and how nothing of it is left."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

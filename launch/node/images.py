@@ -68,10 +68,8 @@ class Load:
         form = "{{.Id}} {{json .RootFS.Layers}}"
         code, said = ask("docker", "image", "inspect", "--format", form, self.tag)
         identity, _, layers = said.partition(" ")
-        if code:
-            return ""
-        if identity in self.ids:
-            return identity
+        if code or identity in self.ids:
+            return "" if code else identity
         if not self.layers or layers != self.layers:
             return ""
         store = ask("docker", "info", "--format", "{{.DriverStatus}}")[1]

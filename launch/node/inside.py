@@ -1,7 +1,5 @@
 """The few lines of shell that run inside a container, whose image may have no Python."""
 
-from __future__ import annotations
-
 # A container ends with its standard input, which is that of the order: so it does though the order
 # and docker's client are killed, or nothing reaches the node or its daemon for a while. A `cat`
 # that is killed is no end.

@@ -57,17 +57,14 @@ class Present:
 
 
 @dataclass
-class Kept:
-    """The image could not be removed."""
-
-    why: str
-
-
-@dataclass
 class Error:
     """What was asked for could not be done."""
 
     why: str
+
+
+class Kept(Error):
+    """The image could not be removed."""
 
 
 @dataclass
@@ -89,11 +86,8 @@ class Ended:
     code: int
 
 
-@dataclass
-class Left:
+class Left(Error):
     """The farewell: why the node's container may be there still; '': it is gone."""
-
-    why: str
 
 
 @dataclass

@@ -35,9 +35,8 @@ class Hold(Serve):
         client = self.start(words, "--entrypoint=sh", *mount_of_slurm(config))
         beating = threading.Event()
         port = value_of(config, "SlurmdPort") or SLURMD_PORT
-        threading.Thread(
-            target=beat, args=(int(port), self.beat_every, beating), daemon=True
-        ).start()
+        beats = int(port), self.beat_every, beating
+        threading.Thread(target=beat, args=beats, daemon=True).start()
         code = ends.code_of(client)
         if code is None:
             stop(client, self.launcher)
@@ -111,12 +110,9 @@ class Rank:
         """The variables go by a pipe: no file is left when Slurm kills us with another rank."""
         reading, writing = os.pipe()
         os.set_inheritable(reading, True)
-        variables = [
-            f"{name}={value.partition(chr(10))[0]}\n"
-            for name, value in os.environ.items()
-            if TO_RANKS.match(name)
-        ]
-        threading.Thread(target=fill, args=(writing, "".join(variables)), daemon=True).start()
+        ours = ((name, value) for name, value in os.environ.items() if TO_RANKS.match(name))
+        variables = "".join(f"{name}={value.partition(chr(10))[0]}\n" for name, value in ours)
+        threading.Thread(target=fill, args=(writing, variables), daemon=True).start()
         into = ["docker", "exec", "--env-file", f"/dev/fd/{reading}", "--workdir", self.cwd or "/"]
         return popen([*into, self.container, "sh", "-c", ENTRY, "rank", *self.command], [reading])
 

@@ -3,8 +3,6 @@
 Imports launch/plan.py, launch/findings.py, launch/order.py and the orders in launch/node/.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """No container: the engine from the node's PATH, within one node."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,7 +41,6 @@ def ask_owner(plan: Plan, replica: Replica) -> Command:
 
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
     if path := node.facts.engine:
-        return [Finding(node.name, "engine", "ok", path)]
-    text = f"{wanted.program}: not found in PATH"
+        return [node.ok("engine", path)]
     hint = "install it there, or use --runtime docker"
-    return [Finding(node.name, "engine", "bad", text, hint)]
+    return [node.bad("engine", f"{wanted.program}: not found in PATH", hint)]

@@ -1,7 +1,5 @@
 """Docker: a container for each server on a node, or one a node for all the ranks of a server."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence
@@ -26,8 +24,6 @@ def container(plan: Plan, node: str) -> str | None:
 
 
 # --- its orders -----------------------------------------------------------------------------------
-
-
 def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     """The one order that is the server, for as long as its input is open."""
     prefix = plan.place.on(1, first=replica.first)
@@ -118,31 +114,27 @@ def passed_on(environ: Mapping[str, str]) -> list[str]:
 
 
 # --- its part of the preflight --------------------------------------------------------------------
-
-
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
     if why := node.facts.no_docker:
-        hint = (
-            "start it there (systemctl start docker), or leave the node out "
-            "(salloc --exclude); a missing permission is the docker group's"
-        )
-        return [Finding(node.name, "docker", "bad", f"Docker does not answer: {why}", hint)]
-    return [Finding(node.name, "docker", "ok", node.facts.docker), *judge_image(node, wanted.image)]
+        start = "start it there (systemctl start docker), or leave the node out (salloc --exclude)"
+        hint = f"{start}; a missing permission is the docker group's"
+        return [node.bad("docker", f"Docker does not answer: {why}", hint)]
+    return [node.ok("docker", node.facts.docker), *judge_image(node, wanted.image)]
 
 
 def judge_image(node: Node, image: Image) -> list[Finding]:
     if node.holds(image):
-        return [Finding(node.name, "image", "ok", "present")]
+        return [node.ok("image", "present")]
     if not image.tarball and not image.registry:
-        return [Finding(node.name, "image", "bad", f"image {image.tag} is not there", GET_ONE)]
+        return [node.bad("image", f"image {image.tag} is not there", GET_ONE)]
     free, how = node.facts.free, "pull" if image.registry else "load"
     text = f"{how} (another {image.tag} is there)" if node.facts.image else how
     row = Finding(node.name, "image", "note", text)
     if free < image.room:
         text = f"{giga(free)} free for Docker, {giga(image.room)} needed to load {image.tag}"
         hint = "docker image prune there, or move Docker's data-root"
-        return [row, Finding(node.name, "disk", "bad", f"disk too small: {text}", hint)]
-    return [row, Finding(node.name, "disk", "ok", f"{giga(free)} free")]
+        return [row, node.bad("disk", f"disk too small: {text}", hint)]
+    return [row, node.ok("disk", f"{giga(free)} free")]
 
 
 def giga(size: int) -> str:
