@@ -108,6 +108,15 @@ def heartbeats(ask: Ask) -> Iterator[Piece]:
 
 
 def without_done(ask: Ask) -> Iterator[Piece]:
+    """As `transformers serve` does it: usage is in the event with the finish reason."""
+    *pieces, (wait, last), (_, counts), _ = usual(ask)
+    yield from pieces
+    usage = json.loads(counts.partition(b"data: ")[2])["usage"]
+    whole = json.loads(last.partition(b"data: ")[2]) | {"usage": usage}
+    yield wait, b"data: " + json.dumps(whole).encode() + b"\n\n"
+
+
+def cut_before_done(ask: Ask) -> Iterator[Piece]:
     yield from list(usual(ask))[:-1]
 
 
@@ -164,6 +173,12 @@ def test_a_whole_answer_of_a_server_that(kind: str) -> None:
     assert run.code == 0, run.said
     assert words in run.notes if words else "answers" not in run.notes, run.notes
     assert time.monotonic() - began < 5 or "open" not in kind
+
+
+def test_a_stream_that_was_cut_between_usage_and_done_is_not_whole() -> None:
+    with running(Kind(pieces=cut_before_done)) as server:
+        run = bench(server)
+    assert run.code == 1 and "without [DONE], which follows" in run.said, run.said
 
 
 def test_the_first_token_counts_not_the_first_event() -> None:
