@@ -212,6 +212,16 @@ def test_what_is_refused_by_name_is_left_out(field: str, words: str, name: str) 
     assert f'"{field}"' not in found[name]["curl"]
 
 
+def test_a_server_that_takes_one_prompt_at_a_time() -> None:
+    """As `transformers serve` does."""
+
+    def refuses(body: dict[str, Any]) -> str:
+        return "prompt must be a string." if isinstance(body.get("prompt"), list) else ""
+
+    code, found, last = checks(Kind(refuses=refuses))
+    assert (code, found["batch"]["ok"], last) == (0, None, "7/8 passed, 1 not served")
+
+
 def test_without_stream_options_there_need_be_no_counts() -> None:
     def pieces(ask: Ask) -> Iterator[Piece]:
         yield from tokens(ask)
