@@ -16,7 +16,7 @@ READY  := $(VENV)/.ready
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
-GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS
+GIVEN += HOST RESTART PROBE_SECONDS ENGINE FOLDER HOURS LOG
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
@@ -35,6 +35,11 @@ endif
 endef
 $(foreach name,$(GIVEN),$(eval $(call take,$(name))))
 
+# make adds `*** Error 130` below a server that was stopped by ^C, and `*** Error 1` below an answer
+# that has said all, unless the recipe ends well. Programs call the scripts, whose exit codes tell.
+OR_STOPPED := || [ $$? = 130 ]
+OR_SAID    := || [ $$? = 1 ]
+
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
 # The two values that the shell splits into words: more arguments for trtllm-serve and bench.py.
@@ -43,11 +48,11 @@ BENCH_ARGS ?=
 
 ##@ Image
 .PHONY: docker
-docker: ## Build the image from the Dockerfile (IMAGE=)
+docker: ## Build the image from the Dockerfile (IMAGE= TRTLLM_VERSION=)
 	DOCKER_BUILDKIT=1 docker build --tag "$${IMAGE:-tensorrt-llm-serve:latest}" $(if $(value TRTLLM_VERSION),--build-arg TRTLLM_VERSION) .
 
 .PHONY: save
-save: $(READY) ## Save it as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|zst|none)
+save: $(READY) ## Save the image as a tarball for the nodes (IMAGE= FILE= COMPRESS=gz|zst|none)
 	$(PY) save_image.py $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
 
 .PHONY: load
@@ -55,7 +60,7 @@ load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
 	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
 
 .PHONY: image-check
-image-check: ## Say what the image has: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
+image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
 	docker run --rm --pull=never --volume "$$PWD/launch/image_check.py:/image_check.py:ro" \
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
@@ -65,27 +70,31 @@ sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 
 ##@ Serve
 .PHONY: serve
-serve: $(READY) ## Serve a model here, or in the allocation (MODEL= TP= PORT= IMAGE= EXTRA_ARGS=)
-	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS)
+serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= PORT= IMAGE= EXTRA_ARGS=)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
 stop: $(READY) ## Stop what was started from this workspace
 	$(PY) run_sbatch.py --stop
 
 .PHONY: status
-status: $(READY) ## Say what runs from this workspace
-	@$(PY) run_sbatch.py --status
+status: $(READY) ## Show what runs from this workspace
+	@$(PY) run_sbatch.py --status $(OR_SAID)
 
 .PHONY: logs
 logs: $(READY) ## Follow the newest server log
-	@$(PY) run_sbatch.py --logs
+	@$(PY) run_sbatch.py --logs $(OR_STOPPED)
+
+.PHONY: why
+why: $(READY) ## Say why the newest server ended, or that of a log (LOG=)
+	@$(PY) run_sbatch.py --why $(call flag,LOG,)
 
 .PHONY: test
 test: $(READY) ## Check a server's API (HOST= PORT= MODEL=)
-	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model)
+	@$(PY) test.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model) $(OR_SAID)
 
 .PHONY: demo
-demo: $(READY) ## Serve and check with the simulator: no GPU, no Docker, no cluster
+demo: $(READY) ## See it work: serve, check, measure with a simulated engine; no GPU, no Docker, no cluster
 	$(PY) simulator/demo.py
 
 ##@ Measure
@@ -94,51 +103,56 @@ bench: $(READY) ## Benchmark a server (HOST= PORT= BENCH_TYPE=throughput,prefill
 	$(PY) bench.py $(call flag,HOST,--host) $(SERVER_PORT) $(call flag,MODEL,--model) $(call flag,BENCH_TYPE,--type) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
 
 .PHONY: report
-report: $(READY) ## Write a result folder's report again (RESULTS=)
+report: $(READY) ## Write the report of a result folder again (RESULTS=)
 	$(PY) -m report "$${RESULTS:?RESULTS= names the folder}"
 
 .PHONY: compare
-compare: $(READY) ## Two result folders side by side (BEFORE= AFTER=)
+compare: $(READY) ## Compare two result folders (BEFORE= AFTER=)
 	$(PY) -m report compare "$${BEFORE:?BEFORE= and AFTER= name the folders}" "$${AFTER:?AFTER= names the other folder}"
 
 .PHONY: static-bench
-static-bench: $(READY) ## The engine alone, no server: trtllm-bench (MODEL= TP= IMAGE=)
+static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)
 	$(PY) -m load.static_bench $(call flag,MODEL,--model) $(call flag,TP,--tp) $(call flag,BENCH_IMAGE,--image) $(BENCH_ARGS)
 
 ##@ Develop
 .PHONY: setup
-setup: $(READY) ## Make .venv (every target does so by itself)
+setup: $(READY) ## Make .venv (targets that need it do so by themselves)
+
+.PHONY: causes
+causes: $(READY) ## Write the known causes of death into docs/troubleshooting.md
+	$(PY) -m launch.cause_table docs/troubleshooting.md
 
 .PHONY: check
-check: $(READY) ## Lint, types, and all tests; as root also those on a real cluster
+check: $(READY) ## Run lint, types and all tests; as root also those on a real Slurm and Docker cluster
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --quiet --check .
 	@$(VENV)/bin/mypy --no-error-summary
+	@$(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node  # a node's Python is older
 	@$(VENV)/bin/hadolint Dockerfile
 	@$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: cluster
-cluster: $(READY) ## A shell on the login node of a real two-node cluster (as root)
+cluster: $(READY) ## Open a shell on the login node of a real two-node test cluster (as root)
 	$(PY) -m tests.cluster.cluster
 
 .PHONY: faults
-faults: $(READY) ## Play every fault in every phase on it: the README's table (as root; FAULTS=scancel,dockerd)
+faults: $(READY) ## Play every fault in every phase of a launch; print the table of docs/faults.md (as root; FAULTS=scancel,dockerd)
 	@$(PY) -m tests.cluster.faults
 
 .PHONY: bench-launch
-bench-launch: $(READY) ## Measure the launcher on the cluster: the README's figures (as root)
+bench-launch: $(READY) ## Measure the launcher on the test cluster, for docs/figures.md (as root)
 	$(PY) -m tests.cluster.bench_launch
 
 .PHONY: bench-client
-bench-client: $(READY) ## Measure the measuring client against a server that answers by the clock
+bench-client: $(READY) ## Measure how exact the benchmark client is, against a server that answers by the clock
 	$(PY) tests/bench_client.py
 
 .PHONY: bench-peers
-bench-peers: $(READY) ## Measure vLLM's or SGLang's client against the same clock (ENGINE= FOLDER=)
+bench-peers: $(READY) ## Measure the clients of vLLM or SGLang in the same way (ENGINE=vllm,vllm-rs,sglang FOLDER=)
 	$(PY) -m tests.engines.peers $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder)
 
 .PHONY: bench-nodes
-bench-nodes: $(READY) ## Measure how the launch grows from 2 to 16 nodes (as root)
+bench-nodes: $(READY) ## Measure how a launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
 .PHONY: pictures
@@ -146,15 +160,15 @@ pictures: $(READY) ## Take the README's pictures again (as root)
 	$(PY) -m tests.cluster.pictures
 
 .PHONY: check-engines
-check-engines: $(READY) ## test.py and bench.py against a real vLLM or SGLang on the CPU (ENGINE= FOLDER=)
+check-engines: $(READY) ## Run test.py and bench.py against a real vLLM or SGLang on the CPU (ENGINE=vllm,sglang FOLDER=)
 	$(PY) -m tests.engines.check $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder)
 
 .PHONY: soak
-soak: $(READY) ## Hours of load on the cluster: what grows, fails, or stays behind? (HOURS=, as root)
+soak: $(READY) ## Load the test cluster for hours: what grows, fails or stays behind? (as root; HOURS=)
 	$(PY) -m tests.cluster.soak $(call flag,HOURS,--hours)
 
 .PHONY: clean
-clean: ## Remove what the targets made here; logs/ and images stay
+clean: ## Remove what the targets made here, except logs/ and images
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -27,9 +27,10 @@ from common.signals import Stopped
 from common.talk import Failure, clean, read_json, say, write_json
 from load import bench_place, check, endpoint, sharegpt
 from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
-from load.clients import BenchmarkServing, Builtin, Client, Options, Record, die_if_silent, nothing
+from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
+from load.nvidia import BenchmarkServing
 from load.sweep import conflicts, sweep, verdict
 from report import render as report
 from report.results import Found, load, without_details
@@ -211,6 +212,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
     group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
     group("-m", "--model", default="", help="(what the server serves)")
+    group("--gpus", type=count, metavar="N", help="that it uses, for tokens/s per GPU")
     group("--insecure", action="store_true", help="take any https certificate")
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
@@ -314,7 +316,8 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
         "backend": args.backend,
         "image": args.image or None,
         "image_id": bench_place.image_id(args.image, environ),
-        "gpus": gpus_of(server, environ),
+        "gpus": (gpus := gpus_of(server, environ)),
+        "world_size": args.gpus or world_size(server, gpus),
         "burstiness": args.burstiness,
         "seed": args.seed,
         "goodput": dict(args.goodput),
@@ -329,6 +332,12 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
     if job and job == environ.get("SLURM_JOB_ID"):
         return bench_place.gpu_names(environ)
     return bench_place.gpu_names({}) if endpoint.is_this_machine(server.target.host) else []
+
+
+def world_size(server: Endpoint, gpus: list[str]) -> int | None:
+    """GPUs that the server uses: by the launcher's record, or of a machine with one."""
+    said = endpoint.read_record(server.record).get("world_size")
+    return said if type(said) is int and said > 0 else 1 if len(gpus) == 1 else None
 
 
 def bench(argv: Sequence[str] | None = None) -> int:

@@ -35,8 +35,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
@@ -45,25 +45,19 @@ from typing import IO, Any, BinaryIO, NoReturn, cast
 IMAGE = "tensorrt-llm-serve:latest"
 SUFFIX = {"gz": ".tar.gz", "zst": ".tar.zst", "none": ".tar"}
 SIDECAR: dict[str, tuple[type, ...]] = {
-    "schema": (int,),
-    "tags": (list,),
+    **dict.fromkeys(("schema", "unpacked_bytes", "packed_bytes"), (int,)),
+    **dict.fromkeys(("tags", "diff_ids"), (list,)),
     "config_digest": (str, type(None)),  # the Id of the image in Docker's classic store
     "manifest_digest": (str, type(None)),  # its Id in a containerd store
-    "diff_ids": (list,),
-    "unpacked_bytes": (int,),
-    "packed_bytes": (int,),
-    "sha256": (str,),  # of the tarball
-    "codec": (str,),
-    "created": (str,),
+    **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the tarball
 }
 CHUNK = 1 << 20
 SMALL = 16 << 20  # a larger manifest or sidecar is none
 Json = Any  # whatever a document may turn out to hold
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+
 # ---- names and documents: pure functions ---------------------------------------------------------
-
-
 def with_tag(image: str) -> str:
     """Complete a bare name: `docker save NAME` would export every tag NAME has."""
     return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
@@ -79,11 +73,8 @@ def codec_of_name(name: str) -> str | None:
 
 
 def codec_of_bytes(head: bytes) -> str | None:
-    if head.startswith(b"\x1f\x8b"):
-        return "gz"
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return "zst"
-    return "none" if head[257:262] == b"ustar" else None
+    marks = {"gz": (0, b"\x1f\x8b"), "zst": (0, b"\x28\xb5\x2f\xfd"), "none": (257, b"ustar")}
+    return next((codec for codec, (at, mark) in marks.items() if head.startswith(mark, at)), None)
 
 
 def parse_sidecar(text: bytes) -> dict[str, Any]:
@@ -120,8 +111,6 @@ def manifest_digest(index: Json, image_id: str, config: str) -> str | None:
 
 
 # ---- talk ----------------------------------------------------------------------------------------
-
-
 def say(text: str, end: str = "\n") -> None:
     live = sys.stderr.isatty()  # there, write over the progress line that may stand here
     print(f"\r{text:<79}" if live else text, end=end, file=sys.stderr, flush=True)
@@ -153,8 +142,6 @@ class Progress:
 
 
 # ---- programs and pipes --------------------------------------------------------------------------
-
-
 class Stopped(Exception):
     """INT, TERM or HUP as an exception, so that every `finally` runs."""
 
@@ -183,8 +170,7 @@ class Child:
 
     def finish(self) -> None:
         """Wait for the end; a failure is explained with the program's own words."""
-        status = self.process.wait()
-        if status:
+        if status := self.process.wait():
             how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
             die(f"{self.name} failed ({how}): {self.words() or 'it said nothing'}")
 
@@ -207,19 +193,13 @@ def running(*cmd: str, stdin: int | None = None, stdout: int | None = None) -> I
     if not shutil.which(cmd[0]):
         die(f"{cmd[0]} is not in PATH")
     with tempfile.TemporaryFile() as stderr:  # a pipe that nobody reads could fill up and block
+        # A session of its own: ^C reaches us alone, and we end it.
         process = subprocess.Popen(
-            cmd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # ^C reaches us alone, and we end it
+            cmd, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
         )
         name = " ".join(takewhile(lambda word: not word.startswith("-"), cmd))
-        child = Child(name, process, stderr)
-        try:
+        with closing(Child(name, process, stderr)) as child:
             yield child
-        finally:
-            child.close()
 
 
 class Tap:
@@ -289,16 +269,12 @@ def unpacker(tarball: Path) -> tuple[str, list[str]]:
 
 
 # ---- Docker --------------------------------------------------------------------------------------
-
-
 def inspect(image: str) -> dict[str, Any]:
     with running("docker", "image", "inspect", "--", image, stdout=subprocess.PIPE) as docker:
         answer = docker.stdout.read()
         if docker.process.wait() and "no such image" in docker.words().lower():
-            die(
-                f"image {image} is not in the local Docker",
-                hint="build it with `make docker`, or `docker pull` it",
-            )
+            hint = "build it with `make docker`, or `docker pull` it"
+            die(f"image {image} is not in the local Docker", hint=hint)
         docker.finish()
     try:
         (found,) = json.loads(answer)
@@ -341,8 +317,6 @@ class Archive:
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
 def sidecar_path(tarball: Path) -> Path:
     return tarball.with_name(f"{tarball.name}.json")
 
@@ -425,8 +399,6 @@ def commit(part: BinaryIO, target: Path, sidecar: dict[str, Any]) -> None:
 
 
 # ---- the three things to do ----------------------------------------------------------------------
-
-
 def save(image: str, target: Path, codec: str) -> str:
     found = inspect(image)
     archive, digest, progress = Archive(), hashlib.sha256(), Progress("saved", found["size"])
@@ -456,13 +428,12 @@ def describe(archive: Archive, found: dict[str, Any]) -> dict[str, Any]:
         "manifest_digest": manifest_digest(index, found["id"], config),
         "diff_ids": found["layers"],
         "unpacked_bytes": found["size"],
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def verify(tarball: Path) -> str:
-    sidecar = read_sidecar(tarball)
-    if sidecar is None:
+    if (sidecar := read_sidecar(tarball)) is None:
         die(f"{tarball} has no sidecar {sidecar_path(tarball)} to be checked against")
     codec, program = unpacker(tarball)
     digest, archive = hashlib.sha256(), Archive()
@@ -481,11 +452,10 @@ def verify(tarball: Path) -> str:
 def load(tarball: Path) -> str:
     sidecar = read_sidecar(tarball)
     _, program = unpacker(tarball)
-    progress = Progress("loaded", tarball.stat().st_size)
-    docker_load = ("docker", "load", "--quiet")
+    progress, pipe = Progress("loaded", tarball.stat().st_size), subprocess.PIPE
     with (
         tarball.open("rb") as file,
-        running(*docker_load, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as docker,
+        running("docker", "load", "--quiet", stdin=pipe, stdout=pipe) as docker,
     ):
 
         def give(chunk: bytes) -> None:
@@ -521,8 +491,6 @@ def check_loaded(tag: str, sidecar: dict[str, Any]) -> None:
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     head, _, examples = (__doc__ or "").partition("Examples:")
     parser = argparse.ArgumentParser(
@@ -533,17 +501,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "       %(prog)s --verify FILE | --load FILE",
         allow_abbrev=False,
     )
-    group = parser.add_argument_group("save")
-    group.add_argument("image", metavar="IMAGE", nargs="?", help=f"default: $IMAGE, else {IMAGE}")
-    group.add_argument(
-        "-o", "--output", metavar="FILE", help="default: named after IMAGE, in this directory"
-    )
-    group.add_argument(
-        "--compress", choices=[*SUFFIX], help="default: by the suffix of --output, else gz"
-    )
+    option = parser.add_argument_group("save").add_argument
+    option("image", metavar="IMAGE", nargs="?", help=f"default: $IMAGE, else {IMAGE}")
+    option("-o", "--output", metavar="FILE", help="default: named after IMAGE, in this directory")
+    option("--compress", choices=[*SUFFIX], help="default: by the suffix of --output, else gz")
     other = parser.add_argument_group("instead of saving").add_mutually_exclusive_group()
-    other.add_argument("--verify", metavar="FILE", type=Path, help="check FILE against its sidecar")
-    other.add_argument("--load", metavar="FILE", type=Path, help="load FILE into Docker, and check")
+    option = partial(other.add_argument, metavar="FILE", type=Path)
+    option("--verify", help="check FILE against its sidecar")
+    option("--load", help="load FILE into Docker, and check")
     args = parser.parse_args(argv)
     if (args.verify or args.load) and (args.image or args.output or args.compress):
         parser.error("--verify and --load take a FILE and nothing else")
@@ -559,13 +524,11 @@ def load_env() -> None:
         from dotenv import load_dotenv
     except ImportError:
         die("python-dotenv is not installed", hint="`make setup`, or `pip install python-dotenv`")
-    for folder in (Path.cwd(), Path(__file__).resolve().parent):
-        path = folder / ".env"
+    for path in (Path.cwd() / ".env", Path(__file__).resolve().with_name(".env")):
         try:
-            check_env(path)
-            load_dotenv(path)
-        except FileNotFoundError:
-            continue
+            with suppress(FileNotFoundError):
+                check_env(path)
+                load_dotenv(path)
         except (OSError, ValueError) as error:
             die(f"cannot read {path}: {error}")
 
@@ -585,13 +548,10 @@ def image_setting() -> str:
 
 
 def work(args: argparse.Namespace) -> str:
-    if args.verify:
-        return verify(args.verify)
-    if args.load:
-        return load(args.load)
+    if given := args.verify or args.load:
+        return verify(given) if args.verify else load(given)
     image = with_tag(args.image or image_setting() or IMAGE)
-    target = Path(args.output or tarball_name(image, args.compress))
-    return save(image, target, args.compress)
+    return save(image, Path(args.output or tarball_name(image, args.compress)), args.compress)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -604,9 +564,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = work(args)
     except Stopped as stopped:
-        (signum,) = stopped.args
-        say(f"stopped by {signal.Signals(signum).name}")
-        return 128 + int(signum)
+        say(f"stopped by {signal.Signals(stopped.args[0]).name}")
+        return 128 + int(stopped.args[0])
     except ValueError as error:
         die(f"what was read {error}")
     except OSError as error:

@@ -5,8 +5,6 @@ it cannot reach a private node, or would answer in its stead. The library that s
 rest has a timeout for each read, so that a byte a second would hold it for ever.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

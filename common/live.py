@@ -1,7 +1,5 @@
 """One line of a terminal that tells how far a run or a download is."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

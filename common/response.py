@@ -13,9 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-STREAM_END = (
-    b"data: [DONE]\n\n\r\n0\r\n\r\n"  # no JSON text holds a raw line end: this is never content
-)
+# No JSON text holds a raw line end: this is never content.
+STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, and is sent
 NO_ANSWER = "the connection closed before the answer began"
 BROKEN_OFF = "the connection closed in the middle of the answer"

@@ -1,7 +1,5 @@
 """The one list of settings: flag > environment > .env > default. env.example shows it."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat
@@ -21,40 +19,36 @@ class Setting:
     help: str
 
 
-SETTINGS = (
-    Setting("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: Hugging Face id or path"),
-    Setting(
-        "IMAGE",
-        "",
-        "tarball, local tag or registry reference (default: what make save wrote)",
-    ),
-    Setting("WORKSPACE", "", "where the default image and logs/ are (default: current directory)"),
-    Setting("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
-    Setting("RUNTIME", "docker", "docker, or bare: trtllm-serve from the node's PATH"),
-    Setting("READY_TIMEOUT", "3600", "seconds that a server may take to get ready"),
-    Setting("RESTART", "0", "how often a server that failed is started again"),
-    Setting("PROBE_SECONDS", "60", "pause between two one-token probes of the server; 0: none"),
-    Setting("PORT", "8000", "port of the server"),
-    Setting("GPUS", "auto", "auto (the job's, without Slurm all), none, or as docker's --gpus"),
-    Setting("MPI", "auto", "PMIx of several nodes, as srun --mpi=list has it: pmix, pmix_v4"),
-    Setting("TRTLLM_VERSION", "1.1.0", "the image's; options are checked for 1.1.0 only"),
-    Setting("PRIVILEGED", "0", "1: docker run --privileged"),
-    Setting("HF_HOME", "", "Hugging Face cache, seen by the containers (~/.cache/huggingface)"),
-    Setting("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
-    Setting(
+ROWS = (
+    ("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: a Hugging Face id or a path"),
+    ("IMAGE", "", "tarball, local tag or registry reference (default: what make save wrote)"),
+    ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
+    ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
+    ("RUNTIME", "docker", "docker; or bare, for the trtllm-serve in the node's PATH"),
+    ("READY_TIMEOUT", "3600", "seconds a server may take to become ready"),
+    ("RESTART", "0", "how many times a server that fails is restarted"),
+    ("PROBE_SECONDS", "60", "seconds between two requests that probe the server; 0: none"),
+    ("PORT", "8000", "port of the server"),
+    ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
+    ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
+    ("TRTLLM_VERSION", "1.1.0", "version in the image; only 1.1.0's options are checked"),
+    ("PRIVILEGED", "0", "1 runs the container with docker's --privileged"),
+    ("HF_HOME", "", "Hugging Face cache, which the containers see (~/.cache/huggingface)"),
+    ("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),
+    (
         "HOST",
         "localhost",
-        "server to test and benchmark, in .env only; else logs/endpoint.json's",
+        "server to test and benchmark, only from .env; without it, logs/endpoint.json's",
     ),
-    Setting("OPENAI_API_KEY", "", "bearer token for that server; never printed"),
-    Setting("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
-    Setting("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
-    Setting("SHAREGPT_PATH", "ShareGPT.json", "the data set; downloaded there when missing"),
+    ("OPENAI_API_KEY", "", "API key that is sent to that server; never printed"),
+    ("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
+    ("BENCH_IMAGE", "", "image with NVIDIA's benchmark client"),
+    ("SHAREGPT_PATH", "ShareGPT.json", "ShareGPT data set; downloaded there if missing"),
 )
+SETTINGS = tuple(Setting(*row) for row in ROWS)
 
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
 PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
-
 
 # What the kernel takes for one variable or argument; .env is the one way around it.
 LONGEST = 128 * 1024 - 1

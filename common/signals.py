@@ -1,7 +1,5 @@
 """Signals that ask us to stop. They become an exception, so that every `finally` runs."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from collections.abc import Iterator

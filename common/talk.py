@@ -8,12 +8,16 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 from common.live import colour
+
+WIDTH = 120  # columns of a terminal that are used
 
 
 class Failure(Exception):
@@ -41,14 +45,43 @@ def complain(error: Failure | OSError) -> int:
     return 1
 
 
+class Record:
+    """What is kept of the talk: lines for a launch's own log, and whether the terminal gets all."""
+
+    verbose = False  # -v: commands, too
+    file: IO[str] | None = None
+    early: ClassVar[list[str]] = []  # said before the log was there
+
+    @classmethod
+    def open(cls, path: Path) -> None:
+        """Write to this file from now on, first what was said before."""
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cls.file = path.open("a", encoding="utf-8", errors="surrogateescape")
+        early, cls.early = cls.early, []
+        for line in early:
+            cls.keep(line)
+
+    @classmethod
+    def keep(cls, line: str) -> None:
+        if not cls.file:
+            cls.early.append(line)
+            return
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not stop a clean-up
+            cls.file.write(line + "\n")
+            cls.file.flush()
+
+
 def say(message: str, code: str = "") -> None:
     """Talk goes to stderr, with the time, in a colour where a code asks for one.
 
     A terminal that is gone must not stop a clean-up.
     """
-    text = colour(visible(message), code, sys.stderr) if code else visible(message)
+    line = f"[{time.strftime('%H:%M:%S')}] {visible(message)}"
+    Record.keep(line)
     try:
-        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+        print(colour(folded(line), code, sys.stderr) if code else folded(line), file=sys.stderr,
+              flush=True)  # fmt: skip
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
@@ -79,6 +112,22 @@ def plain(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("plain", plain)
+
+
+def folded(line: str) -> str:
+    """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
+    if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
+        return line
+    wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap(line, subsequent_indent=" " * 11))  # below the first word
+
+
+def note(message: str) -> None:
+    """For the launch's log, and for the terminal only where -v asks for it: a command in full."""
+    if Record.verbose:
+        say(message)
+    else:
+        Record.keep(f"[{time.strftime('%H:%M:%S')}] {message}")
 
 
 def keep_ours() -> None:
@@ -114,12 +163,9 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
         with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         part.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        if error.filename in (None, str(part)):
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
             error.filename = str(path)
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
         raise

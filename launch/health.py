@@ -1,20 +1,16 @@
-"""Is the server well? Two threads ask it; `hold` in server.py looks at what they found.
+"""Is the server well? Two threads ask it; `hold` in watch.py looks at what they found.
 
 Health asks /health: is it ready, and later, is it there? Probe asks for one token: the /health of a
 hung engine can answer 200 for ever.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from common.ask import ask
 from common.response import ERROR_LENGTH, Malformed
 from common.talk import say
-from launch import parallelism
 
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
@@ -23,12 +19,6 @@ NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
 DAY = 86400.0
 ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
-
-
-def names_of(engine: Sequence[str]) -> tuple[str, ...]:
-    """The names under which trtllm-serve may list the model of its command line."""
-    model, named = engine[1], parallelism.value_of(engine[2:], "--served_model_name")
-    return tuple(filter(None, (named, model, Path(model).name)))
 
 
 def why(error: Exception) -> str:

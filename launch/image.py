@@ -1,32 +1,17 @@
 """The image on every node: what it is, whether a node has the right one, and how it gets there."""
 
-from __future__ import annotations
-
 import json
 import re
-import shutil
 import subprocess
 import tarfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from common.talk import die, say
-from launch.nodes import (
-    HOLD,
-    SEE_NODES,
-    TELL,
-    Place,
-    Told,
-    by_node,
-    held,
-    last_words,
-    run,
-    script,
-    slurms_word,
-)
+from launch.node import images
+from launch.slurm import last_words
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
@@ -51,9 +36,7 @@ class Image:
     tarball: Path | None = None
     codec: str = "none"
     ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
-    layers: str = (
-        ""  # diff ids as JSON, where the id that a containerd store would show is not known
-    )
+    layers: str = ""  # diff ids as JSON, where a containerd store's id for it is not known
     packed: int = 0  # bytes of the tarball
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
@@ -146,27 +129,18 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
         raise ValueError("a tag or an image id that is none")
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
-    return Image(
-        tag,
-        tarball,
-        codec,
-        ids,
-        "" if manifest else layers,
-        int(data["packed_bytes"]),
-        int(data["unpacked_bytes"]),
-        sha256=str(data.get("sha256", "")),
-    )
+    packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
+    sha256, layers = str(data.get("sha256", "")), "" if manifest else layers
+    return Image(tag, tarball, codec, ids, layers, packed, unpacked, sha256=sha256)
 
 
 def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     """Read the tarball until its manifest, which Docker puts near the end: one pass."""
     say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
-    unpack = unpacker(codec)
+    pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
-        subprocess.Popen(
-            unpack, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as proc,
+        subprocess.Popen(unpacker(codec), stdin=file, stdout=pipe, stderr=pipe) as proc,
     ):
         assert proc.stdout and proc.stderr
         try:
@@ -174,10 +148,8 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
-            die(
-                f"the image tarball {tarball} is truncated or corrupt: {words}",
-                hint="copy it again or make it anew with `make save`",
-            )
+            hint = "copy it again or make it anew with `make save`"
+            die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
         finally:
             proc.kill()
     try:
@@ -201,184 +173,10 @@ def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
 
 def unpacker(codec: str) -> list[str]:
     """The command that unpacks a codec from stdin to stdout on this machine."""
-    choices = {"gz": ["pigz", "gzip"], "zst": ["zstd"], "none": ["cat"]}[codec]
-    found = next((name for name in choices if shutil.which(name)), None)
-    if not found:
-        die(f"{choices[-1]}: not found in PATH, and the image tarball needs it")
-    return [found] if found == "cat" else [found, "-dc"]
-
-
-# One load at a time on a node: /run is a directory that every user may lock and nobody has to make.
-# The shell shares its open tarball with the unpacker: the offset of that file is the progress.
-LOAD = script(
-    TELL,
-    HOLD,
-    r"""
-    tarball=$1; tag=$2; ids=$3; layers=$4; codec=$5; exec 2>/dev/null;
-    known() {
-        set -- $(docker image inspect --format '{{.Id}} {{json .RootFS.Layers}}' "$tag");
-        id=$1;
-        case " $ids " in *" $id "*) [ -n "$id" ]; return ;; esac;
-        [ -n "$layers" ] && [ "$2" = "$layers" ] &&
-        docker info --format '{{.DriverStatus}}' | grep -q containerd;
-    };
-    exec 9</run;
-    flock --nonblock 9 || tell waiting "another image is being loaded";
-    trap '[ -z "$waiter" ] || kill $waiter; exit 143' TERM INT HUP;
-    flock 9 & waiter=$!; wait $waiter; waiter=;
-    if known; then tell image "$id"; exit 0; fi;
-    exec 4<"$tarball" || { tell error "cannot read $tarball"; exit 1; };
-    case $codec in
-        zst) unpack="zstd -dc" ;;
-        gz) unpack="gzip -dc"; command -v pigz >/dev/null && unpack="pigz -dc" ;;
-        *) unpack=cat ;;
-    esac;
-    command -v ${unpack%% *} >/dev/null ||
-    { tell error "${unpack%% *}: not found in PATH, and $tarball needs it"; exit 1; };
-    set -m;
-    {
-        words=$(exec 2>&1; $unpack <&4 | docker load;
-            case "${PIPESTATUS[*]}" in
-                "0 0"|"141 0") ;;
-                "0 "*|"141 "*) exit 1 ;;
-                *) exit 2 ;;
-            esac);
-        case $? in
-            0) ;;
-            1) tell error "docker load: $words"; exit 1 ;;
-            *) tell error "$tarball is truncated or corrupt: $words"; exit 1 ;;
-        esac;
-    } &
-    load=$!;
-    {
-        while sleep 1; do
-            tell progress "$(sed -n 's/^pos:[[:space:]]*//p' /proc/$$/fdinfo/4)";
-        done;
-    } &
-    ticker=$!;
-    trap 'kill -KILL -- -$load -$ticker; exit 143' TERM INT HUP;
-    wait $load; code=$?;
-    trap - TERM INT HUP;
-    kill -KILL -- -$ticker;
-    [ $code = 0 ] || exit $code;
-    if known; then tell image "$id"; exit 0; fi;
-    tell error "the tarball was loaded, but $tag is not the image that it should hold";
-    exit 1;
-""",
-)
-
-# Set before the first secret: whatever ends the script, the directory with the password goes.
-FORGETFUL = script(r"""
-    forget() { [ -z "$DOCKER_CONFIG_OURS" ] || rm -rf "$DOCKER_CONFIG_OURS"; };
-    trap '[ -z "$pull" ] || kill -KILL -- -$pull; forget; exit 143' TERM INT HUP;
-""")
-
-PULL = script(
-    TELL,
-    HOLD,
-    r"""
-    ref=$1; exec 2>/dev/null; set -m;
-    {
-        words=$(docker pull --quiet "$ref" 2>&1) ||
-        { tell error "docker pull $ref: $words"; exit 1; };
-    } &
-    pull=$!;
-    wait $pull; code=$?;
-    forget;
-    [ $code = 0 ] || exit 1;
-    tell image "$(docker image inspect --format '{{.Id}}' "$ref")";
-""",
-)
-
-# ECR: the password comes as the first line of standard input, and is forgotten with the directory.
-ECR_LOGIN = script(
-    TELL,
-    r"""
-    IFS= read -r password;
-    DOCKER_CONFIG_OURS=$(mktemp -d) && export DOCKER_CONFIG=$DOCKER_CONFIG_OURS;
-    words=$(printf %s "$password" | docker login --username AWS --password-stdin "$2" 2>&1) ||
-    { tell error "docker login $2: $words"; rm -rf "$DOCKER_CONFIG_OURS"; exit 1; };
-    unset password;
-""",
-)
-
-FORGET = script(
-    TELL,
-    r"""
-    docker image inspect "$1" >/dev/null 2>&1 || exit 0;
-    words=$(docker image rm "$1" 2>&1) || tell kept "$words";
-""",
-)
-
-
-def provide_command(image: Image, place: Place) -> list[str]:
-    """The one command that brings the image to every node."""
-    if image.registry:
-        login = ECR_LOGIN if ECR.match(image.registry) else ""
-        return [
-            *place.every,
-            "bash",
-            "-c",
-            script(FORGETFUL, login, PULL),
-            "pull",
-            image.tag,
-            image.registry,
-        ]
-    return [
-        *place.every,
-        "bash",
-        "-c",
-        LOAD,
-        "load",
-        str(image.tarball),
-        image.tag,
-        " ".join(image.ids),
-        image.layers,
-        image.codec,
-    ]
-
-
-def forget_command(image: Image, place: Place) -> list[str]:
-    """The command that takes the tag off every node, so that it is loaded afresh."""
-    return [*place.every, "bash", "-c", FORGET, "forget", image.tag]
-
-
-def password_command(image: Image) -> list[str]:
-    """The command whose output is the registry's password; [] where none is needed."""
-    if not (region := ECR.match(image.registry)):
-        return []
-    return ["aws", "ecr", "get-login-password", "--region", region[1]]
-
-
-def sum_command(image: Image) -> list[str]:
-    """The command that prints the tarball's sha256.
-
-    One reading, here, is enough: the nodes read the same file, and what each has loaded is known by
-    its id, which Docker computes from what it took in.
-    """
-    return ["sha256sum", "--", str(image.tarball)]
-
-
-def check_verifiable(image: Image) -> None:
-    if not re.fullmatch("[0-9a-f]{64}", image.sha256):
-        die(
-            f"--verify: there is no sha256 to compare {image.tarball or 'a tarball'} with",
-            hint="the sidecar of a tarball that `make save` made has one; a registry's image is "
-            "verified by its name: --image name@sha256:...",
-        )
-
-
-def verify(image: Image) -> None:
-    """Failure unless the tarball is, byte for byte, the one that its sidecar describes."""
-    say(f"image: reading {image.packed / 1e6:.0f} MB for their sha256")
-    # A name with a newline or backslash in it is marked by a backslash before the sum.
-    found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
-    if found != image.sha256:
-        die(
-            f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}",
-            hint="it is damaged or not the one that was saved: copy both again, or `make save`",
-        )
-    say(f"image: sha256 {found[:12]}... is the sidecar's")
+    if not (found := images.unpacker(codec)):
+        program = images.UNPACKERS[codec][-1]
+        die(f"{program}: not found in PATH, and the image tarball needs it")
+    return found
 
 
 def is_pulled_anew(image: Image, identities: set[str]) -> bool:
@@ -388,72 +186,3 @@ def is_pulled_anew(image: Image, identities: set[str]) -> bool:
     """
     moving = image.tag.endswith(":latest") or ":" not in image.tag.rpartition("/")[2]
     return bool(image.registry) and (moving or len(identities) > 1)
-
-
-def provide(image: Image, place: Place) -> None:
-    """Bring the image to every node at once; Failure naming the nodes where it did not work."""
-    command = provide_command(image, place)
-    secret = run(password_command(image)).strip() if password_command(image) else None
-    progress, errors, have, words = Progress(image.packed), {}, {}, []
-    with held(command, secret=secret) as step:
-        for told in step.told():
-            if told.key == "image":
-                have[told.node] = told.value
-                progress.done(told.node)
-            elif told.key == "error":
-                errors[told.node] = told.value
-            elif told.key:
-                progress.show(told)
-            else:
-                words.append(told.line)
-    if len(have) < place.size and (word := slurms_word("\n".join(words))):
-        # It kills what is unpacking, too, and that looks like a broken tarball.
-        die(f"{word}; the image was being loaded", hint=SEE_NODES)
-    if errors:
-        die(by_node(sorted(errors.items())), hint=advice(image))
-    if len(have) < place.size:
-        die(
-            f"the image reached {len(have)} of {place.size} nodes: "
-            f"{last_words(chr(10).join(words), 3)}"
-        )
-    # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
-    if image.registry and len(set(have.values())) > 1:
-        die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
-
-
-def advice(image: Image) -> str:
-    if image.registry:
-        return "check the name, and `docker login` for a private registry; or use a tarball"
-    return (
-        "copy the tarball again or make it anew (`make save`); see the node's disk and Docker log"
-    )
-
-
-class Progress:
-    """How far each node is: bytes, MB/s, seconds; a line a node every few seconds."""
-
-    EVERY = 5.0
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.start = time.monotonic()
-        self.shown: dict[str, float] = {}
-
-    def show(self, told: Told) -> None:
-        now = time.monotonic()
-        if told.key == "progress" and now - self.shown.get(told.node, self.start) < self.EVERY:
-            return
-        self.shown[told.node] = now
-        if told.key == "progress" and told.value.isdigit():
-            say(f"image: {told.node}: {rate(int(told.value), self.total, now - self.start)}")
-        else:
-            say(f"image: {told.node}: {told.key} {told.value}")
-
-    def done(self, node: str) -> None:
-        say(f"image: {node}: there after {time.monotonic() - self.start:.1f} s")
-
-
-def rate(done: int, total: int, seconds: float) -> str:
-    """`120 of 181 MB, 40 MB/s, 3 s`"""
-    done_mb, total_mb = done / 1e6, total / 1e6
-    return f"{done_mb:.0f} of {total_mb:.0f} MB, {done_mb / seconds:.0f} MB/s, {seconds:.0f} s"

@@ -18,13 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARIES = (  # where the Dockerfile and NVIDIA's images keep what ldconfig may not know
-    "/opt/amazon/efa/lib",
-    "/opt/amazon/ofi-nccl/lib",
-    "/opt/amazon/ofi-nccl/lib/x86_64-linux-gnu",
-    "/opt/amazon/ofi-nccl/lib/aarch64-linux-gnu",
-    "/opt/gdrcopy/lib",
-    "/usr/local/lib",
-)
+    "/opt/amazon/efa/lib /opt/amazon/ofi-nccl/lib /opt/amazon/ofi-nccl/lib/x86_64-linux-gnu "
+    "/opt/amazon/ofi-nccl/lib/aarch64-linux-gnu /opt/gdrcopy/lib /usr/local/lib"
+).split()
 
 
 @dataclass(frozen=True)

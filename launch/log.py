@@ -1,16 +1,27 @@
 """The server's log: followed on the terminal, kept in a file."""
 
-from __future__ import annotations
-
 import os
+import re
 import sys
 from pathlib import Path
 
-from common.talk import say
+from common.talk import Record, say
+
+# What Slurm says of every step that it ends or starts. Where it is the cause, the launcher says so.
+NOISE = re.compile(
+    rb"^(srun|slurmstepd[^:]*): (error: )?("
+    rb"cluster configuration lacks support|\*\*\* (STEP|JOB) |Job step aborted|"
+    rb"Force Terminated|forcing job termination|Terminating StepId|launch/slurm: )"
+    rb"[^\n]*\n?",
+    re.M,
+)
 
 
 class Log:
-    """The server's log file: written by its step, followed by us, kept."""
+    """The server's log file: written by its step, followed by us, kept.
+
+    It is on the screen from the moment that the server is ready on; with -v from the beginning.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -19,24 +30,35 @@ class Log:
         self.reader = path.open("rb")
         self.start = self.reader.seek(0, os.SEEK_END)
         self.last_line = ""
+        self.shown = Record.verbose
+        self.unseen = b""  # the last of what has not been shown
 
     def pump(self, limit: int = 1 << 20) -> bytes:
-        """Copy what is new to stdout and return it. A flood is skipped there, not in the file."""
+        """Return what is new, and show it. A flood is skipped on screen, not in the file."""
         behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
         if behind > 8 * limit:
-            say(
-                f"log: {behind / 1e6:.0f} MB behind, skipped on screen; all of it is in {self.path}"
-            )
+            where = f"all of it is in {self.path}"
+            say(f"log: {behind / 1e6:.0f} MB behind, skipped on screen; {where}")
             self.reader.seek(-limit, os.SEEK_END)
         if new := self.reader.read(limit):
-            self._show(new)
             if said := new.rstrip():
                 self.last_line = said.rpartition(b"\n")[2].decode(errors="replace").strip()
+            if self.shown:
+                self._show(new)
+            else:
+                self.unseen = (self.unseen + new)[-(1 << 14) :]
         return new
+
+    def show(self, words: bytes) -> None:
+        """From now on it is on the screen, and what has come since those words."""
+        if not self.shown:
+            unseen = self.unseen[max(0, self.unseen.find(words)) :]
+            self._show(unseen)
+        self.shown, self.unseen = True, b""
 
     def _show(self, new: bytes) -> None:
         try:
-            sys.stdout.buffer.write(new)
+            sys.stdout.buffer.write(NOISE.sub(b"", new))
             sys.stdout.flush()
         except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
@@ -44,20 +66,22 @@ class Log:
 
     def tail(self, lines: int = 50) -> str:
         """The last lines of this launch, wherever somebody has moved the file."""
-        return tail_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, lines)
+        return "\n".join(self.end().splitlines()[-lines:])
+
+    def end(self, size: int = 1 << 16) -> str:
+        return end_of(Path(f"/proc/self/fd/{self.reader.fileno()}"), self.start, size)
 
     def close(self) -> None:
         self.reader.close()
         self.sink.close()
 
 
-def tail_of(path: Path, start: int = 0, lines: int = 50) -> str:
-    """The last lines of a file, none of them from before `start`; '' where there is no file."""
+def end_of(path: Path, start: int = 0, size: int = 1 << 16) -> str:
+    """The last bytes of a file, none of them from before `start`; '' where there is no file."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(start, end - (1 << 16)))
-            text = file.read().decode(errors="replace")
+            file.seek(max(start, end - size))
+            return file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join(text.splitlines()[-lines:])

@@ -1,153 +1,32 @@
-"""What runs from a workspace: its status, its end, its log. Read from the records in logs/."""
-
-from __future__ import annotations
+"""What runs from a workspace: its status, its end, its log, why it ended. Records are in logs/."""
 
 import argparse
-import contextlib
-import functools
-import json
 import os
+import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.ask import ask
 from common.response import Malformed
-from common.talk import Failure, die, say, write_json
-from launch.nodes import is_alive, launcher, run, script
-from launch.plan import Plan, user_name
-from launch.preflight import jobs_of
+from common.talk import Failure, die, say
+from launch.causes import cause_in, ranks_of
+from launch.log import end_of
+from launch.nodes import run
+from launch.records import living, records
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
-
-
-# Removes our records, known by our name in them, when its standard input ends: when we do. For ten
-# minutes it tries, should the file system be read-only just then.
-GUARD = script(r"""
-    trap '' TERM INT HUP; launcher=$1; shift;
-    while read -r _; do :; done;
-    for file; do
-        for ((i = 0; i < 600; i++)); do
-            grep -qsF "$launcher" "$file" || break;
-            rm -f "$file" || sleep 1;
-        done;
-    done;
-""")
 
 
 def act(args: argparse.Namespace) -> int:
     logs = args.workspace / "logs"
     if args.logs:
         return follow_log(logs)
+    if args.why is not None:
+        return why(logs, args.why)
     return stop(logs) if args.stop else status(logs)
-
-
-def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
-    """Say that a launch is under way, for --status and --stop. Failure if its job has one already.
-
-    Two launches of a job would have one log and one container name between them.
-    """
-    record = {
-        "job": plan.place.job,
-        "launcher": launcher(),
-        "url": url,
-        "model": plan.engine[1],
-        "log": str(log),
-    }
-    mine = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        write_json(mine, record)
-    except OSError as error:
-        die(
-            f"{path.parent} cannot be written to: {error.strerror}",
-            hint="--workspace with a directory for logs/ that has room",
-        )
-    try:
-        os.link(mine, path)  # unlike a rename it replaces nothing
-    except FileExistsError:
-        if (other := read_record(path)) and other["alive"] and other["launcher"] != launcher():
-            where, pid, _ = other["launcher"].rsplit(":", 2)
-            die(
-                f"another launch of job {plan.place.job} is under way in {path.parent}: "
-                f"process {pid} on {where.partition('/')[0]}",
-                hint="stop that one first (make stop), or use another allocation",
-            )
-        mine.replace(path)
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def guarded(*paths: Path) -> Iterator[None]:
-    """While the block lasts, the death of this process removes its records, SIGKILL included."""
-    files = [str(path.absolute()) for path in paths]
-    guard = subprocess.Popen(
-        ["bash", "-c", GUARD, "guard", launcher(), *files],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-    )
-    try:
-        yield
-    finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs
-            guard.communicate(timeout=2)
-
-
-def remove_records(*paths: Path) -> None:
-    """Remove our own records; another launch of the workspace keeps its own."""
-    for path in paths:
-        if (record := read_record(path)) and record["launcher"] == launcher():
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:  # no reason to leave a server behind
-                say(f"{path} could not be removed: {error.strerror}")
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A launch's record with `alive` added; None where it cannot be read."""
-    try:
-        record = json.loads(path.read_text())
-        who = {key: str(record[key]) for key in ("job", "url", "model")}
-        if record["launcher"].count(":") < 2:
-            raise ValueError
-        owner, alive = path.stat().st_uid, is_alive(record["launcher"])
-        return {**record, **who, "owner": owner, "alive": alive}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def sweep(logs: Path) -> None:
-    """Remove the records of launchers that were killed, and of jobs that have ended."""
-    jobs_by_owner = functools.cache(lambda owner: jobs_of(user_name(owner)))
-    for path in (*logs.glob("run_*.json"), logs / "endpoint.json"):
-        if not (record := read_record(path)):
-            continue
-        if record["alive"] is None and record["job"].isdecimal():
-            jobs = jobs_by_owner(record["owner"])
-            if jobs is not None and record["job"] not in jobs:
-                record["alive"] = False
-        if record["alive"] is False:
-            with contextlib.suppress(OSError):  # it may be somebody else's to remove
-                path.unlink(missing_ok=True)
-
-
-def records(logs: Path) -> list[dict[str, Any]]:
-    """The launches that have a record, without those that are known to be gone."""
-    sweep(logs)
-    return [r for path in sorted(logs.glob("run_*.json")) if (r := living(path))]
-
-
-def living(path: Path) -> dict[str, Any] | None:
-    """The record of a launcher that is not known to be gone."""
-    record = read_record(path)
-    return record if record and record["alive"] is not False else None
 
 
 def status(logs: Path) -> int:
@@ -213,7 +92,21 @@ def tell(record: dict[str, Any]) -> None:
 
 def follow_log(logs: Path) -> int:
     """Become `tail -F` of the newest log."""
-    newest = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
-    if newest is None:
-        die(f"there is no log in {logs}")
-    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest)])
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs))])
+
+
+def why(logs: Path, name: str) -> int:
+    """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
+    # Of a launch's own log and its ranks', the launch's.
+    log = Path(name or re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs))))
+    if not log.is_file():
+        die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
+    found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
+    print(f"cause: {found.line}\nnext: {found.advice}" if found else "no cause in the log")
+    return 0 if found else 1
+
+
+def newest(logs: Path) -> Path:
+    """The log written last, of those in a workspace."""
+    log = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
+    return log or die(f"there is no log in {logs}")

@@ -4,49 +4,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from common.signals import Stopped, postponed, turn_deaf
 from common.talk import Failure, die, say
-from launch import manage, server
+from launch import records, server, watch
+from launch.announce import announce, iso, say_how_to_use
+from launch.findings import Node
 from launch.plan import Plan
-from launch.preflight import Node
+from launch.runtimes import runtime
 from launch.timelimit import TimeLimit
 
 LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
-PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for http
 FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
 
 
-def serve(
-    plan: Plan,
-    nodes: Sequence[Node],
-    url: str,
-    args: argparse.Namespace,
-    put_image: Callable[[], object],
-) -> None:
+def serve(launch: Launch, put_image: Callable[[], object]) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
-    limit = TimeLimit(plan.place)
-    launch = Launch(plan, nodes, url, args, limit)
-    with manage.guarded(launch.record, launch.endpoint):
+    with records.guarded(launch.record, launch.endpoint):
         supervise(launch, put_image)
 
 
 def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
     plan, limit = launch.plan, launch.limit
     try:
-        manage.sweep(launch.logs)
-        manage.write_record(launch.record, plan, launch.url, launch.log)
+        records.sweep(launch.logs)
+        records.write_record(launch.record, plan, launch.url, launch.log)
         limit.begin()
-        if plan.runtime == "docker":
+        if runtime(plan.runtime).HAS_IMAGE:
             put_image()
+        if launch.log.exists():  # of an earlier launch of this job
+            mark(launch.log, "launch")
         while True:
             try:
                 launch.attempt()
@@ -60,7 +52,7 @@ def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
         turn_deaf()
         limit.end()
         launch.clean_up()
-        manage.remove_records(launch.record)
+        records.remove_records(launch.record)
 
 
 @dataclass
@@ -72,7 +64,7 @@ class Launch:
     url: str
     args: argparse.Namespace
     limit: TimeLimit
-    running: server.Server | None = None
+    running: list[server.Server] = field(default_factory=list)
     restarts: int = 0
 
     @property
@@ -92,12 +84,16 @@ class Launch:
         return self.logs / "endpoint.json"
 
     def attempt(self) -> NoReturn:
-        """Start a server and hold it: ends only with a Failure, or by a signal."""
+        """Start the servers and hold them: ends only with a Failure, or by a signal."""
         every = self.args.probe_seconds
-        self.running = server.launch(self.plan, self.nodes, self.url, self.log, every)
-        server.await_ready(self.running, self.args.ready_timeout)
-        say_how_to_use(server.announce(self.running, self.endpoint))
-        server.hold(self.running)
+        for replica in self.plan.replicas:
+            started = server.launch(self.plan, replica, self.nodes, self.url, self.log, every)
+            self.running.append(started)
+        watch.await_ready(self.running, self.args.ready_timeout)
+        for running in self.running:
+            say_how_to_use(announce(running, self.nodes, self.endpoint))
+            running.main_log.show(self.plan.engine.READY_WORDS)
+        watch.hold(self.running)
 
     def prepare_restart(self, failure: Failure) -> None:
         """Clean up and pause; the Failure again where it is final, or there were enough of them."""
@@ -105,7 +101,7 @@ class Launch:
         if not failure.passing:
             raise failure
         self.check_job(failure)
-        if self.running and self.running.served > FORGIVEN_AFTER:
+        if any(running.served > FORGIVEN_AFTER for running in self.running):
             self.restarts = 0
         if self.restarts >= allowed:
             after = f" (given up after {allowed} restart(s))" if allowed else ""
@@ -127,31 +123,18 @@ class Launch:
 
     def clean_up(self) -> None:
         """No server, no container of it, and no word of an endpoint is left."""
-        manage.remove_records(self.endpoint)
-        running, self.running = self.running, None
-        if running:
-            server.stop(running)
+        records.remove_records(self.endpoint)
+        running, self.running = self.running, []
+        for each in running:
+            server.stop(each)
 
 
 def mark(log: Path, what: str) -> None:
     """A line in every log of the launch: what follows is another server's."""
     for path in (log, *log.parent.glob(f"{log.stem}_rank*.log")):
         with contextlib.suppress(OSError), path.open("a") as file:  # a full disk ends nothing
-            file.write(f"===== run_sbatch.py: {what}, {server.iso(time.time())} =====\n")
+            file.write(f"===== run_sbatch.py: {what}, {iso(time.time())} =====\n")
 
 
 def log_path(plan: Plan, workspace: Path) -> Path:
     return workspace / f"logs/trtllm_server_{plan.place.job}.log"
-
-
-def say_how_to_use(endpoint: dict[str, object]) -> None:
-    url, model = str(endpoint["url"]), str(endpoint["model"])
-    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    past_proxy = "--noproxy '*' " if any(os.environ.get(name) for name in PROXIES) else ""
-    header = "-H 'Content-Type: application/json'"
-    say(f"  curl {past_proxy}{url}/v1/completions {header} -d {shlex.quote(body)}")
-    say(f"  make test HOST={host} PORT={port}")
-    say(f"  make bench HOST={host} PORT={port}")
-    job = str(endpoint["job"])
-    say("stop it with ^C, make stop" + (f" or scancel {job}" if job.isdecimal() else ""))

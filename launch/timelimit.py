@@ -1,14 +1,13 @@
 """The job's time limit: told before it is reached."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import threading
 import time
 
 from common.talk import say
-from launch.nodes import Place, unfiltered
+from launch.nodes import Place
+from launch.slurm import squeue, unfiltered
 
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
@@ -44,15 +43,11 @@ class TimeLimit(threading.Thread):
 
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""
+        ask = ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")]
+        env, out, null = unfiltered(), subprocess.PIPE, subprocess.DEVNULL
         try:
             self.asking = subprocess.Popen(
-                squeue(self.job, "%A %L"),
-                env=unfiltered(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                start_new_session=True,
+                ask, env=env, stdin=null, stdout=out, stderr=null, text=True, start_new_session=True
             )
         except OSError:
             return None
@@ -64,9 +59,8 @@ class TimeLimit(threading.Thread):
             return
         self.told = end
         when = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + left))
-        say(
-            f"the job's time limit is reached in {words(left)} ({when}); then Slurm ends the server"
-        )
+        limit = f"the job's time limit is reached in {words(left)} ({when})"
+        say(f"{limit}; then Slurm ends the server")
 
     def is_reached(self) -> bool:
         """Whether the end that Slurm last named has come."""
@@ -76,12 +70,11 @@ class TimeLimit(threading.Thread):
         """What has become of the job, in words; '' while it runs, or where nobody says."""
         if not self.job:
             return ""
-        state, left = self._state()
-        waited = 0.0
-        while state == "COMPLETING" and waited < COMPLETES_WITHIN:  # which comes before the reason
+        deadline = time.monotonic() + COMPLETES_WITHIN
+        # What comes before the reason is COMPLETING.
+        while (now := self._state())[0] == "COMPLETING" and time.monotonic() < deadline:
             time.sleep(0.2)
-            waited += 0.2
-            state, left = self._state()
+        state, left = now
         # What was last asked may be minutes old, and the limit have been raised since.
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
         if state == "TIMEOUT" or (self.is_reached() and not goes_on):
@@ -90,10 +83,7 @@ class TimeLimit(threading.Thread):
 
     def _state(self) -> tuple[str, str]:
         """What squeue says now: the job's state and the time left; '' where it does not say."""
-        try:
-            ask = squeue(self.job, "%A %T %L")
-            done = subprocess.run(ask, env=unfiltered(), capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
+        if not (done := squeue(*of_job(self.job, "%A %T %L"))):
             return "", ""
         if "Invalid job id" in done.stderr:  # of a job that it never knew, it says nothing of ours
             return ("GONE" if self.known else ""), ""
@@ -112,9 +102,9 @@ class TimeLimit(threading.Thread):
             self.asking.kill()
 
 
-def squeue(job: str, what: str) -> list[str]:
+def of_job(job: str, what: str) -> list[str]:
     every = "--states=all"  # one that has ended is not listed otherwise
-    return ["squeue", "--all", "--noheader", every, f"--jobs={job}", f"--format={what}"]
+    return [every, f"--jobs={job}", f"--format={what}"]
 
 
 def answer(job: str, text: str) -> str:

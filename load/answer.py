@@ -55,6 +55,7 @@ class Outcome:
     gaps: array[float] = field(default_factory=lambda: array("f"))  # ms between token events
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt's; None: the server does not say
     events: int = 0
     merged: int = 0  # events that came with another in one read, so their times are one
     blurred: int = 0  # those of them that had waited for each other: somebody was late
@@ -151,7 +152,8 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
     if not tokens:
         raise Malformed("the stream held no token")
     _note(tokens[-1].read(), outcome)
-    outcome.prompt_tokens, outcome.output_tokens = usage([*tokens, *others])
+    told = usage([*tokens, *others])
+    outcome.prompt_tokens, outcome.output_tokens, outcome.cached_tokens = told
     found = token_events(tokens, chat, outcome.output_tokens)
     outcome.has_text = any(says(e.read()) for e in found)
     _time(reply, [body.raw_offset(e.end) for e in found], outcome)

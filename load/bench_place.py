@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from common.settings import load_env_files, setting
 from common.signals import Stopped, obey
-from common.talk import Failure, complain, die, keep_ours, say
+from common.talk import Failure, complain, die, keep_ours, note
 from launch import nodes
-from launch.nodes import Place, find_place, last_words, shown
+from launch.nodes import Place, find_place
+from launch.slurm import last_words
 
 PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
@@ -76,12 +79,12 @@ def node(environ: Mapping[str, str]) -> Place:
 
 def provide_image(asked: str, environ: Mapping[str, str]) -> str:
     """Bring the image there if it is not, as run_sbatch.py does; its tag."""
-    from launch import image
+    from launch import image, provide
 
     asked = asked or setting("IMAGE", environ)
     found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
     if found.tarball or (found.registry and not image_id(found.tag, environ)):
-        image.provide(found, node(environ))
+        provide.provide(found, node(environ))
     elif not found.registry:
         find_tag(found.tag, environ)
     return found.tag
@@ -105,7 +108,7 @@ def prefix(
     """Puts a command into a container that sees the mounts; [] for no tag: it runs as it is."""
     if not tag:
         return []
-    from launch.container import mount_flag
+    from launch.runtimes.docker import mount_flag
 
     cache = environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
@@ -141,9 +144,13 @@ def run(
     environ: Mapping[str, str],
     hint: str = "",
     timeout: float | None = None,
+    stdout: IO[bytes] | None = None,
 ) -> tuple[int, str]:
-    """Show a command and run it, its output on stderr; its exit status and last words."""
-    say(f"$ {shown(command)}")
+    """Show a command and run it, its output on stderr; its exit status and last words.
+
+    With `stdout` what it prints goes there, and only its errors are words.
+    """
+    note(f"$ {shlex.join(command)}")
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)
@@ -155,7 +162,7 @@ def run(
         try:
             env = {**os.environ, **environ}
             status = subprocess.run(
-                command, stdout=sink, stderr=sink, env=env, timeout=timeout
+                command, stdout=stdout or sink, stderr=sink, env=env, timeout=timeout
             ).returncode
         finally:
             os.close(sink)

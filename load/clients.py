@@ -1,4 +1,4 @@
-"""The two measuring clients: ours, and NVIDIA's benchmark_serving.
+"""What a measuring client is, and ours. NVIDIA's is in nvidia.py.
 
 A case goes in, a record comes out: the names of benchmark_serving's result files, `valid` and
 `problems`.
@@ -7,28 +7,22 @@ A case goes in, a record comes out: the names of benchmark_serving's result file
 from __future__ import annotations
 
 import math
-import subprocess
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.live import LiveLine
-from common.talk import die, read_json, say
-from load import bench_place, sharegpt
+from common.talk import die, say
+from load import sharegpt
 from load.connection import TOO_LATE
+from load.counters import Counters
 from load.endpoint import Endpoint
 from load.loadgen import measure
 from load.matrix import Case, too_few
 from load.metrics import (
-    DETAILS,
-    KINDS,
-    METRICS,
-    PERCENTILES,
     Wanted,
     ended_early,
-    growth,
     mean,
     summarise,
 )
@@ -43,7 +37,6 @@ WARM_UP_STREAMS = 16
 LONGEST = 2048  # tokens of a conversation's answer
 ROOM, ROOM_A_TOKEN = 1 << 18, 1 << 12  # bytes of an answer; an event takes a few hundred
 
-UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
 Record = dict[str, Any]
 
@@ -88,6 +81,12 @@ def die_if_silent(endpoint: Endpoint, options: Options) -> None:
         )
 
 
+def nothing(case: Case, why: str) -> Record:
+    """The record of a run that measured nothing."""
+    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
+            "notes": [], "client": {}}  # fmt: skip
+
+
 # --- ours -----------------------------------------------------------------------------------------
 
 
@@ -98,6 +97,7 @@ class Builtin:
 
     def __init__(self, endpoint: Endpoint, options: Options) -> None:
         self.endpoint, self.options = endpoint, options
+        self.counters = Counters(endpoint)
         self.server = Found(Dialect(options.chat), endpoint.model, 0, error="not asked yet")
 
     def __call__(self, case: Case, folder: Path) -> Record:
@@ -120,7 +120,8 @@ class Builtin:
         load = self.load_for(case, attempt)
         try:
             warmed = self.warm_up(case, load)
-            result = watched(load, case)
+            with self.counters.watching():
+                result = watched(load, case)
         except LoadError as e:
             return nothing(case, str(e))
         assert isinstance(load.body, Requests)
@@ -134,6 +135,7 @@ class Builtin:
             *unlike_its_name(load, case, record),
             *repeats(load.body.prompts, case.num_prompts),
         ]
+        self.counters.add_to(record, case.name)
         return record | (details(load, result) if self.options.detailed else {})
 
     def acquaint(self) -> int:
@@ -290,177 +292,3 @@ def details(load: Load, result: Result) -> Record:
         "itls": [[round(g / 1e3, 7) for g in o.gaps] for o in outcomes],
         "errors": [o.error for o in outcomes],
     }
-
-
-# --- NVIDIA's -------------------------------------------------------------------------------------
-
-
-class BenchmarkServing:
-    """TensorRT-LLM's own client, in its container or where it is installed."""
-
-    name = "trtllm"
-
-    def __init__(self, endpoint: Endpoint, options: Options) -> None:
-        self.endpoint, self.options = endpoint, options
-
-    def __call__(self, case: Case, folder: Path) -> Record:
-        options = self.options
-        die_if_silent(self.endpoint, options)  # this client would wait for hours
-        file = folder.resolve() / f".{case.name}.benchmark_serving.json"
-        file.unlink(missing_ok=True)
-        environ = unproxied(options.environ, self.endpoint.target.host)
-        command = [
-            *bench_place.prefix(options.image, self.mounts(folder), environ),
-            *benchmark_serving(case, self.endpoint, options, file),
-        ]
-        limit = longest(case, options.timeout)
-        hint = "--client builtin needs no container"
-        try:
-            status, words = bench_place.run(command, environ, hint, limit)
-        except subprocess.TimeoutExpired:
-            return nothing(case, f"benchmark_serving did not end within {limit:g} s")
-        try:
-            record: Record = read_json(file)
-        except (OSError, ValueError):
-            return nothing(case, "benchmark_serving wrote no result (exit code "
-                           f"{status}): {words or 'it said nothing'}")  # fmt: skip
-        finally:
-            file.unlink(missing_ok=True)
-        try:
-            return judge(case, record, options.detailed)
-        except (LookupError, TypeError, ValueError, AttributeError) as e:
-            return nothing(case, f"benchmark_serving's result cannot be read: {e!r}")
-
-    def mounts(self, folder: Path) -> list[Path]:
-        model = Path(self.options.tokenizer or self.endpoint.asked)
-        paths = [folder.resolve()]
-        paths += [self.options.sharegpt.resolve().parent] if self.options.sharegpt.exists() else []
-        return paths + ([model.resolve()] if model.is_dir() else [])
-
-
-def unproxied(environ: Mapping[str, str], host: str) -> dict[str, str]:
-    """Its HTTP library would send the measured requests through HTTP_PROXY."""
-    names = ("NO_PROXY", "no_proxy")
-    return {**environ, **{n: ",".join(filter(None, (environ.get(n), host))) for n in names}}
-
-
-def longest(case: Case, timeout: float) -> float:
-    """Seconds a run may take: every request its timeout, and time to start and to read."""
-    rounds = case.num_prompts / (case.concurrency or case.num_prompts)
-    return timeout * (rounds + 2) + case.num_prompts / case.rate
-
-
-def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:
-    """Its arguments, all of which 1.1.0 has."""
-    served = endpoint.model if endpoint.model != endpoint.asked else ""
-    target = endpoint.target
-    plain = not target.tls and not endpoint.prefix and ":" not in target.host
-    limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
-    return [
-        bench_place.PYTHON, "-m", "tensorrt_llm.serve.scripts.benchmark_serving",
-        "--backend", options.backend,
-        *(["--host", target.host, "--port", str(target.port)] if plain
-          else ["--base-url", endpoint.url]),
-        "--model", endpoint.asked,
-        *(["--served-model-name", served] if served else []),
-        *(["--tokenizer", options.tokenizer] if options.tokenizer else []),
-        *data_set(case, options),
-        "--num-prompts", str(case.num_prompts),
-        *(["--max-concurrency", str(case.concurrency)] if case.concurrency else []),
-        *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
-          if math.isfinite(case.rate) else []),
-        "--ignore-eos",
-        # The same seed means the same prompts: they would meet an earlier run's prefix cache.
-        "--seed", str(zlib.crc32(f"{options.seed}/{case.name}".encode())),
-        "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
-        "--metric-percentiles", ",".join(map(str, PERCENTILES)),
-        *(["--goodput", *limits] if limits else []),
-        "--save-result", "--save-detailed",
-        "--result-dir", str(file.parent),
-        "--result-filename", file.name,
-    ]  # fmt: skip
-
-
-def data_set(case: Case, options: Options) -> list[str]:
-    """Without --random-ids it takes its texts from ShareGPT; as text, lengths would drift."""
-    if case.input_len is None:
-        return ["--dataset-name", "sharegpt", "--dataset-path", str(options.sharegpt.resolve())]
-    return [
-        "--dataset-name", "random",
-        "--random-ids", "--tokenize-on-client",
-        "--random-input-len", str(case.input_len),
-        "--random-output-len", str(case.output_len),
-        "--random-range-ratio", "0.0",
-        "--random-prefix-len", "0",
-    ]  # fmt: skip
-
-
-def judge(case: Case, record: Record, detailed: bool) -> Record:
-    """Its exit status says nothing: it ends well when every request failed."""
-    errors = [e for e in record.get("errors", []) if e]
-    outputs = [n for n, e in zip_lists(record, "output_lens", "errors") if not e]
-    missing = case.num_prompts - record.get("completed", 0)
-    problems = []
-    if missing:
-        cause = f": {errors[0].strip().splitlines()[-1]}" if errors else ""
-        problems.append(f"{missing} of {case.num_prompts} requests failed{cause}")
-    texts = record.get("generated_texts") or ["?"] * len(record.get("output_lens", []))
-    empty = sum(
-        not error and (not n or (not text and n != 1))  # one token may decode to nothing
-        for (n, error), text in zip(zip_lists(record, "output_lens", "errors"), texts, strict=False)
-    )
-    if empty:
-        problems.append(f"{empty} outputs are empty")
-    problems += wrong_lengths(case, record, outputs)
-    latencies = end_to_end(record) if math.isfinite(case.rate) else []
-    record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
-    if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
-        record |= {f"{kind}_{name}_ms": None for name in ("tpot", "itl") for kind in KINDS}
-    if not detailed:
-        for key in DETAILS:
-            record.pop(key, None)
-    record.pop("generated_texts", None)
-    record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
-    share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
-    record["goodput_share"] = share if record["request_goodput"] is not None else None
-    notes = [UNKNOWN, *without_figures(case, record)]
-    return record | {"valid": not problems, "problems": problems, "notes": notes, "client": {}}
-
-
-def without_figures(case: Case, record: Record) -> list[str]:
-    """It writes NaN for the mean of nothing."""
-    expected = METRICS if case.output_len != 1 else ("ttft", "e2el")
-    names = [f"{kind}_{name}_ms" for name in expected for kind in KINDS]
-    missing = [name for name in names if name in record and record[name] is None]
-    return [f"NVIDIA's client has no figure for {', '.join(missing)}"] if missing else []
-
-
-def end_to_end(record: Record) -> list[float]:
-    """Seconds of each request; not every version of the script writes them down."""
-    parts = zip(record.get("ttfts", []), record.get("itls", []), strict=False)
-    return record.get("e2els") or [ttft + sum(gaps) for ttft, gaps in parts]
-
-
-def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:
-    left = record.get(first, [])
-    return list(zip(left, record.get(second) or [""] * len(left), strict=False))
-
-
-def wrong_lengths(case: Case, record: Record, outputs: list[int]) -> list[str]:
-    if case.output_len is None or not record.get("completed"):
-        return []
-    found = []
-    if wrong := [n for n in outputs if n and n != case.output_len]:
-        found.append(
-            f"{len(wrong)} outputs are not {case.output_len} tokens long (one has {wrong[0]})"
-        )
-    asked = record["completed"] * (case.input_len or 0)
-    if record["total_input_tokens"] != asked:
-        found.append(f"the prompts had {record['total_input_tokens']} tokens, not {asked}")
-    return found
-
-
-def nothing(case: Case, why: str) -> Record:
-    """The record of a run that measured nothing."""
-    return {"num_prompts": case.num_prompts, "completed": 0, "valid": False, "problems": [why],
-            "notes": [], "client": {}}  # fmt: skip

@@ -127,12 +127,12 @@ def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> lis
     return [*before[-missing:], *found] if 0 < missing <= len(before) else found
 
 
-def usage(events: Sequence[Event]) -> tuple[int | None, int | None]:
-    """Tokens of the prompt and of the output: the last that are true.
+def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
+    """Tokens of the prompt, of the output, and of the prompt from a cache: the last that are true.
 
     Some servers count on in each event, some put zeros or null into all but the last one.
     """
-    prompt = output = None
+    prompt = output = cached = None
     for event in sorted(events, reverse=True):
         if prompt and output:
             break
@@ -140,7 +140,15 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None]:
             said = event.read()["usage"]
             prompt = prompt or counted(said.get("prompt_tokens"))
             output = output or counted(said.get("completion_tokens"))
-    return prompt, output
+            cached = from_cache(said) if cached is None else cached
+    return prompt, output, cached
+
+
+def from_cache(usage: Json) -> int | None:
+    """As OpenAI, vLLM, SGLang and TensorRT-LLM write it, or DeepSeek; None where nobody says."""
+    details = usage.get("prompt_tokens_details")
+    said = details.get("cached_tokens") if isinstance(details, dict) else None
+    return counted(usage.get("prompt_cache_hit_tokens") if said is None else said)
 
 
 def counted(value: Json) -> int | None:

@@ -23,6 +23,7 @@ from load.target import Load, Result
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # a value a request
+SHOWN = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # of a distribution in the report
 KINDS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
 SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
@@ -93,6 +94,7 @@ def summarise(
         "request_throughput": per_second(len(good)),
         "request_goodput": per_second(in_limits) if goodput else None,
         "goodput_share": in_limits / load.count if goodput else None,
+        **cached_prompts(good, tokens_in),
         "output_throughput": per_second(tokens_out),
         "total_token_throughput": per_second(tokens_in + tokens_out),
         "user_throughput": mean(t.tokens / t.e2el * 1e3 for t in timings if t.e2el > 0),
@@ -108,6 +110,14 @@ def summarise(
         "client": client,
         **({"stopped": result.stopped} if result.stopped else {}),
     }
+
+
+def cached_prompts(good: Sequence[Outcome], tokens_in: int) -> dict[str, Any]:
+    """By the answers' own words. vLLM says nothing where it is nothing, if it says it at all."""
+    said = [o.cached_tokens for o in good if o.cached_tokens is not None]
+    if not said or not tokens_in:
+        return {"cached_share": None, "cached_source": None}
+    return {"cached_share": sum(said) / tokens_in, "cached_source": "usage in the answers"}
 
 
 def span(good: Sequence[Outcome]) -> float:
@@ -147,13 +157,18 @@ class Distribution:
         return self.values[bisect_right(self.upto, position)]
 
 
-def describe(name: str, values: Iterable[float]) -> dict[str, float | None]:
+def describe(name: str, values: Iterable[float]) -> dict[str, Any]:
     found = Distribution(values)
     if not found:
         return {f"{kind}_{name}_ms": None for kind in KINDS}
     numbers = (found.mean(), found.percentile(50), found.deviation(),
                *map(found.percentile, PERCENTILES))  # fmt: skip
-    return {f"{kind}_{name}_ms": n for kind, n in zip(KINDS, numbers, strict=True)}
+    facts: dict[str, Any] = {f"{k}_{name}_ms": n for k, n in zip(KINDS, numbers, strict=True)}
+    return facts | {f"{name}_percentiles_ms": percentiles(found)}
+
+
+def percentiles(found: Distribution) -> dict[str, float]:
+    return {f"{p:g}": round(found.percentile(p), 3) for p in SHOWN}
 
 
 def mean(values: Iterable[float]) -> float:

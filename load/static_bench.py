@@ -18,29 +18,33 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from common.settings import setting
 from common.talk import die, say
 from load import bench_place
 
 PREPARE = "/app/tensorrt_llm/benchmarks/cpp/prepare_dataset.py"  # in NVIDIA's image
-# fmt: off
-SCRIPT = (
-    'set -eu; prepare=$1; model=$2; requests=$3; input=$4; output=$5; tp=$6; folder=$7; shift 7; '
-    'python3 "$prepare" --tokenizer "$model" --stdout token-norm-dist --num-requests="$requests" '
-    '--input-mean="$input" --output-mean="$output" --input-stdev=0 --output-stdev=0 '
-    '> "$folder/dataset.jsonl"; '
-    'exec trtllm-bench --model "$model" throughput --dataset "$folder/dataset.jsonl" '
-    '--backend pytorch --tp "$tp" --num_requests "$requests" '
-    '--report_json "$folder/report.json" "$@"'
-)
-# fmt: on
+DATASET, REPORT = "dataset.jsonl", "report.json"
 
 
-def command(args: argparse.Namespace, more: Sequence[str], folder: Path) -> list[str]:
-    values = (args.prepare_dataset, args.model, args.num_requests, args.input_len, args.output_len,
-              args.tp, folder)  # fmt: skip
-    return ["bash", "-c", SCRIPT, "static-bench", *map(str, values), *more]
+def prepare_command(args: argparse.Namespace) -> list[str]:
+    """Prints the data set: requests of one length each."""
+    return [
+        "python3", args.prepare_dataset, "--tokenizer", args.model, "--stdout", "token-norm-dist",
+        f"--num-requests={args.num_requests}",
+        f"--input-mean={args.input_len}", f"--output-mean={args.output_len}",
+        "--input-stdev=0", "--output-stdev=0",
+    ]  # fmt: skip
+
+
+def bench_command(args: argparse.Namespace, more: Sequence[str], folder: Path) -> list[str]:
+    return [
+        "trtllm-bench", "--model", args.model, "throughput",
+        "--dataset", str(folder / DATASET), "--backend", "pytorch",
+        "--tp", str(args.tp), "--num_requests", str(args.num_requests),
+        "--report_json", str(folder / REPORT), *more,
+    ]  # fmt: skip
 
 
 def parse(
@@ -82,15 +86,22 @@ def static_bench(argv: Sequence[str] | None) -> int:
     asked = setting("GPUS", environ)
     gpus = {"auto": "all", "none": ""}.get(asked, asked)
     prefix = bench_place.prefix(tag, mounts, environ, gpus=gpus)
-    report = folder / "report.json"
+    report = folder / REPORT
     report.unlink(missing_ok=True)  # an earlier run's
-    status, words = bench_place.run([*prefix, *command(args, more, folder)], environ)
+    with (folder / DATASET).open("wb") as data:
+        status, words = bench_place.run([*prefix, *prepare_command(args)], environ, stdout=data)
+    if status:
+        die_of(args.prepare_dataset, f"exit code {status}", words)
+    status, words = bench_place.run([*prefix, *bench_command(args, more, folder)], environ)
     if status or not report.exists():
-        ended = f"exit code {status}" + ("" if status else " and no report")
-        die(f"trtllm-bench ended with {ended}: {words or 'it said nothing'}")
+        die_of("trtllm-bench", f"exit code {status}" + ("" if status else " and no report"), words)
     print(report.read_text())
     say(f"report and data set: {folder}")
     return 0
+
+
+def die_of(program: str, ended: str, words: str) -> NoReturn:
+    die(f"{program} ended with {ended}: {words or 'it said nothing'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from load.bench_place import exit_code
 from report.compare import comparison
 from report.render import table, write
 from report.results import load
+from report.side_by_side import write as write_page
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,15 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(first: Path, *others: Path) -> int:
     """Of one folder; or, after the word `compare`, of two side by side."""
     if others:
-        before, after = map(load, others)
-        print(comparison(before.records, after.records))
-        for words in (*before.left_out, *after.left_out):
-            say(words)
-        return 0
+        return side_by_side(*others)
     found = load(first)
     write(first, *found)
     print(table(*found))
     say(f"{first}/report.html")
+    return 0
+
+
+def side_by_side(first: Path, second: Path) -> int:
+    """On the screen, and as a page in the second folder: it is the newer one."""
+    before, after = load(first), load(second)
+    print(comparison(before.records, after.records))
+    for words in (*before.left_out, *after.left_out):
+        say(words)
+    names = (first.resolve().name, second.resolve().name)
+    page = second / f"compare-{names[0]}.html"
+    write_page(names, before, after, page)
+    say(f"{page}")
     return 0
 
 

@@ -48,6 +48,12 @@ class Change:
         return error * STUDENT[min(freedom, len(STUDENT)) - 1]
 
     @property
+    def noise_in_words(self) -> str:
+        if self.noise is None:
+            return "one run a side: what chance does is not known"
+        return f"by chance {in_words(self.noise, self.column)} more or less"
+
+    @property
     def verdict(self) -> str:
         before, after = self.means
         if self.noise is None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import IO
 
 from common.talk import whole_file, write_json
+from load.counters import CACHE_HIT, CAME
 from load.metrics import KINDS, METRICS
-from report import charts, page
+from report import page
+from report.charts import all_charts
+from report.draw import draw
 from report.results import (
     CACHED,
     COMPARED,
@@ -37,7 +40,7 @@ CSV_FIELDS = (
 )  # fmt: skip
 
 
-OWN = "\nThe server's own means of the same requests, and what the client saw more or less (±):"
+OWN = "\nThe server's own means of the same requests, and by how much the client's are above them:"
 
 # --- text -----------------------------------------------------------------------------------------
 
@@ -50,8 +53,8 @@ def table(records: Sequence[Record], left_out: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in (*notes(records), *left_out))])
 
 
-def rows(found: Sequence[Group], columns: Sequence[Column]) -> list[str]:
-    lines = [[g.label, *(" ".join(filter(None, g.shown(c))) for c in columns),
+def rows(found: Sequence[Group], columns: Sequence[Column], spread: bool = True) -> list[str]:
+    lines = [[g.label, *(" ".join(filter(None, g.shown(c)[: 1 + spread])) for c in columns),
               "" if g.valid else "INVALID"] for g in found]  # fmt: skip
     return columns_of([["", *(c.title for c in columns), ""], *lines])
 
@@ -60,21 +63,33 @@ def servers_own(found: Sequence[Group], records: Sequence[Record]) -> list[str]:
     """A second table, where a server told of the same requests."""
     columns = known(SERVER, records)
     told = [g for g in found if known(columns, g.records)]
-    return [OWN, *rows(told, columns)] if told else []
+    return [OWN, *rows(told, columns, spread=False)] if told else []
 
 
 def notes(records: Sequence[Record]) -> list[str]:
     """What every reader should know, and once is enough."""
-    found = list(dict.fromkeys(note for r in records for note in r.get("notes", ())))
+    found = list(dict.fromkeys(note for r in records for note in r.get("notes", ())
+                               if CAME not in note))  # fmt: skip
+    found += cached_loads(records)
     clients = [r["client"] for r in records if r.get("client")]
     if clients:
-        held, lag = (max(c[k] for c in clients) for k in ("late_share", "p99_read_lag_ms"))
+        held, lag = (max(c.get(k) or 0 for c in clients) for k in ("late_share", "p99_read_lag_ms"))
         kernel = all(c.get("stamps") == "kernel" for c in clients)
         found.append(f"the client's own delay: requests held back for at most {held:.1%} of their "
                      "time" + (f"; p99 of reads at most {lag:.1f} ms late (kernel stamps undo that)"
                                if kernel else "")
                      )  # fmt: skip
     return found
+
+
+def cached_loads(records: Sequence[Record]) -> list[str]:
+    """One line for all that say it; each load's own share is in its column."""
+    shares = [s for g in groups(records) if (s := g.value(CACHED.key) or 0) > CACHE_HIT]
+    if not shares:
+        return []
+    loads = f"{len(shares)} load{'s' if len(shares) > 1 else ''}"
+    return [f"in {loads}, {max(shares):.0%} or less {CAME} (column `{CACHED.title}`): their TTFT "
+            "is that of the rest of the prompt"]  # fmt: skip
 
 
 def one_line(record: Record) -> str:
@@ -107,14 +122,11 @@ def write(folder: Path, records: Sequence[Record], left_out: Sequence[str] = ())
     write_json(folder / SUMMARY, records)
     with whole_file(folder / "summary.csv") as file:
         write_csv(file, records)
-    drawn = [chart for chart in charts.all_charts(groups(records)) if chart.series]
-    pictures = charts.draw(drawn)
-    for chart, picture in zip(drawn, pictures, strict=False):
-        (folder / f"{chart.name}.png").write_bytes(picture.png)
+    pictures = draw(all_charts([("", groups(records))]))
+    for picture in pictures:
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
     with whole_file(folder / "report.html") as file:
-        columns = columns_for(records)
-        words = [*notes(records), *left_out]
-        file.write(page.html(groups(records), columns, drawn, pictures, words))
+        file.write(page.html(records, pictures, [*notes(records), *left_out]))
 
 
 def write_csv(file: IO[str], records: Iterable[Record]) -> None:

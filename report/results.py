@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -50,13 +51,13 @@ COMPARED = (*COLUMNS, GOODPUT)
 # The server's own means of the same requests, and the client's less them.
 SERVER = (
     Column("server_mean_ttft_ms", "TTFT ms"),
-    Column("ttft_beyond_server_ms", "client's TTFT"),
+    Column("ttft_beyond_server_ms", "TTFT +ms"),
     Column("server_mean_queue_ms", "queue ms"),
     Column("server_mean_prefill_ms", "prefill ms"),
     Column("server_mean_itl_ms", "ITL ms", 2),
-    Column("itl_beyond_server_ms", "client's ITL", 2),
+    Column("itl_beyond_server_ms", "ITL +ms", 2),
     Column("server_mean_e2el_ms", "E2EL ms", 0),
-    Column("e2el_beyond_server_ms", "client's E2EL", 0),
+    Column("e2el_beyond_server_ms", "E2EL +ms", 0),
     Column("server_mean_running", "running"),
     Column("server_mean_waiting", "waiting"),
     Column("server_mean_kv_use", "KV use", 1, share=True),
@@ -120,7 +121,7 @@ class Group:
 
     def percentiles(self, metric: str) -> dict[float, float]:
         """A metric's percentiles in ms, the mean of the repeats'; {} where none were kept."""
-        found = [r[key] for r in self.records if (key := f"{metric}_percentiles_ms") in r]
+        found = [p for r in self.records if (p := r.get(f"{metric}_percentiles_ms"))]
         shared = [p for p in found[0] if all(p in each for each in found)] if found else []
         return {float(p): statistics.fmean(each[p] for each in found) for p in shared}
 
@@ -131,7 +132,8 @@ class Group:
             return "-", ""
         if column.total:
             return f"{sum(self.values(column.key)):,.0f}", ""
-        around = f"±{self.spread(column.key):.1%}" if len(self.records) > 1 else ""
+        repeated = len(self.records) > 1 and not column.share
+        around = f"±{self.spread(column.key):.1%}" if repeated else ""
         return in_words(value, column), around
 
     @property
@@ -146,6 +148,27 @@ class Group:
 
 def in_words(value: float, column: Column) -> str:
     return f"{value:.{column.digits}%}" if column.share else f"{value:,.{column.digits}f}"
+
+
+FIGURES = {
+    "output_throughput": "{:,.0f} output tokens/s",
+    "gpu_throughput": "{:,.0f} per GPU",
+    "user_throughput": "{:,.1f} per user",
+    "mean_ttft_ms": "TTFT {:,.1f} ms",
+    "mean_itl_ms": "ITL {:,.2f} ms",
+    "mean_e2el_ms": "E2EL {:,.0f} ms",
+}
+
+
+def figures(group: Group, *keys: str) -> str:
+    """In words: these of a load's figures, or all of them."""
+    found = ((FIGURES[key], group.value(key)) for key in keys or FIGURES)
+    return ", ".join(form.format(value) for form, value in found if value is not None)
+
+
+def load_of(group: Group) -> tuple[float, float]:
+    """What orders loads: the rate, then the streams."""
+    return float(group.case["rate"]), float(group.case["concurrency"] or math.inf)
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
@@ -219,7 +242,7 @@ def is_sound(record: Record) -> bool:
         return False
     texts = [record.get("date"), record.get("model_id"), *(t for part in lists for t in part)]
     texts += [case.get(key) for key in ("name", "label", "type")]
-    tables = [record.get(key, {}) for key in record if key.endswith("_percentiles_ms")]
+    tables = [record[key] or {} for key in record if key.endswith("_percentiles_ms")]
     if not all(isinstance(table, dict) for table in tables):
         return False
     numbers = [record.get(column.key) for column in ALL]

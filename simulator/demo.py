@@ -10,6 +10,7 @@ the benchmark's report and the server's log, is in a folder of results/.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -25,14 +26,18 @@ MODEL = "demo/model"
 RESULTS = Path(time.strftime("results/demo-%Y%m%d-%H%M%S"))
 ENDPOINT = RESULTS / "logs/endpoint.json"
 LOADS = (
-    "--type prefill --num-prompts 20",
-    "--type concurrency --concurrency 1,4,16 --num-prompts 16 --output-len 64 --resume",
+    "--type prefill --num-prompts 10",
+    "--type concurrency --concurrency 1,4,16 --num-prompts 16 --output-len 32 --resume",
 )
 PATIENCE = 60.0  # seconds until the server has to be ready, and until it has to be gone
-SPEED = {
+SPEED = {  # slow enough for a laptop that has other things to do
     "TRTLLM_SIM_LOAD_SECONDS": "1",
-    "TRTLLM_SIM_ITL_US_PER_RUNNING": "200",
+    "TRTLLM_SIM_TTFT_MS": "80",
+    "TRTLLM_SIM_ITL_MS": "10",
+    "TRTLLM_SIM_ITL_US_PER_RUNNING": "400",
 }
+BUSY = ("demo: this machine was busy with something else, so some of these figures are marked "
+        "invalid: they say more about it than about the server")  # fmt: skip
 
 
 def main() -> int:
@@ -93,8 +98,17 @@ def measure(words: list[str]) -> int:
         bench = show(command, stdout=subprocess.PIPE, stderr=talk, text=True)
         table = bench.communicate()[0].splitlines()[:-1]  # without the result for programs
         talk.seek(0)
-        print("\n".join([talk.read(), *table] if bench.returncode else table), flush=True)
-    return bench.returncode
+        failed = bench.returncode and not is_only_busy()
+        print("\n".join([talk.read(), *table] if failed else table), flush=True)
+    if bench.returncode and not failed:
+        print(BUSY, flush=True)
+    return failed
+
+
+def is_only_busy() -> bool:
+    """Whether nothing is wrong with the runs but what the client says of its own machine."""
+    runs = [json.loads(path.read_text()) for path in RESULTS.glob("*-*.json")]
+    return bool(runs) and all(run["problems"] == run["client"].get("problems", []) for run in runs)
 
 
 def stop(server: subprocess.Popen[bytes]) -> int:

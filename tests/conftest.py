@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -29,13 +31,17 @@ import hypothesis
 import pytest
 
 from launch.nodes import Place
-from launch.plan import Plan
+from launch.order import Command, parse
+from launch.plan import Plan, Replica
 from tests import packages
 
 CI = bool(os.environ.get("CI"))
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "tensorrt-llm-serve:latest"
 TOKEN = "hf_do_not_print_me"
+# Seconds that anything may take on a machine that is busy with something else. What must not happen
+# by itself in a test takes far longer.
+PATIENCE = 60.0
 # An srun that ignores its flags and has one node, this one.
 ONE_NODE = ("bash", "-c", 'while [[ $1 = --* ]]; do shift; done; exec "$@"', "srun")
 HOSTILE = ["a b", "it's", 'a"b', "$HOME $(id)", "a;b|c&d", "a,b", "*", "-x", "ünï", "a\\b", "a\nb"]
@@ -57,12 +63,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if CI and os.geteuid() == 0 and not hasattr(config, "workerinput"):
-        packages.install(packages.OTHERS)
+    if CI and os.geteuid() == 0:
+        packages.install([*packages.OTHERS, *packages.CLUSTER])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,6 +105,7 @@ TOOLS = [
     "pigz",
     "printf",
     "ps",
+    "python3",
     "readlink",
     "rm",
     "sed",
@@ -359,8 +366,13 @@ match args:
         run(name, rest)
     case ["exec", "--env-file", file, "--workdir", cwd, name, *command] if command:
         execute(file, cwd, name, command)
-    case ["exec", name, "sh", "-c", _, "listens", port]:
-        print(faults.get("listens", "own"))
+    case ["exec", name, "sh", "-c", "ls -l /proc/[0-9]*/fd"]:
+        if faults.get("listens") == "unknown":
+            fail("Error response from daemon: container is not running")
+        print("lrwx------ 1 root root 64 Nov 28 10:00 3 -> socket:[1]")
+        for link in Path("/proc").glob("[0-9]*/fd/*") if faults.get("listens") != "" else ():
+            with contextlib.suppress(OSError):
+                print(link, "->", os.readlink(link))
     case ["top", name, "-eo", "pid,args"]:
         if faults.get("no_top"):
             fail("Error response from daemon: context deadline exceeded")
@@ -562,11 +574,11 @@ PROGRAMS = {
 }
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10, what: str = "") -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], Any], what: str = "") -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds:g} s: {what or condition}")
+            pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
         time.sleep(0.02)
 
 
@@ -595,13 +607,6 @@ class Fakes:
             json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults})
         )
 
-    def hurry(self) -> None:
-        """`sleep 1` and `sleep 2` of the scripts are over at once."""
-        real = (self.home / "tools/sleep").readlink()
-        text = f'case $1 in 1|2) set -- 0.1 ;; esac; exec {real} "$@"'
-        (self.bin / "sleep").write_text(f"#!/bin/sh\n{text}\n")
-        (self.bin / "sleep").chmod(0o755)
-
     def without(self, *names: str) -> None:
         for name in names:
             (self.bin / name).unlink()
@@ -610,6 +615,7 @@ class Fakes:
         return {
             "PATH": self.path,
             "HOME": str(self.home),
+            "SLURMD_NODENAME": "local",
             "TMPDIR": str(self.temporary),
             "FAKE_HOME": str(self.home),
             "FAKE_SIMULATOR": str(ROOT / "simulator/trtllm-serve"),
@@ -674,8 +680,8 @@ class Fakes:
                     found[int(entry.name)] = b" ".join(words).decode(errors="replace")[:300]
         return {pid: command for pid, command in found.items() if pid != os.getpid()}
 
-    def nothing_is_left(self, seconds: float = 3) -> None:
-        wait_until(lambda: not self.processes(), seconds, f"processes left: {self.processes()}")
+    def nothing_is_left(self) -> None:
+        wait_until(lambda: not self.processes(), f"processes left: {self.processes()}")
         assert self.containers() == []
 
 
@@ -684,7 +690,7 @@ def fakes(tmp_path: Path) -> Iterator[Fakes]:
     """Fake programs; whatever was started with their environment has to end with the test."""
     fakes = Fakes(tmp_path / "fakes")
     yield fakes
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + PATIENCE
     while (left := fakes.processes()) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in left:
@@ -722,19 +728,26 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 
 class Script:
-    """A held script under bash, its standard input in our hands."""
+    """An order that is held, its standard input in our hands."""
 
-    def __init__(self, fakes: Fakes, command: list[str], **env: str) -> None:
+    def __init__(self, fakes: Fakes, command: Command, **env: str) -> None:
         self.fakes, self.output_path = fakes, fakes.home / f"output-{time.monotonic_ns()}"
         with self.output_path.open("wb") as sink:
             self.process = subprocess.Popen(
-                command,
+                command.argv,
                 env=fakes.environment(**env),
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
             )
+        self.type(command.text)
+
+    @property
+    def told(self) -> list[Any]:
+        """The messages among what it printed."""
+        found = (parse(line).message for line in self.output.splitlines())
+        return [message for message in found if message]
 
     @property
     def output(self) -> str:
@@ -749,19 +762,19 @@ class Script:
         assert self.process.stdin
         self.process.stdin.close()
 
-    def until(self, condition: Callable[[], Any], seconds: float = 5) -> None:
+    def until(self, condition: Callable[[], Any]) -> None:
         with contextlib.suppress(pytest.fail.Exception):
-            wait_until(lambda: condition() or self.process.poll() is not None, seconds)
+            wait_until(lambda: condition() or self.process.poll() is not None)
         assert condition(), self.output
 
-    def until_said(self, text: str, seconds: float = 5) -> None:
-        self.until(lambda: text in self.output, seconds)
+    def until_said(self, text: str) -> None:
+        self.until(lambda: text in self.output)
 
-    def code(self, seconds: float = 8) -> int:
+    def code(self) -> int:
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"did not end within {seconds:g} s: {self.output}")
+            pytest.fail(f"did not end within {PATIENCE:g} s: {self.output}")
 
 
 @pytest.fixture
@@ -769,7 +782,7 @@ def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
     """Start a command with the fakes on its PATH."""
     started: list[Script] = []
 
-    def start(command: list[str], **env: str) -> Script:
+    def start(command: Command, **env: str) -> Script:
         started.append(Script(fakes, command, **env))
         return started[-1]
 
@@ -811,15 +824,23 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
     return Plan(
         Place("local1", 1, ()),
         runtime,
+        "trtllm",
         TAG,
-        gpus,
         ("/fsx", "/home/a b"),
         cache,
         "/fsx/work",
         False,
         "me",
-        engine or ("trtllm-serve", "m"),
+        (Replica(engine or ("trtllm-serve", "m"), 8000, gpus),),
     )
+
+
+def shown_orders(output: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """What --dry-run shows of orders: what each is for, its command line and the order itself."""
+    head = r"^# (.*)\n\(?\{ cat (?:.|\n)*?<<'ORDER'; .*\} \| \\\n"
+    block = head + r"((?:.*\\\n)*.*\n)((?:.|\n)*?)\n\nORDER$"
+    found = re.findall(block, output, re.M)
+    return {why: (shlex.split(command), json.loads(order)) for why, command, order in found}
 
 
 def free_port() -> int:

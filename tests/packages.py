@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ CLUSTER = (
 ).split()
 # A browser for the report, MPI for the simulator, a compiler for the benchmark's exact server.
 OTHERS = "chromium openmpi-bin python3-mpi4py gcc libc6-dev curl openssl pigz zstd iproute2".split()
+DPKG = Path("/var/lib/dpkg")
+PATIENCE = 600.0  # seconds that another apt may take
 
 
 def missing(packages: Sequence[str]) -> list[str]:
@@ -29,18 +33,39 @@ def missing(packages: Sequence[str]) -> list[str]:
 
 
 def install(packages: Sequence[str]) -> None:
-    """Install what is missing, without starting any service. RuntimeError with apt's words."""
-    if not (wanted := missing(packages)):
+    """Install what is missing, without starting any service. RuntimeError with apt's words.
+
+    One process of a test run does it, the others wait until it has; whatever else uses apt on this
+    machine is waited for, too.
+    """
+    if not missing(packages):
         return
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with no_services():
-        for command in (
-            ["apt-get", "update", "-qq"],
-            ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *wanted],
-        ):
-            done = subprocess.run(command, env=env, text=True, capture_output=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    with alone(), no_services():
+        if wanted := missing(packages):  # still, after the wait
+            apt_get("update", "-qq")
+            apt_get("install", "-qq", "-y", "--no-install-recommends", *wanted)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other process of ours is in here; the kernel drops the lock with us."""
+    descriptor = os.open(DPKG, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def apt_get(*words: str) -> None:
+    command = ["apt-get", "-o", f"DPkg::Lock::Timeout={PATIENCE:.0f}", *words]
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
+    deadline = time.monotonic() + PATIENCE
+    while (done := subprocess.run(command, env=env, text=True, capture_output=True)).returncode:
+        # The option is for dpkg's lock. Those of the lists and of the archive are not waited for.
+        if "Could not get lock" not in done.stderr or time.monotonic() > deadline:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        time.sleep(1)
 
 
 @contextmanager

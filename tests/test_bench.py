@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -28,7 +30,7 @@ from common import talk
 from common.live import LiveLine
 from common.talk import Failure
 from launch import image
-from load import bench_place, clients, endpoint, metrics, sharegpt
+from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
 from load.loadgen import measure
@@ -36,6 +38,7 @@ from load.matrix import Case
 from load.metrics import Distribution, Wanted, goodput_of, summarise
 from load.payload import RandomPrompts, Requests
 from load.target import Load, Result, Target
+from tests.conftest import PATIENCE
 from tests.loopback import (
     MODEL,
     Answer,
@@ -64,13 +67,27 @@ def own_folder(clean_environment: None, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
 
 
+@pytest.fixture(autouse=True)
+def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine makes no run invalid here, but where a test is about just that."""
+    if "quiet_machine" not in request.fixturenames:
+        monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
+        monkeypatch.setattr(metrics, "BLURRED", 1.0)
+
+
+@pytest.fixture
+def quiet_machine() -> None:
+    """Here the limits are the real ones."""
+
+
 class Run:
     """What bench.py made of a server that answers like this."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], answer: Answer, *args: str) -> None:
+        began = time.monotonic()
         with serving(model_server(answer)) as server:
             self.code = bench.main(["-p", str(server.port), "-o", "out", *args])
-        self.server = server
+        self.server, self.seconds = server, time.monotonic() - began
         captured = capsys.readouterr()
         self.stdout, self.stderr = captured.out, captured.err
         lines = self.stdout.splitlines()
@@ -92,7 +109,7 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["valid"]
     assert record["completed"] == record["num_prompts"] == 4
     assert (record["total_input_tokens"], record["total_output_tokens"]) == (4 * 512, 4 * 4)
-    assert 30 <= record["mean_ttft_ms"] < 60
+    assert 30 <= record["mean_ttft_ms"] <= record["mean_e2el_ms"] <= run.seconds * 1000
     assert record["metadata"]["server_version"] == "1.1.0"
     assert (run.last["valid"], run.last["model"]) == (True, MODEL)
     assert run.last["runs"][0]["name"] == name
@@ -296,7 +313,7 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     record = run.record("throughput-in512-out4-c2")
     assert record["output_lens"] == [4] * 4
     assert [len(gaps) for gaps in record["itls"]] == [3] * 4
-    assert all(0.03 <= ttft < 0.1 for ttft in record["ttfts"])
+    assert all(0.03 <= ttft < run.seconds for ttft in record["ttfts"])
 
 
 # --- what makes a run invalid ---------------------------------------------------------------------
@@ -419,9 +436,7 @@ def test_an_idle_connection_that_the_server_closes_is_noted(
 def test_a_server_that_only_lists_its_models_ends_the_matrix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    began = time.monotonic()
-    run = Run(capsys, lambda _: time.sleep(2), "--timeout", "0.3", "--num-prompts", "2")
-    assert time.monotonic() - began < 10
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "--timeout", "0.3", "--num-prompts", "2")
     assert run.code == 1
     assert [r["name"] for r in run.last["runs"]] == ["throughput-in512-out256-unlimited"]
     assert (run.last["stopped"], run.last["valid"]) == (True, False)
@@ -432,7 +447,7 @@ def test_a_server_that_only_lists_its_models_ends_the_matrix(
 def test_one_stream_after_the_other_does_not_wait_for_each(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capsys, lambda _: time.sleep(2), "-t", "latency", *QUICK, "--timeout", "0.3")
+    run = Run(capsys, lambda _: time.sleep(PATIENCE), "-t", "latency", *QUICK, "--timeout", "0.3")
     assert run.last["runs"][0]["problems"] == [
         "no answer to a short request: no whole answer within 0.3 s"
     ]
@@ -444,10 +459,12 @@ def test_a_server_that_answers_the_short_request_is_measured_on(
 ) -> None:
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 128:
-            time.sleep(2)
+            over.wait(PATIENCE)
         obedient(request)
 
-    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "0.5")
+    over = threading.Event()
+    run = Run(capsys, answer, "-t", "latency", *QUICK, "--timeout", "2")
+    over.set()
     assert [r["valid"] for r in run.last["runs"]] == [False, True]
     assert not run.last["stopped"]
 
@@ -478,10 +495,12 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(streamed=False)]), "not streamed"),
     ],
 )
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_client_that_distorts_is_seen(result: Result, words: str) -> None:
     assert words in "\n".join(problems(LOAD, result))
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_good_run_has_no_problems() -> None:
     assert problems(LOAD, Result([outcome()])) == []
 
@@ -508,11 +527,13 @@ def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture
     assert len([r for r in run.server.requests if r.body]) == PROBES + 1 + 4
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}), waited=50.0)
     assert problems(LOAD, result) == []
 
 
+@pytest.mark.usefixtures("quiet_machine")
 def test_a_server_that_stalls_is_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[90.0, 0.0], merged=1, blurred=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []
@@ -616,7 +637,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
     def answer(request: Request) -> None:
         if len(request.body["prompt"]) == 512:
             process.send_signal(number)
-            time.sleep(5)
+            time.sleep(PATIENCE)
         else:
             obedient(request)
 
@@ -628,7 +649,7 @@ def test_what_is_finished_is_kept_when_it_is_stopped(number: int, code: int) -> 
             stderr=subprocess.PIPE,
             text=True,
         )
-        stdout, stderr = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     last = json.loads(stdout.splitlines()[-1])
@@ -842,6 +863,7 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
         ("silent=1", "benchmark_serving wrote no result (exit code 0): ======"),
         ("half=1", "benchmark_serving wrote no result (exit code 0)"),
+        ("odd=1", "benchmark_serving's result cannot be read: TypeError"),
         ("die=1", "benchmark_serving wrote no result (exit code 1): OSError: no such tokenizer"),
     ],
 )
@@ -855,10 +877,24 @@ def test_its_exit_status_is_not_trusted(
 
 
 @pytest.mark.usefixtures("installed")
+def test_its_nan_is_no_figure_and_no_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "nan=1")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT)
+    assert run.code == 0, run.stderr
+    record = run.record("throughput-in512-out4-c2")
+    assert (record["mean_itl_ms"], record["p99_itl_ms"]) == (None, None)
+    assert "NVIDIA's client has no figure for mean_itl_ms, p99_itl_ms" in record["notes"]
+    everything = run.stdout + "".join(path.read_text() for path in Path("out").glob("*.*"))
+    assert not re.search(r"\b(NaN|Infinity)\b", everything)
+
+
+@pytest.mark.usefixtures("installed")
 def test_nobody_knows_whether_its_client_kept_up(capfd: pytest.CaptureFixture[str]) -> None:
     run = Run(capfd, obedient, "-t", "throughput", *SHORT)
-    assert clients.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
-    assert clients.UNKNOWN in unescape(Path("out/report.html").read_text())
+    assert nvidia.UNKNOWN in run.record("throughput-in512-out4-c2")["notes"]
+    assert nvidia.UNKNOWN in unescape(Path("out/report.html").read_text())
 
 
 @pytest.mark.usefixtures("installed")
@@ -871,7 +907,7 @@ def test_a_proxy_stays_out_of_what_it_measures(
     monkeypatch.setenv("TRTLLM_STAND_IN", "measure")
     run = Run(capfd, obedient, "-H", "localhost", "-t", "throughput", *SHORT)
     assert run.code == 0, run.stderr
-    assert clients.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
+    assert nvidia.unproxied({"no_proxy": "a,b"}, "h") == {"no_proxy": "a,b,h", "NO_PROXY": "h"}
 
 
 @pytest.mark.usefixtures("installed")
@@ -924,9 +960,9 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
     model = Path("models/Qwen").absolute()
     model.mkdir(parents=True)
     server = Endpoint("http://10.0.0.1:8000", "Qwen", str(model))
-    client = clients.BenchmarkServing(server, clients.Options(Path("share.json")))
+    client = nvidia.BenchmarkServing(server, clients.Options(Path("share.json")))
     assert client.mounts(Path("out")) == [Path("out").absolute(), model]
-    command = clients.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
+    command = nvidia.benchmark_serving(Case("x", 1, 1, 1), server, client.options, Path("/out/x"))
     assert command[command.index("--model") + 1] == str(model)
     assert command[command.index("--served-model-name") + 1] == "Qwen"
 
@@ -934,7 +970,7 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)
-    command = clients.benchmark_serving(
+    command = nvidia.benchmark_serving(
         case, server, clients.Options(Path("x"), seed=5), Path("/out/x.json")
     )
     assert command == [
@@ -1066,21 +1102,21 @@ def test_one_token_without_text_is_none_that_is_missing() -> None:
     assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]
     record = {"output_lens": [1], "errors": [""], "generated_texts": [""], "completed": 1,
               "total_input_tokens": 128}  # fmt: skip
-    assert clients.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
+    assert nvidia.judge(Case("prefill", 128, 1, 1), record, False)["valid"]
 
 
 def test_what_the_other_client_calls_zero_is_nothing() -> None:
     record = {"output_lens": [1], "errors": [""], "completed": 1, "total_input_tokens": 128,
               "mean_tpot_ms": 0.0, "p99_itl_ms": 0.0, "mean_ttft_ms": 5.0}  # fmt: skip
-    judged = clients.judge(Case("prefill", 128, 1, 1), record, False)
+    judged = nvidia.judge(Case("prefill", 128, 1, 1), record, False)
     assert (judged["mean_tpot_ms"], judged["p99_itl_ms"]) == (None, None)
     assert judged["mean_ttft_ms"] == 5.0
 
 
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
     record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
-    assert clients.end_to_end(record) == pytest.approx([0.7, 1.0])
-    assert clients.end_to_end({**record, "e2els": [9.0]}) == [9.0]
+    assert nvidia.end_to_end(record) == pytest.approx([0.7, 1.0])
+    assert nvidia.end_to_end({**record, "e2els": [9.0]}) == [9.0]
 
 
 def test_a_data_set_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -1152,26 +1188,24 @@ def test_where_no_report_can_be_written_it_is_shown(
 def test_benchmark_serving_on_a_server_that_hangs_is_ended(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STAND_IN", "slow=10")
-    began = time.monotonic()
-    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "0.2")
-    assert time.monotonic() - began < 5
-    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 0.8 s"]
+    monkeypatch.setenv("STAND_IN", "slow=1000")
+    run = Run(capfd, obedient, "-t", "throughput", *SHORT, "--timeout", "1")
+    assert run.last["runs"][0]["problems"] == ["benchmark_serving did not end within 4 s"]
 
 
 @pytest.mark.usefixtures("installed")
 def test_before_benchmark_serving_waits_for_hours_a_short_request_is_made(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    run = Run(capfd, lambda _: time.sleep(2), "-t", "latency", *SHORT, "--timeout", "0.3")
+    run = Run(capfd, lambda _: time.sleep(PATIENCE), "-t", "latency", *SHORT, "--timeout", "0.3")
     assert "does not answer even one short request" in run.last["runs"][0]["problems"][0]
     assert (len(run.last["runs"]), run.last["stopped"]) == (1, True)
     assert "benchmark_serving" not in run.stderr
 
 
 def test_how_long_benchmark_serving_may_take() -> None:
-    assert clients.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
-    assert clients.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
+    assert nvidia.longest(Case("x", 1, 1, 100, 4), 600) == 600 * 27
+    assert nvidia.longest(Case("x", 1, 1, 100, None, 2.0), 600) == 600 * 3 + 50
 
 
 def test_a_mean_keeps_no_list_of_millions() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from load.payload import LAST_ID
+from tests.conftest import wait_until
 from tests.engines import tiny_model
 from tests.engines.check import agrees, counters, main, serving
 from tests.engines.engines import VLLM, run
@@ -59,8 +59,7 @@ def test_an_engine_that_dies_says_why_and_leaves_nothing(tmp_path: Path) -> None
     ):
         pass
     child = Path("/proc", (tmp_path / "pid").read_text().strip())
-    time.sleep(0.2)
-    assert not child.exists() or not (child / "cmdline").read_bytes()  # a zombie at most
+    wait_until(lambda: not child.exists() or not (child / "cmdline").read_bytes())  # a zombie
 
 
 def test_an_unknown_engine_and_a_failed_install_are_sentences(

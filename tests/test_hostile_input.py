@@ -31,14 +31,15 @@ import save_image
 from common import settings
 from common.signals import SIGNALS
 from common.talk import Failure
-from launch import image, nodes
+from launch import image, nodes, order
 from launch import main as run_sbatch
-from launch.container import launch_command
-from launch.nodes import Step, launcher
+from launch.identity import launcher
+from launch.nodes import Step
+from launch.runtimes import runtime as find_runtime
 from load import endpoint, sharegpt
 from load.matrix import Case
 from report import __main__ as report
-from tests.conftest import archive, plan
+from tests.conftest import PATIENCE, archive, plan
 from tests.test_report import record as result
 from tests.test_smoke import smoke
 
@@ -121,32 +122,50 @@ def nobody_elsewhere(
 
 # --- words ----------------------------------------------------------------------------------------
 
-RECORD = '#!/bin/sh\nprintf \'%s\\0\' "$#" "${0##*/}" "$@" >>"$RECORD"\n'
+RECORD = r"""#!/bin/sh
+{ printf '%s\0' "$#" "${0##*/}" "$@"; /bin/cat; printf '\0'; } >>"$RECORD"
+"""
 
 
 @pytest.fixture(scope="module")
 def recorders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Programs that write down what they are called with, and do nothing."""
+    """Programs that write down what they are called with and their input, and do nothing."""
     folder = tmp_path_factory.mktemp("recorders")
-    for name in ("bash", "srun", "env", "aws", "sha256sum"):
+    for name in ("python3", "srun", "env", "aws", "sha256sum"):
         (folder / name).write_text(RECORD)
         (folder / name).chmod(0o755)
+    (folder / "cat").symlink_to("/bin/cat")
+    (folder / "sleep").symlink_to("/bin/true")
     return folder
 
 
-def as_bash_reads_it(text: bytes, recorders: Path, folder: Path) -> list[list[str]]:
-    """The commands of a dry run, as a shell takes them."""
-    (folder / "pasted").write_bytes(text)
+def as_bash_reads_it(
+    text: bytes, recorders: Path, folder: Path
+) -> list[tuple[list[str], dict[str, Any]]]:
+    """The commands of a dry run, as a shell takes them, and the orders that they send."""
+    (folder / "pasted").write_bytes(text.replace(os.fsencode(sys.executable), b"python3"))
     env = {"PATH": str(recorders), "RECORD": str(folder / "record")}
-    done = subprocess.run(["/bin/bash", "pasted"], env=env, capture_output=True, cwd=folder)
+    done = subprocess.run(
+        ["/bin/bash", "pasted"], env=env, stdin=subprocess.DEVNULL, capture_output=True, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     words = [os.fsdecode(w) for w in (folder / "record").read_bytes().split(b"\0")[:-1]]
     commands = []
     while words:
-        count = int(words[0])
-        commands.append(words[1 : count + 2])
-        del words[: count + 2]
+        end = int(words[0]) + 2
+        commands.append((words[1:end], sent_order(words[1:end], words[end])))
+        del words[: end + 1]
     return commands
+
+
+def sent_order(argv: list[str], text: str) -> dict[str, Any]:
+    """What follows the parts of the program, each of them as long as was said."""
+    sizes = argv[argv.index(order.BOOT) + 1 :]
+    parts = ["base", *(size.partition(":")[0] for size in sizes[1:])]
+    program = "".join(map(order.source, parts))
+    assert text.startswith(program)
+    assert sum(int(size.rpartition(":")[2]) for size in sizes) == len(os.fsencode(program))
+    return dict(json.loads(text[len(program) :]))
 
 
 @given(
@@ -168,13 +187,12 @@ def test_a_dry_run_read_by_bash_has_the_very_arguments(
         if code:
             assert says_why(code, err)
             return
-        if any(len(w.encode(errors="surrogateescape")) > 131_000 for w in [model, *serve]):
-            return  # no shell can pass that on; a launch says so
-        commands = as_bash_reads_it(out, recorders, folder)
+        commands, orders = zip(*as_bash_reads_it(out, recorders, folder), strict=True)
         engine = ["trtllm-serve", model, *serve, "--host", "0.0.0.0", "--port", "8000"]
-        assert commands[1][-len(engine) :] == engine
-        assert {command[0] for command in commands} <= {"bash", "env", "srun"}
-        assert [c[-1] for c in commands[2:]] == [launcher()]
+        assert [list(order) for order in orders] == [["Survey"], ["Serve"], ["Remove"]]
+        assert orders[1]["Serve"]["engine"] == engine
+        assert {command[0] for command in commands} == {"env" if slurm else "python3"}
+        assert orders[2]["Remove"] == {"launcher": launcher()}
         assert written(folder) == {"pasted", "record"}
 
 
@@ -193,17 +211,20 @@ def test_the_engine_gets_the_very_arguments(runtime: str, words: list[str]) -> N
             program.write_text(ENGINE)
             program.chmod(0o755)
         os.environ["PATH"] = f"{folder}/bin:/usr/bin:/bin"
-        command = launch_command(plan("trtllm-serve", *words, runtime=runtime), os.environ)
-        try:
-            step = Step(command, output=subprocess.DEVNULL)
-        except Failure as failure:
-            assert "Argument list too long" in failure.message and max(map(len, words)) > 4096
-            return
-        assert step.process.wait(10) == 0
+        made = plan("trtllm-serve", *words, runtime=runtime)
+        command = find_runtime(runtime).serve(made, made.replicas[0], os.environ)
+        with (folder / "log").open("wb") as log:
+            step = Step(command, output=log)
+        code = step.process.wait(PATIENCE)
         step.stop()
+        said = (folder / "log").read_text()
+        if max(len(os.fsencode(word)) for word in words) > 100_000:
+            assert code in (126, 127) and "Argument list too long" in said
+            return
+        assert (code, said) == (0, "")
         found = [os.fsdecode(w) for w in (folder / "record").read_bytes().split(b"\0")[:-1]]
         assert found[-len(words) :] == words
-        assert written(folder) == {"bin", "bin/trtllm-serve", "bin/docker", "record"}
+        assert written(folder) == {"bin", "bin/trtllm-serve", "bin/docker", "record", "log"}
 
 
 @given(words=st.lists(WORDS | st.sampled_from(["--dry-run", "-w", "--image", "-f"]), max_size=5))
@@ -270,8 +291,8 @@ def test_any_env_file(script: Any, text: bytes) -> None:
     with fresh() as folder:
         Path(".env").write_bytes(text)
         os.environ.update(HOST="127.0.0.1", PATH=str(folder))
-        args = {"run_sbatch": ["--dry-run", "m"], "bench": ["-p", "1"], "smoke": ["-p", "1"]}
-        code, _, err = call(script.main, *args.get(script.__name__, []))
+        args = {run_sbatch: ["--dry-run", "m"], bench: ["-p", "1"], smoke: ["-p", "1"]}
+        code, _, err = call(script.main, *args.get(script, []))
         assert "Traceback" not in err
         assert code == 0 or says_why(code, err) or script is smoke
         assert written(folder) <= {".env"}
@@ -363,8 +384,8 @@ def test_a_sidecar_that_lies(
         code, out, err = call(run_sbatch.main, "--dry-run", "--image", "./x.tar", "m")
         assert code == 0 or says_why(code, err)
         if not code:
-            launched = as_bash_reads_it(out, recorders, folder)[2]
-            assert re.fullmatch(r"[\w\[].*", launched[launched.index("trtllm-serve") - 1])
+            launched = as_bash_reads_it(out, recorders, folder)[2][1]["Serve"]
+            assert re.fullmatch(r"[\w\[].*", launched["image"])
         os.environ["PATH"] = "/usr/bin:/bin"
         code, _, err = call(save_image.main, "--verify", "x.tar")
         assert says_why(code, err)  # its sha256 is none

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 
 from common.talk import Failure
-from launch import image
-from launch.image import Image, find_image, is_pulled_anew, password_command, read_tarball
-from launch.nodes import Place, Told
+from launch import provide
+from launch.image import Image, find_image, is_pulled_anew, read_tarball
+from launch.node import messages
+from launch.node.messages import Error, Present, Progress, Waiting
+from launch.nodes import Place
+from launch.provide import password_command
 from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -368,7 +372,7 @@ def test_reading_leaves_no_process(fakes: Fakes, tmp_path: Path) -> None:
     assert fakes.processes() == {}
 
 
-# The scripts that a node runs
+# The orders that a node is given
 
 
 @pytest.fixture(params=SUFFIX)
@@ -383,11 +387,13 @@ def image_file(path: Path, codec: str = "gz", data: bytes | None = None) -> Imag
 
 
 def load(script: Callable[..., Script], found: Image, **env: str) -> Script:
-    return script(image.provide_command(found, HERE), **env)
+    return script(provide.provide_command(found, HERE), **env)
 
 
-def told(script: Script, key: str) -> list[str]:
-    return [t.value for t in map(Told, script.output.splitlines()) if t.key == key]
+def told(script: Script, kind: type) -> list[Any]:
+    """The fields of the messages of that kind; of one with a single field its value."""
+    values = [tuple(vars(each).values()) for each in script.told if isinstance(each, kind)]
+    return [value[0] if len(value) == 1 else value for value in values]
 
 
 def test_a_tarball_is_loaded(
@@ -396,7 +402,7 @@ def test_a_tarball_is_loaded(
     found = image_file(tmp_path / "a b's $x", codec)
     loading = load(script, found)
     assert loading.code() == 0
-    assert told(loading, "image") == list(found.ids)
+    assert told(loading, Present) == list(found.ids)
     assert fakes.images() == {TAG: found.ids[0]}
     fakes.nothing_is_left()
 
@@ -416,7 +422,7 @@ def test_an_image_that_is_known_is_not_loaded(
     fakes.hold_image(identity=found.ids[0])
     loading = load(script, found)
     assert loading.code() == 0
-    assert told(loading, "image") == list(found.ids)
+    assert told(loading, Present) == list(found.ids)
     assert fakes.calls("docker", "load") == []
 
 
@@ -448,7 +454,7 @@ def test_a_docker_that_needs_no_more_of_the_tarball_has_loaded_it(
     data = archive()
     fakes.set(reads=len(data))
     loading = load(script, image_file(tmp_path / "x", "none", data + bytes(4_000_000)))
-    assert (loading.code(), told(loading, "error")) == (0, [])
+    assert (loading.code(), told(loading, Error)) == (0, [])
 
 
 def test_what_turns_out_to_be_another_image_is_an_error(
@@ -457,7 +463,7 @@ def test_what_turns_out_to_be_another_image_is_an_error(
     fakes.set(loads="sha256:other")
     loading = load(script, image_file(tmp_path / "x"))
     assert loading.code() == 1
-    assert "is not the image that it should hold" in told(loading, "error")[0]
+    assert "is not the image that it should hold" in told(loading, Error)[0]
 
 
 def test_a_load_that_fails_is_told_in_dockers_words(
@@ -467,7 +473,7 @@ def test_a_load_that_fails_is_told_in_dockers_words(
     big = archive(manifest=[{"Config": "x.json", "RepoTags": [TAG], "Layers": []}])
     loading = load(script, image_file(tmp_path / "x", codec, big * 3))
     assert loading.code() == 1
-    assert told(loading, "error") == ["docker load: write /layer.tar: no space left on device"]
+    assert told(loading, Error) == ["docker load: write /layer.tar: no space left on device"]
     fakes.nothing_is_left()
 
 
@@ -484,7 +490,7 @@ def test_a_tarball_that_does_not_unpack_is_blamed(
     found.tarball.write_bytes(spoiled[spoil])
     loading = load(script, found)
     assert loading.code() == 1
-    assert f"{tmp_path}/x is truncated or corrupt: " in told(loading, "error")[0]
+    assert f"{tmp_path}/x is truncated or corrupt: " in told(loading, Error)[0]
     if spoil != "middle":
         assert fakes.images() == {}
     fakes.nothing_is_left()
@@ -498,7 +504,7 @@ def test_a_truncated_plain_tar_is_an_error_of_docker(
     found.tarball.write_bytes(found.tarball.read_bytes()[:100_000])
     loading = load(script, found)
     assert loading.code() == 1
-    assert "unexpected EOF" in told(loading, "error")[0]
+    assert "unexpected EOF" in told(loading, Error)[0]
 
 
 def test_a_tarball_that_the_node_does_not_see_is_told(
@@ -506,19 +512,20 @@ def test_a_tarball_that_the_node_does_not_see_is_told(
 ) -> None:
     loading = load(script, Image(TAG, tmp_path / "it's not", "gz", ("sha256:x",)))
     assert loading.code() == 1
-    assert told(loading, "error") == [f"cannot read {tmp_path}/it's not"]
+    why = f"cannot read {tmp_path}/it's not: No such file or directory"
+    assert told(loading, Error) == [why]
     fakes.nothing_is_left()
 
 
 def test_progress_is_told_and_the_end_of_input_kills_the_load(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:
-    fakes.set(load_delay=60)
+    fakes.set(load_delay=600)
     loading = load(script, image_file(tmp_path / "x"))
-    loading.until(lambda: told(loading, "progress"))
-    assert 0 < int(told(loading, "progress")[0]) <= (tmp_path / "x").stat().st_size
+    loading.until(lambda: told(loading, Progress))
+    assert 0 < told(loading, Progress)[0] <= (tmp_path / "x").stat().st_size
     loading.close()
-    assert loading.code(3) == 143
+    assert loading.code() == 143
     assert fakes.images() == {}
     fakes.nothing_is_left()
 
@@ -527,11 +534,11 @@ def test_progress_is_told_and_the_end_of_input_kills_the_load(
 def test_a_signal_kills_the_load(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path, signum: int
 ) -> None:
-    fakes.set(load_delay=60)
+    fakes.set(load_delay=600)
     loading = load(script, image_file(tmp_path / "x"))
     loading.until(lambda: fakes.calls("docker", "load"))
     loading.process.send_signal(signum)
-    assert loading.code(3) == 143
+    assert loading.code() == 143
     loading.close()
     fakes.nothing_is_left()
 
@@ -545,11 +552,11 @@ def test_loads_on_a_node_wait_for_each_other(
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         loading = load(script, found)
-        loading.until(lambda: told(loading, "waiting"))
+        loading.until(lambda: told(loading, Waiting))
         assert fakes.calls("docker", "load") == []
         if not proceed:
             loading.close()
-            assert loading.code(3) == 143
+            assert loading.code() == 143
             fakes.nothing_is_left()
             return
     finally:
@@ -566,7 +573,7 @@ PASSWORD = "pass word$(id)'"
 def test_an_image_is_pulled(fakes: Fakes, script: Callable[..., Script]) -> None:
     pulling = load(script, PUBLIC)
     assert pulling.code() == 0
-    assert told(pulling, "image") == ["sha256:abc"]
+    assert told(pulling, Present) == ["sha256:abc"]
     assert fakes.calls("docker", "login") == []
     fakes.nothing_is_left()
 
@@ -575,17 +582,17 @@ def test_a_pull_that_fails_is_told(fakes: Fakes, script: Callable[..., Script]) 
     fakes.set(no_manifest=True)
     pulling = load(script, PUBLIC)
     assert pulling.code() == 1
-    assert "docker pull nvcr.io/x:1: Error response" in told(pulling, "error")[0]
-    assert "manifest unknown" in told(pulling, "error")[0]
+    assert "docker pull nvcr.io/x:1: Error response" in told(pulling, Error)[0]
+    assert "manifest unknown" in told(pulling, Error)[0]
     fakes.nothing_is_left()
 
 
 def test_the_end_of_input_kills_a_pull(fakes: Fakes, script: Callable[..., Script]) -> None:
-    fakes.set(pull_delay=60)
+    fakes.set(pull_delay=600)
     pulling = load(script, PUBLIC)
     pulling.until(lambda: fakes.calls("docker", "pull"))
     pulling.close()
-    assert pulling.code(3) == 143
+    assert pulling.code() == 143
     fakes.nothing_is_left()
 
 
@@ -613,17 +620,17 @@ def test_a_password_is_in_no_argument_and_in_no_file_that_stays(
 def test_a_denied_login_is_told(fakes: Fakes, script: Callable[..., Script]) -> None:
     pulling = log_in(fakes, script, denied=True)
     assert pulling.code() == 1
-    assert told(pulling, "error")[0].startswith(f"docker login {ECR}: Error response from daemon")
+    assert told(pulling, Error)[0].startswith(f"docker login {ECR}: Error response from daemon")
 
 
 @pytest.mark.parametrize("moment", ["login", "pull"])
 def test_the_end_of_input_leaves_no_password(
     fakes: Fakes, script: Callable[..., Script], moment: str
 ) -> None:
-    pulling = log_in(fakes, script, login_delay=0.2, pull_delay=60)
+    pulling = log_in(fakes, script, login_delay=0.2, pull_delay=600)
     pulling.until(lambda: fakes.calls("docker", moment))
     pulling.close()
-    assert pulling.code(3) in (1, 143, -signal.SIGTERM)
+    assert pulling.code() in (1, 143, -signal.SIGTERM)
     fakes.nothing_is_left()
     assert list(fakes.temporary.iterdir()) == []
 
@@ -633,9 +640,15 @@ def test_forgetting_takes_only_that_tag(fakes: Fakes, tag: str) -> None:
     fakes.hold_image(tag)
     fakes.hold_image("strangers:1")
     for _ in range(2):
-        command = image.forget_command(Image(tag), HERE)
-        done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (0, "")
+        command = provide.forget_command(Image(tag), HERE)
+        done = subprocess.run(
+            command.argv,
+            input=command.text,
+            env=fakes.environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(fakes.images()) == ["strangers:1"]
 
 
@@ -651,31 +664,31 @@ def on_path(fakes: Fakes) -> Fakes:
 def test_providing_says_when_it_is_there(
     on_path: Fakes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    image.provide(image_file(tmp_path / "x"), HERE)
-    assert "image: local: there after 0." in capfd.readouterr().err
+    provide.provide(image_file(tmp_path / "x"), HERE)
+    assert re.search(r"image: local: there after \d+\.\d s\n", capfd.readouterr().err)
 
 
 def test_providing_names_the_node_where_it_failed(on_path: Fakes, tmp_path: Path) -> None:
     on_path.set(full=True)
     with pytest.raises(Failure, match=r"^local: docker load: .*no space left") as failure:
-        image.provide(image_file(tmp_path / "x"), HERE)
+        provide.provide(image_file(tmp_path / "x"), HERE)
     assert "make save" in failure.value.hint
 
 
 def test_a_node_that_says_nothing_has_no_image(on_path: Fakes, tmp_path: Path) -> None:
-    on_path.program("bash", "print('out of memory'); raise SystemExit(1)")
+    on_path.program("silent", "print('out of memory'); raise SystemExit(1)")
     with pytest.raises(Failure, match="reached 0 of 1 nodes: out of memory"):
-        image.provide(image_file(tmp_path / "x"), HERE)
+        provide.provide(image_file(tmp_path / "x"), Place("1", 1, ("silent",)))
 
 
 def test_a_password_that_aws_does_not_give_is_told_in_its_words(on_path: Fakes) -> None:
     on_path.set(no_credentials=True)
     with pytest.raises(Failure, match=r"aws ecr .* exit code 253: Unable to locate credentials"):
-        image.provide(PRIVATE, HERE)
+        provide.provide(PRIVATE, HERE)
 
 
 def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[str]) -> None:
-    image.provide(PRIVATE, HERE)
+    provide.provide(PRIVATE, HERE)
     assert f"{ECR} {PASSWORD} " in (on_path.home / "login").read_text()
     out, err = capfd.readouterr()
     assert "pass word" not in out + err
@@ -689,10 +702,10 @@ def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[
 def test_nodes_with_different_images_cannot_both_be_right(
     on_path: Fakes, ids: tuple[str, str], registry: str, fails: bool
 ) -> None:
-    lines = "".join(f"n{i}\timage\t{each}\n" for i, each in enumerate(ids))
-    on_path.program("bash", f"print({lines!r})")
+    nodes = [json.dumps({"node": f"n{i}", "Present": {"id": x}}) for i, x in enumerate(ids)]
+    on_path.program("two-nodes", f"print(*{nodes!r}, sep=chr(10))")
     try:
-        image.provide(Image("x:1", registry=registry), Place("1", 2, ()))
+        provide.provide(Image("x:1", registry=registry), Place("1", 2, ("two-nodes",)))
     except Failure as failure:
         assert fails and "the nodes hold different images under x:1" in failure.message
     else:
@@ -703,17 +716,17 @@ def test_progress_is_a_line_a_node_now_and_then(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("launch.image.time.monotonic", lambda: clock[0])
-    progress = image.Progress(181_000_000)
+    monkeypatch.setattr("launch.provide.time.monotonic", lambda: clock[0])
+    progress = provide.Progress(181_000_000)
     for second in range(1, 13):
         clock[0] = second
-        progress.show(Told(f"n1\tprogress\t{second * 10_000_000}"))
-    progress.show(Told("n1\twaiting\tanother image is being loaded"))
+        progress.show("n1", messages.Progress(second * 10_000_000))
+    progress.show("n1", messages.Waiting())
     progress.done("n1")
     lines = [line.partition("] ")[2] for line in capfd.readouterr().err.splitlines()]
     assert lines == [
         "image: n1: 50 of 181 MB, 10 MB/s, 5 s",
         "image: n1: 100 of 181 MB, 10 MB/s, 10 s",
-        "image: n1: waiting another image is being loaded",
+        "image: n1: waiting, another image is being loaded",
         "image: n1: there after 12.0 s",
     ]

@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 
@@ -23,6 +23,7 @@ from load.answer import Outcome
 from load.loadgen import measure, merged, shards_for
 from load.loop import arrivals
 from load.target import CutShort, Load, LoadError, Result, Target
+from tests.conftest import PATIENCE
 from tests.loopback import (
     DONE,
     HEAD,
@@ -76,24 +77,33 @@ def usual(request: Request) -> None:
 
 
 def test_times_of_a_stream() -> None:
+    sent: list[int] = []
+
     def slow(request: Request) -> None:
         time.sleep(0.05)
-        request.send(HEAD + chunk(token()), chunk(token()), chunk(token()), pause=0.02)
+        for piece in (HEAD + chunk(token()), chunk(token()), chunk(token())):
+            sent.append(time.time_ns())
+            request.send(piece, pause=0.02)
         request.send(chunk(usage(4, 3)) + chunk(DONE) + LAST)
 
     (out,) = put(slow)
     assert not out.error
-    assert 50 <= (out.first - out.sent) / MS < 70
-    assert all(19 < gap < 40 for gap in out.gaps)
+    assert (out.first - out.sent) / MS >= 50
+    arrived = accumulate(out.gaps, initial=out.first / MS)
+    # A machine that stands still between the server's look at the clock and its sending is rare.
+    assert statistics.median(a - s / MS for a, s in zip(arrived, sent, strict=True)) < 10
     assert (out.output_tokens, out.events) == (3, 3)
 
 
 def test_the_clients_own_delay_is_not_the_servers() -> None:
     """It looks up four times a second, and oversleeps as the tokens come: the kernel does not."""
 
+    sent: list[int] = []
+
     def answer(request: Request) -> None:
         time.sleep(0.3)
         request.send(stream())
+        sent.append(time.time_ns())
 
     def oversleep(*_: int) -> None:
         if server.requests:
@@ -103,8 +113,9 @@ def test_the_clients_own_delay_is_not_the_servers() -> None:
         load = Load(Target("127.0.0.1", server.port), "/v1/completions", Body(), 1, 1)
         result = measure(load, oversleep)
     (out,) = result.outcomes
-    assert 300 <= (out.first - out.sent) / MS < 340
-    assert max(result.lags) / 10 > 100  # and it says how late it was
+    assert (out.first - out.sent) / MS >= 300
+    assert (out.first - sent[0]) / MS < max(result.lags) / 10 / 2  # what it says of its lateness
+    assert max(result.lags) / 10 > 100
 
 
 def test_without_stamps_from_the_kernel_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +123,7 @@ def test_without_stamps_from_the_kernel_it_says_so(monkeypatch: pytest.MonkeyPat
     with serving(lambda r: obedient(r, 0.03)) as server:
         result = load_on(server, 2)
     assert not result.kernel_stamps
-    assert all(30 <= (o.first - o.sent) / MS < 60 for o in result.outcomes)
+    assert all(30 <= (o.first - o.sent) / MS <= (o.last - o.sent) / MS for o in result.outcomes)
 
 
 def test_a_closed_loop_keeps_its_number_of_streams() -> None:
@@ -123,11 +134,19 @@ def test_a_closed_loop_keeps_its_number_of_streams() -> None:
     assert sorted(o.index for o in result.outcomes) == list(range(20))
 
 
-def test_connections_are_open_before_the_clock_starts() -> None:
+def test_connections_are_open_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = connection.Stream.open
+
+    def slow(stream: connection.Stream) -> None:
+        time.sleep(0.25)
+        real(stream)
+
+    monkeypatch.setattr(connection.Stream, "open", slow)
     with serving(usual) as server:
         result = load_on(server, 8, 8)
     assert server.connections == 8
-    assert max((o.sent - o.intended) / MS for o in result.outcomes) < 50
+    late = [(o.sent - o.intended) / MS for o in result.outcomes]
+    assert max(late) < 1000  # it took twice that to open them
 
 
 def test_it_leaves_the_process_as_it_was() -> None:
@@ -172,15 +191,17 @@ def test_a_server_that_says_it_closes_is_connected_to_again() -> None:
 def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
     def answer(request: Request) -> None:
         if request.on_connection == 2:  # the request had been on its way when the server closed
+            closed.append(time.time_ns())
             request.socket.shutdown(socket.SHUT_RDWR)
         else:
             time.sleep(0.02)
             request.send(stream())
 
+    closed: list[int] = []
     outcomes = put(answer, 3)
     assert [(o.error, o.output_tokens) for o in outcomes] == [("", 3)] * 3
     assert [o.retried for o in outcomes] == [False, True, True]
-    assert all((o.first - o.sent) / MS < 60 for o in outcomes)
+    assert all(o.sent > at for o, at in zip(outcomes[1:], closed, strict=True))
 
 
 def test_a_fresh_connection_that_breaks_is_not_tried_again() -> None:
@@ -204,12 +225,12 @@ def test_an_answer_may_come_before_the_request_is_read() -> None:
             with connection:
                 connection.recv(1000)
                 connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
-                done.wait(10)
+                done.wait(PATIENCE)
 
         done = threading.Event()
         threading.Thread(target=refuse, daemon=True).start()
         target = Target("127.0.0.1", listener.getsockname()[1])
-        (out,) = measure(Load(target, "/", Body(3_000_000), 1, timeout=3)).outcomes
+        (out,) = measure(Load(target, "/", Body(3_000_000), 1, timeout=PATIENCE)).outcomes
         done.set()
     assert out.error == "HTTP 413: (empty body)"
 
@@ -270,12 +291,14 @@ def test_what_is_not_http() -> None:
 def test_a_request_that_takes_too_long_fails_and_the_rest_goes_on() -> None:
     def answer(request: Request) -> None:
         if request.number == 1:
-            time.sleep(1.5)
+            over.wait(PATIENCE)
         request.send(stream())
 
-    outcomes = put(answer, 3, timeout=0.3)
+    over = threading.Event()
+    outcomes = put(answer, 3, timeout=1.5)
+    over.set()
     assert [bool(o.error) for o in outcomes] == [True, False, False]
-    assert "within 0.3 s" in outcomes[0].error
+    assert "within 1.5 s" in outcomes[0].error
 
 
 def test_a_server_that_is_gone_between_two_requests() -> None:
@@ -335,7 +358,7 @@ def test_an_open_loop_sends_at_its_own_times() -> None:
     late = [(o.sent - o.intended) / MS for o in result.outcomes]
     assert not any(o.error for o in result.outcomes)
     assert server.most_in_flight > 15  # it did not wait for answers
-    assert statistics.median(late) < 2
+    assert statistics.median(late) < 200  # nor for a single one: 30 would take 6 s
 
 
 def test_at_its_limit_of_streams_an_open_loop_is_late_and_says_so() -> None:
@@ -393,7 +416,7 @@ def test_https_works_and_says_whose_times_it_has(certificate: ssl.SSLContext) ->
         result = measure(Load(target, "/v1/completions", Body(), 4, 2))
     assert [o.error for o in result.outcomes] == [""] * 4
     assert not result.kernel_stamps
-    assert all(30 <= (o.first - o.sent) / MS < 60 for o in result.outcomes)
+    assert all(30 <= (o.first - o.sent) / MS <= (o.last - o.sent) / MS for o in result.outcomes)
 
 
 def test_an_untrusted_certificate_is_refused(certificate: ssl.SSLContext) -> None:
@@ -413,17 +436,15 @@ def test_the_key_is_sent_and_no_more_than_needed() -> None:
 
 @pytest.mark.parametrize(("streams", "shards"), [(1, 1), (3, 1), (4, 2)])
 def test_a_server_that_hangs_is_given_up(streams: int, shards: int) -> None:
-    began = time.monotonic()
-    with serving(lambda _: time.sleep(1)) as server:
+    with serving(lambda _: time.sleep(PATIENCE)) as server:
         result = load_on(server, 40, streams, timeout=0.2, shards=shards)
-    assert time.monotonic() - began < 4
     assert result.cut.startswith("the server hangs")
     assert len(result.outcomes) < 40
 
 
 def six_then_nothing(request: Request) -> None:
     if request.number > 6:
-        time.sleep(5)
+        time.sleep(PATIENCE)
     request.send(stream())
 
 
@@ -449,9 +470,10 @@ def test_what_was_measured_before_a_signal_is_kept(shards: int, same_signals: No
 def test_a_run_whose_last_requests_take_too_long_has_results() -> None:
     def answer(request: Request) -> None:
         if request.number > 2:
-            time.sleep(1)
+            over.wait(PATIENCE)
         request.send(stream())
 
-    assert [bool(o.error) for o in put(answer, 4, streams=2, timeout=0.2)] == [False] * 2 + [
-        True
-    ] * 2
+    over = threading.Event()
+    outcomes = put(answer, 4, streams=2, timeout=1.5)
+    over.set()
+    assert [bool(o.error) for o in outcomes] == [False] * 2 + [True] * 2

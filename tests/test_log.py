@@ -18,6 +18,7 @@ def log(tmp_path: Path) -> Iterator[Log]:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/x.log").write_text("an earlier launch\n")
     log = Log(tmp_path / "logs/x.log")
+    log.show(b"")
     yield log
     log.close()
 
@@ -127,3 +128,45 @@ def test_a_log_that_somebody_removes_stops_nothing(log: Log) -> None:
     write(log, b"one\n")
     assert log.pump() == b"one\n"
     assert log.tail() == "one"
+
+
+def test_a_log_is_shown_from_the_ready_word_on(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(tmp_path / "x.log")
+    with open(os.dup(1), "w") as out:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", out)
+        write(log, b"loading\nready now\nGET\n")
+        assert log.pump() == b"loading\nready now\nGET\n"
+        assert log.last_line == "GET"
+        assert capfdbinary.readouterr().out == b""
+        log.show(b"ready")
+        write(log, b"POST\n")
+        log.pump()
+        log.show(b"ready")
+    assert capfdbinary.readouterr().out == b"ready now\nGET\nPOST\n"
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "srun: cluster configuration lacks support for cpu binding",
+        "srun: Job step aborted: Waiting up to 32 seconds for job step to finish.",
+        "slurmstepd-n1: error: *** STEP 6.1 ON n1 CANCELLED AT 2026-11-28T08:14:52 ***",
+        "slurmstepd: error: *** JOB 4 ON n1 CANCELLED AT 2026-11-28T08:14:52 ***",
+        "srun: launch/slurm: _step_signal: Terminating StepId=77.1",
+    ],
+)
+def test_slurms_noise_is_in_the_file_only(
+    log: Log,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    noise: str,
+) -> None:
+    with open(os.dup(1), "w") as out:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", out)
+        write(log, f"a\n{noise}\nsrun: error: n1: task 0: Exited\n".encode())
+        log.pump()
+    assert capfdbinary.readouterr().out == b"a\nsrun: error: n1: task 0: Exited\n"
+    assert noise in log.tail()

@@ -60,6 +60,7 @@ def test_values_arrive_intact_from_the_command_line(checkout: Path, value: str) 
         "run_sbatch.py", value, "--tp_size", value]  # fmt: skip
     assert make(checkout, "test", f"HOST={value}") == ["test.py", "--host", value]
     assert make(checkout, "docker", f"IMAGE={value}") == ["build", "--tag", value, "."]
+    assert make(checkout, "why", f"LOG={value}") == ["run_sbatch.py", "--why", value]
     assert make(checkout, "soak", f"HOURS={value}") == [
         "-m", "tests.cluster.soak", "--hours", value]  # fmt: skip
 
@@ -76,6 +77,8 @@ TARGETS = {
     "stop": ["run_sbatch.py", "--stop"],
     "status": ["run_sbatch.py", "--status"],
     "logs": ["run_sbatch.py", "--logs"],
+    "why": ["run_sbatch.py", "--why"],
+    "causes": ["-m", "launch.cause_table", "docs/troubleshooting.md"],
     "test": ["test.py"],
     "save": ["save_image.py"],
     "load": ["save_image.py", "--load", "tensorrt-llm-serve-latest.tar.gz"],

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from common.talk import Failure
-from launch import manage
-from launch.nodes import here, launcher, process_start
-from tests.conftest import Fakes, plan
+from launch import manage, records
+from launch.identity import here, launcher, process_start
+from tests.conftest import PATIENCE, Fakes, plan
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -65,8 +65,8 @@ def name_of(process: subprocess.Popen[bytes]) -> str:
 
 def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
     path = logs / "run_local1.json"
-    manage.write_record(path, plan("trtllm-serve", "it's"), URL, logs / "x.log")
-    assert manage.read_record(path) == {
+    records.write_record(path, plan("trtllm-serve", "it's"), URL, logs / "x.log")
+    assert records.read_record(path) == {
         "job": "local1",
         "launcher": launcher(),
         "url": URL,
@@ -75,7 +75,7 @@ def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
         "owner": os.geteuid(),
         "alive": True,
     }
-    manage.remove_records(path, logs / "none.json")
+    records.remove_records(path, logs / "none.json")
     assert list(logs.iterdir()) == []
 
 
@@ -85,7 +85,7 @@ def test_of_two_launches_of_a_job_the_second_is_refused(
     path = record(logs, "local1", name_of(child))
     before = path.read_text()
     with pytest.raises(Failure, match=rf"job local1 .* process {child.pid} on "):
-        manage.write_record(path, plan(), URL, logs / "x.log")
+        records.write_record(path, plan(), URL, logs / "x.log")
     assert path.read_text() == before
     assert list(logs.iterdir()) == [path]
 
@@ -94,13 +94,13 @@ def test_logs_that_cannot_be_written_to_are_told(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.write_text("a file")
     with pytest.raises(Failure, match=f"{logs} cannot be written to: ") as failure:
-        manage.write_record(logs / "run_local1.json", plan(), URL, logs / "x.log")
+        records.write_record(logs / "run_local1.json", plan(), URL, logs / "x.log")
     assert "--workspace" in failure.value.hint
 
 
 def test_the_record_of_a_launch_that_was_killed_is_replaced(logs: Path) -> None:
     path = record(logs, "local1", DEAD)
-    manage.write_record(path, plan(), URL, logs / "x.log")
+    records.write_record(path, plan(), URL, logs / "x.log")
     assert json.loads(path.read_text())["launcher"] == launcher()
     assert list(logs.iterdir()) == [path]
 
@@ -109,7 +109,7 @@ def test_the_record_of_a_launch_that_was_killed_is_replaced(logs: Path) -> None:
 def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
     (logs / "endpoint.json").write_text("{")
     paths = [record(logs, "77", who), logs / "endpoint.json"]
-    manage.remove_records(*paths)
+    records.remove_records(*paths)
     assert all(path.exists() for path in paths)
 
 
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_removed_is_said(
 ) -> None:
     """A server is stopped all the same, whose clean-up goes on after it."""
     path = record(logs, "local1", launcher())
-    manage.remove_records(path)
+    records.remove_records(path)
     assert f"{path} could not be removed: Read-only file system" in capfd.readouterr().err
 
 
@@ -145,10 +145,10 @@ def test_a_record_is_judged_by_the_jobs_of_its_owner(
         asked.append(user)
         return {"7"} if user == "12345" else set()
 
-    monkeypatch.setattr(manage, "jobs_of", jobs_of)
+    monkeypatch.setattr(records, "jobs_of", jobs_of)
     for job in ("7", "8"):
         os.chown(record(logs, job, ELSEWHERE), 12345, -1)
-    assert [found["job"] for found in manage.records(logs)] == ["7"]
+    assert [found["job"] for found in records.records(logs)] == ["7"]
     assert asked == ["12345"]
 
 
@@ -160,7 +160,7 @@ def test_a_dead_record_that_stays_keeps_nobody_waiting(
     record(logs, "1", DEAD)
     record(logs, "local5", name_of(child))
     assert manage.stop(logs) == 0
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 def test_nothing_runs_from_an_empty_workspace(
@@ -212,7 +212,7 @@ def test_a_launcher_that_lives_here_is_told_and_waited_for(
 ) -> None:
     record(logs, "local5", name_of(child))
     assert manage.stop(logs) == 0
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 @pytest.mark.parametrize("we_are_root", [True, False])
@@ -253,7 +253,7 @@ def test_a_launch_that_we_may_not_stop_keeps_no_other_from_it(
     monkeypatch.setattr(manage, "tell", refuse_first)
     with pytest.raises(Failure, match=r"^1 is theirs$"):
         manage.stop(logs)
-    assert child.wait(5) == 143
+    assert child.wait(PATIENCE) == 143
 
 
 def test_a_launcher_that_ends_in_that_very_moment_is_no_error(

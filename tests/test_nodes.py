@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -21,21 +22,14 @@ from common import talk
 from common.settings import SETTINGS, load_env_files, setting
 from common.talk import Failure
 from launch import nodes
-from launch.nodes import (
-    HOLD,
-    LEAKS,
-    TELL,
-    Step,
-    Told,
-    find_place,
-    here,
-    is_alive,
-    last_words,
-    launcher,
-    process_start,
-    shown,
-)
-from tests.conftest import HOSTILE, Fakes, Script, wait_until
+from launch.identity import here, is_alive, launcher, process_start
+from launch.node.bare import Run
+from launch.node.images import Load
+from launch.node.messages import Error, Present
+from launch.nodes import LEAKS, Step, find_place
+from launch.order import Command, parse
+from launch.slurm import last_words
+from tests.conftest import HOSTILE, PATIENCE, Fakes, Script, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -61,54 +55,41 @@ def test_the_last_words_are_not_slurms_postscript(text: str, lines: int, words: 
     assert last_words(text, lines) == words
 
 
-def test_a_long_script_is_named_and_a_short_one_shown() -> None:
-    assert shown(["bash", "-c", "x" * 200, "name", "a b"]) == "bash -c ... name 'a b'"
-    assert shown(["bash", "-c", "exit 1"]) == "bash -c 'exit 1'"
-    assert shown(["bash", "-c"]) == "bash -c"
-
-
-def test_showing_a_command_does_not_change_it() -> None:
-    command = ["bash", "-c", "x" * 200]
-    shown(command)
-    assert command[2] == "x" * 200
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_shown_command_is_what_a_shell_would_take(name: str) -> None:
-    assert shlex.split(shown(["docker", "run", name])) == ["docker", "run", name]
-
-
-def test_a_script_is_one_line_that_says_the_same() -> None:
-    text = nodes.script("\n  a=1;\n\n  if true; then\n    echo $a;\n  fi;\n")
-    assert text == "a=1; if true; then echo $a; fi;"
-
-
 @pytest.mark.parametrize(
-    ("line", "parts"),
+    ("line", "told"),
     [
-        ("n1\tgpus\t8\n", ("n1", "gpus", "8")),
-        ("n1\tgpus\t\n", ("n1", "gpus", "")),
-        ("n1\terror\t a  b \n", ("n1", "error", "a  b")),
-        ("talk\n", ("", "", "")),
-        ("n1\tgpus\n", ("", "", "")),
-        ("n1\ta\tb\tc\n", ("", "", "")),
-        ("", ("", "", "")),
+        ('{"node": "n1", "Error": {"why": "a  b"}}\n', ("n1", Error("a  b"))),
+        ('{"Error": {"why": ""}, "node": "n1"}', ("n1", Error(""))),
+        ("talk\n", ("", None)),
+        ('{"node": "n1"}', ("", None)),
+        ('{"node": "n1", "Unheard": {}}', ("", None)),
+        ('{"node": "n1", "Error": {"what": ""}}', ("", None)),
+        ('{"node": "n1", "Error": {"why": ""}, "Up": {}}', ("", None)),
+        ('{"node": "n1", "Error": []}', ("", None)),
+        ("[" * 100_000, ("", None)),
+        ("7", ("", None)),
+        ("", ("", None)),
     ],
 )
-def test_what_is_not_three_columns_is_talk(line: str, parts: tuple[str, str, str]) -> None:
-    told = Told(line)
-    assert (told.node, told.key, told.value) == parts
-    assert told.line == line.rstrip("\n")
+def test_what_is_no_message_is_talk(line: str, told: tuple[str, object]) -> None:
+    found = parse(line)
+    assert (found.node, found.message) == told
+    assert found.line == line.rstrip("\n")
 
 
-@pytest.mark.parametrize("value", [*HOSTILE, "a\tb", "%s%n", "\\n", ""])
+@pytest.mark.parametrize("value", [*HOSTILE, "a\tb", "%s%n", "\\n", "", "\udcff"])
 def test_a_node_tells_any_value_on_one_line(fakes: Fakes, value: str) -> None:
-    command = ["bash", "-c", TELL + ' tell key "$1"', "tell", value]
-    done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
-    told = Told(done.stdout)
+    command = Command([], Load(value, "t", [], "", "none"))  # it is told that it cannot be read
+    done = run_order(command, fakes)
     assert done.stdout.count("\n") == 1
-    assert (told.node, told.key) == ("local", "key")
-    assert told.value == value.replace("\n", " ").replace("\t", " ").strip()
+    told = parse(done.stdout)
+    assert told.node == "local"
+    assert told.message == Error(f"cannot read {value}: No such file or directory")
+
+
+def run_order(command: Command, fakes: Fakes) -> subprocess.CompletedProcess[str]:
+    env = fakes.environment()
+    return subprocess.run(command.argv, input=command.text, env=env, capture_output=True, text=True)
 
 
 def test_without_slurm_commands_run_here() -> None:
@@ -197,10 +178,14 @@ def test_what_slurm_has_ended_is_told_by_what_slurm_says(said: str, why: str) ->
     assert why in failure.value.message
 
 
-def test_run_returns_what_a_command_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_returns_what_a_command_printed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert nodes.run(["sh", "-c", "cat; echo out; echo err >&2"]) == "out\n"
-    err = capfd.readouterr().err
-    assert "] $ sh -c 'cat; echo out" in err
+    assert capfd.readouterr().err == ""  # a command is for the log, or -v
+    monkeypatch.setattr(talk.Record, "verbose", True)
+    nodes.run(["sh", "-c", "cat; echo out; echo err >&2"])
+    assert "] $ sh -c 'cat; echo out" in capfd.readouterr().err
 
 
 def test_a_failed_command_is_told_with_its_code_and_words() -> None:
@@ -310,12 +295,29 @@ def test_nobody_is_called_dead_on_thin_evidence(who: str) -> None:
     assert is_alive(who.replace("HERE", here())) is None
 
 
+@dataclass
+class Plain:
+    """A command that is no order, for a Step."""
+
+    argv: list[str]
+    text: str = ""
+
+    def shown(self, more: str = "") -> str:
+        return more
+
+
+def step_of(*argv: str, secret: str = "") -> Step:
+    return Step(cast(Command, Plain([*argv])), secret=secret)
+
+
+BARE = Run(["bash", "-c", "trap 'exit 0' TERM; echo up; sleep 60 & wait"])
+
+
 @pytest.mark.parametrize("signum", [None, signal.SIGTERM])
-def test_a_held_script_ends_with_its_standard_input(
+def test_a_held_order_ends_with_its_standard_input(
     script: Callable[..., Script], fakes: Fakes, signum: int | None
 ) -> None:
-    text = HOLD + " trap 'echo told; exit 143' TERM; echo up; sleep 60 & wait $!; kill $!"
-    held = script(["bash", "-c", text.replace("told;", "told; kill %%;")])
+    held = script(Command([], BARE))
     held.until_said("up")
     held.type("not the end\n")
     if signum is None:
@@ -323,24 +325,25 @@ def test_a_held_script_ends_with_its_standard_input(
     else:
         held.process.send_signal(signum)
     assert held.code() == 143
-    assert held.output == "up\ntold\n"
+    assert held.output == "up\n"
     if signum is not None:
         held.close()
     fakes.nothing_is_left()
 
 
-def test_a_held_script_that_ends_by_itself_leaves_no_watcher(
+def test_a_held_order_that_ends_by_itself_leaves_nothing(
     script: Callable[..., Script], fakes: Fakes
 ) -> None:
-    assert script(["bash", "-c", HOLD + " exit 5"]).code() == 5
+    assert script(Command([], Run(["sh", "-c", "exit 5"]))).code() == 5
     fakes.nothing_is_left()
 
 
-def test_a_step_gives_its_secret_first_and_ends_when_let_go(fakes: Fakes) -> None:
+def test_a_step_gives_its_secret_after_its_order_and_ends_when_let_go(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
-    step = Step(["sh", "-c", "read -r x; printf 'n\\tk\\t%s\\n' \"$x\"; cat"], secret="a b")
-    told = next(step.told())
-    assert (told.node, told.key, told.value) == ("n", "k", "a b")
+    told = """read -r x; printf '{"node": "n", "Present": {"id": "%s"}}\\n' "$x"; cat"""
+    step = step_of("sh", "-c", told, secret="a b\n")
+    first = next(step.told())
+    assert (first.node, first.message) == ("n", Present("a b"))
     assert step.poll() is None
     assert step.stop() is True
     assert step.poll() == 0
@@ -349,27 +352,29 @@ def test_a_step_gives_its_secret_first_and_ends_when_let_go(fakes: Fakes) -> Non
 
 def test_a_step_that_does_not_end_is_killed(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
-    step = Step(["sh", "-c", "exec sleep 60"])
+    step = step_of("sh", "-c", "exec sleep 60")
     assert step.stop(0.1) is False
     assert step.poll() == -signal.SIGKILL
 
 
 def test_a_step_that_cannot_be_run_is_told() -> None:
     with pytest.raises(Failure, match="no-such-program cannot be run"):
-        Step(["no-such-program"])
+        step_of("no-such-program")
 
 
 def test_a_step_that_ends_at_once_does_not_choke_on_its_secret() -> None:
     for _ in range(5):
-        step = Step(["true"], secret="x" * 100_000)
+        step = step_of("true", secret="x" * 100_000)
         step.stop()
 
 
-def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_path: Path) -> None:
+def test_the_killed_launcher_takes_the_held_order_with_it(fakes: Fakes, tmp_path: Path) -> None:
     """The kernel closes the pipe, whatever ended us."""
     code = (
-        "import sys, time; from launch.nodes import HOLD, Step\n"
-        "Step(['bash', '-c', HOLD + 'trap \"exit 143\" TERM; sleep 60 & wait'])\n"
+        "import sys, time; from launch.nodes import Step\n"
+        "from launch.node.bare import Run; from launch.order import Command\n"
+        "step = Step(Command([], Run(['sh', '-c', 'echo up; exec sleep 60'])))\n"
+        "assert step.process.stdout.readline() == 'up\\n'\n"
         "print('up', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
@@ -382,10 +387,7 @@ def test_the_killed_launcher_takes_the_held_script_with_it(fakes: Fakes, tmp_pat
     process.stdout.close()
     process.kill()
     process.wait()
-    wait_until(lambda: not [c for c in fakes.processes().values() if c.startswith("bash")], 3)
-    for pid, command in fakes.processes().items():
-        assert command.startswith("sleep")  # the fixture's own sloppy child
-        os.kill(pid, signal.SIGKILL)
+    fakes.nothing_is_left()
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -449,9 +451,9 @@ def test_without_env_files_nothing_changes() -> None:
 
 def test_what_a_step_that_does_not_end_has_started_ends_with_it() -> None:
     """Its children hold the pipe that we read: closing it would wait for them."""
-    step = Step(["sh", "-c", "sleep 9; :"])
+    step = step_of("sh", "-c", "sleep 100; :")
     reader = threading.Thread(target=lambda: list(step.told()), daemon=True)
     reader.start()
     begun = time.monotonic()
     assert not step.stop(0.1)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < PATIENCE

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ import pytest
 
 from load.matrix import Case
 from report import __main__ as command
-from report import charts, compare, results
+from report import charts, compare, draw, results
 from report import render as report
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("same_signals")
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def spread(value: float) -> dict[str, float]:
+    shares = {"5": 0.5, "25": 0.9, "50": 1.0, "75": 1.1, "95": 2.0, "99": 3.0}
+    return {p: value * share for p, share in shares.items()}
 
 
 def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:
@@ -32,7 +39,9 @@ def record(case: Case, value: float = 10.0, **facts: Any) -> dict[str, Any]:
     return {
         "date": "20261124-101500", "model_id": "org/model", "valid": True, "problems": [],
         "notes": [], "request_throughput": 2.5, "output_throughput": 640.0, "duration": 4.0,
+        "completed": case.num_prompts, "user_throughput": 50.0, "e2el_growth": None,
         **dict.fromkeys(names, value),
+        **{f"{metric}_percentiles_ms": spread(value) for metric in ("ttft", "itl", "e2el")},
         "case": case.facts(),
         "metadata": {"url": "http://h:1", "command": "bench.py"},
         **facts,
@@ -60,6 +69,8 @@ def put(folder: Path, *records: dict[str, Any]) -> Path:
     return folder
 
 
+PICTURES = ("ttft_input", "itl_output", "throughput_latency", "sweep", "per_user",
+            "ttft_spread", "itl_spread", "e2el_spread")  # fmt: skip
 LATENCY = Case("latency", 128, 128, 100, 1)
 SECOND = Case("latency", 128, 128, 100, 1, repeat=2)
 
@@ -85,10 +96,10 @@ def test_repeats_are_one_row_with_their_spread() -> None:
 
 def test_the_curve_goes_from_load_to_load_not_by_date() -> None:
     runs = [record(Case("concurrency", 512, 256, 10, c), 10.0 * c) for c in (4, 16, 1)]
-    chart = charts.load_curve("n", "t", results.groups(runs), "concurrency")
+    chart = charts.load_curve("n", "t", [("", results.groups(runs))], "concurrency")
     (points,) = chart.series.values()
-    assert [x for x, _ in points] == [10.0, 40.0, 160.0]
-    assert chart.labels == ("c=1", "c=4", "c=16")
+    assert [p.x for p in points] == [10.0, 40.0, 160.0]
+    assert [p.label for p in points] == ["c=1", "c=4", "c=16"]
 
 
 def test_goodput_has_a_column_when_it_was_asked_for() -> None:
@@ -144,7 +155,7 @@ def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
 def test_every_plot_is_a_png_and_in_the_page(tmp_path: Path) -> None:
     report.write(tmp_path, everything())
     page = (tmp_path / "report.html").read_text()
-    for name in ("ttft_input", "itl_output", "throughput_latency", "sweep"):
+    for name in PICTURES:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f'<figure id="{name}"' in page
 
@@ -176,9 +187,126 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_pat
     assert "<b>HTTP 500" not in page
     assert "&lt;b&gt;HTTP 500" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,12})', page)
+    sources += re.findall(r"url\((.)", page)
     assert sources
-    assert all(source.startswith("data:") for source in sources)
+    assert all(source.startswith(("data:", "#")) for source in sources)
     HTMLParser().feed(page)
+
+
+class Heads(HTMLParser):
+    """The words of the header cells, a list a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.inside = tag == "th"
+        if tag == "thead":
+            self.tables.append([])
+        elif tag == "th":
+            self.tables[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.tables[-1][-1] += data
+
+
+def page_of(folder: Path, *records: dict[str, Any]) -> str:
+    report.write(folder, list(records))
+    return (folder / "report.html").read_text()
+
+
+def test_no_two_columns_have_one_name(tmp_path: Path) -> None:
+    server = {column.key: 1.0 for column in results.SERVER}
+    more = {"request_goodput": 1.0, "goodput_share": 1.0, "cached_share": 0.5}
+    heads = Heads()
+    heads.feed(page_of(tmp_path, *everything(), record(LATENCY, **server, **more)))
+    assert len(heads.tables) >= 2
+    for titles in heads.tables:
+        assert len(set(titles)) == len(titles)
+    head = report.table(everything()).splitlines()[0]
+    assert head.count("TTFT p99") == head.count("ITL p99") == head.count("p99") / 2 == 1
+
+
+def test_how_many_requests_were_asked_completed_and_failed(tmp_path: Path) -> None:
+    wrong = bad(SECOND) | {"completed": 97}
+    text = re.sub("<[^>]*>", " ", page_of(tmp_path, record(LATENCY), wrong).replace("<wbr>", ""))
+    assert re.search(r"latency-in128-out128-c1\s+invalid\s+200\s+197\s+3\s", text)
+
+
+def sweep_of(*throughputs: float, **facts: Any) -> list[dict[str, Any]]:
+    return [
+        record(Case("sweep", 512, 256, 10, 2**n), output_throughput=t, **facts)
+        for n, t in enumerate(throughputs)
+    ]
+
+
+def test_the_knee_in_words(tmp_path: Path) -> None:
+    page = page_of(tmp_path, *sweep_of(100.0, 190.0, 195.0))
+    assert "The knee of the sweep: sweep-in512-out256-c2, with 190 output tokens/s" in page
+    assert "At the next step twice the streams brought +3% throughput." in page
+
+
+def test_a_sweep_that_ended_before_its_knee(tmp_path: Path) -> None:
+    assert "More load than that was not tried" in page_of(tmp_path / "a", *sweep_of(100.0, 190.0))
+    first = bad(Case("sweep", 512, 256, 10, 1))
+    assert "has no knee: at its first step" in page_of(tmp_path / "b", first)
+
+
+def test_the_goodput_in_words(tmp_path: Path) -> None:
+    limits = {"goodput": {"ttft": 200.0}}
+    good = record(LATENCY, request_goodput=2.0, goodput_share=1.0, metadata=limits)
+    many = Case("throughput", 512, 256, 100)
+    less = record(many, request_goodput=9.0, goodput_share=0.4, metadata=limits)
+    page = page_of(tmp_path, good, less)
+    assert "Goodput (TTFT up to 200 ms): 1 of 2 loads keep the limits for 99%" in page
+    assert "9.00 at throughput-in512-out256-unlimited (40% keep them)" in page
+
+
+def test_tokens_a_second_of_each_gpu(tmp_path: Path) -> None:
+    page = page_of(tmp_path, record(LATENCY, metadata={"world_size": 4}))
+    assert "<th>tok/s per user" in page
+    assert re.search(r"<th>tok/s per GPU(.|\n)*<td>160\n", page)
+    assert "per GPU" not in page_of(tmp_path, record(LATENCY))
+
+
+def test_the_exact_values_are_there_to_be_pointed_at(tmp_path: Path) -> None:
+    page = page_of(tmp_path, *everything())
+    titles = re.findall(r"<title>([^<]*)</title>", page)[1:]
+    assert "prefill-in128-out1-c4: mean TTFT 12.80 ms" in titles
+    assert any(t.startswith("sweep-in512-out256-c2: 640 output tokens/s") for t in titles)
+    assert any(t.startswith("decode-in128-out128-c4: p5 5.50, p25 9.90, p50 11.00") for t in titles)
+
+
+@pytest.mark.parametrize("points", [3, 8, 14])
+def test_labels_do_not_lie_on_each_other_at_saturation(points: int) -> None:
+    from matplotlib.figure import Figure
+
+    runs = [record(Case("sweep", 512, 256, 10, 2**n), 100.0 + 2 * n) for n in range(points)]
+    chart = charts.load_curve("n", "t", [("", results.groups(runs))], "sweep")
+    figure = Figure(layout="constrained")
+    draw.draw_lines(chart, figure)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert boxes
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(axes.bbox.y0 <= box.y0 for box in boxes)
+
+
+def test_how_each_run_was_measured_where_they_differ(tmp_path: Path) -> None:
+    facts = {"url": "http://h:1", "client": "builtin"}
+    client = {"late_share": 0.0, "p99_read_lag_ms": 0.0, "stamps": "kernel"}
+    one = record(LATENCY, metadata=facts, client=client)
+    other = record(Case("decode", 1, 2, 3, 4), metadata={**facts, "backend": "openai-chat"},
+                   client={**client, "stamps": "user space"})  # fmt: skip
+    page = page_of(tmp_path, one, other)
+    assert "<dt>url<dd>http://h:1" in page
+    heads = Heads()
+    heads.feed(page)
+    assert heads.tables[-1] == ["loads", "time stamps", "backend"]
+    assert re.search(r"decode-<wbr>in1.*user space.*openai-chat", page)
 
 
 @pytest.fixture(scope="module")
@@ -190,35 +318,67 @@ def browser() -> str:
     return found
 
 
-# What a reader would see: pictures that are there, nothing wider than the screen, no errors.
+# What a reader would see: charts that have a size, nothing wider than the screen, no errors, and
+# what is pointed at tells its values.
 PROBE = """<script>
 const errors = [];
 addEventListener("error", e => errors.push(String(e.message || e.target.src)), true);
 addEventListener("load", () => {
-  const images = [...document.images].map(i => i.naturalWidth > 0 && i.width <= innerWidth);
-  const facts = {errors, images, wide: document.documentElement.scrollWidth > innerWidth};
-  document.body.setAttribute("data-facts", JSON.stringify(facts));
+  const charts = [...document.querySelectorAll("figure svg")].map(chart => {
+    const box = chart.getBoundingClientRect();
+    return box.width > 200 && box.height > 100 && box.right <= innerWidth;
+  });
+  const point = document.querySelector(".tip"), box = point.getBoundingClientRect();
+  point.scrollIntoView();
+  const at = point.getBoundingClientRect();
+  const hit = document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2);
+  const tip = hit?.closest(".tip")?.querySelector("title")?.textContent || "";
+  const wide = document.documentElement.scrollWidth > innerWidth;
+  document.body.setAttribute("data-facts", JSON.stringify({errors, charts, tip, wide}));
 });
 </script>"""
 
 
-@pytest.mark.parametrize("width", [360, 1400])
-def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None:
-    report.write(tmp_path, [*everything(), bad(LATENCY)])
-    page = (tmp_path / "report.html").read_text()
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.replace("<title>", PROBE + "<title>"))
+def seen_by(browser: str, page: Path, width: int) -> dict[str, Any]:
+    text = page.read_text()
+    probed = page.with_name("probed.html")
+    probed.write_text(text.replace("<title>", PROBE + "<title>", 1))
     command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900",
-        "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--enable-logging=stderr", f"--user-data-dir={page.parent}/profile",
+        f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", probed.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
     match = re.search(r'data-facts="([^"]*)"', done.stdout)
     assert match, done.stderr[-2000:]
-    facts = json.loads(match[1].replace("&quot;", '"'))
-    assert facts == {"errors": [], "images": [True] * 4, "wide": False}
     assert "CONSOLE" not in done.stderr
+    found: dict[str, Any] = json.loads(match[1].replace("&quot;", '"'))
+    return found
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_the_page_in_a_browser(tmp_path: Path, browser: str, width: int) -> None:
+    report.write(tmp_path, [*everything(), bad(LATENCY)])
+    seen = seen_by(browser, tmp_path / "report.html", width)
+    assert seen["tip"].endswith("ms")
+    assert seen == {"errors": [], "charts": [True] * 8, "tip": seen["tip"], "wide": False}
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_two_folders_on_one_page(tmp_path: Path, browser: str, width: int) -> None:
+    a = put(tmp_path / "a", *everything(), *twice(10.0, 10.02))
+    b = put(tmp_path / "b", *everything(), *twice(12.0, 12.0))
+    assert command.main(["compare", str(a), str(b)]) == 0
+    page = b / "compare-a.html"
+    text = page.read_text()
+    told = r'class="bad" title="10.0 before, 12.0 after; by chance[^"]*">\+19.9% WORSE'
+    assert re.search(told, text)
+    assert "no verdict on " in text
+    assert {"mean, before", "mean, after"} <= set(re.findall(r"mean, \w+", text))
+    seen = seen_by(browser, page, width)
+    assert (seen["errors"], seen["wide"], set(seen["charts"])) == ([], False, {True})
+    assert command.main([str(b)]) == 0  # the page is no result
 
 
 # --- from the command line, and two folders -------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import save_image
+from tests.conftest import PATIENCE
 
 SCRIPT = Path(save_image.__file__)
 TAG = "tensorrt-llm-serve:latest"
@@ -52,6 +53,10 @@ match sys.argv[1:]:
         for at in range(0, state.get("cut", len(data)), 1 << 16):
             sys.stdout.buffer.write(data[at : at + (1 << 16)])
             time.sleep(state.get("delay", 0))
+            for _ in range(10_000 * state.get("held", 0)):
+                if (home / "go on").exists():
+                    break
+                time.sleep(0.01)
         sys.stdout.flush()
         if state.get("rebuilt"):
             state["images"][name] = state.pop("rebuilt")
@@ -166,7 +171,7 @@ class Box:
         self, *args: str, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         with self.start(*args, env=env) as process:
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=PATIENCE)
         assert "Traceback" not in err
         assert "\r" not in err and "\x1b" not in err  # no terminal, no tricks
         return subprocess.CompletedProcess(args, process.returncode, out, err)
@@ -533,7 +538,7 @@ def test_leftover_of_a_crash_is_reused(box: Box, classic: Image) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -546,9 +551,9 @@ def assert_gone(pid_file: Path) -> None:
 
 @pytest.fixture
 def slow(box: Box, classic: Image) -> Iterator[subprocess.Popen[str]]:
-    """A save in the middle of its work."""
+    """A save in the middle of its work, until it may go on."""
     box.hold(classic)
-    box.state["delay"] = 0.03
+    box.state["held"] = True
     with_old_tarball(box)
     with box.start("-o", "x.tar.gz") as process:
         wait_for((box.home / "save.pid").exists)
@@ -562,7 +567,7 @@ def test_stopped_save_leaves_nothing(
     box: Box, slow: subprocess.Popen[str], signum: signal.Signals
 ) -> None:
     slow.send_signal(signum)
-    _, err = slow.communicate(timeout=10)
+    _, err = slow.communicate(timeout=PATIENCE)
     assert slow.returncode == 128 + signum
     assert err.endswith(f"stopped by {signum.name}\n") and "Traceback" not in err
     assert_only_old_tarball(box)
@@ -571,7 +576,8 @@ def test_stopped_save_leaves_nothing(
 
 def test_two_saves_to_one_file_do_not_mix(box: Box, slow: subprocess.Popen[str]) -> None:
     assert box.fails("-o", "x.tar.gz").startswith("another save to x.tar.gz is at work")
-    assert slow.communicate(timeout=20)[0] == "x.tar.gz\n"
+    (box.home / "go on").touch()
+    assert slow.communicate(timeout=PATIENCE)[0] == "x.tar.gz\n"
     assert box.run("--verify", "x.tar.gz").returncode == 0
     assert box.files() == ["x.tar.gz", "x.tar.gz.json"]
 
@@ -718,11 +724,11 @@ def test_load_into_containerd_of_a_classic_archive_is_known_by_its_layers(
 
 @pytest.mark.parametrize("saved", ["zst"], indirect=True)
 def test_stopped_load_ends_docker_load(box: Box, copy: str) -> None:
-    box.state["delay"] = 60
+    box.state["delay"] = 600
     with box.start("--load", copy) as process:
         wait_for((box.home / "load.pid").exists)
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert_gone(box.home / "load.pid")
 

@@ -12,11 +12,13 @@ from typing import cast
 import pytest
 
 from common.talk import Failure
-from launch import health, server
+from launch import health, server, watch
+from launch.death import report_death
+from launch.engines import trtllm
+from launch.findings import Node
 from launch.log import Log
 from launch.nodes import Place, Step
-from launch.plan import Spread
-from launch.preflight import Node
+from launch.spread import Spread
 from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 @pytest.mark.parametrize("code", [1, 2, 125, 126, 127, 137, 139, 143])
 def test_the_codes_that_people_meet_have_a_meaning(code: int) -> None:
-    assert server.MEANINGS[code]
+    assert trtllm.MEANINGS[code]
 
 
 # What its end means
@@ -39,7 +41,8 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         made = plan(*engine)
         made = replace(made, place=place or made.place)
         url, log = "http://127.0.0.1:1", tmp_path / "x.log"
-        launched.append(server.launch(made, [Node("n1"), Node("n2")], url, log, 0))
+        nodes = [Node("n1"), Node("n2")]
+        launched.append(server.launch(made, made.replicas[0], nodes, url, log, 0))
         return launched[-1]
 
     yield run
@@ -50,13 +53,16 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         each.log.close()
 
 
+WHY = "echo OSError: why; "
+
+
 @pytest.mark.parametrize(
     ("engine", "words"),
     [
-        ("echo why; exit 137", r"exit code 137 \(killed, .*\) before it was ready, .* s: why$"),
-        ("echo why; exit 3", r"exit code 3 before it was ready, .* s: why$"),
-        ("exit 2", r"exit code 2 \(it refused its arguments\) .*: it said nothing$"),
-        ("exit 0", r"exit code 0 before it was ready"),
+        (WHY + "exit 137", r"exit code 137 \(killed\) before it was ready, .* s: OSError: why$"),
+        (WHY + "exit 3", r"exit code 3 before it was ready, .* s: OSError: why$"),
+        ("exit 2", r"exit code 2 \(it refused its arguments\) .*: its log names no cause$"),
+        ("exit 0", r"exit code 0 \(though nobody stopped it\) before it was ready"),
     ],
 )
 def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
@@ -64,7 +70,7 @@ def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
 ) -> None:
     running = run_plan("bash", "-c", engine)
     with pytest.raises(Failure, match="^n1: trtllm-serve ended with " + words):
-        server.await_ready(running, 60)
+        watch.await_ready([running], 60)
 
 
 def test_the_end_of_a_job_is_not_blamed_on_the_engine(
@@ -73,7 +79,7 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     text = "echo 'slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025 ***'; exit 1"
     running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
     with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
-        server.await_ready(running, 60)
+        watch.await_ready([running], 60)
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
@@ -85,13 +91,25 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
 @pytest.mark.parametrize(
     ("said", "words", "path"),
     [
-        (FIRST + CANCEL + REST, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
-        (FIRST + REST * 500, r"n2: rank 9 ended with exit code 3 .*: rank 9's words$", "_rank9"),
+        (
+            FIRST + CANCEL + REST,
+            r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
+            "_rank9",
+        ),
+        (
+            FIRST + REST * 500,
+            r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
+            "_rank9",
+        ),
         (CANCEL + REST, "n1: Slurm ended the server while serving: job 77 was cancelled", ""),
         (LIMIT, "n1: Slurm ended the server while serving: job 77 has reached its time limit", ""),
-        (REST, r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: rank 0's", "_rank0"),
+        (
+            REST,
+            r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: OSError: rank 0's",
+            "_rank0",
+        ),
         ("srun: error: Node failure on n2\n", "n2: Slurm has lost this node, while serving", ""),
-        ("", r"n1: trtllm-serve ended with exit code 1 .*: rank 0's words$", "_rank0"),
+        ("", r"n1: trtllm-serve ended with exit code 1 .*: OSError: rank 0's words$", "_rank0"),
     ],
 )
 def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
@@ -101,30 +119,38 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
     log.sink.write(said.encode())
     log.sink.flush()
     for rank in ("0", "9"):
-        (tmp_path / f"x_rank{rank}.log").write_text("an earlier launch\n" * (rank == "0"))
+        (tmp_path / f"x_rank{rank}.log").write_text("OSError: earlier\n" * (rank == "0"))
     rank0 = Log(tmp_path / "x_rank0.log")
     for rank in ("0", "9"):
         with (tmp_path / f"x_rank{rank}.log").open("a") as file:
-            file.write(f"rank {rank}'s words\n")
-    made = replace(plan(), place=Place("77", 2, ("srun",)), spread=Spread(2, 8, "pmix"))
+            file.write(f"OSError: rank {rank}'s words\n")
+    made = replace(plan(), place=Place("77", 2, ("srun",)))
+    spread = replace(made.replicas[0], spread=Spread(2, 8, "pmix"))
     url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]
     asked, probe = health.Health(url, ["m"]), health.Probe(url, 0)
-    running = server.Server(made, nodes, url, step, log, asked, probe, time.monotonic(), rank0)
+    running = server.Server(
+        made, spread, nodes, url, step, log, asked, probe, time.monotonic(), rank0
+    )
+    running.ready_at = time.monotonic()
     with pytest.raises(Failure, match="^" + words) as failure:
-        server.report_death(running, 1, "while serving")
+        report_death(running, 1)
     assert failure.value.hint.endswith(f"log: {tmp_path}/x{path}.log")
     for each in (log, rank0):
         each.close()
 
 
-def test_a_rank_that_said_nothing_is_not_lent_an_earlier_launchs_words(
-    run_plan: Callable[..., server.Server], tmp_path: Path
+@pytest.mark.parametrize("said", [FIRST, FIRST + REST, FIRST + CANCEL + REST])
+def test_a_rank_that_said_nothing_is_not_lent_the_words_of_others(
+    run_plan: Callable[..., server.Server], tmp_path: Path, said: str
 ) -> None:
-    (tmp_path / "x_rank9.log").write_text("an earlier launch\n")
-    running = run_plan("bash", "-c", f"printf '{FIRST.strip()}\\n'; exit 3")
-    running.plan = replace(running.plan, spread=Spread(2, 8, "pmix"))
-    with pytest.raises(Failure, match=r"^n2: rank 9 ended with exit code 3 .*: it said nothing$"):
-        server.await_ready(running, 60)
+    """An earlier launch's, or Slurm's on the ranks that ended because this one did."""
+    (tmp_path / "x_rank9.log").write_text("OSError: an earlier launch\n")
+    (tmp_path / "said").write_text(said)
+    running = run_plan("bash", "-c", f"cat {tmp_path}/said; exit 3")
+    running.replica = replace(running.replica, spread=Spread(2, 8, "pmix"))
+    words = r"^n2: rank 9 ended with exit code 3 .*: its log names no cause$"
+    with pytest.raises(Failure, match=words):
+        watch.await_ready([running], 60)
 
 
 def test_loading_is_told_now_and_then_and_has_a_deadline(
@@ -132,10 +158,12 @@ def test_loading_is_told_now_and_then_and_has_a_deadline(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(server, "HEARTBEAT", 0.2)
+    monkeypatch.setattr(watch, "HEARTBEAT", 0.1)
     running = run_plan("bash", "-c", "echo Loading weights; sleep 100")
+    wait_until(lambda: running.log.last_line or running.pump())
+    running.started = time.monotonic()
     with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weights"):
-        server.await_ready(running, 0.6)
+        watch.await_ready([running], 0.6)
     assert "loading for 0 s; log: Loading weights" in capfd.readouterr().err
 
 
@@ -144,7 +172,7 @@ def test_what_would_fail_again_is_final(
     run_plan: Callable[..., server.Server], code: int, passing: bool
 ) -> None:
     with pytest.raises(Failure) as failure:
-        server.await_ready(run_plan("bash", "-c", f"exit {code}"), 60)
+        watch.await_ready([run_plan("bash", "-c", f"exit {code}")], 60)
     assert failure.value.passing is passing
 
 
@@ -155,7 +183,7 @@ def test_an_answer_on_the_port_does_not_make_a_dead_server_ready(
     running.step.process.wait()
     running.health.ready.set()
     with pytest.raises(Failure, match=r"exit code 1 .* before it was ready"):
-        server.await_ready(running, 60)
+        watch.await_ready([running], 60)
 
 
 def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Server]) -> None:
@@ -163,7 +191,7 @@ def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Serv
     running.health.stranger, running.health.strange = "other/model", 99
     words = "^n1: another server has taken http://127.0.0.1:1 .*: it serves other/model, not -c$"
     with pytest.raises(Failure, match=words) as failure:
-        server.await_ready(running, 60)
+        watch.await_ready([running], 60)
     assert not failure.value.passing
 
 

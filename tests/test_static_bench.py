@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from load import bench_place, static_bench
+from tests.conftest import PATIENCE
 
 PREPARE = """
 import sys
@@ -73,6 +74,14 @@ def test_its_own_failure_is_one(installed: list[str], capfd: pytest.CaptureFixtu
     assert "exit code 2: trtllm-bench: error: unrecognized" in capfd.readouterr().err
 
 
+def test_a_data_set_that_cannot_be_made_ends_it(
+    installed: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prepare.py").write_text("import sys; sys.exit('no such tokenizer')")
+    assert static_bench.main(installed) == 1
+    assert "prepare.py ended with exit code 1: no such tokenizer" in capfd.readouterr().err
+
+
 def test_in_the_container_it_gets_the_gpus() -> None:
     prefix = bench_place.prefix("image:1", [Path("/out")], {}, gpus="all")
     mount = "--mount=type=bind,source=/out,target=/out"
@@ -94,7 +103,7 @@ def test_the_gpus_are_those_of_the_setting(
 ) -> None:
     seen: list[str] = []
 
-    def run(command: Sequence[str], _: Mapping[str, str]) -> tuple[int, str]:
+    def run(command: Sequence[str], *_: object, **__: object) -> tuple[int, str]:
         seen.extend(command)
         return 1, "no GPU"
 
@@ -113,7 +122,7 @@ def test_when_it_is_stopped_its_container_is_removed(
     docker = tmp_path / "bin" / "docker"
     docker.parent.mkdir()
     docker.write_text(
-        '#!/bin/sh\n[ "$1" = rm ] && { echo "$@" > "$REMOVED"; exit; }\nkill "$PARENT"; sleep 5\n'
+        '#!/bin/sh\n[ "$1" = rm ] && { echo "$@" > "$REMOVED"; exit; }\nkill "$PARENT"; sleep 100\n'
     )
     docker.chmod(0o755)
     removed = tmp_path / "removed"
@@ -129,7 +138,7 @@ def test_when_it_is_stopped_its_container_is_removed(
     signal.signal(signal.SIGTERM, lambda *_: None)
     began = time.monotonic()
     assert static_bench.main(["-i", "image:1", "-o", str(tmp_path / "out")]) == 143
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < PATIENCE
     assert removed.read_text().split() == ["rm", "--force", bench_place.name()]
 
 

@@ -84,9 +84,9 @@ def test_an_hour_of_serving_is_forgiven(
     monkeypatch.setattr("launch.server.stop", lambda _: None)
     launch = make(2)
     fail(launch)
-    launch.running = cast(Server, SimpleNamespace(served=served))
+    launch.running = [cast(Server, SimpleNamespace(served=served))]
     fail(launch)
-    assert pauses == expected and launch.running is None
+    assert pauses == expected and launch.running == []
 
 
 def test_a_signal_during_a_clean_up_is_obeyed_after_it() -> None:

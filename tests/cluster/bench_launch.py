@@ -1,4 +1,4 @@
-"""Measure the launcher on a real two-node cluster: the README's figures.
+"""Measure the launcher on a real two-node cluster: the figures of docs/figures.md.
 
     make bench-launch
 
@@ -67,8 +67,8 @@ class Bench:
         self.cluster, self.workspace = cluster, workspace
         self.strangers = strangers(cluster)
 
-    def launch(self, **environ: str) -> Launch:
-        command = [PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
+    def launch(self, *more: str, **environ: str) -> Launch:
+        command = [PYTHON, str(REPO / "run_sbatch.py"), *more, *serve_args()]
         return Launch(self.cluster, self.workspace, ["salloc", *WHOLE.split(), *command], environ)
 
     def log(self, started: Launch) -> Path:
@@ -96,9 +96,9 @@ class Bench:
             assert process.wait() == 0
 
     def load(self) -> float:
-        started = self.launch(**QUICK)
-        start = started.until("... load")
-        end = started.until("... launch")
+        started = self.launch("-v", **QUICK)
+        start = started.until('"Load": {')
+        end = started.until('"Serve": {')
         started.until("READY")
         started.stop()
         return end - start
@@ -118,9 +118,9 @@ class Bench:
             begin = time.monotonic()
             started = self.launch(TRTLLM_SIM_LOAD_SECONDS=str(LOAD_SECONDS))
             started.until("Granted")
-            wait_until(partial(says_ready, self.log(started)), 30, "the engine's own word")
+            wait_until(partial(says_ready, self.log(started)), "the engine's own word")
             engine_ready = time.monotonic()
-            wait_until((self.workspace / "logs/endpoint.json").exists, 30, "endpoint")
+            wait_until((self.workspace / "logs/endpoint.json").exists, "endpoint")
             said.append(time.monotonic() - engine_ready)
             overhead.append(time.monotonic() - begin - LOAD_SECONDS)
             started.stop()
@@ -142,7 +142,7 @@ class Bench:
             started.until("READY")
             begin = time.monotonic()
             started.send(signal.SIGINT)
-            wait_until(lambda: ours(self.cluster) == [], 20, "no container left")
+            wait_until(lambda: ours(self.cluster) == [], "no container left")
             took.append(time.monotonic() - begin)
             started.code()
         show("^C -> no container of ours on any node", seconds(took), "<= 5 s")

@@ -32,12 +32,13 @@ from typing import Any
 
 from tests import packages
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 SUBNET = "10.77.0"
 REGISTRY = f"{SUBNET}.1:5000"
 CLONE_NEWNS = 0x20000
 GPUS_PER_NODE = 8
 CPUS_PER_NODE = 16
+PATIENCE = 120.0  # seconds that anything may take on a machine that is busy with something else
 
 # Debian's own programs first: what is installed beside them may be a client of another age.
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -112,9 +113,13 @@ path.write_text(json.dumps(config))
 NODE_SETUP = """\
 set -e
 hostname "$1"
+mkdir -p "$2/nodes/$1/checkout"
+mount --bind "$4" "$2/nodes/$1/checkout"  # it may lie below /tmp
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+mkdir -p "$4"
+mount --move "$2/nodes/$1/checkout" "$4"
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/lock /run/slurmd "$2/nodes/$1"
+mkdir -p /run/lock /run/slurmd
 mount --bind "$2/etc/hosts" /etc/hosts
 mount --bind "$2/etc/slurm" /etc/slurm
 if [ "$3" -gt 0 ]; then
@@ -139,7 +144,7 @@ class ClusterError(RuntimeError):
     """The cluster could not be brought up; the message says which part and why."""
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> None:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
     """Poll `condition` until it is true; ClusterError naming `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -154,8 +159,6 @@ def why_not() -> str | None:
         return "needs root (network namespaces, dockerd)"
     if not shutil.which("apt-get"):
         return "needs Debian (its Slurm, Docker and debootstrap packages)"
-    if Path("/tmp") in HERE.parents:
-        return "needs a checkout outside /tmp, of which each node has its own"
     return None
 
 
@@ -240,7 +243,7 @@ class Machine:
         cwd: str = "/fsx",
         env: dict[str, str] | None = None,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = PATIENCE,
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command here to its end; its output is captured as text."""
@@ -280,7 +283,7 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
         try:
-            daemon.wait(15)
+            daemon.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
@@ -314,7 +317,6 @@ class Machine:
     def await_dockerd(self) -> None:
         wait_until(
             lambda: self.run("docker", "version", check=False).returncode == 0,
-            30,
             f"dockerd on {self.name}",
         )
 
@@ -438,12 +440,13 @@ class Cluster:
                 name,
                 str(self.state),
                 str(gpus),
+                str(ROOT),
             ],
             stdin=subprocess.DEVNULL,
         )
         machine = Machine(name, self.addresses[name], holder, namespaces, self.state)
         ready = self.state / "nodes" / name / "ready"
-        wait_until(lambda: ready.exists() or holder.poll() is not None, 10, f"machine {name}")
+        wait_until(lambda: ready.exists() or holder.poll() is not None, f"machine {name}")
         if holder.poll() is not None:
             raise ClusterError(f"machine {name} could not be set up")
         return machine
@@ -469,14 +472,14 @@ class Cluster:
             f"--log-file={self.state}/munge.log",
             f"--seed-file={self.state}/munge.seed",
         )
-        wait_until((self.state / "munge.socket").exists, 10, "munged")
+        wait_until((self.state / "munge.socket").exists, "munged")
         self.ctl.start("slurmctld", "slurmctld", "-D")
         for node in self.nodes.values():
             node.start_slurmd()
             node.begin_dockerd()
         for node in self.nodes.values():
             node.await_dockerd()
-        wait_until(self.idle, 30, "all nodes idle")
+        wait_until(self.idle, "all nodes idle")
 
     def idle(self) -> bool:
         """Whether all nodes are idle."""

@@ -38,10 +38,13 @@ def available_memory() -> float:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Two nodes (four in the partition `all`): an image tarball, on each a stranger's container."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
+    if os.environ.get("PYTEST_XDIST_WORKER") and "@cluster" not in request.session.items[-1].nodeid:
+        pytest.fail("pytest-xdist does not keep groups together (--dist=loadgroup; does it know "
+                    "this pytest?): every process would build a cluster of its own")  # fmt: skip
     with Cluster(nodes=4, default=2, in_memory=available_memory() > 8e9) as cluster:
         prepare(cluster)
         yield cluster

@@ -1,11 +1,11 @@
 """What goes wrong, and what the user sees of it: every fault in every phase, on a real cluster.
 
-    make faults                    # all cells; the table of the README at the end
+    make faults                    # all cells; the table of docs/faults.md at the end
     make faults FAULTS=slurmd      # those whose name has this word (several: a,b)
     make faults FAULTS=scancel:serving
 
 A fault is a row of `FAULTS`: how it is brought about, how it is undone, and for each phase what
-must come of it. The same rows are tests (test_matrix.py: a phase of each) and README.md's table.
+must come of it. The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md.
 """
 
 from __future__ import annotations
@@ -94,7 +94,14 @@ class Scene:
 
 
 def launch_words(*args: str) -> list[str]:
-    return [PYTHON, str(REPO / "run_sbatch.py"), *serve_args()[:-2], *args, *serve_args()[-2:]]
+    return [
+        PYTHON,
+        str(REPO / "run_sbatch.py"),
+        "-v",
+        *serve_args()[:-2],
+        *args,
+        *serve_args()[-2:],
+    ]
 
 
 def thaw(node: Machine, program: str) -> None:
@@ -112,7 +119,7 @@ def in_preflight(scene: Scene, fault: Fault) -> None:
     """One that takes long, because a Docker daemon does not answer."""
     scene.freeze(scene.n2, "dockerd")
     scene.start(fault, SLOW)
-    scene.launch.until("... preflight")
+    scene.launch.until('"Survey": {')
     time.sleep(0.3)
 
 
@@ -120,7 +127,7 @@ def in_image_load(scene: Scene, fault: Fault) -> None:
     """One that would not end: its unpacker on n2 stands still."""
     forget_image(scene.cluster)
     scene.start(fault, SLOW)
-    wait_until(lambda: is_unpacking(scene.n2), 20, f"a load on n2\n{scene.launch.output}")
+    wait_until(lambda: is_unpacking(scene.n2), f"a load on n2\n{scene.launch.output}")
     scene.freeze(scene.n2, "pigz")
 
 
@@ -146,13 +153,13 @@ def in_stopping(scene: Scene, fault: Fault) -> None:
     scene.freeze(scene.n1, "dockerd")
     scene.launch.send(signal.SIGINT)
     removing = ("pgrep", "--full", "docker rm --force")
-    wait_until(lambda: not scene.n1.run(*removing, check=False).returncode, 5, "docker rm")
+    wait_until(lambda: not scene.n1.run(*removing, check=False).returncode, "docker rm")
 
 
 def in_two_nodes(scene: Scene, fault: Fault) -> None:
     """Serving, one model spread over both nodes."""
     scene.start(fault, QUICK, "--pp_size", "2")
-    scene.launch.until("READY", 60)
+    scene.launch.until("READY")
 
 
 PHASES: dict[str, Callable[[Scene, Fault], None]] = {
@@ -361,7 +368,7 @@ def race_in_one_job(scene: Scene) -> None:
     """Two launches in one allocation, at the same moment."""
     scene.start_one(["sleep", "1000"], WHOLE, {})
     scene.launch.until("Granted")
-    wait_until(lambda: scene.launch.pid != scene.launch.process.pid, 10, "salloc's child")
+    wait_until(lambda: scene.launch.pid != scene.launch.process.pid, "salloc's child")
     slurm = scene.launch.allocation
     for port in ("8000", "8001"):
         scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})
@@ -390,7 +397,7 @@ def race_for_the_image(scene: Scene) -> None:
 
 def await_loser(scene: Scene, launches: Sequence[Launch]) -> None:
     """One of two launches has to serve, undisturbed; the other, now `scene.launch`, may not."""
-    wait_until(lambda: any(each.process.poll() is not None for each in launches), 30, "a loser")
+    wait_until(lambda: any(each.process.poll() is not None for each in launches), "a loser")
     loser, winner = sorted(launches, key=lambda each: each.process.poll() is None)
     assert "READY" not in loser.output, loser.output
     winner.until("READY")
@@ -466,8 +473,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("container killed on the 2nd node", docker("kill", node="n2"), (
         Expect(("serving on 2 nodes",), ("n2 (ranks 8-15): its container ended",), (1,), 10),)),
     Fault("container out of memory", docker("update", "--memory=200m", "--memory-swap=200m"), (
-        Expect(("serving",), (*DIED, "exit code 137 (killed, most often for want of memory"),
-               (1,), 15),), env={"TRTLLM_SIM_FAULT": "out-of-memory:3"}),
+        Expect(("serving",), (*DIED, "exit code 137 (killed"),
+               (1,), 15),), env={"TRTLLM_SIM_FAULT": "out-of-memory:6"}),
     Fault("docker stop", docker("stop", "--time=2"), (
         Expect(("engine loading",), (*DIED, "terminated"), (1,), 5),
         Expect(("serving",), (*DIED, "exit code 137"), (1,), 5)), ci=("engine loading",)),
@@ -543,7 +550,7 @@ FAULTS: tuple[Fault, ...] = (
         env={"TRTLLM_SIM_FAULT": "exit-loading:3", "TRTLLM_SIM_LOAD_SECONDS": "2"}),
     Fault("engine exits while serving", lambda _: None, (
         Expect(("serving",), (*DIED, "exit code 7", "while serving"), (1,), 5),),
-        env={"TRTLLM_SIM_FAULT": "exit-serving:7:1"}),
+        env={"TRTLLM_SIM_FAULT": "exit-serving:7:3"}),
     Fault("engine hangs", lambda _: None, (
         Expect(("engine loading",), ("n1: the server was not ready within 2 s",), (1,), 10),),
         env={"TRTLLM_SIM_FAULT": "hang-loading"}, args=("--ready-timeout", "2")),
@@ -561,7 +568,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("engine fails behind a good /health", lambda _: None, (
         Expect(("serving",), ("n1: the server is up but no longer serves: 3 requests for one token "
                               "in a row failed",), (1,), 15),),
-        env={"TRTLLM_SIM_FAULT": "broken-engine:1", "PROBE_SECONDS": "1"}),
+        env={"TRTLLM_SIM_FAULT": "broken-engine:3", "PROBE_SECONDS": "1"}),
     # What it writes.
     Fault("log flood of 100 MB/s", lambda _: time.sleep(3), (
         Expect(("engine loading", "serving"), (), (130,), 10, serves=True),),
@@ -577,18 +584,21 @@ CELLS = [Cell(f, phase, e) for f in FAULTS for e in f.expects for phase in e.pha
 # --- the runner ----------------------------------------------------------------------------------
 
 
-def play(cell: Cell, cluster: Cluster) -> Outcome:
-    """Bring a launch to the phase, strike, and check all that must come of it."""
+def play(cell: Cell, cluster: Cluster, slack: float = 1) -> Outcome:
+    """Bring a launch to the phase, strike, and check all that must come of it.
+
+    With `slack`, everything may take so many times as long: the machine is busy with more.
+    """
     before = strangers(cluster)
     with scene_of(cluster, cell) as scene:
         code, took = strike(cell, scene)
         output = scene.launch.output
         check_words(cell, output)
         assert code in cell.expect.codes, f"exit code {code}\n{output}"
-        assert took <= cell.expect.within, f"{took:.1f} s\n{output}"
+        assert took <= cell.expect.within * slack, f"{took:.1f} s\n{output}"
         check_left(cell, scene)
         scene.mend()
-        left = what_is_left(cell, scene)
+        left = what_is_left(cell, scene, slack)
     assert strangers(cluster) == before, "what is others' was touched"
     return Outcome(seen(cell, output), code, took, left)
 
@@ -608,9 +618,9 @@ def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
         check_serves(scene, scene.launch)
         struck = time.monotonic()
         cell.expect.stop(scene)
-    code = scene.launch.code(cell.expect.within + 10)
+    code = scene.launch.code()
     if pid:  # salloc may end before what it has started
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), cell.expect.within + 10, "the end")
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the end")
     return code, time.monotonic() - struck
 
 
@@ -630,7 +640,7 @@ def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
         resume(cluster)
-        wait_until(cluster.idle, 60, "all nodes idle")
+        wait_until(cluster.idle, "all nodes idle")
 
 
 def end(launch: Launch) -> None:
@@ -641,10 +651,10 @@ def end(launch: Launch) -> None:
     if launch.process.poll() is None:
         with contextlib.suppress(ClusterError, OSError):
             launch.send(signal.SIGTERM)
-            launch.code(20)
+            launch.code()
     if launch.job:
         launch.cluster.ctl.run("scancel", "--quiet", launch.job, check=False)
-    launch.code(60)
+    launch.code()
 
 
 def resume(cluster: Cluster) -> None:
@@ -683,11 +693,12 @@ def check_left(cell: Cell, scene: Scene) -> None:
         assert any(found), "no container is left, though one was expected"
 
 
-def what_is_left(cell: Cell, scene: Scene) -> str:
+def what_is_left(cell: Cell, scene: Scene, slack: float) -> str:
     """Nothing may be; where the fault kept a node from cleaning up, nothing soon after its end."""
     ended = time.monotonic()
     with contextlib.suppress(ClusterError):
-        wait_until(lambda: not traces(scene.cluster, scene.workspace), cell.expect.heals, "nothing")
+        heals = cell.expect.heals * slack
+        wait_until(lambda: not traces(scene.cluster, scene.workspace), "nothing", heals)
     took = time.monotonic() - ended
     assert not (found := traces(scene.cluster, scene.workspace)), found
     return cell.expect.left.format(took) if cell.expect.left else "nothing"

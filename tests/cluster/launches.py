@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.cluster.cluster import (
+    PATIENCE,
     Cluster,
     ClusterError,
     Machine,
@@ -101,9 +102,9 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
 
 
 def processes(cluster: Cluster) -> list[str]:
-    """Our processes, by what only our command lines say: every script of ours tells its node."""
+    """Our processes, by what only our command lines say: an order runs under python3 -IS."""
     docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc"
-    words = f"{docker}|{unpackers}|trtllm-serve|SLURMD_NODENAME"
+    words = f"{docker}|{unpackers}|trtllm-serve|python3 -IS"
     found = []
     for node in cluster.nodes.values():
         seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
@@ -111,7 +112,7 @@ def processes(cluster: Cluster) -> list[str]:
     for pid in processes_in_network_of([cluster.ctl.holder.pid]):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if re.search(r"run_sbatch\.py|^srun |^bash -c .* guard ", line):
+            if re.search(r"run_sbatch\.py|^srun |/guard\.py ", line):
                 found.append(f"ctl: {pid} {line}")
     return [line for line in found if STRANGE_PROCESS not in line]
 
@@ -149,12 +150,10 @@ class Launch:
     def output(self) -> str:
         return self.path.read_text(errors="replace")
 
-    def until(self, text: str, seconds: float = 30) -> float:
+    def until(self, text: str) -> float:
         """Wait for a text in the output; returns the time it was seen."""
         with contextlib.suppress(RuntimeError):
-            wait_until(
-                lambda: text in self.output or self.process.poll() is not None, seconds, text
-            )
+            wait_until(lambda: text in self.output or self.process.poll() is not None, text)
         assert text in self.output, self.output
         return time.monotonic()
 
@@ -181,17 +180,17 @@ class Launch:
     def send(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
-    def code(self, seconds: float = 30) -> int:
+    def code(self) -> int:
         """The exit code, once it has ended."""
         try:
-            return int(self.process.wait(seconds))
+            return int(self.process.wait(PATIENCE))
         except subprocess.TimeoutExpired:
-            raise ClusterError(f"no end within {seconds:g} s:\n{self.output}") from None
+            raise ClusterError(f"no end within {PATIENCE:g} s:\n{self.output}") from None
 
     def stop(self, signum: int = signal.SIGINT) -> int:
-        """Stop it as a user would; everything of it is gone from the nodes within 5 s."""
+        """Stop it as a user would; when it has ended, its containers are gone from the nodes."""
         self.send(signum)
-        wait_until(lambda: self.process.poll() is not None, 5, f"the end\n{self.output}")
+        code = self.code()
         assert [
             c
             for n in self.cluster.nodes.values()
@@ -199,7 +198,7 @@ class Launch:
                 "ps", "-aq", "--filter", f"label=tensorrt-llm-serve.job={self.job}"
             ).split()
         ] == []
-        return self.code()
+        return code
 
     def url(self) -> str:
         return str(json.loads((self.workspace / "logs/endpoint.json").read_text())["url"])

@@ -44,7 +44,7 @@ def launch(cluster: Cluster) -> str:
     workspace.mkdir(parents=True)
     command = ["salloc", *WHOLE.split(), PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
     started = Launch(cluster, workspace, command)
-    started.until("stop it with", 60)
+    started.until("stop it with")
     started.stop()
     typed = "$ salloc -N 2 --gpus-per-node=8 --exclusive .venv/bin/python run_sbatch.py \\\n"
     typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 8\n"

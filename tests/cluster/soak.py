@@ -71,7 +71,7 @@ def soak(cluster: Cluster, workspace: Path, seconds: float) -> int:
     before = strangers(cluster)
     command = ["salloc", *WHOLE.split(), PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
     served = Launch(cluster, workspace, command, {**QUICK, **SPEEDS})
-    served.until("READY", 60)
+    served.until("READY")
     (log,) = workspace.glob("logs/trtllm_server_*.log")
     bench = start_bench(cluster, workspace, runs=math.ceil(seconds))  # more than there is time for
     used = watch({"launcher": served.pid, "bench.py": bench.pid}, seconds)

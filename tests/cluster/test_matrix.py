@@ -10,4 +10,4 @@ from tests.cluster.faults import CELLS, Cell, play
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.ci], ids=lambda cell: cell.name)
 def test_what_the_user_sees_and_what_is_left(cell: Cell, cluster: Cluster) -> None:
-    play(cell, cluster)
+    play(cell, cluster, slack=10)

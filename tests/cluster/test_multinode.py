@@ -24,6 +24,7 @@ from tests.cluster.launches import (
     serve_args,
     traces,
 )
+from tests.cluster.test_bench import measure
 from tests.cluster.test_faults import sentence
 from tests.cluster.test_serve import smoke
 
@@ -36,7 +37,7 @@ def test_sixteen_ranks_are_one_world_that_serves(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
     started = launch(*WORLD, env=QUICK)
-    started.until("READY", 60)
+    started.until("READY")
     assert "8 ranks on each of n1, n2 (--mpi=pmix); n1 serves" in started.output
     assert len(ours(cluster)) == 2
     logs = sorted((workspace / "logs").glob(f"*_{started.job}_rank*.log"))
@@ -48,67 +49,50 @@ def test_sixteen_ranks_are_one_world_that_serves(
     assert "Uvicorn running" in Path(endpoint["log"]).read_text()
     quiet = cluster.nodes["n2"].slurmd_log.stat().st_size
     assert "8/8" in smoke(cluster, endpoint["url"])
-    measure(cluster, workspace)
+    measure(cluster, workspace, *SHORT)
     assert cluster.nodes["n2"].slurmd_log.stat().st_size == quiet
     assert started.stop() == 130
 
 
-def measure(cluster: Cluster, workspace: Path) -> None:
-    bench = [
-        PYTHON,
-        str(REPO / "bench.py"),
-        "-t",
-        "latency",
-        "--num-prompts",
-        "3",
-        "-o",
-        "results",
-        "--input-len",
-        "16",
-        "--output-len",
-        "8",
-    ]
-    assert cluster.ctl.run(*bench, cwd=str(workspace), timeout=120).returncode == 0
+SHORT = "-t latency --num-prompts 3 --input-len 16 --output-len 8".split()
 
 
 def test_four_nodes_are_one_world_that_serves(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
     started = launch(*FOUR_WORLD, salloc=FOUR, env=TWO_GPUS)
-    started.until("READY", 60)
+    started.until("READY")
     assert "2 ranks on each of n1, n2, n3, n4 (--mpi=pmix); n1 serves" in started.output
     assert len(ours(cluster)) == 4
     log = workspace / f"logs/trtllm_server_{started.job}_rank7.log"
     assert "rank 7 on n4: loading part 8 of 8" in log.read_text()
     assert "8/8" in smoke(cluster, started.url())
-    measure(cluster, workspace)
+    measure(cluster, workspace, *SHORT)
     assert started.stop() == 130
 
 
 def test_a_rank_that_dies_on_the_fourth_node_ends_all(cluster: Cluster, launch: Launcher) -> None:
     started = launch(*FOUR_WORLD, salloc=FOUR, env={**TWO_GPUS, "MPI": "pmix_v4"})
-    started.until("READY", 60)
+    started.until("READY")
     assert "(--mpi=pmix_v4)" in started.output
     kill_a_rank(cluster, "n4", 7)
-    broken = time.monotonic()
-    assert started.code(10) == 1
+    assert started.code() == 1
     assert "n4: rank 7 ended with exit code 137 (killed" in sentence(started.output)
-    assert time.monotonic() - broken < 10
     assert ours(cluster) == []
 
 
 PASTE = """
 set -m
 "$@" --dry-run >shown || exit
-mapfile -t lines < <(grep -v '^#' shown)
-eval "${lines[0]}"; eval "${lines[1]}" < <(exec sleep 20 2>&-); eval "${lines[2]}"
-eval "${lines[3]}" >talk 2>&1
-until [ $(grep -c $'\tup\t' talk) = 2 ]; do sleep 0.1; done
-(eval "${lines[4]}" < <(exec sleep 60 2>&-)) &
+mapfile -d '' -t blocks < <(awk '/^# /{printf "%c", 0; next} {print}' shown)
+eval "${blocks[1]}"; (eval "${blocks[2]}") < <(exec sleep 20 2>&-); eval "${blocks[3]}"
+eval "${blocks[4]}" >talk 2>&1
+until [ $(grep -c '"Up"' talk) = 2 ]; do sleep 0.1; done
+(eval "${blocks[5]}") < <(exec sleep 60 2>&-) &
 until [ -e enough ]; do sleep 0.1; done
 kill %1 %2
 wait %1 %2
-eval "${lines[5]}"
+eval "${blocks[6]}"
 """
 
 
@@ -117,11 +101,11 @@ def test_the_lines_of_a_dry_run_bring_a_world_up(cluster: Cluster, workspace: Pa
     command += [PYTHON, str(REPO / "run_sbatch.py"), *WORLD]
     pasted = Launch(cluster, workspace, command, env=QUICK)
     url = "http://10.77.0.11:8000"
-    wait_until(lambda: pasted.process.poll() is not None or "8/8" in smoke(cluster, url), 60, "up")
+    wait_until(lambda: pasted.process.poll() is not None or "8/8" in smoke(cluster, url), "up")
     assert pasted.process.poll() is None, pasted.output
     assert len(list((workspace / "logs").glob("*_rank*.log"))) == 16
     (workspace / "enough").touch()
-    pasted.code(30)
+    pasted.code()
     assert traces(cluster, workspace) == []
 
 
@@ -131,14 +115,14 @@ def test_the_yaml_decides_the_world(cluster: Cluster, launch: Launcher, workspac
     (workspace / "parallel_config.yaml").write_text("tensor_parallel_size: 16\n")
     started = launch("--image", str(TARBALL), "m", "--tp_size", "1", "--config",
                      "parallel_config.yaml", env=QUICK)  # fmt: skip
-    started.until("READY", 60)
+    started.until("READY")
     assert "world size 16 (tp 16 x pp 1 x cp 1)" in started.output
     node.stop("slurmd", signal.SIGKILL)
     time.sleep(2.5)  # longer than from one sign of life to the next
     node.start_slurmd()
     assert "8/8" in smoke(cluster, started.url())
     assert started.stop() == 130
-    wait_until(cluster.idle, 60, "n2 back")
+    wait_until(cluster.idle, "n2 back")
 
 
 def test_check_shows_the_plan(launch: Launcher) -> None:
@@ -187,12 +171,10 @@ def test_a_death_on_one_node_ends_all_and_is_named(
     break_it, words = FAULTS[what]
     node = cluster.nodes["n2"]
     started = launch(*WORLD, env=QUICK)
-    started.until("READY", 60)
+    started.until("READY")
     try:
         break_it(cluster, started)
-        broken = time.monotonic()
-        assert started.code(15) == 1, started.output
-        assert time.monotonic() - broken < 10, started.output
+        assert started.code() == 1, started.output
         assert all(word in sentence(started.output) for word in words), started.output
         assert ours(cluster) == []
     finally:
@@ -200,16 +182,16 @@ def test_a_death_on_one_node_ends_all_and_is_named(
             node.start_dockerd()
         if "slurmd" not in node.daemons:
             node.start_slurmd()
-            wait_until(cluster.idle, 60, "n2 back")
-    wait_until(lambda: ours(cluster) == [], 10, "no container left")
+            wait_until(cluster.idle, "n2 back")
+    wait_until(lambda: ours(cluster) == [], "no container left")
 
 
 @pytest.mark.parametrize("variant", ["stuck", "propagate"])
 def test_a_server_that_fails_under_its_leader_is_noticed(variant: str, launch: Launcher) -> None:
     env = {**QUICK, "TRTLLM_SIM_LAUNCH": variant, "TRTLLM_SIM_FAULT": "exit-serving:3:1"}
     started = launch(*WORLD, env=env)
-    started.until("READY", 60)
-    assert started.code(20) == 1
+    started.until("READY")
+    assert started.code() == 1
     assert "n1: rank 0 ended" in sentence(started.output), started.output
 
 
@@ -218,17 +200,17 @@ def test_however_a_world_is_stopped_nothing_is_left(
     how: str, cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
     started = launch(*WORLD, env=QUICK)
-    started.until("READY", 60)
+    started.until("READY")
     if how == "scancel":
         cluster.ctl.run("scancel", started.job)
     else:
         started.send(getattr(signal, how))
-    started.code(20)
+    started.code()
     nothing = f"nothing left\n{started.output}"
-    wait_until(lambda: traces(cluster, workspace) == [], 5, nothing)
+    wait_until(lambda: traces(cluster, workspace) == [], nothing)
 
 
 def test_slurm_without_pmix_is_told(launch: Launcher) -> None:
     started = launch(*WORLD, env={**QUICK, "MPI": "pmix_v9"})
-    assert started.code(30) == 1
+    assert started.code() == 1
     assert "no MPI type pmix_v9" in sentence(started.output)

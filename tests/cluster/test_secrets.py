@@ -28,7 +28,7 @@ def test_secrets_are_in_no_argument_of_16_ranks_and_files_are_ours_to_change(
     try:
         with Watch(*SECRETS.values()) as watch:
             started = launch(*serve_args("--pp_size", "2"), env={**QUICK, **SECRETS})
-            started.until("READY", 60)
+            started.until("READY")
             [variables, *_] = [
                 json.loads(cluster.nodes[n].docker("inspect", f"trtllm-{started.job}-{n}"))
                 for n in ("n1", "n2")
@@ -71,7 +71,7 @@ def test_an_image_pinned_by_its_digest_is_pulled_once_and_served(
 def test_a_digest_that_nobody_has_is_told(launch: Launcher, registry: str) -> None:
     wrong = f"{registry}/serve@sha256:{'0' * 64}"
     started = launch("--image", wrong, "m", env=QUICK)
-    assert started.code(20) == 1
+    assert started.code() == 1
     assert f"n1, n2: docker pull {wrong}: " in test_faults.sentence(started.output)
 
 
@@ -85,7 +85,7 @@ def test_a_local_image_is_pinned_by_its_id(cluster: Cluster, launch: Launcher) -
     assert seen["Image"] == identity
     assert started.stop() == 130
     missing = launch("--image", f"sha256:{'0' * 64}", "m", env=QUICK)
-    assert missing.code(20) == 1
+    assert missing.code() == 1
     assert "n1, n2: image sha256:0" in test_faults.sentence(missing.output)
 
 
@@ -105,6 +105,6 @@ def test_verify_stops_before_any_node_loads_what_was_not_saved(
         file.seek(-9, os.SEEK_END)  # where gzip keeps its own sum and the size
         file.write(b"x")
     failed = launch("--image", str(damaged), "--verify", "m", env=QUICK)
-    assert failed.code(30) == 1
+    assert failed.code() == 1
     assert f"the sha256 of {damaged} is " in test_faults.sentence(failed.output)
-    assert "... load" not in failed.output
+    assert "there after" not in failed.output

@@ -6,7 +6,7 @@
 The server has one core, the client the other. What a client reports is compared with what the
 server sent in that very run. All clients are run in turn, a few rounds, and each point is the
 better one of its runs, for ours as for theirs: on a machine with other work all have bad luck. Each
-run is told on stderr; the table of the errors, on stdout, is the README's.
+run is told on stderr; the table of the errors, on stdout, is that of docs/figures.md.
 """
 
 from __future__ import annotations

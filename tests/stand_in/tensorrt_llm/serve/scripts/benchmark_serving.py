@@ -1,9 +1,10 @@
 """Stands in for TensorRT-LLM 1.1.0's benchmark_serving: its flags and no others, its result file.
 
 It sends nothing, unless TRTLLM_STAND_IN says measure. STAND_IN says what goes wrong: fail=N
-requests fail, short=N outputs are a token short, empty=N are empty, blank=N have no text, silent=1
-writes no result, half=1 half of one, die=1 ends at once, slow=SECONDS takes its time. Like the real
-one it exits with 0 even when every request failed.
+requests fail, short=N outputs are a token short, empty=N are empty, blank=N have no text,
+silent=1 writes no result, half=1 half of one, nan=1 NaN for two means, odd=1 something else,
+die=1 ends at once, slow=SECONDS takes its time. Like the real one it exits with 0 even when every
+request failed.
 """
 
 import argparse
@@ -149,6 +150,10 @@ def main() -> None:
                 del data[key]
             del data["generated_texts"]
         with open(os.path.join(args.result_dir or ".", args.result_filename), "w") as file:  # noqa: PTH123, PTH118
+            if wrong.get("nan"):  # numpy's mean of nothing
+                data |= {"mean_itl_ms": float("nan"), "p99_itl_ms": float("inf")}
+            if wrong.get("odd"):
+                data = {"completed": None, "ttfts": "none"}
             file.write(json.dumps(data)[: 9 if wrong.get("half") else None])
 
 

@@ -5,22 +5,22 @@ that the ranks of a node share a process table (Open MPI's shared memory needs t
 one thing to name and to remove. Rank 0, on the first node, serves HTTP.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.talk import die
-from launch.container import ATTACHED, CONTAINER, FINISH, INTERFACES, container_words
-from launch.nodes import HOLD, HOLD_IN_JOB, LISTENS, TELL, Step, Told, last_words, script
-from launch.plan import Plan, Spread
-from launch.preflight import Node
+from launch.findings import Node
+from launch.node.messages import Beat, Ended, Left, Up
+from launch.nodes import Step
+from launch.order import Told
+from launch.slurm import last_words
+from launch.spread import Spread
 
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
@@ -29,104 +29,6 @@ ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
 # Seconds a node has to clean up; and one that is in trouble, which gives up after two (BEAT):
 # who stops listening in that very moment does not hear why its container is left.
 FAREWELL, SHORT_FAREWELL = 10.0, 3.0
-
-# What the ranks need of Slurm: PMIx's files, below slurmd's spool directory (the step that will
-# use them does not exist yet), and slurmd itself, known by its port: a step outlives its slurmd.
-SLURM = script(r"""
-    config=$(scontrol show config 2>/dev/null);
-    value() { [[ $config =~ $'\n'$1\ *=\ ([^$'\n']+) ]] && printf %s "${BASH_REMATCH[1]}"; };
-    spool=$(value SlurmdSpoolDir); spool=${spool//%n/$node};
-    case $spool in *%h*) spool=${spool//%h/$(hostname -s)} ;; esac;
-    [ ! -d "$spool" ] || set -- --mount "type=bind,source=$spool,target=$spool" "$@";
-    port=$(value SlurmdPort);
-""")
-
-# A child that is only just there can miss its SIGTERM: it looks for its parent itself, too.
-BEAT = script(r"""
-    beat() {
-        if listens "${port:-6818}"; then tell beat slurmd; else tell beat; fi;
-    };
-    { while kill -0 $$; do beat; sleep 2; done; } 2>/dev/null &
-    beat=$!;
-    farewell() {
-        kill $watch $beat 2>/dev/null; clock; end=$((clock + 2));
-        until remove; do
-            clock; [ $clock -lt $end ] || { tell left "$said"; return; };
-            sleep 0.1;
-        done;
-        tell left "";
-    };
-    trap farewell EXIT;
-""")
-
-# The node's name follows. A container of a spread launch is there for the ranks to run in, for as
-# long as its standard input, the script's, is open.
-UP = r"""printf '%s\tup\t\n' "$1"; until cat >/dev/null; do sleep 1; done"""
-
-HOLDER = script(TELL, LISTENS, HOLD_IN_JOB, INTERFACES, CONTAINER, 'set -- "$@" "$node";', SLURM,
-                ATTACHED, BEAT, FINISH, 'tell ended "$code";', "exit $code;")  # fmt: skip
-
-# `docker exec` passes by the image's entry point, which sets up NCCL for EFA: it is put in front.
-# The variables go by a pipe: no file is left when Slurm kills the task with another one's death.
-# Some versions of trtllm-llmapi-launch wait for ever when trtllm-serve has failed: rank 0 looks.
-RANK = script(TELL, HOLD, r"""
-    name=trtllm-$1-$node; cwd=$2; shift 2;
-    stop() {
-        trap '' TERM INT HUP;
-        [ -z "$client" ] || kill -KILL $client 2>/dev/null;
-        exit 143;
-    };
-    trap '[ -n "$client" ] || [ "$!" = "$watch" ] || client=$!; stop' TERM INT HUP;
-    docker exec --env-file <(env | grep -E '^(PMIX|PMI|PMI2|SLURM)[A-Za-z0-9_]*=')
-        --workdir "${cwd:-/}" "$name" sh -c
-        'entry=/opt/nvidia/nvidia_entrypoint.sh; [ -x $entry ] || entry=; exec $entry "$@"'
-        rank trtllm-llmapi-launch "$@" &
-    client=$!;
-    serving() {
-        processes=$(docker top "$name" -eo pid,args) || return 2;
-        printf %s "$processes" | grep -v llmapi-launch | grep -q trtllm-serve;
-    };
-    trap 'left=1; kill -KILL $client' USR1;
-    if [ "$SLURM_PROCID" = 0 ]; then
-        {
-            for i in $(seq 60); do ! serving || break; kill -0 $$ || exit; sleep 1; done;
-            while serving; [ $? != 1 ]; do kill -0 $$ || exit; sleep 1; done;
-            sleep 2; kill -USR1 $$;
-        } >/dev/null 2>&1 &
-        look=$!;
-        trap 'kill $watch $look 2>/dev/null' EXIT;
-    fi;
-    wait $client; code=$?;
-    [ -z "$left" ] || { wait $client; code=1; echo "trtllm-serve has ended, its leader has not"; };
-    trap '' TERM INT HUP;
-    exit $code;
-""")  # fmt: skip
-
-
-def holder_command(plan: Plan, spread: Spread, environ: Mapping[str, str]) -> list[str]:
-    """A container on each node that waits, for the ranks to run in."""
-    words = container_words(plan, environ, "--entrypoint=sh", plan.tag, "-c", UP, "up")
-    return [*plan.place.on(spread.nodes), "bash", "-c", HOLDER, "holder", *words]
-
-
-def ranks_command(plan: Plan, spread: Spread, logs: Path) -> list[str]:
-    """All ranks, in blocks, each with a log of its own. The death of one ends all."""
-    step = plan.place.on(spread.nodes, spread.ranks, spread.mpi)
-    escaped = Path(str(logs).replace("%", "%%"))  # srun's own sign for what it fills in
-    return [
-        *step,
-        "--distribution=block",
-        "--kill-on-bad-exit=1",
-        "--open-mode=append",
-        f"--output={rank_log(escaped, '%t')}",
-        "bash",
-        "-c",
-        RANK,
-        "rank",
-        plan.place.job,
-        plan.cwd,
-        *plan.engine,
-    ]
 
 
 class Holders(threading.Thread):
@@ -139,7 +41,7 @@ class Holders(threading.Thread):
         self.up: set[str] = set()
         self.seen: dict[str, float] = {}  # when a node gave its last sign of life
         self.slurmd: dict[str, float] = {}  # when it last saw its slurmd; never: it is not judged
-        self.ended: dict[str, str] = {}  # exit codes of containers
+        self.ended: dict[str, int] = {}  # exit codes of containers
         self.left: dict[str, str] = {}  # why a node's container may be there still; '': it is gone
         self.talk: list[str] = []
         self.looked = time.monotonic()  # when somebody last asked for a fault
@@ -150,17 +52,17 @@ class Holders(threading.Thread):
                 self.note(told)
 
     def note(self, told: Told) -> None:
-        now = time.monotonic()
-        if told.key == "up":
+        now, message = time.monotonic(), told.message
+        if isinstance(message, Up):
             self.up.add(told.node)
-        elif told.key == "beat":
+        elif isinstance(message, Beat):
             self.seen[told.node] = now
-            if told.value:
+            if message.slurmd:
                 self.slurmd[told.node] = now
-        elif told.key == "ended":
-            self.ended[told.node] = told.value
-        elif told.key == "left":
-            self.left[told.node] = told.value
+        elif isinstance(message, Ended):
+            self.ended[told.node] = message.code
+        elif isinstance(message, Left):
+            self.left[told.node] = message.why
         else:
             self.talk = [*self.talk[-50:], told.line]
 
@@ -181,9 +83,9 @@ class Holders(threading.Thread):
         self.looked = now
 
     def trouble(self, name: str) -> str:
-        if code := self.ended.get(name):
+        if name in self.ended:
             words = last_words("\n".join(self.talk))
-            return f"its container ended with exit code {code}: {words}".rstrip(": ")
+            return f"its container ended with exit code {self.ended[name]}: {words}".rstrip(": ")
         now = time.monotonic()
         seen = self.seen.get(name, now)
         if now - seen > SILENCE:
@@ -203,11 +105,8 @@ class Holders(threading.Thread):
             missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
-                die(
-                    f"{', '.join(missing)}: no container{late}: "
-                    f"{last_words(chr(10).join(self.talk)) or 'no word from there'}",
-                    passing=True,
-                )
+                words = last_words("\n".join(self.talk)) or "no word from there"
+                die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)
             time.sleep(0.02)
 
     def await_farewell(self) -> dict[str, str]:
@@ -257,6 +156,17 @@ def first_failure(log: str) -> Death | None:
     return Death(found[1], found[2], int(code[1]) if code else word)
 
 
+def up_to_failure(log: str) -> str:
+    """What srun says until its first word of a rank that failed."""
+    found = RANK_ENDED.search(log)
+    return log[: found.end()] if found else log
+
+
 def rank_log(main_log: Path, rank: str) -> Path:
     """A rank's own log, beside the launch's; `%t` is Slurm's word for every rank."""
     return main_log.with_name(f"{main_log.stem}_rank{rank}.log")
+
+
+def pattern_of_logs(main_log: Path) -> Path:
+    """All ranks' logs in srun's words, in which a % fills something in."""
+    return rank_log(Path(str(main_log).replace("%", "%%")), "%t")

@@ -1,0 +1,62 @@
+"""The server is ready: where it is, in words for people and in endpoint.json for programs."""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.talk import say, write_json
+from launch.findings import Node
+from launch.identity import launcher
+from launch.plan import is_directory
+from launch.server import Server
+
+PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for http
+
+
+def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
+    """Say where the server is, on screen and in the file at `path`."""
+    server.ready_at = time.monotonic()
+    endpoint: dict[str, object] = {
+        "url": server.url,
+        "model": server.health.model,
+        "model_argument": model_argument(server.replica.model),
+        "job": server.plan.place.job,
+        "nodes": [node.name for node in nodes],
+        "container": server.runtime.container(server.plan, server.node),
+        "log": str(server.main_log.path),
+        "ready_seconds": round(server.age, 2),
+        "started": iso(time.time() - server.age),
+        "ready": iso(time.time()),
+        "launcher": launcher(),
+    }
+    try:
+        write_json(path, endpoint)
+    except OSError as error:  # a full disk is no reason to throw away what took so long to load
+        say(f"{error.filename} could not be written: {error.strerror}; test and bench need HOST=")
+    say(f"READY after {server.age:.1f} s: {server.url} serves {server.health.model}")
+    return endpoint
+
+
+def model_argument(model: str) -> str:
+    """What the engine was given: the served name may be no more than a directory's last part."""
+    return str(Path(model).absolute()) if is_directory(model) else model
+
+
+def iso(when: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+
+
+def say_how_to_use(endpoint: dict[str, object]) -> None:
+    url, model = str(endpoint["url"]), str(endpoint["model"])
+    body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    past_proxy = "--noproxy '*' " if any(os.environ.get(name) for name in PROXIES) else ""
+    header = "-H 'Content-Type: application/json'"
+    say(f"  curl {past_proxy}{url}/v1/completions {header} \\\n      -d {shlex.quote(body)}")
+    say(f"  make test HOST={host} PORT={port}")
+    say(f"  make bench HOST={host} PORT={port}")
+    job = str(endpoint["job"])
+    say("stop it with ^C, make stop" + (f" or scancel {job}" if job.isdecimal() else ""))

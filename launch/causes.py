@@ -1,0 +1,306 @@
+"""Why a server ended: the line of its logs that says so, what it means, what to do next.
+
+The last line of a log is rarely the cause. What has the shape of a cause is read off its lines:
+exceptions, fatal signals, Open MPI's blocks, NCCL's warnings, usage errors. The table knows what
+most of these mean and how much they prove; of what proves the most, the first in time is the cause.
+"""
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from launch.cause_table import Kind, Weight, known
+from launch.log_lines import Line, lines_of
+
+READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
+LEAST = 1 << 15
+SHOWN = 400  # characters of it that are shown
+UNFORESEEN = "not among the known causes: read the log around it, look in the engine's issues"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The line that names it; what that means, '' where nobody knows; what to do next."""
+
+    line: str
+    meaning: str
+    next: str
+
+    @property
+    def advice(self) -> str:
+        return f"{self.meaning}: {self.next}" if self.meaning else self.next
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something of a cause's shape, at the line `at`."""
+
+    text: str
+    at: int
+    weight: Weight
+    kind: Kind | None = None
+    warning: bool = False  # of NCCL
+
+
+# What is looked for
+def any_of(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns))
+
+
+EXCEPTION = re.compile(
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+[A-Z]\w*|Exception"
+    r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
+)
+LINKED = ("The above exception was the direct cause", "During handling of the above exception")
+OUTSIDE = any_of(  # the exception that follows has ended no process
+    r"Exception (ignored )?in\b",
+    r"(Task|Future) exception was never retrieved",
+    r"Error in (atexit|sys\.excepthook)",
+    r"--- Logging error ---",
+)
+ENDS_MESSAGE = any_of(
+    r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
+    r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
+    r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules",
+)
+PLAIN = any_of(  # what says so is the cause
+    r"Error: (?!ucp_)\S",
+    r"(?!srun|slurmstepd|salloc|sbatch)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
+    r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
+    r"\S*python\S*: (No module|can't open)",
+    r".*: (error while loading shared libraries|symbol lookup error):",
+    r"Assertion failed: |(Scheduler w|W)atchdog timeout",
+    r".*(NVRM: Xid|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
+)
+SHELL = re.compile(r".*: (command not found|not found$|cannot execute)")
+FAMILIAR = any_of(  # what counts where the table knows it
+    r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
+    r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
+    r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
+    r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with ",
+    r"(srun|slurmstepd|salloc): error: |\*\*\* (STEP|JOB) ",
+    r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
+)
+CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
+NCCL_WARNS = re.compile(r".*NCCL WARN (.+)")
+NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
+WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
+REPORTED = any_of(  # what stands before the error itself
+    r"Failed to initialize executor on rank \d+: (?=\S)",
+    r"Error (executing|in event loop|in \w+ loop|in thread)[^:]*: (?=\S)",
+    r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
+    r".*terminated with exception: (?=\S)",
+)
+NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
+OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
+RULE = re.compile(r"-{70,78}\s*\Z")
+REMARKS = any_of(r"By default, for Open MPI", "A process has executed", "No OpenFabrics")
+STARTS = any_of(r"TensorRT-LLM version: ", "vLLM API server version", r"server_args=ServerArgs")
+READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
+ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
+REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
+FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python error|uncorrectable")
+
+
+# Reading
+def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight.CRASH) -> Finding:
+    """What it weighs, by the table; `rest` is what its message goes on with."""
+    first = known(text)
+    if first and first.weight != Weight.ECHO:
+        return Finding(text, at, first.weight, first)
+    for more in rest:
+        if (found := known(more)) and found.weight < (first.weight if first else Weight.REPORT):
+            return Finding(f"{text} {more.strip()}", at, found.weight, found)
+    return Finding(text, at, first.weight if first else unknown, first)
+
+
+def message(lines: Sequence[Line], at: int) -> list[str]:
+    """How the message that begins at a line goes on: until somebody says something else."""
+    said: list[str] = []
+    for line in lines[at + 1 : at + 12]:
+        other = (line.speaker, line.headed) != (lines[at].speaker, lines[at].headed)
+        if other or ENDS_MESSAGE.match(line.text.lstrip() or "x") or EXCEPTION.match(line.text):
+            break
+        if line.text.strip():
+            said.append(line.text)
+    return said
+
+
+def pydantic(said: Iterable[str]) -> str:
+    """`key: message` of every error."""
+    errors, key, words = [], "", ""
+    for line in said:
+        if words or (line.startswith(" ") and "For further information" not in line):
+            words = f"{words} {line.strip()}".strip()
+        elif not line.startswith(" "):
+            key = line.strip()
+        if found := re.search(r" *[\[(]type=", words):
+            errors.append(f"{key}: {words[: found.start()]}" if key else words[: found.start()])
+            key = words = ""
+    return "; ".join(errors)
+
+
+def exception(lines: Sequence[Line], at: int) -> Finding:
+    """An exception with its message; where it has none, with the statement that raised it."""
+    text, said = lines[at].text.strip(), message(lines, at)
+    if "validation error" in text and (errors := pydantic(said)):
+        return judge(errors, at)
+    if text.endswith(":") and said:
+        text = f"{text} {said.pop(0).strip()}"
+    elif ":" not in text:
+        code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
+        text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
+    return judge(text, at, said)
+
+
+def outside(new: Finding, where: str) -> Finding:
+    """What an exception still proves that ended a thread or a task, or nothing at all."""
+    if where.startswith("Exception in thread") and not new.kind:
+        return replace(new, weight=Weight.ECHO)
+    ended = where.startswith(("Exception in", "Task ", "Future "))
+    return new if ended and new.weight == Weight.ROOT else replace(new, weight=Weight.REPORT)
+
+
+def block(lines: Sequence[Line], at: int) -> tuple[str, int]:
+    """Open MPI's words between two rules, on one line, and where they end; '' without an end."""
+    end = next((i for i in range(at + 1, min(at + 40, len(lines))) if RULE.match(lines[i].text)), 0)
+    words = " ".join(line.text.strip() for line in lines[at + 1 : end]) if end else ""
+    return re.sub(r"\s+", " ", words).strip(), end
+
+
+@dataclass
+class Reader:
+    """Reads a log's findings; exceptions that are linked count as one."""
+
+    lines: Sequence[Line]
+    serving: bool = False
+    found: list[Finding] = field(default_factory=list)
+    last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
+    linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
+    outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
+    refused: list[range] = field(default_factory=list)  # lines about a request that was refused
+
+    def read(self) -> list[Finding]:
+        at, access = 0, 0
+        while at < len(self.lines):
+            text = self.lines[at].text
+            if ' HTTP/1.1" ' in text:
+                self.refused += [range(access, at)] if REFUSED.search(text) else []
+                access = at
+            elif RULE.match(text):
+                at = self.take_block(at)
+            else:
+                self.take(at, self.lines[at])
+            at += 1
+        failed = max((f.at for f in self.found if NCCL_FAILED.search(f.text)), default=-1)
+        return [f for f in self.found if self.counts(f, failed)]
+
+    def counts(self, f: Finding, failed: int) -> bool:
+        """NCCL warns of much, which counts where it fails, at `failed`."""
+        if f.warning or FATAL.search(f.text):
+            return not f.warning or f.at < failed or (f.kind is not None and failed >= 0)
+        asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
+        return not (self.serving and asked) and not any(f.at in each for each in self.refused)
+
+    def take_block(self, at: int) -> int:
+        words, end = block(self.lines, at)
+        quiet = any(line.loud is False for line in self.lines[at : at + 3])
+        if words and not quiet and not REMARKS.match(words):
+            self.found.append(judge(words, at, unknown=Weight.ECHO))
+        return end or at
+
+    def take(self, at: int, line: Line) -> None:
+        text, speaker = line.text, line.speaker
+        if line.loud is False and not FAMILIAR.match(text):
+            if "Traceback (most recent" in text:
+                self.outside[speaker] = text
+            elif EXCEPTION.match(text):
+                self.outside.pop(speaker, None)
+        elif OUTSIDE.match(text):
+            self.outside[speaker] = text
+        elif text.startswith(LINKED):
+            self.linked.add(speaker)
+        elif EXCEPTION.match(text):
+            self.take_exception(exception(self.lines, at), speaker)
+        else:
+            self.found += self.others(at, line)
+
+    def take_exception(self, new: Finding, speaker: str) -> None:
+        """Of a chain the last link that proves the most counts, at the place of the first."""
+        if speaker in self.outside:
+            new = outside(new, self.outside.pop(speaker))
+        if speaker in self.linked and speaker in self.last:
+            old = self.found[self.last[speaker]]
+            best = new if new.weight + bool(CLEANING.search(new.text)) <= old.weight else old
+            self.found[self.last[speaker]] = replace(best, at=old.at)
+        else:
+            self.last[speaker] = len(self.found)
+            self.found.append(new)
+        self.linked.discard(speaker)
+
+    def others(self, at: int, line: Line) -> Iterator[Finding]:
+        """What is no exception of Python's."""
+        text = line.text.strip()
+        if found := NCCL_WARNS.match(text):
+            yield replace(judge(found[1], at), warning=True)
+        elif found := WHAT.match(text):
+            yield judge(found[1], at, message(self.lines, at))
+        elif PLAIN.match(text):
+            yield judge(text, at, message(self.lines, at))
+        elif SHELL.match(text):
+            yield replace(judge(text, at), weight=Weight.REMARK)
+        elif FAMILIAR.match(text):
+            yield judge(text, at, unknown=Weight.REPORT)
+        elif line.loud and text and not NO_ERROR.search(line.text):
+            new = judge(REPORTED.sub("", text, count=1), at, unknown=Weight.REMARK)
+            yield replace(new, weight=max(new.weight, Weight.CRASH))
+
+
+# Choosing
+def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
+    """A log's first finding among those that prove the most, with its time.
+
+    Of a server that has served, only what follows its last answer counts.
+    """
+    ready = last(READY, lines)
+    answered = max(last(ANSWERED, lines), ready)
+    if again := last(STARTS, lines[answered:]) if answered else 0:
+        return find(lines[answered + again :])
+    found = Reader(lines[answered:], serving=answered > 0).read()
+    remarks_from = len(lines) - 15 if not answered else len(lines)
+    found = [f for f in found if f.weight <= Weight.ECHO
+             or (f.weight == Weight.REMARK and f.at >= remarks_from)]  # fmt: skip
+    if not found and answered > ready:  # a stream is answered with 200 before it fails
+        found = [f for f in Reader(lines[ready:answered], True).read() if FATAL.search(f.text)]
+        answered = ready
+    best = min(found, key=lambda f: (f.weight, f.at), default=None)
+    return (best, lines[answered + best.at].time) if best else None
+
+
+def last(pattern: re.Pattern[str], lines: Sequence[Line]) -> int:
+    """The line after the last that fits; 0 where none does."""
+    fits = (i + 1 for i in range(len(lines) - 1, -1, -1) if pattern.search(lines[i].text))
+    return next(fits, 0)
+
+
+def of(*logs: str) -> Cause | None:
+    """The cause of death in the ends of a launch's logs, one a rank; None where they name none."""
+    found = [each for log in logs if (each := find(lines_of(log)))]
+    if not found:
+        return None
+    best = min(found, key=lambda each: (each[0].weight, each[1] or "~"))[0]
+    line = best.text if len(best.text) <= SHOWN else best.text[: SHOWN - 3] + "..."
+    return Cause(line, *((best.kind.meaning, best.kind.next) if best.kind else ("", UNFORESEEN)))
+
+
+def ranks_of(log: Path) -> list[Path]:
+    return sorted(log.parent.glob(f"{glob.escape(log.stem)}_rank*.log"))
+
+
+def cause_in(logs: Iterable[Path], end: Callable[[Path, int], str]) -> Cause | None:
+    """The cause that these files name; `end` reads so many bytes of the end of one."""
+    paths = list(dict.fromkeys(logs))
+    size = max(READ // len(paths), LEAST)
+    return of(*(end(path, size) for path in paths))

@@ -1,0 +1,80 @@
+"""The command line of run_sbatch.py, completed from the settings."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from common.settings import setting
+from launch.arguments import is_count
+from launch.plan import is_directory, real
+from launch.runtimes import NAMES as RUNTIMES
+
+
+def parse(
+    argv: Sequence[str] | None, description: str = ""
+) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and all the rest in its order."""
+    parser = argparse.ArgumentParser(
+        prog="run_sbatch.py",
+        usage="%(prog)s [options] MODEL [TRTLLM_SERVE_ARGS...]",
+        allow_abbrev=False,
+        description=description,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
+    )
+    option = parser.add_argument_group("image and paths").add_argument
+    option("--image", metavar="IMAGE", help="tarball, local tag or registry reference")
+    option("--workspace", "-w", metavar="DIR", help="has the default image and logs/ (default: .)")
+    option("--container-mount", metavar="DIR", help="the containers see it, too (default: /fsx)")
+    option("--force", "-f", action="store_true", help="take the image off the nodes, load it anew")
+    option("--verify", action="store_true", help="a tarball to load: compare its sha256 first")
+    option("--verbose", "-v", action="store_true", help="show commands, and the log while loading")
+    option = parser.add_argument_group("serving").add_argument
+    option("--runtime", choices=RUNTIMES, help="bare: trtllm-serve from PATH")
+    option("--ready-timeout", metavar="SECONDS", help="for it to get ready (default: 3600)")
+    option("--restart", metavar="N", help="start a failed server anew, N times (default: 0)")
+    what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="report every node, start nothing")
+    what.add_argument("--dry-run", action="store_true", help="print every command, run none")
+    what.add_argument("--status", action="store_true", help="what runs from this workspace")
+    what.add_argument("--stop", action="store_true", help="stop it")
+    what.add_argument("--logs", action="store_true", help="follow the newest log")
+    what.add_argument("--why", metavar="LOG", nargs="?", const="", help="why it ended")
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, rest = parser.parse_known_args(words[:end])
+    rest += words[end + 1 :]
+    check_usage(parser, args)
+    return args, rest
+
+
+def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in settings for what was not given; usage error for what cannot be."""
+    args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
+    args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
+    args.image = args.image or setting("IMAGE")
+    args.called_workspace = args.workspace or setting("WORKSPACE") or "."
+    args.workspace = real(args.called_workspace)
+    args.runtime = args.runtime or setting("RUNTIME")
+    asked = args.ready_timeout or setting("READY_TIMEOUT")
+    args.ready_timeout = seconds(parser, "--ready-timeout", asked)
+    args.probe_seconds = seconds(parser, "PROBE_SECONDS", setting("PROBE_SECONDS"))
+    restart = args.restart or setting("RESTART")
+    if not (restart == "0" or is_count(restart)):
+        parser.error(f"--restart: {restart!r} is not a number of times")
+    args.restart = int(restart)
+    if args.runtime not in RUNTIMES:
+        parser.error(f"RUNTIME is {args.runtime!r}, not {' or '.join(RUNTIMES)}")
+    if not is_directory(args.workspace):
+        parser.error(f"--workspace: {args.workspace} is not a directory")
+
+
+def seconds(parser: argparse.ArgumentParser, name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number >= 0:  # nan is not
+        parser.error(f"{name}: {text!r} is not a number of seconds")
+    return number

@@ -1,0 +1,85 @@
+"""Why a server ended: which process, how, and its own last words."""
+
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from common.talk import die, say
+from launch import slurm, world
+from launch.causes import cause_in, ranks_of
+from launch.log import end_of
+from launch.server import Server, die_of_a_node
+
+NO_CAUSE = "its log names no cause"
+KILLED = {137: "who killed it: `dmesg | grep -i oom` on its node, `docker events`, scancel"}
+
+
+def report_death(server: Server, code: int) -> NoReturn:
+    """Failure that says which process ended, how, and its own last words."""
+    while server.pump():
+        pass
+    # A rank that fails has the step cancelled, too; where Slurm did it, it speaks first.
+    said = server.log.tail(10_000)
+    cancelled = slurm.CANCELLED.search(said)
+    before = said[: cancelled.start()] if cancelled else said
+    death = world.first_failure(before) if server.replica.spread else None
+    if not death:
+        die_of_slurm(server, said, cancelled)
+    await_holders(server)
+    who, code, path = culprit(server, code, death)
+    tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
+    say(f"the last lines of {path}:\n{tail}\n")
+    engine = server.plan.engine
+    meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS else ""
+    logs = (path, server.log.path, *ranks_of(server.log.path))
+    cause = cause_in(logs, partial(evidence, server, death))
+    end = f"ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s"
+    why, advice = (cause.line, cause.advice) if cause else (NO_CAUSE, KILLED.get(code, ""))
+    hint = f"{advice}; the whole log: {path}".lstrip("; ")
+    die(f"{who} {end}: {why}", hint=hint, passing=code not in engine.FINAL)
+
+
+def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:
+    """Failure where Slurm ended the step, or has lost a node of it."""
+    if server.plan.place.slurm and cancelled:
+        how = f"job {server.plan.place.job} {slurm.how_cancelled(cancelled)}"
+        end = f"{server.node}: Slurm ended the server {server.when}: {how}"
+        die(end, hint=f"its log: {server.log.path}")
+    if lost := slurm.lost_nodes(said):
+        hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
+        die(f"{lost}, {server.when}", hint=hint, passing=True)
+
+
+def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:
+    """Who ended, with which exit code, and where its last words are."""
+    if death:
+        ranks = "rank" if death.ranks.isdecimal() else "ranks"
+        log = world.rank_log(server.log.path, death.first)
+        return f"{death.node}: {ranks} {death.ranks}", death.code, log
+    code = 128 - code if code < 0 else code
+    if server.replica.spread and server.log.tail():
+        return "srun", code, server.log.path
+    return f"{server.node}: {server.plan.engine.PROGRAM}", code, server.main_log.path
+
+
+def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:
+    """The end of a log, of what this launch has written."""
+    logs = {log.path: log for log in (server.log, server.main_log)}
+    start = server.starts.get(path, 0)
+    return logs[path].end(size) if path in logs else end_of(path, start, size)
+
+
+def evidence(server: Server, death: world.Death | None, path: Path, size: int) -> str:
+    """A log's end; of Slurm's words none that only follow from the death of that rank."""
+    said = end_since_start(server, path, size)
+    return world.up_to_failure(said) if death and path == server.log.path else said
+
+
+def await_holders(server: Server) -> None:
+    """Ranks die with their container; give it a moment to be the one that is named."""
+    deadline = time.monotonic() + 1
+    while server.holders and time.monotonic() < deadline:
+        die_of_a_node(server)
+        time.sleep(0.05)

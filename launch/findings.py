@@ -1,0 +1,53 @@
+"""What the nodes have to offer, what each told, and what is found wrong or right with it."""
+
+from dataclasses import dataclass, field
+
+from launch.image import Image
+from launch.node.messages import Container, Facts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cell of the report. `state` is ok, note or bad; a bad one stops the launch."""
+
+    node: str
+    check: str
+    state: str
+    text: str
+    hint: str = ""
+
+
+@dataclass
+class Node:
+    """What one node told."""
+
+    name: str
+    facts: Facts = field(default_factory=Facts)
+    containers: list[Container] = field(default_factory=list)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that we may use: those of the allocation, else all there are."""
+        allocated = [gpu for gpu in self.facts.allocated.split(",") if gpu]
+        return len(allocated) or self.facts.gpus
+
+    def holds(self, image: Image) -> bool:
+        return image.is_held(self.facts.image, self.facts.layers, self.facts.store)
+
+    def ok(self, check: str, text: str) -> Finding:
+        return Finding(self.name, check, "ok", text)
+
+    def bad(self, check: str, text: str, hint: str) -> Finding:
+        return Finding(self.name, check, "bad", text, hint)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the nodes have to offer."""
+
+    runtime: str
+    image: Image
+    port: int
+    gpus: str  # the GPUS setting: auto, none, or docker's own words
+    program: str  # the engine's
+    paths: tuple[str, ...]

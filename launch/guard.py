@@ -1,0 +1,43 @@
+"""Beside a launcher: when it dies, remove its records, which are known by its name in them.
+
+Run as a program of its own, by `python -IS guard.py LAUNCHER FILE...`. It ends with its standard
+input, whose other end the launcher holds. Standard library only.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+TRIES = 600  # a second apart, should the file system be read-only just then
+
+
+def main(launcher: str, *files: str) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    while os.read(0, 4096):
+        pass
+    for file in map(Path, files):
+        for _ in range(TRIES):
+            if is_gone(file, launcher):
+                break
+            time.sleep(1)
+
+
+def is_gone(file: Path, launcher: str) -> bool:
+    """Whether the launcher has no record there any more; it is removed where it has."""
+    try:
+        if launcher not in file.read_text(errors="replace"):
+            return True
+    except OSError:
+        return True
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,70 @@
+"""A log's lines without what loggers and launchers put before them: who speaks, when, how loud."""
+
+import re
+from dataclasses import dataclass
+
+LONGEST = 4000  # characters of a line that are looked at
+MARK = re.compile(r"^===== run_sbatch\.py: .* =====$", re.M)  # another server writes on
+
+ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()].)")
+TIME = re.compile(r"\d\d:\d\d:\d\d")
+LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|TRACE|SUCCESS)"
+DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
+PREFIXES = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
+        r"(?P<speaker>\[(?:rank|default)\d+\]): ?(?!$)",
+        r"(?P<speaker>\([\w.-]+(?: [\w.=-]+)* pid=\d+[^)]*\)) ?",  # vLLM, Ray
+        r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
+        r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
+        r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
+        rf"\[{DATE}(?: [A-Z]+\d+)*\] ?",  # SGLang, NCCL
+        rf"\[{DATE} (?P<level>[DIWEF]) \d+ \d+\] ",  # Ray
+        r"\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ",
+        r"\[TRT-LLM\] (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?",
+        rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
+        rf"{LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[\w.]+(?:\.py)?:\d+\] ?",  # vLLM
+        r"\[?(?P<level>[IWEF])\d{3,4} \d\d:\d\d:\d\d\.\d+ +(?:\d+ )?[\w./]+:\d+\] ?",  # glog
+        rf"\[{LEVEL}\|[^\]]*\] {DATE} >> ",  # transformers
+        rf"{DATE} (?:stdout|stderr) [FP] ",  # containerd
+        rf"{DATE} - [\w.]+ - {LEVEL} - ",
+        rf"{LEVEL} [\w.]+\.py:\d+: ",
+        rf"{DATE} ?[-|]? *{LEVEL} *[-|] *(?:[\w.]+:[\w<>.]+:\d+ - |[\w.]+: )?",
+        rf"{DATE}(?: |$)",
+        rf"\[?{LEVEL}\]?:? +",
+        rf"{LEVEL}:(?=[\w.]+:)",
+        r" *(?:\+-\+-+ \d+ -+|\| )(?! *\d+/\d+)",  # an exception group's
+    )
+]
+
+
+@dataclass(frozen=True)
+class Line:
+    text: str
+    speaker: str = ""  # what stood before it: a rank, a process
+    loud: bool | None = None  # an error; False: information or a warning; None: it does not say
+    time: str = ""
+    headed: bool = False  # a logger's, not the rest of a message
+
+
+def clean(raw: str, time: str = "") -> Line:
+    """A line without colours, what a bar has overwritten, and prefixes; `time` if it has none."""
+    text = ANSI.sub("", raw.rstrip("\r\n")).rpartition("\r")[2][:LONGEST]
+    when = TIME.search(text[:120])
+    speaker, level, headed = "", "", False
+    while found := next(filter(None, (prefix.match(text) for prefix in PREFIXES)), None):
+        groups = found.groupdict()
+        speaker += (groups.get("speaker") or "").strip()
+        headed |= "speaker" not in groups
+        level = groups.get("level") or level
+        text = text[found.end() :]
+    loud = level[0] in "EFC" if level else None
+    return Line(text, speaker, loud, when[0] if when else time, headed)
+
+
+def lines_of(text: str) -> list[Line]:
+    lines: list[Line] = []
+    for raw in MARK.split(text)[-1].split("\n"):
+        lines.append(clean(raw, lines[-1].time if lines else ""))
+    return lines

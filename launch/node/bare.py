@@ -1,0 +1,56 @@
+"""An engine without a container: a session of its own, to be signalled as one."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from launch.node.base import NOT_FOUND, STOPPED, Ends
+from launch.node.containers import set_interfaces
+
+# MPI must not see Slurm's variables, or its spawning of workers inside a step fails.
+HIDDEN = re.compile("(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_")
+
+
+@dataclass
+class Run:
+    """Run the engine from PATH; its exit code is ours. Nothing of its session outlives it or us."""
+
+    engine: list[str]
+    ask_every: float = 60
+
+    def __call__(self) -> int:
+        ends = Ends()
+        ends.hold(self.ask_every)
+        set_interfaces()
+        env = {name: value for name, value in os.environ.items() if not HIDDEN.match(name)}
+        null = subprocess.DEVNULL
+        try:
+            engine = subprocess.Popen(self.engine, stdin=null, env=env, start_new_session=True)
+        except OSError as error:
+            print(f"{self.engine[0]}: {error.strerror}", file=sys.stderr, flush=True)
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_FOUND - 1
+        if (code := ends.code_of(engine)) is None:
+            give_time(engine.pid)
+        end(engine.pid, signal.SIGKILL)
+        return STOPPED if code is None else code
+
+
+def give_time(session: int) -> None:
+    """SIGTERM, and three seconds to end by itself."""
+    end(session, signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while end(session, 0) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def end(session: int, signum: int) -> bool:
+    """Signal every process of a session; whether there was one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signum)
+        return True
+    return False

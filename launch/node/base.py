@@ -1,0 +1,171 @@
+"""The ground that every order stands on: telling, asking, and ending when the launcher does.
+
+The launcher sends this file, the parts that its order needs, and the order, through the standard
+input of `python3 -IS -c ...`. That pipe stays open for as long as the order is wanted: however the
+launcher ends, SIGKILL included, the kernel closes it, and the node cleans up by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+NODE = os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
+LABEL = "tensorrt-llm-serve"
+TIMED_OUT, NOT_FOUND = 124, 127  # the exit codes that a shell would give
+STOPPED = 143
+OVER = (
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
+).split()
+
+
+def tell(message: Any) -> None:  # noqa: ANN401 (any dataclass of messages.py)
+    """One message on a line of its own. A launcher that is gone must not stop a clean-up."""
+    line = json.dumps({"node": NODE, type(message).__name__: vars(message)})
+    with contextlib.suppress(OSError):
+        os.write(1, line.encode() + b"\n")
+
+
+def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # noqa: ANN401
+    """Exit code and output, errors included, of a short command."""
+    options.setdefault("stderr", subprocess.STDOUT)
+    try:
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        done = subprocess.run(argv, stdin=null, stdout=pipe, timeout=timeout, **options)
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT, ""
+    except OSError as error:
+        return NOT_FOUND, f"{argv[0]}: {error.strerror}"
+    return done.returncode, done.stdout.decode(errors="replace").strip()
+
+
+def shell_code(code: int) -> int:
+    """An exit code as a shell tells it: 137 for a process that SIGKILL ended."""
+    return code if code >= 0 else 128 - code
+
+
+@dataclass
+class Ends:
+    """What ends an order: our input, a signal, Slurm's word on the job, or the process itself."""
+
+    STOP = "stop"
+    events: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+
+    def hold(self, ask_every: float = 0) -> None:
+        """From now on the end of our input is a STOP, and so is a signal.
+
+        With `ask_every` seconds Slurm is asked, too, whether the job is over: a node that was out
+        of reach may never hear of the end.
+        """
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, lambda *_: self.events.put(self.STOP))
+        threading.Thread(target=self._watch, args=(ask_every,), daemon=True).start()
+
+    def _watch(self, ask_every: float) -> None:
+        job = Job(os.environ.get("SLURM_JOB_ID", "") if ask_every else "")
+        job.is_over()  # Slurm's word counts only when it has once known the job
+        while True:
+            if select.select([0], [], [], ask_every if job.id else None)[0]:
+                if not os.read(0, 1 << 16):
+                    break
+            elif job.is_over():
+                break
+        self.events.put(self.STOP)
+
+    def after(self, process: subprocess.Popen[Any]) -> None:
+        """The end of a process is an event, too: its exit code."""
+        wait = lambda: self.events.put(shell_code(process.wait()))  # noqa: E731
+        threading.Thread(target=wait, daemon=True).start()
+
+    def code_of(self, process: subprocess.Popen[Any]) -> int | None:
+        """Wait for a process: its exit code, or None when we are to stop first."""
+        self.after(process)
+        code = self.events.get()
+        return None if code == self.STOP else int(code)
+
+    def stop_within(self, seconds: float) -> bool:
+        """Wait so long: whether we are to stop."""
+        with contextlib.suppress(queue.Empty):
+            return bool(self.events.get(timeout=seconds) == self.STOP)
+        return False
+
+
+@dataclass
+class Job:
+    """Our job, by its id; '' where there is none."""
+
+    id: str
+    known: bool = False  # Slurm has called it running
+
+    def is_over(self) -> bool:
+        """Slurm says so, after it has said that the job runs; in no other case."""
+        if not self.id:
+            return False
+        command = "squeue --all --local --noheader --states=all".split()
+        leaves = ("SQUEUE_", "SLURM_CLUSTERS")  # a filter must not make the job look ended
+        env = {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
+        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=env)[1]
+        lines = said.splitlines()
+        if f"{self.id} RUNNING" in lines:
+            self.known = True
+            return False
+        gone = "Invalid job id specified" in said
+        return self.known and (gone or any(f"{self.id} {state}" in lines for state in OVER))
+
+
+def listening(port: int) -> set[str]:
+    """The sockets that listen on a port of this node, by their inodes."""
+    found = set()
+    pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ")
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            lines = Path(table).read_text().splitlines()
+            found |= {line.split()[9] for line in lines if pattern.search(line)}
+    return found
+
+
+def take_parts(sizes: list[str]) -> None:
+    """Read the parts that follow this one, `name:bytes` each; together they are one module."""
+    us = sys.modules["launch.node.base"] = sys.modules[__name__]
+    for word in sizes:
+        name, _, size = word.partition(":")
+        sys.modules[f"launch.node.{name}"] = us
+        source = sys.stdin.buffer.read(int(size))
+        exec(compile(source, f"launch/node/{name}.py", "exec"), vars(us))
+
+
+def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
+    """The order that follows the parts, up to an empty line: `{"Name": {its fields}}`."""
+    lines: list[bytes] = []
+    while (line := sys.stdin.buffer.readline()) != b"\n":
+        if not line:
+            os._exit(STOPPED)  # whoever sent it was killed in the middle
+        lines.append(line)
+    [(name, fields)] = json.loads(b"".join(lines).decode(errors="surrogateescape")).items()
+    return globals()[name](**fields)
+
+
+def main() -> NoReturn:
+    """Do what the launcher sent. Threads that still wait for something do not hold up the end."""
+    take_parts(sys.argv[2:])
+    try:
+        code = read_order()()
+    except OSError as error:
+        print(f"{NODE}: {error}", file=sys.stderr, flush=True)
+        code = 1
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""An engine in a container of its own, and how nothing of it is left."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, tell
+from launch.node.inside import ATTENDED, OPEN_FILES
+from launch.node.messages import Left, Owner
+
+CLIENT_FAILED = 125  # docker's own client: where the daemon went away, its container may live on
+
+
+@dataclass
+class Serve:
+    """Run the engine in a container; its exit code is ours. Whatever ends us, it is removed."""
+
+    job: str
+    launcher: str  # by which our containers are known
+    gpus: str  # auto, none, or docker's own words
+    cache: str  # a directory to make first; '': none
+    options: list[str]  # of docker run
+    image: str
+    engine: list[str]
+    ask_every: float = 60
+
+    def __call__(self) -> int:
+        ends = Ends()
+        ends.hold(self.ask_every)
+        attended = [self.image, "sh", "-c", ATTENDED, "container", *self.engine]
+        client = self.start(attended)
+        code = ends.code_of(client)
+        if code is None:
+            return stop(client, self.launcher)
+        if code == CLIENT_FAILED:
+            remove(self.launcher)
+        return code
+
+    def start(self, command: list[str], *options: str) -> subprocess.Popen[bytes]:
+        """Docker's client. What only the node knows is put before what was ordered.
+
+        Each device is that device alone: EFA's verbs (RDMA between nodes) and gdrdrv (NCCL's
+        copies of small messages, GDRCopy), where they are; GPUs come with --gpus.
+        """
+        if self.cache:
+            os.makedirs(self.cache, exist_ok=True)
+        set_interfaces()
+        found = [*glob("/dev/infiniband/uverbs*"), *glob("/dev/gdrdrv")]
+        devices = [word for path in found for word in ("--device", path)]
+        gpus = [] if self.gpus == "none" else ["--gpus", self.which_gpus()]
+        name = f"trtllm-{self.job}-{NODE}"
+        run = ["docker", "run", "--name", name, *gpus, *devices, *options]
+        return popen([*run, *self.options, *command])
+
+    def which_gpus(self) -> str:
+        """The job's, where it has not all of the node's."""
+        if self.gpus != "auto":
+            return self.gpus
+        step = os.environ.get("SLURM_STEP_GPUS", "")
+        present = len(glob("/dev/nvidia[0-9]*")) or 1
+        given = step.split(",") if step else []
+        return f'"device={step}"' if given and len(given) < present else "all"
+
+
+def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """A client that is not there, or not to be run, is 127, as a shell tells it."""
+    try:
+        return subprocess.Popen(command, pass_fds=files)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        return subprocess.Popen(["sh", "-c", "exit 127"])
+
+
+def set_interfaces() -> None:
+    """NCCL and Gloo: the interface that leads out of the node, unless the user names one."""
+    route = ask("ip", "-o", "-4", "route", "show", "to", "default")[1]
+    if found := re.search(r"^[^\n]* dev (\S+)", route):
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+            os.environ[name] = os.environ.get(name) or found[1]
+
+
+def remove(launcher: str) -> str:
+    """Remove this launch's containers; why one may be there still, or ''.
+
+    Another launch of the job may have a container of the same name: ours has our label.
+    """
+    ours = f"label={LABEL}.launcher={launcher}"
+    code, said = ask("docker", "ps", "--all", "--quiet", "--filter", ours, timeout=3)
+    if code:
+        return said or "Docker does not answer"
+    ids = [word for word in said.split() if re.fullmatch(r"[\w.-]+", word)]
+    if not ids:
+        return ""
+    code, said = ask("docker", "rm", "--force", *ids, timeout=4)
+    return (said or "Docker does not answer") if code else ""
+
+
+def keep_removing(launcher: str, seconds: float, pause: float) -> str:
+    """Until it works, or so long: a daemon that is only restarted is back soon."""
+    deadline = time.monotonic() + seconds
+    while (why := remove(launcher)) and time.monotonic() < deadline:
+        time.sleep(pause)
+    return why
+
+
+def stop(client: subprocess.Popen[bytes], launcher: str) -> int:
+    """The container ends with its order, whoever asks: the launcher's end, scancel, a signal.
+
+    It is removed until the client has gone, too: before that a container may yet be created.
+    """
+    deadline = time.monotonic() + 12
+    while client.poll() is None and time.monotonic() < deadline:
+        remove(launcher)
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        client.kill()
+    remove(launcher)
+    return STOPPED
+
+
+@dataclass
+class Remove:
+    """Remove this launch's containers, should its own order not have done so; tell what is left."""
+
+    launcher: str
+
+    def __call__(self) -> int:
+        if why := keep_removing(self.launcher, 3, 0.3):
+            tell(Left(why))
+        return 0
+
+
+@dataclass
+class Reap:
+    """Remove the containers of launchers that are gone, by their ids."""
+
+    ids: list[str]
+
+    def __call__(self) -> int:
+        for each in self.ids:
+            ask("docker", "rm", "--force", each, timeout=30)
+        return 0
+
+
+@dataclass
+class AskOwner:
+    """Tell whether our own engine listens on a port: one of its processes has that socket open."""
+
+    port: int
+    container: str  # '': no container, any process of the node
+
+    def __call__(self) -> int:
+        name = f"{self.container}-{NODE}"
+        inside = ["docker", "exec", name, "sh", "-c", OPEN_FILES]
+        code, files = ask(*inside, timeout=5) if self.container else (0, open_files())
+        owned = any(f"socket:[{inode}]" in files for inode in listening(self.port))
+        known = owned or "socket:[" in files
+        tell(Owner(owned, "" if known else f"docker exec: {code} {files[-200:]}"))
+        return 0
+
+
+def open_files() -> str:
+    """What this node's processes have open, as far as we may look."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(link))
+    return "\n".join(found)

@@ -1,0 +1,117 @@
+"""What a node has and lacks: GPUs, devices, the port, paths, Docker and the image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from glob import glob
+
+from launch.node.base import LABEL, ask, listening, tell
+from launch.node.messages import Container, Facts
+
+DOCKER = ("docker", "info", "--format",
+          "{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}")  # fmt: skip
+IMAGE = ("docker", "image", "inspect", "--format", "{{.Id}} {{json .RootFS.Layers}}")
+LABELS = " ".join('{{.Label "%s.%s"}}' % (LABEL, name) for name in ("job", "launcher", "user"))  # noqa: UP031
+OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
+        "{{.ID}} {{.Names}} " + LABELS)  # fmt: skip
+
+
+@dataclass
+class Survey:
+    """Tell what this node has, of what a launch wants."""
+
+    runtime: str
+    port: int
+    tag: str
+    program: str  # the engine's, for runtime bare
+    paths: list[str] = field(default_factory=list)
+
+    def __call__(self) -> int:
+        facts = Facts(
+            rank=int(os.environ.get("SLURM_NODEID", "0")),
+            addresses=ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split(),
+            gpus=count_gpus(),
+            allocated=os.environ.get("SLURM_STEP_GPUS", ""),
+            efa=len(glob("/dev/infiniband/uverbs*")),
+            gdrdrv=os.path.exists("/dev/gdrdrv"),
+            taken=who_listens(self.port),
+            unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
+        )
+        if self.runtime == "bare":
+            facts.engine = shutil.which(self.program) or ""
+        else:
+            ask_docker(facts, self.tag)
+        tell(facts)
+        return 0
+
+
+def count_gpus() -> int:
+    """By their devices; where there are none, as in some virtual machines, by NVIDIA's word."""
+    if devices := glob("/dev/nvidia[0-9]*"):
+        return len(devices)
+    return sum(line.startswith("GPU") for line in ask("nvidia-smi", "-L")[1].splitlines())
+
+
+def who_listens(port: int) -> str | None:
+    """The program that listens on the port; '' where its name is not ours to see."""
+    if not listening(port):
+        return None
+    said = ask("ss", "-Hltnp", f"sport = :{port}", stderr=subprocess.DEVNULL)[1]
+    return said.partition("users:((")[2].partition(")")[0]
+
+
+def ask_docker(facts: Facts, tag: str) -> None:
+    """Three questions at once: a daemon that hangs costs the time of one."""
+    if not shutil.which("docker"):
+        facts.no_docker = "docker: not found in PATH"
+        return
+    info, image, ours = (begin(command) for command in (DOCKER, (*IMAGE, tag), OURS))
+    version, *rest = [line.strip() for line in (answer(info) or "").splitlines()] or [""]
+    if info.returncode or len(rest) < 2:
+        facts.no_docker = why_silent(info.returncode)
+        end(image)
+        end(ours)
+        return
+    facts.docker, facts.store, root = version, rest[0], rest[-1]
+    facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
+    facts.free = free_bytes(root)
+    for line in (answer(ours) or "").splitlines():
+        tell(Container(*([*line.split(" ", 4), "", "", "", ""][:5])))
+
+
+def begin(command: tuple[str, ...]) -> subprocess.Popen[str]:
+    null = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=null, text=True)
+
+
+def answer(process: subprocess.Popen[str]) -> str | None:
+    """What it printed; None where it failed, or did not answer within 10 s."""
+    try:
+        said = process.communicate(timeout=10)[0]
+    except subprocess.TimeoutExpired:
+        end(process)
+        return None
+    return said if process.returncode == 0 else None
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def why_silent(code: int) -> str:
+    if code < 0:
+        return "it did not answer within 10 s"
+    code, said = ask("docker", "version", "--format", "{{.Server.Version}}")
+    return said or "it did not answer within 10 s"
+
+
+def free_bytes(path: str) -> int:
+    try:
+        room = os.statvfs(path)
+    except OSError:
+        return 0
+    return room.f_bavail * room.f_frsize

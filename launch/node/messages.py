@@ -1,0 +1,98 @@
+"""What a node tells its launcher: one JSON line a message, each the fields of a dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Facts:
+    """What a node has. Sizes in bytes; `taken`: who listens on our port, None where nobody does."""
+
+    rank: int = 0
+    addresses: list[str] = field(default_factory=list)
+    gpus: int = 0
+    allocated: str = ""  # the GPUs of our job, as Slurm lists them
+    efa: int = 0
+    gdrdrv: bool = False
+    taken: str | None = None
+    unseen: list[str] = field(default_factory=list)
+    engine: str = ""  # where the program is, for runtime bare
+    docker: str = ""  # its version
+    no_docker: str = ""  # why it does not answer
+    store: str = ""  # how Docker stores images, which decides what an image's id is
+    image: str = ""  # the id of what our tag names
+    layers: str = ""  # its diff ids, as Docker prints them
+    free: int = 0
+
+
+@dataclass
+class Container:
+    """A container with our label, whoever started it."""
+
+    id: str
+    name: str
+    job: str
+    launcher: str
+    user: str
+
+
+@dataclass
+class Waiting:
+    """Another image is being loaded; ours is next."""
+
+
+@dataclass
+class Progress:
+    """So many bytes of the tarball are read."""
+
+    bytes: int
+
+
+@dataclass
+class Present:
+    """The image is there, by this id."""
+
+    id: str
+
+
+@dataclass
+class Error:
+    """What was asked for could not be done."""
+
+    why: str
+
+
+class Kept(Error):
+    """The image could not be removed."""
+
+
+@dataclass
+class Up:
+    """The container runs that ranks will run in."""
+
+
+@dataclass
+class Beat:
+    """A sign of life; `slurmd`: the node's slurmd listens."""
+
+    slurmd: bool
+
+
+@dataclass
+class Ended:
+    """The node's container has ended by itself."""
+
+    code: int
+
+
+class Left(Error):
+    """The farewell: why the node's container may be there still; '': it is gone."""
+
+
+@dataclass
+class Owner:
+    """Whether our own engine listens on the port; `why`: it could not be found out."""
+
+    own: bool
+    why: str = ""

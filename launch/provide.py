@@ -1,0 +1,134 @@
+"""The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
+
+import re
+import time
+
+from common.talk import die, say
+from launch import slurm
+from launch.image import ECR, SLOWEST, Image
+from launch.node import messages
+from launch.node.images import Forget, Load, Pull
+from launch.node.messages import Kept
+from launch.nodes import Place, ask, held, run
+from launch.order import Command
+
+
+def provide_command(image: Image, place: Place) -> Command:
+    if image.registry:
+        login = image.registry if ECR.match(image.registry) else ""
+        return Command(place.every, Pull(image.tag, login))
+    tarball, ids = str(image.tarball), list(image.ids)
+    return Command(place.every, Load(tarball, image.tag, ids, image.layers, image.codec))
+
+
+def forget_command(image: Image, place: Place) -> Command:
+    return Command(place.every, Forget(image.tag))
+
+
+def forget(image: Image, place: Place) -> None:
+    for told in ask(forget_command(image, place), "removing the image"):
+        if isinstance(told.message, Kept):
+            say(f"image: {told.node}: not removed: {told.message.why}")
+
+
+def password_command(image: Image) -> list[str]:
+    """The command whose output is the registry's password; [] where none is needed."""
+    if not (region := ECR.match(image.registry)):
+        return []
+    return ["aws", "ecr", "get-login-password", "--region", region[1]]
+
+
+def sum_command(image: Image) -> list[str]:
+    """The command that prints the tarball's sha256.
+
+    One reading, here, is enough: the nodes read the same file, and what each has loaded is known by
+    its id, which Docker computes from what it took in.
+    """
+    return ["sha256sum", "--", str(image.tarball)]
+
+
+def check_verifiable(image: Image) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", image.sha256):
+        named = "a registry's image is verified by its name: --image name@sha256:..."
+        hint = f"the sidecar of a tarball that `make save` made has one; {named}"
+        tarball = image.tarball or "a tarball"
+        die(f"--verify: there is no sha256 to compare {tarball} with", hint=hint)
+
+
+def verify(image: Image) -> None:
+    """Failure unless the tarball is, byte for byte, the one that its sidecar describes."""
+    say(f"image: reading {image.packed / 1e6:.0f} MB for their sha256")
+    # A name with a newline or backslash in it is marked by a backslash before the sum.
+    found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
+    if found != image.sha256:
+        hint = "it is damaged or not the one that was saved: copy both again, or `make save`"
+        die(f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}", hint=hint)
+    say(f"image: sha256 {found[:12]}... is the sidecar's")
+
+
+def provide(image: Image, place: Place) -> None:
+    """Bring the image to every node at once; Failure naming the nodes where it did not work."""
+    login = password_command(image)
+    secret = run(login).strip() + "\n" if login else ""
+    progress, errors, have, words = Progress(image.packed), {}, {}, []
+    with held(provide_command(image, place), secret=secret) as step:
+        for told in step.told():
+            message = told.message
+            if isinstance(message, messages.Present):
+                have[told.node] = message.id
+                progress.done(told.node)
+            elif isinstance(message, messages.Error):
+                errors[told.node] = message.why
+            elif message:
+                progress.show(told.node, message)
+            else:
+                words.append(told.line)
+    talk = "\n".join(words)
+    if len(have) < place.size and (word := slurm.slurms_word(talk)):
+        # It kills what is unpacking, too, and that looks like a broken tarball.
+        die(f"{word}; the image was being loaded", hint=slurm.SEE_NODES)
+    if errors:
+        die(slurm.by_node(sorted(errors.items())), hint=advice(image))
+    if len(have) < place.size:
+        reached = f"the image reached {len(have)} of {place.size} nodes"
+        die(f"{reached}: {slurm.last_words(talk, 3)}")
+    # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
+    if image.registry and len(set(have.values())) > 1:
+        die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
+
+
+def advice(image: Image) -> str:
+    if image.registry:
+        return "check the name, and `docker login` for a private registry; or use a tarball"
+    again = "copy the tarball again or make it anew (`make save`)"
+    return f"{again}; see the node's disk and Docker log"
+
+
+class Progress:
+    """How far each node is: bytes, MB/s, seconds; a line a node every few seconds."""
+
+    EVERY = 5.0
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.start = time.monotonic()
+        self.shown: dict[str, float] = {}
+
+    def show(self, node: str, message: object) -> None:
+        now = time.monotonic()
+        if isinstance(message, messages.Waiting):
+            say(f"image: {node}: waiting, another image is being loaded")
+        if not isinstance(message, messages.Progress):
+            return
+        if now - self.shown.get(node, self.start) >= self.EVERY:
+            self.shown[node] = now
+            say(f"image: {node}: {rate(message.bytes, self.total, now - self.start)}")
+
+    def done(self, node: str) -> None:
+        say(f"image: {node}: there after {time.monotonic() - self.start:.1f} s")
+
+
+def rate(done: int, total: int, seconds: float) -> str:
+    """`120 of 181 MB, 40 MB/s, 3 s`"""
+    done_mb, total_mb = done / 1e6, total / 1e6
+    return f"{done_mb:.0f} of {total_mb:.0f} MB, {done_mb / seconds:.0f} MB/s, {seconds:.0f} s"

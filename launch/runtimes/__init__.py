@@ -1,0 +1,35 @@
+"""Runtimes: how a server's processes are contained on a node. A file each, with the same names.
+
+Imports launch/plan.py, launch/findings.py, launch/order.py and the orders in launch/node/.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Protocol, cast
+
+from launch.findings import Finding, Node, Wanted
+from launch.order import Command
+from launch.plan import Plan, Replica
+
+NAMES = sorted(module.name for module in iter_modules(__path__))
+
+
+class Runtime(Protocol):
+    """What the launcher asks of a runtime. An order that it does not have is None."""
+
+    HAS_IMAGE: bool  # whether an image has to be on the nodes
+    OVER_NODES: bool  # whether one server may lie over several nodes
+
+    def container(self, plan: Plan, node: str) -> str | None: ...  # its name, for people
+    def serve(self, plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command: ...
+    def hold(self, plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command: ...
+    def ranks(self, plan: Plan, replica: Replica, log: Path) -> Command: ...
+    def remove(self, plan: Plan) -> Command | None: ...
+    def ask_owner(self, plan: Plan, replica: Replica) -> Command: ...
+    def judge(self, node: Node, wanted: Wanted) -> Sequence[Finding]: ...
+
+
+def runtime(name: str) -> Runtime:
+    return cast(Runtime, import_module(f"{__name__}.{name}"))

@@ -1,0 +1,46 @@
+"""No container: the engine from the node's PATH, within one node."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.findings import Finding, Node, Wanted
+from launch.node.bare import Run
+from launch.node.containers import AskOwner
+from launch.order import Command
+from launch.plan import Plan, Replica
+
+HAS_IMAGE = False
+OVER_NODES = False
+
+
+def container(plan: Plan, node: str) -> str | None:
+    return None
+
+
+def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    """The one order that is the server, for as long as its input is open."""
+    return Command(plan.place.on(1, first=replica.first), Run(list(replica.command)))
+
+
+def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    raise NotImplementedError("OVER_NODES is False")
+
+
+def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
+    raise NotImplementedError("OVER_NODES is False")
+
+
+def remove(plan: Plan) -> Command | None:
+    """Nothing outlives its order."""
+    return None
+
+
+def ask_owner(plan: Plan, replica: Replica) -> Command:
+    return Command(plan.place.on(1, first=replica.first), AskOwner(replica.port, ""))
+
+
+def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
+    if path := node.facts.engine:
+        return [node.ok("engine", path)]
+    hint = "install it there, or use --runtime docker"
+    return [node.bad("engine", f"{wanted.program}: not found in PATH", hint)]

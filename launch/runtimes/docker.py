@@ -1,0 +1,141 @@
+"""Docker: a container for each server on a node, or one a node for all the ranks of a server."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.settings import PASSED_ON
+from launch.findings import Finding, Node, Wanted
+from launch.identity import launcher
+from launch.image import GET_ONE, Image
+from launch.node.base import LABEL
+from launch.node.containers import AskOwner, Remove, Serve
+from launch.node.world import Hold, Rank
+from launch.order import Command
+from launch.plan import Plan, Replica
+
+HAS_IMAGE = True
+OVER_NODES = True
+
+
+def container(plan: Plan, node: str) -> str | None:
+    return f"trtllm-{plan.place.job}-{node}"
+
+
+# --- its orders -----------------------------------------------------------------------------------
+def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    """The one order that is the server, for as long as its input is open."""
+    prefix = plan.place.on(1, first=replica.first)
+    return Command(prefix, order_of(Serve, plan, replica, environ))
+
+
+def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    """A container on each of a server's nodes that waits, for the ranks to run in."""
+    prefix = plan.place.on(replica.nodes, first=replica.first)
+    return Command(prefix, order_of(Hold, plan, replica, environ))
+
+
+def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
+    """All ranks, in blocks, each with a log of its own. The death of one ends all."""
+    assert replica.spread
+    spread, engine = replica.spread, plan.engine
+    prefix = [
+        *plan.place.on(spread.nodes, spread.ranks, spread.mpi, replica.first),
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={log}",
+    ]
+    command = [engine.LEADER, *replica.command]
+    rank = Rank(plan.place.job, plan.cwd, command, engine.LEADER_MARK, engine.PROGRAM)
+    return Command(prefix, rank)
+
+
+def remove(plan: Plan) -> Command | None:
+    """Removes this launch's containers, and no others, should a node not have done so itself."""
+    return Command(plan.place.on(plan.nodes), Remove(launcher()))
+
+
+def ask_owner(plan: Plan, replica: Replica) -> Command:
+    """Whether the port is served from within this launch's container."""
+    order = AskOwner(replica.port, f"trtllm-{plan.place.job}")
+    return Command(plan.place.on(1, first=replica.first), order)
+
+
+def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
+    return kind(
+        job=plan.place.job,
+        launcher=launcher(),
+        gpus=replica.gpus,
+        cache=plan.cache,
+        options=docker_options(plan, environ),
+        image=plan.tag,
+        engine=list(replica.command),
+    )
+
+
+def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
+    """What follows `docker run --name NAME` and the devices that the node itself finds."""
+    names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", *passed_on(environ)]
+    return [
+        "--rm",
+        "--pull=never",                             # a tag nobody has is an error, not a download
+        "--interactive",                            # its standard input ends with its launcher
+        "--init",                                   # forwards signals, whatever the engine ignores
+        f"--label={LABEL}.job={plan.place.job}",
+        f"--label={LABEL}.launcher={launcher()}",
+        f"--label={LABEL}.user={plan.user}",
+        # No capability beyond Docker's own, no device but those of the node. What else is shared:
+        "--uts=host",                               # MPI and logs know a rank by its node's name
+        "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
+        "--net=host",                               # NCCL, EFA and MPI bind the node's interfaces
+        "--ulimit=memlock=-1",                      # EFA and GPUDirect register (pin) memory
+        "--ulimit=stack=67108864",                  # as NVIDIA's documentation starts its images
+        *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
+        *map(mount_flag, plan.mounts),
+        *([f"--workdir={plan.cwd}"] if plan.cwd else []),
+        *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),
+        *(f"--env={name}" for name in names),
+    ]  # fmt: skip
+
+
+def mount_flag(path: str) -> str:
+    """`--mount`'s value is a CSV row: a comma or quote in a path is written as CSV writes it."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\n").writerow(["type=bind", f"source={path}", f"target={path}"])
+    return f"--mount={row.getvalue()[:-1]}"
+
+
+def passed_on(environ: Mapping[str, str]) -> list[str]:
+    """Names of variables for the engine; a value in an argv would be there for all to read."""
+    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME", "TRTLLM_VERSION"}
+    return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
+
+
+# --- its part of the preflight --------------------------------------------------------------------
+def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
+    if why := node.facts.no_docker:
+        start = "start it there (systemctl start docker), or leave the node out (salloc --exclude)"
+        hint = f"{start}; a missing permission is the docker group's"
+        return [node.bad("docker", f"Docker does not answer: {why}", hint)]
+    return [node.ok("docker", node.facts.docker), *judge_image(node, wanted.image)]
+
+
+def judge_image(node: Node, image: Image) -> list[Finding]:
+    if node.holds(image):
+        return [node.ok("image", "present")]
+    if not image.tarball and not image.registry:
+        return [node.bad("image", f"image {image.tag} is not there", GET_ONE)]
+    free, how = node.facts.free, "pull" if image.registry else "load"
+    text = f"{how} (another {image.tag} is there)" if node.facts.image else how
+    row = Finding(node.name, "image", "note", text)
+    if free < image.room:
+        text = f"{giga(free)} free for Docker, {giga(image.room)} needed to load {image.tag}"
+        hint = "docker image prune there, or move Docker's data-root"
+        return [row, node.bad("disk", f"disk too small: {text}", hint)]
+    return [row, node.ok("disk", f"{giga(free)} free")]
+
+
+def giga(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,131 @@
+"""How a world of ranks lies over the nodes of a job, and what wires it up."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.settings import setting
+from common.talk import die, say
+from launch.arguments import is_count
+from launch.engines import World
+from launch.findings import Node
+from launch.nodes import Place, run
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The shape of an MPI world: `ranks` on each of `nodes` nodes, wired up by `mpi`."""
+
+    nodes: int
+    ranks: int
+    mpi: str
+
+    def ranks_of(self, index: int) -> str:
+        return f"ranks {index * self.ranks}-{(index + 1) * self.ranks - 1}"
+
+
+def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) -> bool:
+    """Whether the world is more than the first node holds. Failure where it cannot be had."""
+    if setting("GPUS") == "none":
+        return False
+    wants = f"the world size is {world}, but"
+    if world.size > sum(gpus):
+        hint = "allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)"
+        die(f"{wants} the {len(gpus)} node(s) have {sum(gpus)} GPU(s) in all", hint=hint)
+    if world.size <= gpus[0]:
+        return False
+    if not over_nodes:
+        die(f"{wants} {head} has {gpus[0]} GPU(s): more nodes need --runtime docker")
+    return True
+
+
+def find_spread(world: World, nodes: Sequence[Node], over_nodes: bool) -> Spread | None:
+    """How the world lies over the nodes; None where the first node holds it all."""
+    gpus = [node.gpus for node in nodes]
+    if not is_spread(world, gpus, nodes[0].name, over_nodes):
+        return None
+    return spread_over(world, gpus, choose_mpi(setting("MPI")))
+
+
+def check_logs(spread: Spread | None, workspace: Path) -> None:
+    """Failure for a path that srun's --output cannot name: a backslash has no escape there."""
+    if spread and "\\" in str(workspace):
+        why = "has a backslash in its name, and srun cannot write a log for each rank there"
+        die(f"the workspace {workspace} {why}", hint="use another --workspace")
+
+
+def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
+    """The world over nodes with `gpus` GPUs each. Failure where it does not fill them evenly."""
+    if len(set(gpus)) > 1:
+        found = f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))})"
+        why = "and the engine maps ranks to GPUs by one number"
+        die(f"{found}, {why}", hint="allocate nodes of one kind")
+    each, why = gpus[0], f"which does not fill nodes of {gpus[0]} GPUs evenly"
+    if world.size % each:
+        die(f"the world size is {world}, {why}", hint=f"choose a multiple of {each}")
+    return Spread(world.size // each, each, mpi)
+
+
+def choose_mpi(asked: str) -> str:
+    """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
+    refuse_others(asked)
+    offered = run(["sh", "-c", "exec srun --mpi=list 2>&1"])
+    if asked == "auto":
+        return pick_mpi(offered)
+    if not re.search(rf"\b{re.escape(asked)}(\s|$)", offered):
+        found = f"this Slurm has no MPI type {asked} {quoted(offered)}"
+        die(found, hint="MPI=auto takes what there is")
+    return asked
+
+
+def quoted(offered: str) -> str:
+    return f"(srun --mpi=list says: {' '.join(offered.split())})"
+
+
+def refuse_others(asked: str) -> None:
+    """Failure for what is neither `auto` nor PMIx."""
+    if asked != "auto" and not asked.startswith("pmix"):
+        why = "pmi2 hands each rank an open file, which no container inherits"
+        hint = "MPI=auto takes the PMIx that srun offers"
+        die(f"MPI={asked}: only PMIx reaches ranks in containers ({why})", hint=hint)
+
+
+def pick_mpi(offered: str) -> str:
+    """pmix, else its newest version."""
+    if re.search(r"^(srun:)?\s*(mpi/)?pmix\s*$", offered, re.M):
+        return "pmix"
+    if versions := re.findall(r"\bpmix_v(\d+)\b", offered):
+        return f"pmix_v{max(map(int, versions))}"
+    hint = "ask for Slurm's PMIx plug-in, or serve within one node"
+    die(f"this Slurm has no PMIx plug-in {quoted(offered)}", hint=hint)
+
+
+def expect_spread(
+    world: World, place: Place, over_nodes: bool, environ: Mapping[str, str] = os.environ
+) -> Spread | None:
+    """The spread as the allocation's own variables suggest it, for --dry-run, which asks nobody."""
+    words = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
+    per_node = words.rpartition(":")[2]
+    if not place.slurm:
+        return None
+    if not is_count(per_node):
+        if world.size > 1:
+            say("how many GPUs a node has is not known without asking: shown for one node")
+        return None
+    gpus = [int(per_node)] * place.size
+    if not is_spread(world, gpus, "each node", over_nodes):
+        return None
+    mpi = setting("MPI")
+    refuse_others(mpi)
+    return spread_over(world, gpus, "pmix" if mpi == "auto" else mpi)
+
+
+def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
+    """`world size 16 (...): 8 ranks on each of n1, n2 (--mpi=pmix); n1 serves`"""
+    if not spread:
+        return f"world size {world}: all of it on {nodes[0].name}, which serves"
+    names = ", ".join(node.name for node in nodes[: spread.nodes])
+    where = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
+    return f"world size {world}: {where}; {nodes[0].name} serves"

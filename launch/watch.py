@@ -1,0 +1,91 @@
+"""All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
+
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from common.talk import die, say
+from launch.death import report_death
+from launch.node.messages import Owner
+from launch.nodes import ask
+from launch.server import Server, die_of_a_node
+
+TICK = 0.05  # seconds between two looks at the processes and their logs
+HEARTBEAT = 30.0  # seconds between two lines while the engine loads
+
+
+def await_ready(servers: Sequence[Server], timeout: float) -> None:
+    """Return when all answer; Failure when one ends first, or at the deadline."""
+    beat = HEARTBEAT
+    while not all(server.health.ready.is_set() for server in servers):
+        tick(servers)
+        for server in servers:
+            die_if_strange(server)
+            if server.age > timeout:
+                die_of_slowness(server, timeout)
+        if servers[0].age > beat:
+            beat += HEARTBEAT
+            say(f"loading for {servers[0].age:.0f} s; log: {servers[0].main_log.last_line[:80]}")
+    for server in servers:
+        check_owner(server)
+        check_end(server)  # then it was not ours that answered
+
+
+def die_of_slowness(server: Server, timeout: float) -> NoReturn:
+    end = server.main_log.last_line or "(empty)"
+    late = f"{server.node}: the server was not ready within {timeout:g} s: {server.health.answer}"
+    hint = f"more time: --ready-timeout; the whole log: {server.log.path}"
+    die(f"{late}; its log ends: {end}", hint=hint, passing=True)
+
+
+def check_owner(server: Server) -> None:
+    """While ours loads, its port may be another's, of the same model even."""
+    deadline = time.monotonic() + 1
+    while not server.health.listening and time.monotonic() < deadline:
+        tick([server])
+    if server.health.listening:
+        return
+    command = server.runtime.ask_owner(server.plan, server.replica)
+    for told in ask(command, "asking whose the port is", timeout=10):
+        if isinstance(told.message, Owner) and not (told.message.own or told.message.why):
+            die_of_stranger(server, server.health.model)
+
+
+def die_if_strange(server: Server) -> None:
+    """The port was free when the nodes were asked; since then somebody may have taken it."""
+    if server.health.is_stranger():
+        die_of_stranger(server, f"{server.health.stranger}, not {server.replica.model}")
+
+
+def die_of_stranger(server: Server, serves: str) -> NoReturn:
+    hint = "another --port; `ss -ltnp` on the node says whose it is"
+    taken = f"{server.node}: another server has taken {server.url} meanwhile"
+    die(f"{taken}: it serves {serves}", hint=hint)
+
+
+def hold(servers: Sequence[Server]) -> NoReturn:
+    """Watch until somebody stops us; Failure when a server ends or stops answering."""
+    for server in servers:
+        server.probe.begin(server.health.model)
+    while True:
+        tick(servers)
+        for server in servers:
+            if fault := server.health.fault() or server.probe.fault():
+                words = f"{server.node}: the server is up but no longer serves: {fault}"
+                hint = "an engine whose rank died can stay so for ever"
+                die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
+
+
+def tick(servers: Sequence[Server]) -> None:
+    """One look at the logs and the processes."""
+    for server in servers:
+        check_end(server)
+    time.sleep(TICK)
+
+
+def check_end(server: Server) -> None:
+    code = server.step.poll()
+    server.pump()
+    die_of_a_node(server)
+    if code is not None:
+        report_death(server, code)

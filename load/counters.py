@@ -1,0 +1,259 @@
+"""What the server counted itself while a run was measured, and how it agrees with the client.
+
+Before a run, a few times during it and after it /metrics is read: Prometheus text of vLLM, SGLang,
+TensorRT-LLM (/prometheus/metrics), LMDeploy, TGI; and TensorRT-LLM's own /metrics, a list of
+iterations that each reading empties. While a run is measured nothing is parsed, bytes are kept.
+
+    counters = Counters(endpoint)
+    with counters.watching():
+        ...                     # the run
+    counters.add_to(record)     # server_mean_ttft_ms, ttft_beyond_server_ms, cached_share, ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+from common.talk import Failure
+from load.endpoint import Endpoint, fetch
+
+PATHS = ("/metrics", "/prometheus/metrics")
+FIRST, EVERY = 0.25, 5.0  # s to the first look during a run; then twice as long, at most EVERY
+SETTLES = 0.1  # s after its last token until a request is in the counters
+CAME = "of the prompt tokens came from the server's cache"
+CACHE_HIT = 0.01  # share of the prompt tokens from which on a run is marked
+ENGINE = r"(?:ray_)?(?:vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend)[:_]"
+SAMPLE = re.compile(rf"^{ENGINE}(\w+?)(?:_total)?(?:\{{.*\}})?[ \t]+([^\s#]+)", re.MULTILINE)
+
+# Names without the engine's before them; of several the first that is there.
+HISTOGRAMS = {
+    "ttft": ("time_to_first_token_seconds",),
+    "queue": ("request_queue_time_seconds", "queue_time_seconds", "request_queue_duration"),
+    "prefill": ("request_prefill_time_seconds",),
+    "itl": ("inter_token_latency_seconds", "time_per_output_token_seconds"),
+    "e2el": ("e2e_request_latency_seconds", "request_duration", "request_duration_seconds"),
+}
+RUNNING = ("num_requests_running", "num_running_reqs", "batch_current_size")
+WAITING = ("num_requests_waiting", "num_queue_reqs", "queue_size")
+KV_USE = ("kv_cache_usage_perc", "gpu_cache_usage_perc", "token_usage", "kv_cache_utilization")
+# Prompt tokens, or blocks of them, from the cache; and the sum that they are a share of.
+CACHE = (
+    ("prefix_cache_hits", ("prefix_cache_queries",)),
+    ("gpu_prefix_cache_hits", ("gpu_prefix_cache_queries",)),
+    ("cached_tokens", ("prompt_tokens",)),
+    ("prompt_cached_tokens", ("prompt_tokens",)),
+    ("kv_cache_reused_blocks", ("kv_cache_reused_blocks", "kv_cache_missed_blocks")),
+)
+COUNTERS = {
+    *(
+        f"{name}_{part}"
+        for names in HISTOGRAMS.values()
+        for name in names
+        for part in ("sum", "count")
+    ),
+    *(name for hits, parts in CACHE for name in (hits, *parts)),
+}
+
+Record = dict[str, Any]
+Raw = list[bytes]
+Page = dict[str, list[float]]  # a metric's values, one a set of labels (replica, model, reason)
+Look = tuple[float, Page]  # and the seconds that it stands for
+
+
+class Counters:
+    """A server's counters over one run after the other; `extra` requests of each are no result."""
+
+    def __init__(self, endpoint: Endpoint, extra: int = 0) -> None:
+        self.endpoint, self.extra = endpoint, extra
+        self.paths: tuple[str, ...] = PATHS
+        self.before: Raw = []
+        self.during: list[tuple[float, Raw]] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        if self.paths:
+            time.sleep(SETTLES)
+        pages = {path: self.read(path) for path in self.paths}
+        self.paths = tuple(path for path in self.paths if tells(pages[path]))
+        self.before, self.during = [pages[path] for path in self.paths], []
+        over = threading.Event()
+        watcher = threading.Thread(target=self.look, args=(over,), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join(1)
+
+    def look(self, over: threading.Event) -> None:
+        pause = FIRST
+        while self.paths and not over.wait(pause):
+            self.during.append((pause, self.read_all()))
+            pause = min(2 * pause, EVERY)
+
+    def read_all(self) -> Raw:
+        return [self.read(path) for path in self.paths]
+
+    def read(self, path: str) -> bytes:
+        try:
+            return fetch(self.endpoint, path).body
+        except Failure:  # not there, or too busy this time
+            return b""
+
+    def add_to(self, record: Record, name: str) -> None:
+        """The server's figures beside the client's; notes on what is odd in the run."""
+        notes: list[str] = []
+        if self.paths and not record.get("stopped"):
+            time.sleep(SETTLES)
+            told, notes = self.told(record, self.read_all())
+            said = record.get("cached_share")
+            if said is None or told.get("cached_share", 0) > said:  # a gateway writes zeros
+                record |= {"cached_share": None, "cached_source": None}
+            record |= {key: v for key, v in told.items() if record.get(key) is None}
+        record["notes"] += [f"{name}: {note}" for note in (*notes, *cache_note(record))]
+
+    def told(self, record: Record, after: Raw) -> tuple[Record, list[str]]:
+        looks = [(seconds, page(raw)) for seconds, raw in self.during]
+        steps = iterations(*(raw for _, raw in self.during), after)
+        own = of_iterations(iterations(self.before), steps)
+        facts, notes = compare(record, page(self.before), looks, page(after), self.extra)
+        return facts | own, notes
+
+
+def tells(body: bytes) -> bool:
+    return bool(iterations([body]) or page([body]))
+
+
+def page(raw: Raw) -> Page:
+    found: Page = {}
+    for body in raw:
+        for name, value in SAMPLE.findall(body.decode(errors="replace")):
+            with_number(found, name, value)
+    return found
+
+
+def with_number(found: Page, name: str, text: str) -> None:
+    try:
+        value = float(text)
+    except ValueError:
+        return
+    if math.isfinite(value):
+        found.setdefault(name, []).append(value)
+
+
+def iterations(*raws: Raw) -> list[Record]:
+    """TensorRT-LLM's list of what each of its iterations did."""
+    found = []
+    for body in (body for raw in raws for body in raw if body[:1] == b"["):
+        try:
+            found += [step for step in json.loads(body) if isinstance(step, dict)]
+        except (ValueError, RecursionError):
+            continue
+    return found
+
+
+# --- what they say --------------------------------------------------------------------------------
+
+
+def compare(
+    record: Record, before: Page, looks: Sequence[Look], after: Page, extra: int
+) -> tuple[Record, list[str]]:
+    """The server's means of the run's own requests, the client's less them, and notes."""
+    passed = {k: sum(after[k]) - sum(before.get(k, ())) for k in COUNTERS if k in after}
+    if any(value < 0 for value in passed.values()):
+        return {}, ["the server's counters went back, so they are left out: it was restarted, or "
+                    "replicas answer in turn"]  # fmt: skip
+    facts = {**means(passed), **levels(looks), **cached(passed)}
+    requests = facts.get("server_requests")
+    if requests is None or record["completed"] <= requests <= record["num_prompts"] + extra:
+        return facts | beyond(record, facts), []
+    return facts, [f"the server counted {requests} requests, the client {record['completed']}: the "
+                   "server's own figures hold others' requests, or one replica's only"]  # fmt: skip
+
+
+def means(passed: Mapping[str, float]) -> Record:
+    """Of the histograms, in ms."""
+    facts: Record = {}
+    for metric, names in HISTOGRAMS.items():
+        name = next((n for n in names if passed.get(f"{n}_count")), None)
+        if name:
+            count = passed[f"{name}_count"]
+            facts[f"server_mean_{metric}_ms"] = passed.get(f"{name}_sum", 0.0) / count * 1e3
+            if metric in ("ttft", "e2el"):
+                facts.setdefault("server_requests", round(count))
+    return facts
+
+
+def levels(looks: Sequence[Look]) -> Record:
+    """Means over time of what goes up and down: of replicas the sum, of their KV use the mean."""
+    facts = {}
+    for metric, names in (("running", RUNNING), ("waiting", WAITING), ("kv_use", KV_USE)):
+        together = fmean if metric == "kv_use" else sum
+        seen = [(seconds, together(page[name])) for seconds, page in looks
+                for name in names if name in page]  # fmt: skip
+        if seen:
+            total = sum(seconds * level for seconds, level in seen)
+            facts[f"server_mean_{metric}"] = total / sum(seconds for seconds, _ in seen)
+    return facts
+
+
+def cached(passed: Mapping[str, float]) -> Record:
+    for hits, parts in CACHE:
+        total = sum(passed.get(part, 0.0) for part in parts)
+        if hits in passed and total > 0:
+            return from_cache(passed[hits], total)
+    return {}
+
+
+def from_cache(hits: float, total: float) -> Record:
+    return {"cached_share": hits / total, "cached_source": "the server's counters"}
+
+
+def of_iterations(before: Sequence[Record], steps: Sequence[Record]) -> Record:
+    """Of TensorRT-LLM's iterations during a run: the same, as far as its list has them."""
+    stats = [kv for step in steps if isinstance(kv := step.get("kvCacheStats"), dict)]
+    used, most = (numbers(kv.get(key) for kv in stats) for key in ("usedNumBlocks", "maxNumBlocks"))
+    levels = {
+        "running": numbers(step.get("numActiveRequests") for step in steps),
+        "waiting": numbers(step.get("numQueuedRequests") for step in steps),
+        "kv_use": [a / b for a, b in zip(used, most, strict=False) if b],
+    }
+    facts = {f"server_mean_{key}": fmean(values) for key, values in levels.items() if values}
+    stats = [kv for step in before[-1:] if isinstance(kv := step.get("kvCacheStats"), dict)] + stats
+    reused, missed = (
+        numbers(kv.get(f"{key}Blocks") for kv in stats) for key in ("reused", "missed")
+    )
+    if reused and missed:  # both count from the engine's start
+        hits, misses = reused[-1] - reused[0], missed[-1] - missed[0]
+        if min(hits, misses) >= 0 < hits + misses:
+            facts |= from_cache(hits, hits + misses)
+    return facts
+
+
+def numbers(values: Iterable[Any]) -> list[float]:
+    return [float(v) for v in values if type(v) in (int, float) and math.isfinite(v)]
+
+
+def beyond(record: Record, facts: Record) -> Record:
+    """By how much the client saw more than the server: the way between, or a mistake of either."""
+    found = {}
+    for metric in ("ttft", "itl", "e2el"):
+        ours, theirs = record.get(f"mean_{metric}_ms"), facts.get(f"server_mean_{metric}_ms")
+        if ours is not None and theirs is not None:
+            found[f"{metric}_beyond_server_ms"] = ours - theirs
+    return found
+
+
+def cache_note(record: Record) -> list[str]:
+    share = record.get("cached_share")
+    if share is None or share <= CACHE_HIT:
+        return []
+    return [f"{share:.0%} {CAME} (by {record['cached_source']}): the TTFT is that of the rest"]
