@@ -37,8 +37,7 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
-MAX_BODY = 1 << 20  # no honest answer to these requests comes near
-READ = 1 << 16
+READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]*)")  # of an event
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
@@ -442,8 +441,9 @@ def run(check: Check, server: Server, ask: Facts) -> Facts:
         body = answer.body[: 8 * SHOWN].decode(errors="replace")
         key = re.escape(server.key) or "(?!)"  # some servers repeat it
         detail, text = (re.sub(key, "***", text)[:SHOWN] for text in (str(wrong), body))
-        # No such path, or no such model? A gateway need not have every path.
+        # No such path, or no such model? Not all have every path, or take several prompts.
         gone = answer.status in (404, 405) and "model" not in text.replace(check.path, "")
+        gone |= answer.status in (400, 422) and check.name == "batch" and "string" in text
         return result | {"ok": None if gone else False, "detail": detail, "answer": text}
 
 

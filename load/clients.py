@@ -221,12 +221,9 @@ def watched(load: Load, case: Case) -> Result:
 
 
 def unmeasured(probes: int, warmed: int) -> list[str]:
-    parts = [f"{probes} that found out what it understands"] * bool(probes)
+    parts = [f"{probes} to find out what the server understands"] * bool(probes)
     parts += [f"{warmed} of warm-up"] * bool(warmed)
-    if not parts:
-        return []
-    return [f"{probes + warmed} requests went to the server before a run, and were not measured: "
-            + ", ".join(parts)]  # fmt: skip
+    return [f"unmeasured requests before a run: {', '.join(parts)}"] if parts else []
 
 
 def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:

@@ -134,7 +134,7 @@ def test_the_warm_up_is_not_counted_and_has_prompts_of_its_own(
     prompts = [tuple(r.body["prompt"]) for r in run.server.requests if r.body]
     assert len(prompts) == PROBES + 2 + 4
     assert len(set(prompts)) == len(prompts)
-    assert "note: 3 requests went to the server before a run" in run.stdout
+    assert "run: 1 to find out what the server understands, 2 of warm-up" in run.stdout
 
 
 def test_chat(capsys: pytest.CaptureFixture[str]) -> None:

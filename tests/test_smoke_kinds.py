@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -209,6 +208,16 @@ def test_what_is_refused_by_name_is_left_out(field: str, words: str, name: str) 
     found = passes(Kind(refuses=lambda body: words if field in body else ""))
     assert f"without {field}" in found[name]["detail"]
     assert f'"{field}"' not in found[name]["curl"]
+
+
+def test_a_server_that_takes_one_prompt_at_a_time() -> None:
+    """As `transformers serve` does."""
+
+    def refuses(body: dict[str, Any]) -> str:
+        return "prompt must be a string." if isinstance(body.get("prompt"), list) else ""
+
+    code, found, last = checks(Kind(refuses=refuses))
+    assert (code, found["batch"]["ok"], last) == (0, None, "7/8 passed, 1 not served")
 
 
 def test_without_stream_options_there_need_be_no_counts() -> None:

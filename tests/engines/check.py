@@ -2,10 +2,11 @@
 
     make check-engines                              # vLLM, in a folder that is removed afterwards
     make check-engines ENGINE=vllm,sglang FOLDER=/var/tmp/engines      # kept for the next time
+    make check-engines ENGINE=llamacpp,transformers
 
-The engines come through pip (vLLM 3.5 GB, SGLang 11 GB); the model is made on the spot, its weights
-are made up by the engine. One load is also measured by the engine's own client, and both clients
-are compared with what the server says of itself (/metrics).
+The engines come through pip (vLLM 3.5 GB, SGLang 11 GB, llama.cpp 0.2 GB, transformers 1 GB); the
+model is made on the spot, its weights by chance. One load is also measured by the engine's own
+client, where it has one, and compared with what the server says of itself (/metrics).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,12 +35,12 @@ from tests.engines.engines import ENGINES, PROMPT, REQUESTS, STREAMS, TOKENS, En
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 300
-SHORT = "--num-prompts 20 --input-len 128".split()
+SHORT = ("--client", "builtin", "--input-len", "128", "--num-prompts")
 LOADS = (
-    ["-t", "throughput,latency", "--output-len", "32", *SHORT],
-    ["-t", "prefill", *SHORT],
-    ["-t", "throughput", "--output-len", "32", "--request-rate", "2", *SHORT],
-    ["-t", "latency", "--output-len", "32", "--backend", "openai-chat", *SHORT],
+    ["-t", "throughput,latency", "--output-len", "32"],
+    ["-t", "prefill"],
+    ["-t", "throughput", "--output-len", "32", "--request-rate", "2"],
+    ["-t", "latency", "--output-len", "32", "--backend", "openai-chat"],
 )
 ALLOWED = 0.10  # how far bench.py may be from the server's own TPOT
 
@@ -62,6 +64,7 @@ def check(engine: Engine, folder: Path | None) -> bool:
         step(f"{engine.requirement} {engine.version} below {folder or work}")
         venv = engine.install((folder or work).resolve())
         tiny_model.write(work / "model")
+        engine.prepare(venv, work / "model")
         with serving(engine, venv, work) as url:
             return examine(Server(engine, venv, work, url))
 
@@ -133,19 +136,19 @@ def free_port() -> int:
 
 def examine(server: Server) -> bool:
     passed = smoke(server)
-    runs = [run for load in LOADS for run in bench(server, *load)]
-    ours = compared(server, by_bench)
-    theirs = compared(server, by_its_own)
-    show(server.engine, passed, runs, ours, theirs)
-    return passed == 8 and all(run["valid"] for run in runs) and agrees(*ours)
+    short = (*SHORT, str(server.engine.prompts))
+    runs = [run for load in LOADS for run in bench(server, *load, *short)]
+    clients = [by_bench] * bool(counters(server.url)) + [by_its_own] * bool(server.engine.client)
+    figures = [compared(server, client) for client in clients]
+    show(server.engine, passed, runs, *figures)
+    return passed and all(run["valid"] for run in runs) and all(agrees(*f) for f in figures[:1])
 
 
-def smoke(server: Server) -> int:
-    """How many of the eight checks passed; their lines are on stderr."""
+def smoke(server: Server) -> bool:
+    """Did all checks pass of what it serves? Their lines are on stderr."""
     step("test.py")
     command = [sys.executable, str(ROOT / "test.py"), "-H", server.url, "--json"]
-    done = subprocess.run(command, cwd=server.work, stdout=subprocess.PIPE, text=True)
-    return int(json.loads(done.stdout)["passed"])
+    return subprocess.run(command, cwd=server.work, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def bench(server: Server, *load: str) -> list[Any]:
@@ -183,21 +186,31 @@ def compared(server: Server, measure: Callable[[Server], Any]) -> tuple[Any, dic
     now = counters(server.url)
     now.subtract(before)
 
-    def mean(name: str) -> float:
-        return 1000 * now[f"{name}_sum"] / now[f"{name}_count"]
+    means = {
+        "mean_ttft_ms": ratio(now, "time_to_first_token_seconds_sum",
+                              "time_to_first_token_seconds_count"),
+        "mean_tpot_ms": ratio(now, "request_time_per_output_token_seconds_sum",
+                              "request_time_per_output_token_seconds_count")
+        or ratio(now, "tokens_predicted_seconds_total", "tokens_predicted_total"),
+    }  # fmt: skip
+    return found, means
 
-    return found, {
-        "mean_ttft_ms": mean("time_to_first_token_seconds"),
-        "mean_tpot_ms": mean("request_time_per_output_token_seconds"),
-    }
+
+def ratio(counts: Counter[str], seconds: str, count: str) -> float:
+    """A mean in ms; 0 where the server does not count that."""
+    return 1000 * counts[seconds] / counts[count] if counts[count] else 0.0
 
 
 def counters(url: str) -> Counter[str]:
     """Sums and counts of its histograms; what differs in a label only is added up."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        text = answer.read().decode()
     found: Counter[str] = Counter()
-    for name, value in re.findall(r"^\w+:(\w+_(?:sum|count))\{.*\} (\S+)$", text, re.MULTILINE):
+    try:
+        with urllib.request.urlopen(f"{url}/metrics") as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError:  # transformers has none
+        return found
+    line = r"^\w+:(\w+_(?:sum|count|total))(?:\{.*\})? (\S+)$"
+    for name, value in re.findall(line, text, re.MULTILINE):
         found[name] += float(value)  # type: ignore[assignment]
     return found
 
@@ -213,14 +226,14 @@ def step(text: str) -> None:
     print(f"check-engines: {text}", file=sys.stderr, flush=True)
 
 
-def show(engine: Engine, passed: int, runs: list[Any],
+def show(engine: Engine, passed: bool, runs: list[Any],
          *clients: tuple[Any, dict[str, float]]) -> None:  # fmt: skip
-    print(f"\n{engine.name} {engine.version} on the CPU: test.py {passed}/8")
+    print(f"\n{engine.name} {engine.version} on the CPU: test.py {'ok' if passed else 'FAILED'}")
     for each in runs:
         print(f"  {each['name']:40}", "valid" if each["valid"] else f"INVALID {each['problems']}")
     what = f"{STREAMS} streams, {PROMPT}/{TOKENS} tokens, {REQUESTS} requests"
     print(f"\n{what:40}     TTFT   server     TPOT   server   tokens/s")
-    for name, (figures, server) in zip(("bench.py", "its own client"), clients, strict=True):
+    for name, (figures, server) in zip(("bench.py", "its own client"), clients, strict=False):
         pairs = [n for key, said in server.items() for n in (figures[key], said)]
         print(f"{name:40}", *(f"{n:8.2f}" for n in pairs), f"{figures['output_throughput']:10.0f}")
 

@@ -1,4 +1,4 @@
-"""Two real engines on the CPU: how each is installed, served, and measured by its own client."""
+"""Real engines on the CPU: how each is installed, served, and measured by its own client."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # What a load is, as both clients get it.
 STREAMS, PROMPT, TOKENS, REQUESTS = 4, 128, 64, 100
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+HERE = Path(__file__).parent
 PLACES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # where programs leave things
 
 
 @dataclass(frozen=True)
 class Engine:
-    """`{venv}`, `{model}`, `{port}`, `{file}` in the commands are filled in when they run."""
+    """`{venv}`, `{model}`, `{port}`, `{file}`, `{here}` in the commands are filled in."""
 
     name: str
     version: str
     requirement: str
     finish: Callable[[Path], None]  # what is to do in the virtual environment after pip
     serve: str
-    client: str  # its own benchmark client, for the load above; it writes JSON to {file}
-    environ: dict[str, str]
+    client: str = ""  # its own benchmark client, for the load above; it writes JSON to {file}
+    environ: dict[str, str] = field(default_factory=dict)
+    prompts: int = 20  # of a run; fewer for one that is slow
+    weights: str = ""  # the format of a file of weights, where it does not make them up
     pip_options: tuple[str, ...] = ()
 
     def install(self, folder: Path) -> Path:
@@ -41,8 +44,12 @@ class Engine:
             ready.touch()
         return venv
 
+    def prepare(self, venv: Path, model: Path) -> None:
+        if self.weights:
+            run([str(venv / "bin/python"), str(HERE / "weights.py"), str(model), self.weights])
+
     def command(self, words: str, **values: object) -> list[str]:
-        return [word.format(**values) for word in words.split()]
+        return [word.format(here=HERE, **values) for word in words.split()]
 
     def environment(self, venv: Path, work: Path) -> dict[str, str]:
         """Caches and other traces go to `work`."""
@@ -146,4 +153,28 @@ SGLANG = Engine(
     },
 )
 
-ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
+# --- llama.cpp, transformers ----------------------------------------------------------------------
+
+
+LLAMACPP = Engine(
+    name="llamacpp",
+    version="2026.10.11549",
+    requirement="xllamacpp",  # llama.cpp's own server, built, in a package
+    finish=lambda venv: pip(venv, "install", "gguf"),
+    serve="{venv}/bin/python {here}/llamacpp.py {model}/model.gguf {port}",
+    weights="gguf",
+)
+
+TRANSFORMERS = Engine(
+    name="transformers",
+    version="5.24.0",
+    requirement="transformers[serving]",
+    finish=lambda venv: None,
+    serve="{venv}/bin/transformers serve {model} --host 127.0.0.1 --port {port} --device cpu",
+    environ={"OMP_NUM_THREADS": "1"},
+    prompts=4,  # a token takes 0.1 s, and four at a time take four times as long
+    weights="safetensors",
+    pip_options=("torch==2.13.0",),
+)
+
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG, LLAMACPP, TRANSFORMERS)}
