@@ -674,11 +674,12 @@ def test_a_run_that_a_signal_ends_is_kept_as_far_as_it_came() -> None:
     def answer(request: Request) -> None:
         if posts(server) > PROBES + 2 + 6:
             if not sent:
-                sent.append(process.send_signal(signal.SIGTERM))
+                sent.append(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
             time.sleep(PATIENCE)
         obedient(request)
 
-    sent: list[None] = []
+    sent: list[int] = []
     with serving(model_server(answer)) as server:
         command = [sys.executable, str(ROOT / "bench.py"), "-p", str(server.port), "-o", "out"]
         load = ["-t", "latency", "--num-prompts", "30", "--input-len", "16", "--output-len", "4"]
