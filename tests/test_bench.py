@@ -28,7 +28,7 @@ import bench
 from common import talk
 from common.live import LiveLine
 from common.talk import Failure
-from launch import image
+from launch import provide
 from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
@@ -1031,7 +1031,7 @@ def test_the_image_is_brought_to_where_it_is_needed(
     brought: list[tuple[str, int]] = []
     monkeypatch.setattr(bench_place, "image_id", lambda *_: None)
     monkeypatch.setattr(bench_place, "find_tag", lambda *_: None)
-    monkeypatch.setattr(image, "provide", lambda i, place: brought.append((i.tag, place.size)))
+    monkeypatch.setattr(provide, "provide", lambda i, place: brought.append((i.tag, place.size)))
     allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
     assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
     assert bench_place.provide_image("local:1", allocation) == "local:1"
