@@ -57,7 +57,7 @@ PROBES = 1  # what it takes to know a server that understands everything
 MS = 1_000_000
 
 
-pytestmark = pytest.mark.usefixtures("same_signals")
+pytestmark = pytest.mark.usefixtures("same_signals", "any_machine")
 
 
 @pytest.fixture(autouse=True)
@@ -65,17 +65,6 @@ def own_folder(clean_environment: None, tmp_path: Path, monkeypatch: pytest.Monk
     """No settings of the developer's, no results in the repository."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_place, "gpu_names", lambda _: [])
-
-
-@pytest.fixture(autouse=True)
-def any_machine_mostly(request: pytest.FixtureRequest) -> None:
-    if "quiet_machine" not in request.fixturenames:
-        request.getfixturevalue("any_machine")
-
-
-@pytest.fixture
-def quiet_machine() -> None:
-    """Here the limits are the real ones."""
 
 
 class Run:
@@ -504,12 +493,12 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(streamed=False)]), "not streamed"),
     ],
 )
-@pytest.mark.usefixtures("quiet_machine")
+@pytest.mark.usefixtures("real_limits")
 def test_a_client_that_distorts_is_seen(result: Result, words: str) -> None:
     assert words in "\n".join(problems(LOAD, result))
 
 
-@pytest.mark.usefixtures("quiet_machine")
+@pytest.mark.usefixtures("real_limits")
 def test_a_good_run_has_no_problems() -> None:
     assert problems(LOAD, Result([outcome()])) == []
 
@@ -536,13 +525,13 @@ def test_a_server_that_fails_is_not_measured_again(capsys: pytest.CaptureFixture
     assert len([r for r in run.server.requests if r.body]) == PROBES + 1 + 4
 
 
-@pytest.mark.usefixtures("quiet_machine")
+@pytest.mark.usefixtures("real_limits")
 def test_packets_that_the_server_sent_together_are_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({1: 10}), waited=50.0)
     assert problems(LOAD, result) == []
 
 
-@pytest.mark.usefixtures("quiet_machine")
+@pytest.mark.usefixtures("real_limits")
 def test_a_server_that_stalls_is_not_the_clients_fault() -> None:
     result = Result([outcome(gaps=[90.0, 0.0], merged=1, blurred=1)], lags=Counter({1: 10}))
     assert problems(LOAD, result) == []

@@ -433,6 +433,7 @@ def test_speculation_a_hiccup_and_pairs_are_no_proxy() -> None:
 
 
 @pytest.mark.parametrize(("waited", "words"), [(0, "proxy_buffering"), (5000, "the client read")])
+@pytest.mark.usefixtures("real_limits")
 def test_a_client_without_a_core_is_not_taken_for_a_proxy(waited: float, words: str) -> None:
     answers = [outcome(*[0, 0, 0, 30] * 8) for _ in range(4)]
     for each in answers:
