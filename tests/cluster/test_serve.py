@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import Cluster, build_image, wait_until
+from tests.cluster.cluster import PATIENCE, Cluster, build_image, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import (
     PYTHON,
@@ -247,7 +247,7 @@ def test_dry_run_prints_what_runs_and_runs_nothing(
         stderr=subprocess.STDOUT,
     )
     wait_until(lambda: len(ours(cluster)) == 1, "the pasted server")
-    seen = shell.communicate(timeout=90)[0]
+    seen = shell.communicate(timeout=PATIENCE)[0]
     assert '"Present": {"id": "sha256:' in seen and "Uvicorn running" in seen, seen
 
 
@@ -271,7 +271,7 @@ def test_without_slurm_this_machine_is_the_node(
     answer = node.run(PYTHON, str(REPO / "test.py"), cwd=str(workspace))
     assert "8/8" in answer.stdout
     node.run(PYTHON, str(REPO / "run_sbatch.py"), "--stop", cwd=str(workspace))
-    assert process.wait(10) == 143
+    assert process.wait(PATIENCE) == 143
 
 
 def test_runtime_bare_serves_with_the_engine_of_the_path(
