@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
-DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]+)")  # of an event
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]*)")  # of an event
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 SHOWN = 500  # characters of a wrong answer that are worth reading

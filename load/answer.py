@@ -22,6 +22,7 @@ from common.response import (
     shown,
 )
 from load.events import (
+    USAGE,
     Event,
     Json,
     counted,
@@ -168,6 +169,11 @@ def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
         raise Malformed(BROKEN_OFF)
     if not done and not outcome.finish:
         raise Malformed("the stream ended without [DONE] and without a finish_reason")
+    if not done and any(USAGE.search(event.text) for event in others):
+        # Who sends usage in an event of its own, as OpenAI does, sends [DONE] after it as well.
+        raise Malformed(
+            "the stream ended without [DONE], which follows usage in an event of its own"
+        )
     if not done:
         outcome.quirks += (NO_DONE,)
     elif not body.whole and HELD_OPEN not in outcome.quirks:

@@ -39,7 +39,7 @@ th { vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas;
   white-space: normal; min-width: 8.5rem; }
 tbody tr:hover { background: var(--soft); }
-td.words { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
+.words { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
 small { display: block; opacity: .6; font-size: .8em; line-height: 1.1; }
 .bad { color: var(--bad); font-weight: 600; } .good { color: var(--good); font-weight: 600; }
 .odd { color: var(--odd); font-weight: 600; } .soft { opacity: .6; }
@@ -116,9 +116,9 @@ def load_table(found: Sequence[Group], columns: Sequence[Column]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of cells that are HTML; one may begin with its own <td ...>."""
+    """Of cells that are HTML; one may begin with its own <td ...> or <th ...>."""
     body = "\n".join("<tr>" + "".join(map(whole_cell, row)) for row in rows)
-    heads = "".join(f"<th>{cell}" for cell in head)
+    heads = "".join(text if text.startswith("<th") else f"<th>{text}" for text in head)
     return (f'<div class="wide"><table><thead><tr>{heads}</thead><tbody>\n{body}\n</tbody></table>'
             "</div>")  # fmt: skip
 
@@ -168,12 +168,13 @@ def measured(found: Sequence[Group]) -> str:
     facts = [dict(way) for way in ways]
     unlike = [key for key in keys if len({f.get(key, "-") for f in facts}) > 1]
     same = "".join(f"<dt>{escape(k)}<dd>{escape(facts[0][k])}" for k in keys if k not in unlike)
+    heads = ['<th class="words">' + escape(key) for key in unlike]
     rows = [
         [breakable(", ".join(dict.fromkeys(labels))),
          *('<td class="words">' + escape(fact.get(key, "-")) for key in unlike)]
         for fact, labels in zip(facts, ways.values(), strict=True)
     ]  # fmt: skip
-    return f"<dl>{same}</dl>" + (table(["loads", *map(escape, unlike)], rows) if unlike else "")
+    return f"<dl>{same}</dl>" + (table(["loads", *heads], rows) if unlike else "")
 
 
 def conditions(record: Record) -> dict[str, str]:

@@ -1,246 +1,203 @@
-"""Answers to generation requests: whole or streamed, as completions or as chat."""
+"""The shapes of answers: whole as objects, streamed as text, since a token must not cost much."""
 
 from __future__ import annotations
 
+import json
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from random import getrandbits
+from typing import Any
 
-from engine import Engine, Sequence
-from http_server import Connection, to_text
+from engine import Generation
+from prompts import chat_role
+from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
+from protocol import ChatCompletionRequest, CompletionRequest
 from words import token_id
 
-PLACEHOLDER = "\0text\0"  # where a prepared chunk takes its text
-Body = dict[str, object]
-Choice = dict[str, object]
-# (index, text, token ids or None, finish reason, stop reason) -> a choice of the answer
-MakeChoice = Callable[..., Choice]
+Json = dict[str, Any]
+Request = CompletionRequest | ChatCompletionRequest
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+quoted = lru_cache(maxsize=1 << 14)(encode)
+CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
+COMPLETION_CHUNK = ("cmpl", "text_completion")
 
 
-class Dialect(NamedTuple):
-    """What differs between the two endpoints."""
-
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
-    whole_choice: MakeChoice
-    chunk_choice: MakeChoice
-    opening: Callable[[int], Choice] | None  # the choice of a first chunk without text
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{getrandbits(128):032x}"
 
 
-def _completion_choice(
-    index: int, text: str, ids: list[int] | None, finish: str | None, reason: object
-) -> Choice:
+def usage(prompt: int, completion: int) -> dict[str, int]:
     return {
-        "index": index,
-        "text": text,
-        "token_ids": ids,
-        "logprobs": None,
-        "finish_reason": finish,
-        "stop_reason": reason,
-        "disaggregated_params": None,
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
     }
 
 
-def _chat_choice(
-    index: int, text: str, ids: list[int] | None, finish: str | None, reason: object
-) -> Choice:
-    message: Choice = {
-        "role": "assistant",
-        "content": text,
-        "reasoning_content": None,
-        "tool_calls": [],
+# -- whole answers --
+
+
+def completion(request: CompletionRequest, served: str, done: Sequence[Generation]) -> Json:
+    """Several prompts are answered under the server's name, one under the request's."""
+    body = {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": request.model if len(done) == 1 else served,
+        "choices": [_completion_choice(request, generation) for generation in done],
+        "usage": usage(sum(g.prompt.tokens for g in done), sum(len(g.pieces) for g in done)),
+        "prompt_token_ids": None if len(done) == 1 else [],
+    }
+    return body
+
+
+def _completion_choice(request: CompletionRequest, generation: Generation) -> Json:
+    text = generation.prompt.echo + generation.text if request.echo else generation.text
+    return {
+        "index": generation.index,
+        "text": text if request.detokenize else "",
+        "token_ids": None if request.detokenize else [*map(token_id, generation.pieces)],
+        "logprobs": None,
+        "context_logits": None,
+        "finish_reason": generation.finish_reason,
+        "stop_reason": generation.stop_reason,
+        "disaggregated_params": None,
+        "avg_decoded_tokens_per_iter": 1.0,
+    }
+
+
+def chat(request: ChatCompletionRequest, _: str, done: Sequence[Generation]) -> Json:
+    (generation,) = done
+    choice = {
+        "index": 0,
+        "message": _chat_message(request, generation),
+        "logprobs": _logprobs(request, generation.pieces),
+        "finish_reason": generation.finish_reason,
+        "stop_reason": generation.stop_reason,
+        "mm_embedding_handle": None,
+        "disaggregated_params": None,
+        "avg_decoded_tokens_per_iter": 1.0,
     }
     return {
-        "index": index,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": finish,
-        "stop_reason": reason,
-        "disaggregated_params": None,
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "choices": [choice],
+        "usage": usage(generation.prompt.tokens, len(generation.pieces)),
+        "prompt_token_ids": None,
     }
 
 
-def _chat_chunk_choice(
-    index: int, text: str, ids: list[int] | None, finish: str | None, reason: object
-) -> Choice:
-    choice = _chat_delta(index, {"content": text})
-    return {**choice, "finish_reason": finish, "stop_reason": reason}
+def _chat_message(request: ChatCompletionRequest, generation: Generation) -> Json:
+    content, calls = generation.text, []
+    if isinstance(tool := request.tool_choice, NamedTool):  # whatever the text: as its arguments
+        function = {"name": tool.function.name, "arguments": content}
+        calls = [{"id": new_id("chatcmpl-tool"), "type": "function", "function": function}]
+        content = ""
+    return {
+        "role": chat_role(request),
+        "content": generation.prompt.echo + content if request.echo else content,
+        "reasoning_content": "",
+        "reasoning": None,
+        "tool_calls": calls,
+    }
 
 
-def _chat_delta(index: int, delta: dict[str, object]) -> Choice:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str]) -> Json | None:
+    if not request.logprobs:
+        return None
+    tokens = [_logprob(piece) for piece in pieces]
+    for token in tokens if request.top_logprobs else ():
+        token["top_logprobs"] = [dict(token)]
+    return {"content": tokens}
 
 
-COMPLETIONS = Dialect(
-    id_prefix="cmpl",
-    whole_object="text_completion",
-    chunk_object="text_completion",
-    whole_choice=_completion_choice,
-    chunk_choice=_completion_choice,
-    opening=None,
-)
-CHAT = Dialect(
-    id_prefix="chatcmpl",
-    whole_object="chat.completion",
-    chunk_object="chat.completion.chunk",
-    whole_choice=_chat_choice,
-    chunk_choice=_chat_chunk_choice,
-    opening=lambda index: _chat_delta(index, {"role": "assistant", "content": ""}),
-)
+def _logprob(piece: str) -> Json:
+    """One of the many that a model could have: the simulator's has but this token in mind."""
+    chance = -(token_id(piece) % 1000) / 1000
+    return {"token": piece, "logprob": chance, "bytes": [*piece.encode()], "top_logprobs": None}
 
 
-class Wish(NamedTuple):
-    """How the client wants its answer."""
-
-    model: str
-    prompt_tokens: int
-    echoes: list[str]  # text to repeat before each choice
-    detokenize: bool = True
-    include_usage: bool = False
-    continuous_usage: bool = False
-    stream_interval: int = 1
+# -- streamed answers: the events of one iteration, an id of its own to each --
 
 
-class Answer:
-    """An answer in the making: receives the sequences' tokens, frees them if the client leaves."""
-
-    def __init__(
-        self, connection: Connection, engine: Engine, dialect: Dialect, wish: Wish
-    ) -> None:
-        self._connection = connection
-        self._engine = engine
-        self._dialect = dialect
-        self._wish = wish
-        self._id = f"{dialect.id_prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._sequences: list[Sequence] = []
-        self._left = 0
-
-    def start(self, sequences: list[Sequence]) -> None:
-        self._sequences = sequences
-        self._left = len(sequences)
-        self._connection.on_disconnect = self._cancel
-        for sequence in sequences:
-            self._engine.submit(sequence)
-
-    def take(self, sequence: Sequence, text: str, finish: str | None) -> None:
-        raise NotImplementedError
-
-    def _cancel(self) -> None:
-        for sequence in self._sequences:
-            self._engine.cancel(sequence)
-
-    def _shown(self, sequence: Sequence, text: str) -> str:
-        """Return the text as the client sees it: echoed prompt first, nothing undetokenized."""
-        if not self._wish.detokenize:
-            return ""
-        return self._wish.echoes[sequence.index] + text if sequence.count == 1 else text
-
-    def _usage(self) -> dict[str, int]:
-        prompt, completion = self._wish.prompt_tokens, sum(s.count for s in self._sequences)
-        return {
-            "prompt_tokens": prompt,
-            "total_tokens": prompt + completion,
-            "completion_tokens": completion,
-        }
-
-    def _body(self, kind: str, choices: list[Choice], usage: dict[str, int] | None) -> Body:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._wish.model,
-            "choices": choices,
-            "usage": usage,
-        }
+def completion_events(request: CompletionRequest, generation: Generation) -> Iterator[str]:
+    first, text, pieces = generation.diff()
+    if request.echo and first:
+        text = generation.prompt.echo + text
+    ids = "null" if request.detokenize else encode([*map(token_id, pieces)])
+    choice = (
+        f'{{"index":{generation.index},"text":{quoted(text if request.detokenize else "")},'
+        f'"token_ids":{ids},"logprobs":null,"finish_reason":{_or_null(generation.finish_reason)},'
+        f'"stop_reason":{_or_null(generation.stop_reason)},"avg_decoded_tokens_per_iter":1.0}}'
+    )
+    counted = _usage(request, generation) if _continuous(request) else "null"
+    yield _event(COMPLETION_CHUNK, request, choice, f',"usage":{counted}')
+    yield from _last_usage(request, generation)
 
 
-class WholeAnswer(Answer):
-    def start(self, sequences: list[Sequence]) -> None:
-        self._texts = ["" for _ in sequences]
-        self._ids: list[list[int]] = [[] for _ in sequences]
-        self._choices: list[Choice] = [{} for _ in sequences]
-        super().start(sequences)
-
-    def take(self, sequence: Sequence, text: str, finish: str | None) -> None:
-        index = sequence.index
-        self._texts[index] += self._shown(sequence, text)
-        if not self._wish.detokenize:
-            self._ids[index].append(token_id(sequence.last_token))
-        if finish:
-            self._finish(index, finish, sequence.stop_reason)
-
-    def _finish(self, index: int, finish: str, reason: object) -> None:
-        ids = None if self._wish.detokenize else self._ids[index]
-        self._choices[index] = self._dialect.whole_choice(
-            index, self._texts[index], ids, finish, reason
-        )
-        self._left -= 1
-        if self._left == 0:
-            body = self._body(self._dialect.whole_object, self._choices, self._usage())
-            body["prompt_token_ids"] = None
-            self._connection.send(200, to_text(body).encode(), "application/json")
+def chat_events(request: ChatCompletionRequest, generation: Generation) -> Iterator[str]:
+    first, text, pieces = generation.diff()
+    if isinstance(request.tool_choice, NamedTool):
+        raise TypeError("tool_calls.0: a ToolCall is no DeltaToolCall")
+    if first:
+        yield from _chat_opening(request, generation)
+    rest = ""
+    if logprobs := _logprobs(request, pieces):
+        rest = f',"logprobs":{encode(_without_null(logprobs))}'
+    if generation.finish_reason:
+        rest += f',"finish_reason":"{generation.finish_reason}"'
+    if generation.stop_reason is not None:
+        rest += f',"stop_reason":{encode(generation.stop_reason)}'
+    choice = (
+        f'{{"index":0,"delta":{{"content":{quoted(text)},"reasoning_content":""}}{rest},'
+        '"avg_decoded_tokens_per_iter":1.0}'
+    )
+    counted = f',"usage":{_usage(request, generation)}' if _continuous(request) else ""
+    yield _event(CHAT_CHUNK, request, choice, counted)
+    yield from _last_usage(request, generation)
 
 
-class StreamedAnswer(Answer):
-    def start(self, sequences: list[Sequence]) -> None:
-        # A token costs a concatenation, not a JSON document: that is the point of the frames.
-        self._frames = [self._frame(index) for index in range(len(sequences))]
-        self._plain = not self._wish.continuous_usage and self._wish.detokenize
-        self._held = ["" for _ in sequences]
-        self._held_ids: list[list[int]] = [[] for _ in sequences]
-        self._connection.start_stream()
-        super().start(sequences)
-
-    def take(self, sequence: Sequence, text: str, finish: str | None) -> None:
-        index, interval = sequence.index, self._wish.stream_interval
-        if sequence.count == 1 and self._dialect.opening:
-            self._event([self._dialect.opening(index)])
-        if self._plain and interval == 1 and not finish and sequence.count > 1:
-            before, after = self._frames[index]
-            self._connection.stream(before + _quoted(text) + after)
-            return
-        self._held[index] += self._shown(sequence, text)
-        self._held_ids[index].append(token_id(sequence.last_token))
-        if finish or sequence.count == 1 or sequence.count % interval == 0:
-            self._flush(sequence, finish)
-        if finish:
-            self._finish()
-
-    def _flush(self, sequence: Sequence, finish: str | None) -> None:
-        """Send what one iteration of the engine, or several, have produced."""
-        index = sequence.index
-        ids = None if self._wish.detokenize else self._held_ids[index]
-        choice = self._dialect.chunk_choice(
-            index, self._held[index], ids, finish, sequence.stop_reason
-        )
-        self._held[index], self._held_ids[index] = "", []
-        self._event([choice], self._usage() if self._wish.continuous_usage else None)
-
-    def _finish(self) -> None:
-        self._left -= 1
-        if self._left:
-            return
-        if self._wish.include_usage:
-            self._event([], self._usage())
-        self._connection.stream(b"data: [DONE]\n\n")
-        self._connection.end_stream()
-
-    def _event(self, choices: list[Choice], usage: dict[str, int] | None = None) -> None:
-        body = self._body(self._dialect.chunk_object, choices, usage)
-        self._connection.stream(b"data: %b\n\n" % to_text(body).encode())
-
-    def _frame(self, index: int) -> tuple[bytes, bytes]:
-        """Return the bytes before and after the text of an ordinary chunk."""
-        choice = self._dialect.chunk_choice(index, PLACEHOLDER, None, None, None)
-        body = to_text(self._body(self._dialect.chunk_object, [choice], None))
-        before, after = body.split(to_text(PLACEHOLDER))
-        return f"data: {before}".encode(), f"{after}\n\n".encode()
+def _chat_opening(request: ChatCompletionRequest, generation: Generation) -> Iterator[str]:
+    deltas = [{"role": chat_role(request)}]
+    if request.echo and generation.prompt.echo:
+        deltas.append({"content": generation.prompt.echo})
+    nothing = encode(usage(generation.prompt.tokens, 0))
+    for delta in deltas:
+        choice = f'{{"index":0,"delta":{encode(delta)}}}'
+        counted = f',"usage":{nothing}' if _continuous(request) else ""
+        yield _event(CHAT_CHUNK, request, choice, counted).replace("}\n\n", "} \n\n")
 
 
-@lru_cache(maxsize=1 << 14)
-def _quoted(text: str) -> bytes:
-    return to_text(text).encode()
+def _last_usage(request: Request, generation: Generation) -> Iterator[str]:
+    if generation.finish_reason and request.stream_options and request.stream_options.include_usage:
+        yield _event(CHAT_CHUNK, request, "", f',"usage":{_usage(request, generation)}')
+
+
+def _continuous(request: Request) -> bool:
+    options = request.stream_options
+    return bool(options and options.include_usage and options.continuous_usage_stats)
+
+
+def _usage(_: Request, generation: Generation) -> str:
+    return encode(usage(generation.prompt.tokens, len(generation.pieces)))
+
+
+def _event(kind: tuple[str, str], request: Request, choice: str, rest: str) -> str:
+    return (
+        f'data: {{"id":"{kind[0]}-{getrandbits(128):032x}","object":"{kind[1]}",'
+        f'"created":{int(time.time())},"model":{quoted(request.model)},"choices":[{choice}]{rest}'
+        "}\n\n"
+    )
+
+
+def _or_null(value: str | int | None) -> str:
+    return "null" if value is None else encode(value)
+
+
+def _without_null(value: Any) -> Any:  # noqa: ANN401 (JSON)
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

@@ -1,260 +1,226 @@
-"""The routes of the OpenAI-compatible server, and how a request becomes sequences."""
+"""The routes of the OpenAI-compatible server, and how a request becomes an answer."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
+from typing import Annotated, Any, NamedTuple
 
-from answers import CHAT, COMPLETIONS, Answer, Dialect, StreamedAnswer, WholeAnswer, Wish
+import answers
 from console import log
-from conversion import Json, Values, as_int, as_list
-from engine import Engine, Sequence
+from engine import Engine, Generation, stops_of
 from environment import Settings
+from fastapi import Body, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
-from http_parser import Request
-from http_server import Connection, to_text
+from limits import RequestError, check_engine, check_num_tokens, check_request
 from llm_args import LlmArgs
-from prompts import Prompt, chat_prompt, completion_prompts, truncated
-from schema import BadRequest, check_chat, check_completion
-from stops import StopFilter
+from prompts import Prompt, chat_prompt, completion_prompts
+from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
 from words import continue_text, fingerprint
 
 VERSION = "1.1.0"
-MODEL_CONTEXT = 131072  # the simulated model's own limit, when --max_seq_len sets none
-Route = Callable[[Request, Connection], None]
+QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
+OWNER = "tensorrt_llm_simulator"
+Sink = Callable[[Generation], None]
+
+
+class Job(NamedTuple):
+    request: answers.Request
+    prompts: list[Prompt]
+    max_tokens: int | None
+    events: Callable[[Any, Generation], Iterator[str]]
+    whole: Callable[[Any, str, list[Generation]], answers.Json]
+
+
+def refusal(message: str) -> Response:
+    error = {"object": "error", "message": message, "type": "BadRequestError", "param": None}
+    return JSONResponse({**error, "code": 400}, 400)
+
+
+async def invalid(_: Request, error: Any) -> Response:  # noqa: ANN401 (as FastAPI calls it)
+    return refusal(str(error.errors()))
 
 
 class Api:
-    def __init__(self, args: LlmArgs, settings: Settings, engine: Engine, faults: Faults) -> None:
+    def __init__(self, args: LlmArgs, settings: Settings, faults: Faults) -> None:
         self._args = args
         self._settings = settings
-        self._engine = engine
+        self._engine = Engine(settings, faults, args.max_batch_size)
         self._faults = faults
         self._zero_token_requests = 0
         self._serial = count()  # makes sampled answers differ
-        self._routes: dict[str, tuple[str, Route]] = {
-            "/health": ("GET", self._health),
-            "/health_generate": ("GET", self._health_generate),
-            "/version": ("GET", _always({"version": VERSION})),
-            "/v1/models": ("GET", _always(_model_list(args.served_name))),
-            "/metrics": ("GET", _always([])),
-            "/perf_metrics": ("GET", _always([])),
-            "/kv_cache_events": ("POST", _always([])),
-            "/v1/completions": ("POST", self._completions),
-            "/v1/chat/completions": ("POST", self._chat),
-            "/v1/responses": ("POST", self._responses),
-        }
+        # From 0.132 on, FastAPI minds a body without a type, unless told not to.
+        self._app = FastAPI(strict_content_type=False)
+        self._app.add_exception_handler(RequestValidationError, invalid)
+        route = self._app.add_api_route
+        for name in ("health", "health_generate", "version", "metrics", "perf_metrics"):
+            route(f"/{name}", getattr(self, name), methods=["GET"])
+        route("/v1/models", self.models, methods=["GET"])
+        route("/steady_clock_offset", self.clock_offset, methods=["GET"])
+        route("/steady_clock_offset", self.set_clock_offset, methods=["POST"])
+        route("/kv_cache_events", self.metrics, methods=["POST"])
+        route("/v1/completions", self.completions, methods=["POST"])
+        route("/v1/chat/completions", self.chat, methods=["POST"])
+        route("/v1/responses", self.responses, methods=["POST"])
+        if args.prometheus:
+            route("/prometheus/metrics", self.prometheus, methods=["GET"])
 
-    def __call__(self, request: Request, connection: Connection) -> None:
-        if self._faults.hung:
-            return
-        if request.path not in self._routes:
-            self._unknown(request, connection)
-            return
-        method, route = self._routes[request.path]
-        if request.method != method:
-            headers = (f"allow: {method}",)
-            _send_json(connection, 405, {"detail": "Method Not Allowed"}, headers)
-            return
-        try:
-            route(request, connection)
-        except BadRequest as error:
-            _send_error(connection, str(error))
-
-    def _unknown(self, request: Request, connection: Connection) -> None:
-        bare = request.path.rstrip("/")
-        if bare in self._routes:  # FastAPI sends /health/ to /health
-            connection.send(307, headers=(f"location: {bare}",))
-        else:
-            _send_json(connection, 404, {"detail": "Not Found"})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if not self._faults.hung or scope["type"] != "http":
+            return await app(scope, receive, send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
     # -- the small routes --
 
-    def _health(self, _: Request, connection: Connection) -> None:
-        self._faults.delay_health(lambda: connection.send(503 if self._faults.unhealthy else 200))
+    async def health(self) -> Response:
+        await asyncio.sleep(self._faults.health_delay)
+        return Response(status_code=503 if self._faults.unhealthy else 200)
 
-    def _health_generate(self, _: Request, connection: Connection) -> None:
-        if self._faults.unhealthy:
-            connection.send(500, b"Generation health check failed")
-            return
+    async def health_generate(self, raw: Request) -> Response:
+        if not self._faults.unhealthy:
+            hi: Any = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+            request = ChatCompletionRequest(**hi, model=self._args.served_name, temperature=0)
+            if (await self.chat(request, raw)).status_code == 200:
+                return Response("Generation health check OK")
+        return Response("Generation health check failed", 500)
 
-        def done(*_: object) -> None:
-            connection.on_disconnect = None
-            connection.send(200, b"Generation health check OK")
+    async def version(self) -> Response:
+        return JSONResponse({"version": VERSION})
 
-        sequence = Sequence(0, 1, continue_text("", 0, ""), 1, None, done)
-        connection.on_disconnect = lambda: self._engine.cancel(sequence)
-        self._engine.submit(sequence)
+    async def models(self) -> Response:
+        card = {"id": self._args.served_name, "object": "model", "created": int(time.time())}
+        return JSONResponse({"object": "list", "data": [{**card, "owned_by": OWNER}]})
 
-    def _responses(self, _: Request, __: Connection) -> None:
-        raise BadRequest("Responses API only supports harmony format for now")
+    async def metrics(self) -> Response:
+        await asyncio.sleep(QUEUE_PATIENCE if self._engine.submitted else 0)
+        return JSONResponse([])
+
+    async def perf_metrics(self) -> Response:
+        return JSONResponse([])
+
+    async def prometheus(self) -> Response:
+        return Response("", media_type="text/plain; version=0.0.4")
+
+    async def clock_offset(self) -> Response:
+        received = time.monotonic()
+        await asyncio.sleep(0.2)
+        return JSONResponse({"receive_ts": received, "transmit_ts": time.monotonic()})
+
+    async def set_clock_offset(self, offset: Annotated[float, Body(embed=True)]) -> Response:
+        log("I", f"The steady clock offset between local and disagg server: {offset} second")
+        return Response()
+
+    async def responses(self, request: ResponsesRequest) -> Response:
+        return refusal("Responses API only supports harmony format for now")
 
     # -- generation --
 
-    def _completions(self, request: Request, connection: Connection) -> None:
-        values = check_completion(_json_body(request))
-        prompts = completion_prompts(values["prompt"])
-        self._generate(connection, COMPLETIONS, values, values["max_tokens"], prompts)
-
-    def _chat(self, request: Request, connection: Connection) -> None:
-        values = check_chat(_json_body(request))
-        prompts = [chat_prompt(values)]
-        self._generate(connection, CHAT, values, values["max_completion_tokens"], prompts)
-
-    def _generate(
-        self,
-        connection: Connection,
-        dialect: Dialect,
-        values: Values,
-        max_tokens: Json,
-        prompts: list[Prompt],
-    ) -> None:
-        if self._faults.broken:
-            raise BadRequest("RuntimeError: CUDA error: an illegal memory access was encountered")
-        prompts = [truncated(prompt, values["truncate_prompt_tokens"]) for prompt in prompts]
-        self._check_sampling(values, max_tokens)
-        self._check_lengths(prompts)
-        kind = StreamedAnswer if values["stream"] else WholeAnswer
-        answer = kind(connection, self._engine, dialect, self._wish(values, prompts))
-        answer.start(list(self._sequences(values, max_tokens, prompts, answer)))
-
-    def _check_sampling(self, values: Values, max_tokens: Json) -> None:
-        _require(values["temperature"], lambda value: value >= 0, "temperature >= 0")
-        _require(values["top_p"], lambda value: 0 <= value <= 1, "0 <= top_p <= 1")
-        _require(values["n"], lambda value: value >= 1, "n >= 1")
-        _require(values["min_tokens"], lambda value: value >= 0, "min_tokens >= 0")
-        _require(values["truncate_prompt_tokens"], lambda value: value >= 1, "at least 1 token")
-        n, most = as_int(values["n"]), self._args.max_batch_size
-        _require(n, lambda value: value <= most, f"n <= {most}, the maximum batch size")
-        _require(values["best_of"], lambda value: value >= n, "best_of >= n")
-        _require(max_tokens, lambda value: value >= 0, "max_tokens >= 0")
-        if max_tokens == 0:
-            self._zero_tokens()
-        wanted = values["response_format"]
-        constrained = isinstance(wanted, dict) and wanted["type"] != "text"
-        if constrained and not self._args.guided_decoding:
-            raise BadRequest("response_format needs a guided_decoding_backend")
-
-    def _zero_tokens(self) -> None:
-        """Do as the real engine does: survive the first request for nothing, not the second."""
-        self._zero_token_requests += 1
-        if self._zero_token_requests == 1:
-            raise BadRequest("max_tokens must be greater than 0, but got 0")
-        log("E", "CppExecutorError: max_tokens 0: the executor has died, shutting down")
-        signal.raise_signal(signal.SIGINT)
-        self._faults.hung = True
-
-    def _check_lengths(self, prompts: list[Prompt]) -> None:
-        limit = self._args.max_seq_len or MODEL_CONTEXT
-        for prompt in prompts:
-            if prompt.tokens > limit:
-                raise BadRequest(
-                    f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
-                    f"({limit}). Please reduce the prompt or raise --max_seq_len."
-                )
-
-    def _wish(self, values: Values, prompts: list[Prompt]) -> Wish:
-        options = values["stream_options"]
-        usage = options if isinstance(options, dict) else {}
-        n, echo = as_int(values["n"]), bool(values["echo"])
-        return Wish(
-            model=str(values["model"]),
-            prompt_tokens=sum(prompt.tokens for prompt in prompts),
-            echoes=[prompt.echo if echo else "" for prompt in prompts for _ in range(n)],
-            detokenize=bool(values.get("detokenize", True)),
-            include_usage=bool(usage.get("include_usage")),
-            continuous_usage=bool(usage.get("include_usage") and usage["continuous_usage_stats"]),
-            stream_interval=self._args.stream_interval,
+    async def completions(self, request: CompletionRequest, raw: Request) -> Response:
+        shapes = (answers.completion_events, answers.completion)
+        return await self._answer(
+            lambda: Job(request, completion_prompts(request), request.max_tokens, *shapes), raw
         )
 
-    def _sequences(
-        self, values: Values, max_tokens: Json, prompts: list[Prompt], answer: Answer
-    ) -> Iterator[Sequence]:
-        n = as_int(values["n"])
-        for index in range(n * len(prompts)):
-            prompt = prompts[index // n]
-            room = max(1, (self._args.max_seq_len or MODEL_CONTEXT) - prompt.tokens)
-            seed = self._seed(values, prompt, index % n)
-            yield Sequence(
+    async def chat(self, request: ChatCompletionRequest, raw: Request) -> Response:
+        limit, shapes = request.max_completion_tokens, (answers.chat_events, answers.chat)
+        return await self._answer(lambda: Job(request, [chat_prompt(request)], limit, *shapes), raw)
+
+    async def _answer(self, make_job: Callable[[], Job], raw: Request) -> Response:
+        """What is refused before a worker sees it is told; later a stream has begun, and is cut."""
+        try:
+            if self._faults.broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            job = make_job()
+            check_request(job.request)
+            check_num_tokens(job.prompts, self._args)
+            if job.request.stream:
+                return StreamingResponse(self._stream(job), media_type="text/event-stream")
+            return JSONResponse(await self._whole(job, raw))
+        except Exception as error:
+            return refusal(str(error))
+
+    async def _whole(self, job: Job, raw: Request) -> answers.Json:
+        """Return the answer once it is whole, or early when nobody waits for it any more."""
+        await self._check_engine(job)
+        done = asyncio.Event()
+
+        def take(_: Generation) -> None:
+            if all(each.finish_reason for each in generations):
+                done.set()
+
+        generations = [*self._generations(job, math.inf, take)]
+        ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
+        try:
+            self._engine.submit(generations)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._engine.cancel(generations)
+            for end in ends:
+                end.cancel()
+        return job.whole(job.request, self._args.served_name, generations)
+
+    async def _stream(self, job: Job) -> AsyncIterator[str]:
+        await self._check_engine(job)
+        queue = asyncio.Queue[str | Exception]()
+
+        def take(generation: Generation) -> None:
+            try:
+                for event in job.events(job.request, generation):
+                    queue.put_nowait(event)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        generations = [*self._generations(job, self._args.stream_interval, take)]
+        try:
+            self._engine.submit(generations)
+            while not queue.empty() or not all(each.finish_reason for each in generations):
+                event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+            yield "data: [DONE]\n\n"
+        finally:
+            self._engine.cancel(generations)
+
+    async def _check_engine(self, job: Job) -> None:
+        check_engine(job.request, job.max_tokens, job.prompts, self._args)
+        if job.max_tokens == 0:  # the real engine survives the first request for nothing
+            self._zero_token_requests += 1
+            if self._zero_token_requests == 1:
+                raise RequestError("max_tokens must be greater than 0, but got 0")
+            log("E", "CppExecutorError: max_tokens 0: the executor has died, shutting down")
+            for _ in range(2):  # the second cuts what is open
+                signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
+
+    def _generations(self, job: Job, interval: float, sink: Sink) -> Iterator[Generation]:
+        request, stop = job.request, job.request.stop or []
+        texts = [stop] if isinstance(stop, str) else stop
+        for index, prompt in enumerate(job.prompts):
+            room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
+            # Greedy answers follow from the prompt alone, sampled ones also from seed or chance.
+            chance = next(self._serial) if request.seed is None else request.seed
+            greedy = request.temperature == 0
+            seed = fingerprint(prompt.text if greedy else f"{chance} {prompt.text}")
+            low, high = self._settings.output_tokens
+            end = max(low + seed % (high - low + 1), request.min_tokens)
+            yield Generation(
                 index=index,
-                prompt_tokens=prompt.tokens,
+                prompt=prompt,
                 tokens=continue_text(prompt.text, seed, prompt.opening),
-                max_tokens=room if max_tokens is None else min(room, as_int(max_tokens)),
-                eos_at=None if values["ignore_eos"] else self._eos_at(values, seed),
-                sink=answer.take,
-                stop=_stop_filter(values),
-                stop_token_ids=frozenset(map(as_int, as_list(values["stop_token_ids"]))),
+                max_tokens=room if job.max_tokens is None else min(room, job.max_tokens),
+                eos_at=None if request.ignore_eos else end,
+                interval=interval,
+                sink=sink,
+                stops=stops_of(texts, request.stop_token_ids or []),
+                keeps_stop=request.include_stop_str_in_output,
             )
-
-    def _seed(self, values: Values, prompt: Prompt, choice: int) -> int:
-        """Greedy answers follow from the prompt alone, sampled ones also from seed or chance."""
-        if values["temperature"] == 0:
-            return fingerprint(prompt.text)
-        chance = next(self._serial) if values["seed"] is None else (values["seed"], choice)
-        return fingerprint(f"{chance} {prompt.text}")
-
-    def _eos_at(self, values: Values, seed: int) -> int:
-        low, high = self._settings.output_tokens
-        return max(low + seed % (high - low + 1), as_int(values["min_tokens"]))
-
-
-def _always(document: object) -> Route:
-    return lambda _, connection: _send_json(connection, 200, document)
-
-
-def _model_list(name: str) -> dict[str, object]:
-    card = {
-        "id": name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "tensorrt_llm_simulator",
-    }
-    return {"object": "list", "data": [card]}
-
-
-def _require(value: Json, holds: Callable[[float], bool], rule: str) -> None:
-    if isinstance(value, (int, float)) and not holds(value):
-        raise BadRequest(f"require {rule}, got {value}")
-
-
-def _json_body(request: Request) -> Json:
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0]
-    main, _, sub = content_type.strip().lower().partition("/")
-    if main != "application" or not (sub == "json" or sub.endswith("+json")):
-        return request.body.decode("latin-1")  # as in FastAPI: not JSON, so only a string
-    try:
-        body: Json = json.loads(request.body)
-    except (ValueError, RecursionError) as error:
-        mistake = {"type": "json_invalid", "loc": ("body",), "msg": "JSON decode error"}
-        raise BadRequest(str([{**mistake, "ctx": {"error": str(error)}}])) from None
-    return body
-
-
-def _stop_filter(values: Values) -> StopFilter | None:
-    given = values["stop"]
-    stops = [str(stop) for stop in ([given] if isinstance(given, str) else as_list(given)) if stop]
-    return StopFilter(stops, include=bool(values["include_stop_str_in_output"])) if stops else None
-
-
-def _send_json(
-    connection: Connection,
-    status: int,
-    document: object,
-    headers: tuple[str, ...] = (),
-) -> None:
-    body = to_text(document).encode()
-    connection.send(status, body, "application/json", headers=headers)
-
-
-def _send_error(connection: Connection, message: str) -> None:
-    error = {
-        "object": "error",
-        "message": message,
-        "type": "BadRequestError",
-        "param": None,
-        "code": 400,
-    }
-    _send_json(connection, 400, error)

@@ -1,12 +1,10 @@
-"""What the process prints: TensorRT-LLM's log lines on stdout, uvicorn's and errors on stderr."""
+"""What the process prints: TensorRT-LLM's log lines on stdout, errors on stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
 from contextlib import suppress
-
-LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 
 
 class Fatal(Exception):
@@ -26,10 +24,6 @@ def say(line: str, *, error: bool = False) -> None:
 def log(letter: str, message: str) -> None:
     """Print a line in TensorRT-LLM's own log format."""
     say(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [TRT-LLM] [{letter}] {message}")
-
-
-def uvicorn(message: str, level: str = "INFO") -> None:
-    say(f"{level + ':':<9} {message}", error=True)
 
 
 def crash(error: Fatal) -> None:

@@ -4,97 +4,124 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Optional
 
 from environment import Settings
-from stops import StopFilter
-from words import token_id
+from faults import Faults
+from prompts import Prompt
+from words import GENERATED, token_id
 
-# (sequence, text, finish_reason); the token is sequence.last_token
-Sink = Callable[["Sequence", str, Optional[str]], None]  # noqa: UP045 (3.9)
+Stop = tuple[str | int, list[int]]  # what the client named, and the ids it is made of
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One choice of one request, generated a token at a time."""
+class Generation:
+    """One answer, generated a token at a time; `sink` takes what each iteration has added."""
 
     index: int
-    prompt_tokens: int
+    prompt: Prompt
     tokens: Iterator[str]
     max_tokens: int
     eos_at: int | None  # the token count at which the model ends by itself
-    sink: Sink
-    stop: StopFilter | None = None
-    stop_token_ids: frozenset[int] = frozenset()
-    count: int = 0
-    last_token: str = ""
+    interval: float  # tokens between two calls of the sink; infinite: only the last
+    sink: Callable[[Generation], None]
+    stops: Sequence[Stop] = ()
+    keeps_stop: bool = False
+    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: str | None = None
     stop_reason: str | int | None = None
     cancelled: bool = False
+    _shown: int = 0
+    _counted: int = -1
 
     def step(self) -> bool:
-        """Produce the next token, hand it to the sink, say whether it was the last."""
-        self.count += 1
-        ended = self.count == self.eos_at
-        token = self.last_token = "" if ended else next(self.tokens)
-        finish = "stop" if ended else "length" if self.count >= self.max_tokens else None
-        if self.stop_token_ids and token_id(token) in self.stop_token_ids:
-            finish, self.stop_reason = "stop", token_id(token)
-        if self.stop:
-            token, hit = self.stop.feed(token)
-            if hit is not None:
-                finish, self.stop_reason = "stop", hit
-            elif finish:
-                token += self.stop.flush()
-        self.sink(self, token, finish)
-        return finish is not None
+        """Produce the next token, and say whether it was the last."""
+        count = len(self.pieces) + 1
+        ended = count == self.eos_at
+        piece = "" if ended else next(self.tokens)
+        self.pieces.append(piece)
+        self.text += piece
+        if ended or count >= self.max_tokens:
+            self.finish_reason = "stop" if ended else "length"
+        for stop in self.stops:
+            self._look_for(*stop, len(piece))
+        if self.finish_reason or count == 1 or count % self.interval == 0:
+            self.sink(self)
+        return self.finish_reason is not None
+
+    def diff(self) -> tuple[bool, str, list[str]]:
+        """Return whether it is the first call, and the text and the tokens that are new since the
+        last one. What has been shown is never taken back."""
+        first, text = self._counted < 0, self.text[self._shown :]
+        pieces = self.pieces[max(0, self._counted) :]
+        self._shown, self._counted = len(self.text), len(self.pieces)
+        return first, text, pieces
+
+    def _look_for(self, reason: str | int, ids: list[int], new: int) -> None:
+        """By the last tokens first, which then do not count, and then anywhere in the text."""
+        if [token_id(piece) for piece in self.pieces[-len(ids) :]] == ids:
+            self.finish_reason, self.stop_reason = "stop", reason
+            if not self.keeps_stop:
+                self.text = self.text[: len(self.text) - len("".join(self.pieces[-len(ids) :]))]
+                del self.pieces[-len(ids) :]
+        elif isinstance(reason, str):
+            at = self.text.find(reason, max(0, len(self.text) - new - len(reason)))
+            if at >= 0:
+                self.finish_reason, self.stop_reason = "stop", reason
+                self.text = self.text[: at + (len(reason) if self.keeps_stop else 0)]
+
+
+def stops_of(texts: Sequence[str], ids: Sequence[int]) -> list[Stop]:
+    split = [(text, [token_id(piece) for piece in GENERATED.findall(text)]) for text in texts]
+    return [stop for stop in split if stop[0]] + [(number, [number]) for number in ids]
 
 
 class Engine:
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, settings: Settings, max_batch_size: int
-    ) -> None:
-        self.dead = False  # a dead engine keeps every request waiting for ever
-        self._loop = loop
+    def __init__(self, settings: Settings, faults: Faults, max_batch_size: int) -> None:
+        self.submitted = 0
+        self._faults = faults
+        self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._max_batch_size = max_batch_size
-        self._waiting: deque[Sequence] = deque()
-        self._due: list[tuple[float, int, Sequence]] = []  # heap; the number breaks ties
-        self._running: set[Sequence] = set()
+        self._waiting: deque[Generation] = deque()
+        self._due: list[tuple[float, int, Generation]] = []  # heap; the number breaks ties
+        self._running: set[Generation] = set()
         self._serial = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
+    def submit(self, generations: list[Generation]) -> None:
+        self.submitted += 1
+        self._waiting += generations
         self._admit()
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Free the slot at once; the heap entry is dropped when its time comes."""
-        sequence.cancelled = True
-        if sequence in self._running:
-            self._running.discard(sequence)
-            self._admit()
+    def cancel(self, generations: list[Generation]) -> None:
+        """Free the slots at once; a heap's entry is dropped when its time comes."""
+        for generation in generations:
+            generation.cancelled = True
+        self._running -= {*generations}
+        self._admit()
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_batch_size:
-            sequence = self._waiting.popleft()
-            if not sequence.cancelled:
-                self._running.add(sequence)
-                prefill = sequence.prompt_tokens * self._settings.prefill_per_token
-                self._schedule(self._loop.time() + self._settings.ttft + prefill, sequence)
+            generation = self._waiting.popleft()
+            if not generation.cancelled:
+                self._running.add(generation)
+                prefill = generation.prompt.tokens * self._settings.prefill_per_token
+                self._schedule(self._loop.time() + self._settings.ttft + prefill, generation)
         self._arm()
 
-    def _schedule(self, due: float, sequence: Sequence) -> None:
+    def _schedule(self, due: float, generation: Generation) -> None:
         self._serial += 1
-        heappush(self._due, (due, self._serial, sequence))
+        heappush(self._due, (due, self._serial, generation))
 
     def _arm(self) -> None:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._due and not self.dead:
+        if self._due and not self._faults.dead_engine:
             self._timer = self._loop.call_at(self._due[0][0], self._tick)
 
     def _tick(self) -> None:
@@ -102,14 +129,14 @@ class Engine:
         so a late tick delays tokens but never stretches the timetable."""
         now = self._loop.time()
         itl = self._settings.itl + self._settings.itl_per_running * len(self._running)
-        while self._due and self._due[0][0] <= now and not self.dead:
-            due, _, sequence = heappop(self._due)
-            if sequence.cancelled:
+        while self._due and self._due[0][0] <= now and not self._faults.dead_engine:
+            due, _, generation = heappop(self._due)
+            if generation.cancelled:
                 continue
-            if sequence.step():
-                self._running.discard(sequence)
+            if generation.step():
+                self._running.discard(generation)
             else:
-                self._schedule(due + itl, sequence)
+                self._schedule(due + itl, generation)
             if itl == 0:  # every token is due at once: let connections have their turn
                 break
         self._admit()

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from console import Fatal
 
 T = TypeVar("T")
-
-
-class FaultKind(NamedTuple):
-    required: int  # arguments that must be given
-    allowed: int  # arguments that may be given
-
-
-FAULTS = {
-    "exit-loading": FaultKind(1, 1),
-    "exit-serving": FaultKind(1, 2),
-    "kill-serving": FaultKind(0, 1),
-    "hang-loading": FaultKind(0, 0),
-    "exit-rank": FaultKind(2, 3),
-    "kill-rank": FaultKind(1, 2),
-    "503": FaultKind(0, 1),
-    "slow-health": FaultKind(1, 1),
-    "hang": FaultKind(0, 1),
-    "stuck-engine": FaultKind(0, 1),
-    "broken-engine": FaultKind(0, 1),
-    "ignore-term": FaultKind(0, 0),
-    "log-flood": FaultKind(1, 1),
-    "binary-log": FaultKind(0, 0),
-    "out-of-memory": FaultKind(0, 1),
+FAULTS = {  # how many arguments must and may be given
+    "exit-loading": (1, 1),
+    "exit-serving": (1, 2),
+    "kill-serving": (0, 1),
+    "hang-loading": (0, 0),
+    "exit-rank": (2, 3),
+    "kill-rank": (1, 2),
+    "503": (0, 1),
+    "slow-health": (1, 1),
+    "hang": (0, 1),
+    "stuck-engine": (0, 1),
+    "broken-engine": (0, 1),
+    "ignore-term": (0, 0),
+    "log-flood": (1, 1),
+    "binary-log": (0, 0),
+    "out-of-memory": (0, 1),
 }
 LAUNCHES = ("stuck", "propagate")
 
@@ -46,7 +39,7 @@ class Settings:
     itl_per_running: float
     output_tokens: tuple[int, int]
     launch: str  # how trtllm-llmapi-launch meets the end of trtllm-serve
-    faults: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    faults: Mapping[str, tuple[float, ...]]
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -71,8 +64,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
 
 
 def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
+    if not 0 <= (number := float(text)) < float("inf"):
         raise ValueError("must be a number, not negative")
     return number
 
@@ -99,6 +91,7 @@ def _fault(text: str) -> tuple[str, tuple[float, ...]]:
     name, *arguments = text.split(":")
     if name not in FAULTS:
         raise ValueError(f"unknown fault {name!r}, known are {', '.join(FAULTS)}")
-    if not FAULTS[name].required <= len(arguments) <= FAULTS[name].allowed:
+    least, most = FAULTS[name]
+    if not least <= len(arguments) <= most:
         raise ValueError(f"{name}: wrong number of arguments")
-    return name, tuple(_not_negative(argument) for argument in arguments)
+    return name, tuple(map(_not_negative, arguments))

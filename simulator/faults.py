@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 
 from console import log
-from engine import Engine
 
 
 class Faults:
@@ -19,13 +18,10 @@ class Faults:
         self.unhealthy = False
         self.hung = False
         self.broken = False
+        self.dead_engine = False  # it keeps every request waiting for ever
+        self.ignores_term = "ignore-term" in wanted
+        self.health_delay = wanted.get("slow-health", (0.0,))[0]
         self._wanted = wanted
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._engine: Engine | None = None
-
-    @property
-    def ignores_term(self) -> bool:
-        return "ignore-term" in self._wanted
 
     def begin(self) -> None:
         """Start what does not wait for the server to be ready."""
@@ -33,8 +29,7 @@ class Faults:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if "log-flood" in self._wanted:
-            rate = self._wanted["log-flood"][0]
-            threading.Thread(target=_flood, args=(rate,), daemon=True).start()
+            threading.Thread(target=_flood, args=self._wanted["log-flood"], daemon=True).start()
         self._binary_log()
 
     def half_way(self) -> None:
@@ -45,45 +40,30 @@ class Faults:
         while "hang-loading" in self._wanted:
             time.sleep(3600)
 
-    def ready(self, loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
+    def ready(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set the clocks of what strikes a ready server."""
-        self._loop, self._engine = loop, engine
         self._binary_log()
-
-        def after(kind: str, position: int, strike: Callable[[], None]) -> None:
-            if kind in self._wanted:
-                delay = self._wanted[kind][position:] or (0.0,)
-                loop.call_later(delay[0], strike)
-
-        def hang() -> None:
-            self.hung = engine.dead = True
-
-        def stick() -> None:
-            engine.dead = True
-
-        def break_engine() -> None:
-            self.broken = True
-
-        after("exit-serving", 1, self._exit)
-        after("kill-serving", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        after("out-of-memory", 0, _take_memory)
-        after("503", 0, self.lose_engine)
-        after("hang", 0, hang)
-        after("stuck-engine", 0, stick)
-        after("broken-engine", 0, break_engine)
+        strikes: dict[str, Callable[[], None]] = {
+            "exit-serving": self._exit,
+            "kill-serving": lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "out-of-memory": _take_memory,
+            "503": self.lose_engine,
+            "hang": lambda: self._turn("hung", "dead_engine"),
+            "stuck-engine": lambda: self._turn("dead_engine"),
+            "broken-engine": lambda: self._turn("broken"),
+        }
+        for kind in strikes.keys() & self._wanted.keys():
+            delay = self._wanted[kind][1 if kind == "exit-serving" else 0 :] or (0.0,)
+            loop.call_later(delay[0], strikes[kind])
 
     def lose_engine(self) -> None:
         """The HTTP server lives on without what answers its requests."""
-        self.unhealthy = True
-        if self._engine:
-            self._engine.dead = True
+        self._turn("unhealthy", "dead_engine")
         log("E", "Executor worker died, requests will not be answered")
 
-    def delay_health(self, answer: Callable[[], None]) -> None:
-        if "slow-health" in self._wanted and self._loop:
-            self._loop.call_later(self._wanted["slow-health"][0], answer)
-        else:
-            answer()
+    def _turn(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, True)
 
     def _exit(self) -> None:
         log("E", "CUDA error: an illegal memory access was encountered, exiting")
@@ -91,9 +71,8 @@ class Faults:
 
     def _binary_log(self) -> None:
         if "binary-log" in self._wanted:
-            sys.stdout.buffer.write(
-                b"\xff\xfe\x00\x80 not UTF-8 \xc3\x28\r" + b"#" * (1 << 20) + b"\n"
-            )
+            line = b"\xff\xfe\x00\x80 not UTF-8 \xc3\x28\r" + b"#" * (1 << 20) + b"\n"
+            sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
 
 

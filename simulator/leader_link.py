@@ -16,7 +16,6 @@ from console import Fatal
 PROXY = "TLLM_SPAWN_PROXY_PROCESS"
 ADDRESS = "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR"
 KEY = "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"
-RETRY = 0.1
 Message = dict[str, Any]
 
 
@@ -25,11 +24,10 @@ def is_proxied(env: Mapping[str, str]) -> bool:
     return env.get(PROXY) == "1"
 
 
-def read_address(env: Mapping[str, str]) -> tuple[str, int]:
-    host, _, port = _required(env, ADDRESS).removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdecimal():
-        raise Fatal("ValueError", f"{ADDRESS} must be tcp://HOST:PORT")
-    return host, int(port)
+def _required(env: Mapping[str, str], name: str) -> str:
+    if not env.get(name):
+        raise Fatal("AssertionError", f"{name} is not set.")
+    return env[name]
 
 
 def read_key(env: Mapping[str, str]) -> bytes:
@@ -37,12 +35,6 @@ def read_key(env: Mapping[str, str]) -> bytes:
         return bytes.fromhex(_required(env, KEY))
     except ValueError:
         raise Fatal("ValueError", f"{KEY} must be hexadecimal") from None
-
-
-def _required(env: Mapping[str, str], name: str) -> str:
-    if not env.get(name):
-        raise Fatal("AssertionError", f"{name} is not set.")
-    return env[name]
 
 
 def seal(key: bytes, message: Message) -> bytes:
@@ -66,24 +58,25 @@ class Link:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._key = read_key(env)
-        self._socket = _connect(read_address(env))
+        host, _, port = _required(env, ADDRESS).removeprefix("tcp://").rpartition(":")
+        if not host or not port.isdecimal():
+            raise Fatal("ValueError", f"{ADDRESS} must be tcp://HOST:PORT")
+        while True:  # nobody listens before all ranks are there
+            with suppress(OSError):
+                self._socket = socket.create_connection((host, int(port)))
+                break
+            time.sleep(0.1)
         self._lines = self._socket.makefile("rb")
 
     def join(self, world_size: int, gpus_per_node: int) -> None:
         """Have the leader hold the world that it finds against the one that we want."""
         self.send({"op": "join", "world_size": world_size, "gpus_per_node": gpus_per_node})
-        answer = self._receive()
-        if "kind" in answer:
+        if "kind" in (answer := self.receive()):
             raise Fatal(answer["kind"], answer["error"])
 
-    def start_loading(self, model: str) -> None:
-        self.send({"op": "load", "model": model})
-
-    def wait_loaded(self) -> None:
-        self._receive()
-
     def on_broken(self, loop: asyncio.AbstractEventLoop, react: Callable[[], None]) -> None:
-        """Call `react` once when the leader speaks again, or has gone: no good news are left."""
+        """Have the leader keep watch; call `react` once when it speaks again, or has gone."""
+        self.send({"op": "watch"})
 
         def heard() -> None:
             loop.remove_reader(self._socket)
@@ -95,7 +88,7 @@ class Link:
         with suppress(OSError):  # a leader that has gone is noticed where its answer is awaited
             self._socket.sendall(seal(self._key, message))
 
-    def _receive(self) -> Message:
+    def receive(self) -> Message:
         """Return the leader's answer; a broken world has none, and nobody tells us so."""
         with suppress(OSError):
             line = self._lines.readline()
@@ -103,12 +96,3 @@ class Link:
                 return answer
         while True:
             time.sleep(3600)
-
-
-def _connect(address: tuple[str, int]) -> socket.socket:
-    """Connect when there is somebody to connect to: the leader waits for all ranks first."""
-    while True:
-        try:
-            return socket.create_connection(address)
-        except OSError:
-            time.sleep(RETRY)

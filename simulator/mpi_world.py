@@ -1,4 +1,4 @@
-"""The MPI world: what a rank does in it, and what of mpi4py it takes.
+"""What each rank does when the leader, who is at rank 0, orders it.
 
 Nobody blocks inside MPI: Open MPI waits by spinning, and idle ranks must leave the cores alone.
 """
@@ -10,72 +10,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Generator
-from typing import Any, NamedTuple, Protocol
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator
+from math import inf
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-from console import Fatal, log
+from console import Fatal, crash, log
 from environment import Settings
 from leader_link import Message
 
 POLL = 0.03  # seconds between two looks at MPI
-Pauses = Generator[None, None, None]
-Task = Generator[None, None, Message]
-
-
-class Request(Protocol):
-    def Test(self) -> bool: ...
-
-
-class Comm(Protocol):
-    """The part of mpi4py's communicator that is used here."""
-
-    def Get_rank(self) -> int: ...
-    def Get_size(self) -> int: ...
-    def iprobe(self) -> bool: ...
-    def recv(self) -> Any: ...  # noqa: ANN401 (whatever the other side has sent)
-    def isend(self, obj: object, dest: int) -> Request: ...
-    def Ibarrier(self) -> Request: ...
-
-
-class Done:
-    def Test(self) -> bool:
-        return True
-
-
-class Alone:
-    """A world of one rank, which needs no MPI."""
-
-    def Get_rank(self) -> int:
-        return 0
-
-    def Get_size(self) -> int:
-        return 1
-
-    def iprobe(self) -> bool:
-        return False
-
-    def recv(self) -> Any:  # noqa: ANN401
-        raise AssertionError("nobody can have sent anything")
-
-    def isend(self, obj: object, dest: int) -> Request:
-        raise AssertionError(f"there is no rank {dest}")
-
-    def Ibarrier(self) -> Request:
-        return Done()
-
-
-def enter(size: int) -> Comm:
-    """Return MPI.COMM_WORLD once all its ranks are there; `size` is what the environment says."""
-    if size == 1:
-        return Alone()
-    try:
-        mpi4py = importlib.import_module("mpi4py")
-        mpi4py.rc.threads = False
-        comm: Comm = importlib.import_module("mpi4py.MPI").COMM_WORLD
-    except ImportError as error:
-        message = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
-        raise Fatal(type(error).__name__, message) from None
-    return comm
+ORDER, REPORT = 1, 2  # tags of messages
 
 
 class Report(NamedTuple):
@@ -86,17 +33,70 @@ class Report(NamedTuple):
     gpus: int
 
 
-class Part:
-    """What one rank does when the leader asks for it."""
+def enter(size: int) -> Any:  # noqa: ANN401 (mpi4py's communicator, or what stands in for it)
+    """Return MPI.COMM_WORLD once all its ranks are there; `size` is what the environment says."""
+    if size == 1:
+        return _alone()
+    try:
+        importlib.import_module("mpi4py").rc.threads = False
+        return importlib.import_module("mpi4py.MPI").COMM_WORLD
+    except ImportError as error:
+        message = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
+        raise Fatal(type(error).__name__, message) from None
 
-    def __init__(self, comm: Comm, settings: Settings) -> None:
+
+def _alone() -> SimpleNamespace:
+    """A world of one rank, which needs no MPI to talk to itself."""
+    boxes: dict[int, deque[object]] = {ORDER: deque(), REPORT: deque()}
+    done = SimpleNamespace(Test=lambda: True)
+
+    def isend(message: object, dest: int, tag: int) -> SimpleNamespace:
+        boxes[tag].append(message)
+        return done
+
+    return SimpleNamespace(
+        Get_rank=lambda: 0,
+        Get_size=lambda: 1,
+        Ibarrier=lambda: done,
+        isend=isend,
+        iprobe=lambda tag: bool(boxes[tag]),
+        recv=lambda tag: boxes[tag].popleft(),
+    )
+
+
+class Part:
+    """One rank's part in the world."""
+
+    def __init__(self, comm: Any, settings: Settings) -> None:  # noqa: ANN401
+        self.rank, self.host = comm.Get_rank(), socket.gethostname()
         self._comm = comm
         self._settings = settings
-        self._host = socket.gethostname()
-        self._rank = comm.Get_rank()
+        self._task: Generator[None, None, None] | None = None
+        self._sent: list[Any] = []  # kept: MPI still reads what has not been sent yet
         self._fault_at: float | None = None
 
-    def perform(self, order: Message) -> Task:
+    def turn(self) -> Message | None:
+        """Do what there is to do; return the order to stop when it has come."""
+        if self._comm.iprobe(tag=ORDER):
+            order: Message = self._comm.recv(tag=ORDER)
+            if order["op"] == "stop":
+                return order
+            self._task = self._perform(order)
+        if self._task and next(self._task, self) is self:
+            self._task = None
+            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
+        if self._fault_at is not None and time.monotonic() >= self._fault_at:
+            self._die()
+        return None
+
+    def send(self, message: object, rank: int, tag: int) -> None:
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self._comm.isend(message, rank, tag))
+
+    def has_sent_all(self) -> bool:
+        return all(request.Test() for request in self._sent)
+
+    def _perform(self, order: Message) -> Generator[None, None, None]:
         """Do as ordered; yields where there is nothing to do but wait."""
         if order["op"] == "load":
             yield from self._load(order)
@@ -104,66 +104,70 @@ class Part:
             request = self._comm.Ibarrier()
             while not request.Test():
                 yield
-        report = Report(self._rank, self._host, int(self._settings.gpus))
-        return report._asdict()
+        if order["op"] == "beat" and self._fault_at is None:  # the first: the server is ready
+            self._fault_at = time.monotonic() + (self._fault_delay() or inf)
 
-    def strike(self) -> None:
-        """Let the fault happen whose time has come."""
-        if self._fault_at is not None and time.monotonic() >= self._fault_at:
-            self._die()
-
-    def _load(self, order: Message) -> Pauses:
-        gpu = self._rank % int(order["gpus_per_node"])
-        share = f"part {self._rank + 1} of {self._comm.Get_size()} of {order['model']}"
-        log("I", f"rank {self._rank} on {self._host}: loading {share} on GPU {gpu}")
-        half = self._settings.load_seconds / 2
-        yield from _wait(half)
-        if self._fault_delay() == 0:
-            self._die()
-        yield from _wait(half)
-        log("I", f"rank {self._rank} on {self._host}: loaded")
-        if delay := self._fault_delay():
-            self._fault_at = time.monotonic() + delay
+    def _load(self, order: Message) -> Generator[None, None, None]:
+        gpu = self.rank % int(order["gpus_per_node"])
+        share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
+        log("I", f"rank {self.rank} on {self.host}: loading {share} on GPU {gpu}")
+        for half in (1, 2):
+            deadline = time.monotonic() + self._settings.load_seconds / 2
+            while time.monotonic() < deadline:
+                yield
+            if half == 1 and self._fault_delay() == 0:
+                self._die()
+        log("I", f"rank {self.rank} on {self.host}: loaded")
 
     def _fault_delay(self) -> float | None:
         """Return the seconds after loading at which this rank dies; 0: while it loads."""
-        delays = [
-            (*arguments[position:], 0.0)[0]
-            for kind, position in (("exit-rank", 2), ("kill-rank", 1))
-            if (arguments := self._settings.faults.get(kind)) and arguments[0] == self._rank
-        ]
-        return min(delays, default=None)
+        faults = self._settings.faults
+        ours = [(faults.get("exit-rank"), 2), (faults.get("kill-rank"), 1)]
+        return min(
+            ((*said[at:], 0.0)[0] for said, at in ours if said and said[0] == self.rank),
+            default=None,
+        )
 
     def _die(self) -> None:
         """Crash: without a word to MPI, so that the others must find out by themselves."""
         kill = self._settings.faults.get("kill-rank")
-        if kill and kill[0] == self._rank:
+        if kill and kill[0] == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
             os._exit(137)  # a container's first process cannot be killed from inside
         code = int(self._settings.faults["exit-rank"][1])
-        log("E", f"rank {self._rank} on {self._host}: CUDA error, exiting with code {code}")
+        log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {code}")
         os._exit(code)
 
 
-def _wait(seconds: float) -> Pauses:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        yield
+def obey(rank: int, size: int, settings: Settings) -> bool:
+    """Be a worker until told to stop; say whether all ranks are still there then."""
+    part = Part(enter(size), settings)
+    if part.rank != rank:  # every task a world of its own: the launcher spoke no PMI to it
+        raise Fatal(
+            "RuntimeError",
+            f"rank{part.rank} should not have executor\n"
+            f"[simulator] task {rank} of {size} is rank {part.rank} in an MPI world of 1: "
+            "is `srun --mpi=pmix` missing, or its environment?",
+        )
+    while (order := part.turn()) is None:
+        time.sleep(POLL)
+    return bool(order["whole"])
 
 
-def advance(task: Task) -> Message | None:
-    """Go on with a task; return its result when it has come to its end."""
-    try:
-        next(task)
-    except StopIteration as done:
-        result: Message = done.value
-        return result
-    return None
-
-
-def die_of_signals() -> None:
-    """Let signals end this process even inside MPI's C code, where Python handles none."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
+def run_rank(work: Callable[[], bool]) -> int:
+    """Return the exit code of a rank's work, which says whether the world is still whole."""
+    for signum in (signal.SIGTERM, signal.SIGINT):  # to end even inside MPI's C code
         signal.signal(signum, signal.SIG_DFL)
         if os.getpid() == 1:  # a container's first process: the kernel spares it the default
             signal.signal(signum, lambda number, _: os._exit(128 + number))
+    try:
+        whole = work()
+    except Fatal as error:
+        crash(error)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # not by the normal way: MPI_Finalize would wait for all ranks
+    if not whole:
+        os._exit(0)  # the same, for a rank that will never come
+    return 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from conversion import Json, Values, as_int, as_list
-from schema import BadRequest
+from protocol import ChatCompletionRequest, CompletionRequest
 from words import count_tokens
 
 
@@ -13,51 +12,62 @@ class Prompt(NamedTuple):
     text: str  # what the answer follows from; token ids are written out
     tokens: int
     opening: str  # put before the first word of the answer
-    echo: str = ""
+    echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
 
 
-def completion_prompts(prompt: Json) -> list[Prompt]:
+def completion_prompts(request: CompletionRequest) -> list[Prompt]:
     """Tell the four forms apart: a text, token ids, or a list of either."""
-    if isinstance(prompt, list) and not prompt:
-        raise BadRequest("list index out of range")
-    if isinstance(prompt, list) and not isinstance(prompt[0], int):
-        return [_prompt(item) for item in prompt]
-    return [_prompt(prompt)]
+    prompt: Any = request.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [_prompt(prompt, request.truncate_prompt_tokens)]
+    return [_prompt(item, request.truncate_prompt_tokens) for item in prompt]
 
 
-def _prompt(prompt: Json) -> Prompt:
-    if isinstance(prompt, list):
-        if not prompt:
-            raise BadRequest("prompt token ids must not be empty")
-        return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ")
-    text = str(prompt)
-    return Prompt(text, count_tokens(text), "" if not text or text[-1].isspace() else " ", text)
+def _prompt(prompt: str | list[int], limit: int | None) -> Prompt:
+    if isinstance(prompt, str):
+        opening = "" if not prompt or prompt[-1].isspace() else " "
+        return Prompt(prompt, _truncated(count_tokens(prompt), limit), opening, prompt)
+    if not prompt:
+        raise ValueError("prompt token ids must not be empty")
+    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt)
 
 
-def chat_prompt(values: Values) -> Prompt:
-    ids = values["prompt_token_ids"]
-    if ids is not None:
-        return _prompt(ids)._replace(opening="")
-    messages = as_list(values["messages"])
-    if not messages:
-        raise BadRequest("messages must not be empty without prompt_token_ids")
-    texts = [_message_text(message) for message in messages]
-    template = 4 * len(messages) + 3  # the marks that a chat template puts around the messages
-    return Prompt("\n".join(texts), template + sum(map(count_tokens, texts)), "")
+def _truncated(tokens: int, limit: int | None) -> int:
+    return tokens if limit is None else min(tokens, limit)
 
 
-def _message_text(message: Json) -> str:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return str(content or "")
-    return "\n".join(_part_text(part) for part in content)
+def chat_role(request: ChatCompletionRequest) -> str:
+    """Whom the answer is by: a prompt that is not opened for the assistant goes on as it ends."""
+    return "assistant" if request.add_generation_prompt else str(request.messages[-1]["role"])
 
 
-def _part_text(part: Json) -> str:
-    if not isinstance(part, dict) or part["type"] != "text":
-        raise BadRequest("only text parts are supported: the model is not multimodal")
-    return str(part["text"])
+def chat_prompt(request: ChatCompletionRequest) -> Prompt:
+    role, texts = chat_role(request), [_message_text(message) for message in request.messages]
+    echo = texts[-1] if texts and request.messages[-1]["role"] == role else ""
+    if (ids := request.prompt_token_ids) is not None:
+        return _prompt(ids, None)._replace(opening="", echo=echo)
+    if not texts:
+        raise ValueError("messages must not be empty without prompt_token_ids")
+    template = 4 * len(texts) + 3  # the marks that a chat template puts around the messages
+    tokens = _truncated(template + sum(map(count_tokens, texts)), request.truncate_prompt_tokens)
+    return Prompt("\n".join(texts), tokens, "", echo)
 
 
-def truncated(prompt: Prompt, limit: Json) -> Prompt:
-    return prompt if limit is None else prompt._replace(tokens=min(prompt.tokens, as_int(limit)))
+def _message_text(message: Any) -> str:  # noqa: ANN401 (one of nine TypedDicts)
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = [_part_text(part) for part in content or ()]  # here pydantic checks them, not before
+    return "\n".join(filter(None, parts))
+
+
+def _part_text(part: dict[str, Any]) -> str | None:
+    """Return a text, or None for a part that says nothing; it is skipped."""
+    kind = part.get("type")
+    if kind == "text":
+        return part.get("text")
+    if kind not in ("image_url", "video_url", "audio_url"):
+        raise NotImplementedError(f"Unknown part type: {kind}")
+    if (part.get(kind) or {}).get("url") is None:
+        return None
+    raise ValueError("only text parts are supported: the model is not multimodal")

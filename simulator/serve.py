@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import select
 import selectors
 import signal
-import sys
+import socket
 import time
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from api import Api
-from arguments import UsageExit, parse
-from console import Fatal, crash, log, say, uvicorn
-from engine import Engine
+from arguments import command_line
+from console import Fatal, crash, log
 from environment import Settings, read_settings
 from faults import Faults
-from http_server import Connection
 from leader_link import Link, is_proxied
 from llm_args import LlmArgs, build_llm_args
 
@@ -33,28 +30,23 @@ class PreciseSelector(selectors.DefaultSelector):
         return super().select(timeout)
 
 
-def main(argv: Sequence[str]) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a request may log what the locale cannot write
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        arguments = parse(argv)
-    except UsageExit as stop:
-        say(str(stop), error=stop.code != 0)
-        return stop.code
+def main() -> None:
+    command_line(serve).main(prog_name="trtllm-serve")
+
+
+def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them over)
     log("I", "This is a SIMULATOR of TensorRT-LLM 1.1.0: no model is loaded, no GPU is used")
     try:
         settings = read_settings(os.environ)
-        args = build_llm_args(arguments, settings.gpus, os.environ)
+        args = build_llm_args(flags, settings.gpus, os.environ)
         faults = Faults(settings.faults)
         faults.begin()
-        leader = _load(args, settings, faults)
-        return _run(args, settings, faults, leader)
+        _run(args, settings, faults, _load(args, settings, faults))
     except Fatal as error:
         crash(error)
-        return 1
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        return 130
+        raise SystemExit(130) from None
 
 
 def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
@@ -65,9 +57,9 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
         return None
     leader = Link(os.environ)
     leader.join(args.world_size, args.gpus_per_node)
-    leader.start_loading(args.model)
+    leader.send({"op": "load", "model": args.model})
     _show_loading(args, settings, faults)
-    leader.wait_loaded()
+    leader.receive()
     return leader
 
 
@@ -80,57 +72,37 @@ def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
+            import api  # noqa: F401 (its libraries take half a second of the load)
 
 
-def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> int:
+def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> None:
+    """Serve until a signal comes and the running streams have ended, however long they take."""
+    import uvicorn
+    from api import Api
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            loop = asyncio.get_running_loop()
+            faults.ready(loop)
+            if leader:
+                leader.on_broken(loop, faults.lose_engine)
+
+        def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+            return nullcontext() if faults.ignores_term else super().capture_signals()
+
+    async def serve_http() -> None:
+        api, host, port = Api(args, settings, faults), args.host, args.port
+        config = uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5)
+        await Server(config).serve()
+
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
-        return loop.run_until_complete(_serve(loop, args, settings, faults, leader))
+        loop.run_until_complete(serve_http())
+    except KeyboardInterrupt:  # uvicorn has finished, and dies of the signal that has ended it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+        raise
     finally:
         loop.close()
-
-
-async def _serve(
-    loop: asyncio.AbstractEventLoop,
-    args: LlmArgs,
-    settings: Settings,
-    faults: Faults,
-    leader: Link | None,
-) -> int:
-    stop = asyncio.Event()
-    if not faults.ignores_term:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, stop.set)
-    engine = Engine(loop, settings, args.max_batch_size)
-    api = Api(args, settings, engine, faults)
-    connections: set[Connection] = set()
-    uvicorn(f"Started server process [{os.getpid()}]")
-    uvicorn("Waiting for application startup.")
-    uvicorn("Application startup complete.")
-    try:
-        server = await loop.create_server(
-            lambda: Connection(api, connections), args.host, args.port, backlog=2048
-        )
-    except (OSError, OverflowError) as error:
-        text = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
-        uvicorn(str(text), "ERROR")
-        uvicorn("Application shutdown complete.")
-        return 1
-    faults.ready(loop, engine)
-    if leader:
-        leader.on_broken(loop, faults.lose_engine)
-    uvicorn(f"Uvicorn running on http://{args.host}:{args.port} (Press CTRL+C to quit)")
-    await stop.wait()
-    uvicorn("Shutting down")
-    await _close(server, connections)
-    uvicorn(f"Finished server process [{os.getpid()}]")
-    return 0
-
-
-async def _close(server: asyncio.AbstractServer, connections: set[Connection]) -> None:
-    """Cut open streams: with the process gone nobody would finish them."""
-    server.close()
-    for connection in list(connections):
-        connection.abort()
-    await asyncio.sleep(0)  # lets the aborted transports close their sockets

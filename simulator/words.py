@@ -13,24 +13,15 @@ from random import Random
 from zlib import crc32
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
+GENERATED = re.compile(r" ?\w+|[^\w\s]|\n+|\s")  # as the tokens of an answer are
 SEQUENCE = re.compile(r"(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*(,?)\s*$")
 COUNT_TO = re.compile(r"count\D{0,40}?(\d{1,9})\s*(?:to|through|-)\s*(\d{1,9})", re.IGNORECASE)
 VOCABULARY = 32000
 
-ADJECTIVES = ["small", "large", "quiet", "bright", "old", "new", "simple", "careful", "early"]
-NOUNS = ["river", "city", "model", "engine", "garden", "library", "answer", "question", "machine"]
-VERBS = [
-    "holds",
-    "follows",
-    "carries",
-    "explains",
-    "crosses",
-    "measures",
-    "keeps",
-    "finds",
-    "shows",
-]
-PLACES = ["Paris", "Lisbon", "Nairobi", "Kyoto", "Oslo", "Quito", "Hanoi", "Tunis"]
+ADJECTIVES = "small large quiet bright old new simple careful early".split()
+NOUNS = "river city model engine garden library answer question machine".split()
+VERBS = "holds follows carries explains crosses measures keeps finds shows".split()
+PLACES = "Paris Lisbon Nairobi Kyoto Oslo Quito Hanoi Tunis".split()
 
 
 def count_tokens(text: str) -> int:
@@ -48,11 +39,9 @@ def fingerprint(text: str) -> int:
 def continue_text(prompt: str, seed: int, opening: str) -> Iterator[str]:
     """Yield tokens for ever; `opening` is put before the first word (a space after a prompt)."""
     rng = Random(seed)
-    sequence = SEQUENCE.search(prompt[-200:])
-    if sequence:
+    if sequence := SEQUENCE.search(prompt[-200:]):
         yield from _next_numbers(int(sequence[1]), int(sequence[2]), not sequence[3])
-    asked = COUNT_TO.search(prompt[-2000:])
-    if asked:
+    if asked := COUNT_TO.search(prompt[-2000:]):
         yield from _numbers(int(asked[1]), int(asked[2]), opening)
         opening = " "
     yield from _prose(rng, opening)

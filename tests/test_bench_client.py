@@ -17,6 +17,7 @@ from load.answer import Outcome, read_reply
 from load.loop import Loop
 from load.metrics import Distribution
 from tests import bench_client
+from tests.conftest import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +78,13 @@ def test_what_was_sent_when_is_what_the_client_saw(
 
 def test_a_request_counts_from_its_own_sending() -> None:
     """The quickest of many met a server that was ready for it, however busy the machine is."""
-    with bench_client.server() as (port, _):
+
+    def quickest(port: int) -> float:
         _, _, result = bench_client.run(port, 1, 100, ttft=5, itl=0)
-    quickest = min((o.first - o.sent) / 1e6 for o in result.outcomes)
-    assert quickest == pytest.approx(5, abs=0.5)
+        return min((o.first - o.sent) / 1e6 for o in result.outcomes)
+
+    with bench_client.server() as (port, _):
+        wait_until(lambda: quickest(port) == pytest.approx(5, abs=0.5), "a request on time")
 
 
 @pytest.mark.parametrize(

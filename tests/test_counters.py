@@ -19,7 +19,7 @@ import bench
 from load import bench_place, counters
 from tests.loopback import DONE, HEAD, LAST, MODEL, Request, chunk, event, serving, token
 
-pytestmark = pytest.mark.usefixtures("same_signals")
+pytestmark = pytest.mark.usefixtures("same_signals", "any_machine")
 TTFT, ITL, PROMPT, OUTPUT = 0.03, 0.004, 64, 6
 
 

@@ -14,7 +14,7 @@ from load import sharegpt
 from tests.loopback import serving
 from tests.servers import Kind, bench, running
 
-pytestmark = pytest.mark.usefixtures("clean_environment", "same_signals")
+pytestmark = pytest.mark.usefixtures("clean_environment", "same_signals", "any_machine")
 ANSWER = "it is fine, and it stays fine for the rest of the week"
 DATA = Path("data.json")
 

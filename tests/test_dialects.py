@@ -15,7 +15,7 @@ from tests.loopback import DONE, MODEL, Answer, Request, Server
 from tests.servers import Ask, Kind, Piece, Said, bench, running, tokens, usual
 
 pytestmark = [
-    pytest.mark.usefixtures("clean_environment", "same_signals"),
+    pytest.mark.usefixtures("clean_environment", "same_signals", "any_machine"),
 ]
 
 

@@ -35,7 +35,7 @@ from launch.nodes import Place
 from launch.order import BOOT, MESSAGES, TOO_OLD, Command, Told, folded, parse, parts_of, source
 from launch.runtimes import bare, docker
 from launch.spread import Spread
-from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, Script, plan, wait_until
+from tests.conftest import HOSTILE, ONE_NODE, PATIENCE, TAG, Fakes, Script, plan, wait_until
 from tests.test_hostile_input import JSON, TOO_DEEP
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -238,7 +238,7 @@ SURVEY = Command([], Survey("bare", 1, "", "trtllm-serve"))
 def test_an_order_that_breaks_off_is_not_obeyed(fakes: Fakes, kept: str) -> None:
     """The launcher was killed while it wrote."""
     given_up = give(SURVEY, fakes.environment())
-    out, err = given_up.communicate(SURVEY.text.rstrip("\n") + kept, timeout=30)
+    out, err = given_up.communicate(SURVEY.text.rstrip("\n") + kept, timeout=PATIENCE)
     assert (given_up.returncode, out, err) == (143, "", "")
 
 

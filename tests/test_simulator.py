@@ -24,13 +24,11 @@ from typing import Any
 
 import pytest
 import requests
-import yaml
 
 from tests.conftest import PATIENCE
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
-# -S: without site-packages, so nothing but the standard library can be imported.
-COMMAND = [sys.executable, "-S", str(SIMULATOR / "trtllm-serve")]
+COMMAND = [sys.executable, str(SIMULATOR / "trtllm-serve")]
 MODEL = "org/some-model"
 FOREIGN = re.compile(r"SLURM_|PMI|OMPI_|TRTLLM_SIM_|(?i:TLLM)_")
 QUICK = {"LOAD_SECONDS": "0.05", "TTFT_MS": "1", "PREFILL_US_PER_TOKEN": "0", "ITL_MS": "1"}
@@ -193,7 +191,6 @@ def log(tmp_path: Path) -> Path:
         (["serve", "--port", "1"], "Missing argument 'MODEL'."),
         ([MODEL, "other"], "Got unexpected extra argument (other)"),
         ([MODEL, "--", "a", "b"], "Got unexpected extra arguments (a b)"),
-        ([MODEL, "--port"], "Option '--port' requires an argument."),
         ([MODEL, "--port", "x"], "Invalid value for '--port': 'x' is not a valid integer."),
         ([MODEL, "--port", "--tp_size"], "'--tp_size' is not a valid integer."),
         ([MODEL, "--tp_size=1.5"], "'1.5' is not a valid integer."),
@@ -203,8 +200,8 @@ def log(tmp_path: Path) -> Path:
             "'vllm' is not one of 'pytorch', 'tensorrt', '_autodeploy'.",
         ),
         ([MODEL, "--log_level", "loud"], "Invalid value for '--log_level': 'loud'"),
-        ([MODEL, "--reasoning_parser", "qwen3"], "'qwen3' is not one of 'deepseek-r1'."),
-        ([MODEL, "--trust_remote_code=1"], "Option '--trust_remote_code' does not take a value."),
+        ([MODEL, "--reasoning_parser", "qwen3"], "'qwen3' is not 'deepseek-r1'."),
+        (["disaggregated", "-c", "x"], "the simulator has no 'disaggregated'"),
     ],
 )
 def test_usage_error_exits_2_with_clicks_words(argv: list[str], message: str) -> None:
@@ -214,6 +211,18 @@ def test_usage_error_exits_2_with_clicks_words(argv: list[str], message: str) ->
     assert result.stderr.startswith("Usage: trtllm-serve ")
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--port", "Error: Option '--port' requires an argument."),
+        ("--trust_remote_code=1", "Error: Option '--trust_remote_code' does not take a value."),
+    ],
+)
+def test_a_value_too_few_or_too_many_is_told_without_the_usage(argv: str, message: str) -> None:
+    result = run(MODEL, argv)
+    assert (result.returncode, result.stderr.strip()) == (2, message)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], [MODEL, "--help"]])
@@ -244,9 +253,13 @@ def test_a_copy_behind_a_symlink_on_path_works(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/trtllm-serve").symlink_to(copy / "trtllm-serve")
     env = environment(FAULT="exit-loading:77", LOAD_SECONDS="0")
-    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
-    result = subprocess.run(["trtllm-serve", MODEL], env=env, cwd=tmp_path, capture_output=True)
-    assert result.returncode == ACCEPTED, result.stderr
+    with_libraries, without = Path(sys.executable).parent, Path("/usr/bin")
+    for python, code in ((with_libraries, ACCEPTED), (without, 1)):
+        env["PATH"] = f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}"
+        result = subprocess.run(["trtllm-serve", MODEL], env=env, cwd=tmp_path, capture_output=True)
+        assert result.returncode == code, result.stderr
+    assert b"/usr/bin/python3 lacks " in result.stderr
+    assert b"pip install '.[simulator]'" in result.stderr
 
 
 # -- model, YAML, parallelism, environment --
@@ -257,34 +270,6 @@ def test_model_that_is_neither_directory_nor_repo_id_is_refused(model: str) -> N
     result = run("serve", model)
     assert result.returncode == 1
     assert "Repo id must be in the form" in result.stderr
-
-
-YAML_TEXTS = [
-    "tensor_parallel_size: 8\n",
-    "# a comment\n---\na: 1  # another\n\nb: 'x # y'\nc: \"d: e\"\nurl: http://x:1/y\n",
-    "kv_cache_config:\n  enable_block_reuse: false\n  free_gpu_memory_fraction: 0.9\nx: null\n",
-    "cuda_graph_config:\n  batch_sizes: [1, 2, 4]\n  enable_padding: true\nm: {a: 1, b: [x, y]}\n",
-    "list:\n- 1\n- two\nnested:\n  - a: 1\n    b: 2\n  - a: 3\nend: ~\n",
-    "empty:\nnext: 1e3\nbig: 1.0e+3\non_: On\nfloat: 1.5\nneg: -3\nstr: 1.2.3\nword: a b c\n",
-    "{a: 1, b: {c: d}}\n",
-    "",
-]
-
-
-def test_yaml_subset_agrees_with_pyyaml() -> None:
-    script = (
-        "import json, sys; from yaml_subset import parse_yaml;"
-        "print(json.dumps([parse_yaml(text) for text in json.load(sys.stdin)]))"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps(YAML_TEXTS),
-        cwd=SIMULATOR,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert json.loads(output) == [yaml.safe_load(text) for text in YAML_TEXTS]
 
 
 @pytest.mark.parametrize(
@@ -313,14 +298,16 @@ def test_yaml_subset_agrees_with_pyyaml() -> None:
         ("tensor_parallel_size: 0", [], 1, "tensor_parallel_size must be greater than 0"),
         ("tensor_paralel_size: 8", [], 1, "tensor_paralel_size\n  Extra inputs are not permitted"),
         ("pytorch_backend_config:\n  x: 1", [], 1, "Extra inputs are not permitted"),
-        ("moe_config:\n  backnd: TRTLLM", [], 1, "moe_config\n  backnd: Extra inputs"),
+        ("moe_config:\n  backnd: TRTLLM", [], 1, "moe_config.backnd\n  Extra inputs"),
         ("tensor_parallel_size: eight", [], 1, "Input should be a valid integer"),
         ("enable_attention_dp: 3", [], 1, "Input should be a valid boolean"),
-        ("a: 1\na: 2", [], 1, "duplicate key"),
+        ("a: 1\na: 2", [], 1, "1 validation error for TorchLlmArgs\na\n  Extra inputs"),
         ("a:\n\t- 1", [], 1, "cannot start any token"),
-        ('dtype: ["a, b"]', [], 1, "plain words"),
-        ("dtype: |\n  text", [], 1, "does not understand"),
-        ("dtype: a\n  b", [], 1, "does not belong"),
+        ('dtype: ["a, b"]', [], 1, "Input should be a valid string"),
+        ("dtype: |\n  text", [], ACCEPTED, ""),
+        ("dtype: a\n  b", [], ACCEPTED, ""),
+        ("quant_config: {}", [], 1, "quant_config\n  Extra inputs are not permitted"),
+        ("[" * 5, [], 1, "yaml.parser.ParserError: while parsing a flow"),
         ("just text", [], 1, "not a mapping"),
     ],
 )
@@ -450,20 +437,45 @@ def test_taken_port_is_noticed_after_the_load(log: Path) -> None:
     assert text.index("100%") < text.index("address already in use")
 
 
+def is_refused(server: Server) -> bool:
+    try:
+        server.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_it_at_once_even_with_a_stream_open(log: Path, signum: int) -> None:
+def test_signal_lets_the_open_stream_finish_and_is_then_died_of(log: Path, signum: int) -> None:
+    with serving(log, ITL_MS="50") as server, server.connect() as client:
+        client.sendall(http_post({"max_tokens": 30, "ignore_eos": True, "stream": True}))
+        answer = client.recv(4096)
+        server.process.send_signal(signum)
+        eventually(lambda: "Shutting down" in server.log)
+        eventually(lambda: is_refused(server))
+        if signum == signal.SIGTERM:  # a second one changes nothing
+            server.process.send_signal(signum)
+        answer += b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.count(b"data: {") == 30
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert server.process.wait(timeout=PATIENCE) == -signum
+
+
+def test_a_second_sigint_cuts_what_the_first_lets_finish(log: Path) -> None:
     with serving(log, ITL_MS="1000") as server, server.connect() as client:
         client.sendall(http_post({"max_tokens": 1000, "ignore_eos": True, "stream": True}))
-        assert b"data: " in client.recv(4096) + client.recv(4096)
-        server.process.send_signal(signum)
-        assert server.process.wait(timeout=PATIENCE) == 0
+        assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        for _ in range(2):
+            server.process.send_signal(signal.SIGINT)
+            eventually(lambda: "Shutting down" in server.log)
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGINT
 
 
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)]
 )
 def test_signal_ends_the_load(log: Path, signum: int, code: int) -> None:
-    with serving(log, ready=False, LOAD_SECONDS="30") as server:
+    with serving(log, ready=False, LOAD_SECONDS="1000") as server:
         eventually(lambda: "start MpiSession" in server.log)
         server.process.send_signal(signum)
         assert server.process.wait(timeout=PATIENCE) == code
@@ -542,13 +554,6 @@ def test_every_form_of_prompt_is_answered(
     }
 
 
-def test_n_gives_that_many_choices_of_one_prompt(server: Server) -> None:
-    answer = server.complete("one two", n=3, temperature=1, seed=7)
-    assert len({choice["text"] for choice in answer["choices"]}) == 3
-    assert answer["usage"]["prompt_tokens"] == 2
-    assert answer["usage"]["completion_tokens"] == 24
-
-
 def test_greedy_answers_repeat_and_depend_on_the_prompt(server: Server) -> None:
     first, again = (server.complete("A prompt")["choices"] for _ in range(2))
     assert first == again
@@ -607,7 +612,8 @@ def test_text_is_cut_before_the_stop_string(
     assert (choice["text"], choice["finish_reason"]) == (text, "stop")
     assert choice["stop_reason"] == (stop[-1] if isinstance(stop, list) else stop)
     chunks = server.events("/v1/completions", **fields)
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+    streamed = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert streamed == (" 4, 5," if stop == "5, 6" else text)  # what is sent is not taken back
 
 
 @pytest.mark.parametrize("stop", [".", "\n", "the", " and", "\n\n"])
@@ -697,21 +703,26 @@ COMPLETION_ERRORS: list[tuple[Json, str]] = [
     ({"top_p": 2}, "top_p"),
     ({"n": None}, "valid integer"),
     ({"n": 0}, "n >= 1"),
-    ({"n": 10**9}, "maximum batch size"),
+    ({"n": 2}, "Multiple response is not supported in PyTorch workflow"),
     ({"stop": [1]}, "valid string"),
     ({"logprobs": 1}, "logprobs is not supported"),
     ({"suffix": "x"}, "suffix is not supported"),
     ({"stream_options": {"include_usage": True}}, "stream is true"),
     ({"stream": True, "stream_options": {"x": 1}}, "Extra inputs"),
     ({"response_format": {"type": "xml"}}, "Input should be 'text'"),
-    ({"response_format": {"type": "json_object"}}, "guided_decoding_backend"),
+    ({"response_format": {"type": "json"}}, "The 'schema' field is required"),
+    ({"response_format": {"type": "json_schema", "schema": {}}}, "Input should be 'text'"),
 ]
+IMAGE = {"url": "http://127.0.0.1:1/x.png"}
 CHAT_ERRORS: list[tuple[Json, str]] = [
     ({"messages": []}, "messages must not be empty"),
     ({"messages": "hi"}, "valid list"),
     ({"messages": [{"content": "hi"}]}, "Field required"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": IMAGE}]}]},
+        "text parts",
+    ),
     ({"tool_choice": "auto"}, "`tools` must be set"),
     ({"tools": [{"type": "function"}]}, "Field required"),
     ({"top_logprobs": 2}, "logprobs must be true"),
@@ -750,21 +761,21 @@ def test_bad_chat_request_gets_the_flat_400(server: Server, fields: Json, messag
     [
         (b"{", "application/json"),
         (b"", "application/json"),
+        (b"null", "application/json"),
         (b"\xff\xfe", "application/json"),
-        (b"[" * 100_000, "application/json"),
-        (b'"text"', "application/json"),
         (b"{}", "application/json"),
-        (b'{"model":"m","prompt":"Hi"}', "application/x-www-form-urlencoded"),
     ],
 )
 def test_body_that_is_no_json_object_gets_the_flat_400(
     server: Server, data: bytes, content_type: str
 ) -> None:
+    assert is_flat_400(post_bytes(server, data, content_type), "")
+
+
+def post_bytes(server: Server, data: bytes, content_type: str | None) -> requests.Response:
     url = f"http://127.0.0.1:{server.port}/v1/completions"
-    response = requests.post(
-        url, data=data, headers={"content-type": content_type}, timeout=PATIENCE
-    )
-    assert is_flat_400(response, "")
+    headers = {"content-type": content_type} if content_type is not None else {}
+    return requests.post(url, data=data, headers=headers, timeout=PATIENCE)
 
 
 def test_values_are_converted_as_leniently_as_pydantic_does(server: Server) -> None:
@@ -789,7 +800,8 @@ def test_usage_is_streamed_only_when_asked_for(server: Server, asked: bool) -> N
     options = {"stream_options": {"include_usage": True}} if asked else {}
     events = server.events("/v1/completions", prompt=[1, 2, 3], max_tokens=5, **options)
     assert len(events) == 5 + asked
-    assert all(event["usage"] is None for event in events[:5])
+    counts = [event["usage"] and event["usage"]["completion_tokens"] for event in events]
+    assert counts == ([1, 2, 3, 4, 5, 5] if asked else [None] * 5)
     if asked:
         assert events[-1]["choices"] == []
         expected = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
@@ -816,17 +828,17 @@ def test_chat_stream_begins_with_the_role(server: Server) -> None:
     messages = [{"role": "user", "content": "Hello there"}]
     events = server.events("/v1/chat/completions", messages=messages, max_tokens=8)
     deltas = [event["choices"][0]["delta"] for event in events]
-    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert deltas[0] == {"role": "assistant"}
     whole = server.chat("Hello there")["choices"][0]["message"]["content"]
-    assert "".join(delta["content"] for delta in deltas) == whole
+    assert "".join(delta["content"] for delta in deltas[1:]) == whole
     assert events[-1]["choices"][0]["finish_reason"] == "length"
-    assert len({event["id"] for event in events}) == 1
+    assert len({event["id"] for event in events}) == len(events)
 
 
 def test_streamed_choices_are_told_apart_by_index(server: Server) -> None:
-    events = server.events("/v1/completions", prompt=["a", "b"], n=2, max_tokens=3)
+    events = server.events("/v1/completions", prompt=["a", "b"], max_tokens=3)
     indexes = [event["choices"][0]["index"] for event in events]
-    assert sorted(indexes) == sorted([0, 1, 2, 3] * 3)
+    assert sorted(indexes) == sorted([0, 1] * 3)
 
 
 def test_stream_interval_puts_several_tokens_into_a_chunk(log: Path, tmp_path: Path) -> None:
@@ -853,13 +865,12 @@ def http_post(fields: Json, *headers: str, path: str = "/v1/completions") -> byt
     [
         (b"nonsense\r\n\r\n", b"400"),
         (b"\x16\x03\x01\x02\x00\x01", b"400"),  # the first bytes of TLS
-        (b"GET / HTTP/2.0\r\n\r\n", b"400"),
+        (b"GET / HTTP/2.0\r\n\r\n", b"404"),  # read as the only version that it knows
         (b"GET /health HTTP/1.1\r\nno colon\r\n\r\n", b"400"),
         (b"GET /health HTTP/1.1\r\n\r\n", b"400"),  # no Host
         (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", b"400"),
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", b"400"),
         (b"GET / HTTP/1.1\r\nx: " + b"y" * 70_000, b"400"),
-        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999\r\n\r\n", b"413"),
     ],
 )
 def test_malformed_http_is_refused_and_the_connection_closed(
@@ -916,8 +927,12 @@ def test_idle_connection_is_closed_after_five_seconds(idle_seconds: Future[float
     assert 4.5 < idle_seconds.result() < PATIENCE
 
 
-def test_no_request_has_left_a_traceback(server: Server) -> None:
-    assert "Traceback" not in server.log
+def test_no_request_has_left_a_traceback_but_those_that_do_so_in_the_real_one(
+    server: Server,
+) -> None:
+    raised = set(re.findall(r"^(\w+(?:\.\w+)*(?:Error|Exception))\b", server.log, re.MULTILINE))
+    ours = {"AttributeError", "TypeError", "limits.RequestError"}
+    assert raised <= {*ours, "h11._util.LocalProtocolError"}
 
 
 # -- speed and batching --
@@ -940,7 +955,7 @@ def test_timetable_is_kept(log: Path) -> None:
 
 def test_running_requests_slow_each_other_down_when_asked_to(log: Path) -> None:
     with serving(log, ITL_MS="0", ITL_US_PER_RUNNING="1000") as server:
-        ask = partial(server.complete, "Hi", n=10, max_tokens=21, ignore_eos=True)
+        ask = partial(server.complete, ["Hi"] * 10, max_tokens=21, ignore_eos=True)
         eventually(lambda: is_on_time(0.2, ask))
 
 
@@ -959,11 +974,11 @@ def test_a_client_that_leaves_frees_its_slot(log: Path) -> None:
             assert server.complete(max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
-def test_256_streams_at_once_are_correct_and_not_too_early(log: Path) -> None:
+def test_256_streams_at_once_are_correct(log: Path) -> None:
     count, tokens = 256, 60
     fields = {"max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
     with serving(log, ITL_MS="10") as server:
-        answers, spans = read_all(
+        answers = read_all(
             [
                 (server.connect(), http_post({**fields, "prompt": f"p {i}"}, "connection: close"))
                 for i in range(count)
@@ -974,7 +989,6 @@ def test_256_streams_at_once_are_correct_and_not_too_early(log: Path) -> None:
         assert len({text_of(answer) for answer in answers}) > count / 2
         whole = server.complete("p 17", max_tokens=tokens, ignore_eos=True)
         assert text_of(answers[17]) == whole["choices"][0]["text"]
-    assert sum(spans) / count / (tokens - 1) > 0.005
 
 
 def text_of(answer: bytes) -> str:
@@ -982,10 +996,9 @@ def text_of(answer: bytes) -> str:
     return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
 
 
-def read_all(clients: list[tuple[socket.socket, bytes]]) -> tuple[list[bytes], list[float]]:
-    """Send all requests, read all answers to their ends; return them and their tokens' time."""
+def read_all(clients: list[tuple[socket.socket, bytes]]) -> list[bytes]:
+    """Send all requests, and return all answers, read to their ends."""
     answers = [bytearray() for _ in clients]
-    times: list[list[float]] = [[] for _ in clients]
     with selectors.DefaultSelector() as selector:
         for index, (client, data) in enumerate(clients):
             client.sendall(data)
@@ -994,13 +1007,11 @@ def read_all(clients: list[tuple[socket.socket, bytes]]) -> tuple[list[bytes], l
             for key, _ in selector.select(timeout=PATIENCE):
                 assert isinstance(key.fileobj, socket.socket)
                 received = key.fileobj.recv(65536)
-                if b"data: {" in received:
-                    times[key.data].append(time.monotonic())
                 answers[key.data] += received
                 if not received:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-    return [bytes(answer) for answer in answers], [time[-1] - time[0] for time in times]
+    return [bytes(answer) for answer in answers]
 
 
 # -- faults --
@@ -1052,7 +1063,7 @@ def test_hang_accepts_but_never_answers_and_still_obeys_signals(log: Path) -> No
         with pytest.raises(requests.ReadTimeout):
             server.get("/health", timeout=0.2)
         server.process.terminate()
-        assert server.process.wait(timeout=PATIENCE) == 0
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGTERM
 
 
 def test_ignored_signals(log: Path) -> None:
@@ -1068,7 +1079,7 @@ def test_log_flood_does_not_stop_the_answers(log: Path) -> None:
         eventually(lambda: server.log_file.stat().st_size > 500_000)
         server.complete()
         server.process.terminate()
-        assert server.process.wait(timeout=PATIENCE) == 0
+        assert server.process.wait(timeout=PATIENCE) == -signal.SIGTERM
 
 
 def test_binary_log_and_several_faults_at_once(log: Path) -> None:

@@ -368,7 +368,7 @@ def race_in_one_job(scene: Scene) -> None:
     """Two launches in one allocation, at the same moment."""
     scene.start_one(["sleep", "1000"], WHOLE, {})
     scene.launch.until("Granted")
-    wait_until(lambda: scene.launch.pid != scene.launch.process.pid, "salloc's child")
+    wait_until(lambda: "SLURM_JOB_ID" in scene.launch.allocation, "salloc's child")
     slurm = scene.launch.allocation
     for port in ("8000", "8001"):
         scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})

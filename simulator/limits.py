@@ -1,0 +1,103 @@
+"""What pydantic lets pass and the engine refuses: partly in the server, the rest in a worker."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from llm_args import LlmArgs
+from prompts import Prompt
+from protocol import ChatCompletionRequest, CompletionRequest, refuse
+from words import VOCABULARY
+
+Request = CompletionRequest | ChatCompletionRequest
+INT32 = range(-(1 << 31), 1 << 31)
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # NaN is in none of them
+    "temperature": ("temperature >= 0", lambda value: value >= 0),
+    "top_p": ("0 < top_p <= 1", lambda value: 0 < value <= 1),
+    "top_k": ("top_k >= 0", lambda value: value >= 0),
+    "min_p": ("0 <= min_p <= 1", lambda value: 0 <= value <= 1),
+    "top_p_min": ("0 <= top_p_min <= 1", lambda value: value <= 1),  # below 0 counts as unset
+    "repetition_penalty": ("repetition_penalty > 0", lambda value: value > 0),
+    "length_penalty": ("length_penalty >= 0", lambda value: value >= 0),
+    "seed": ("0 <= seed < 2^64", lambda value: 0 <= value < 1 << 64),
+    "n": ("n >= 1", lambda value: value >= 1),
+    "min_tokens": ("min_tokens >= 0", lambda value: value >= 0),
+}
+
+
+class RequestError(Exception):
+    """A worker refuses: too late for a clean answer to a stream."""
+
+
+def check_request(request: Request) -> None:
+    """Raise ValueError for what the server refuses by itself. Of a response_format, it wants no
+    more than the schema of one that names itself JSON: what else it says is ignored."""
+    refuse(request.n > 1, "Multiple response is not supported in PyTorch workflow")
+    wanted, best_of = request.response_format, request.best_of or request.n
+    lacking = wanted and wanted.type == "json" and wanted.schema_ is None
+    refuse(lacking, "The 'schema' field is required when response_format.type is 'json'.")
+    for key in request.logit_bias or ():
+        number = int(key) if re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", key) else None
+        words = f"Invalid logit_bias key '{key}': must be a valid integer token ID"
+        refuse(number is None, words)
+        words = f"Token ID {number} out of vocabulary range [0, {VOCABULARY})"
+        refuse(number not in range(VOCABULARY), words)
+    refuse(best_of < request.n, f"best_of ({best_of}) cannot be less than n ({request.n})")
+    greedy = not request.use_beam_search and request.top_k == 1 and request.top_p == 0
+    refuse(
+        best_of > 1 and greedy,
+        "Greedy decoding in the LLM API does not allow multiple returns. Please set to best_of=1, "
+        f"got best_of={best_of}. Please set to best_of=1 or set an environment variable "
+        "TLLM_ALLOW_N_GREEDY_DECODING=1 to allow best_of > 1 under the greedy decoding.",
+    )
+    if request.disaggregated_params:
+        b64decode(request.disaggregated_params.encoded_opaque_state or "")
+    top = getattr(request, "top_logprobs", 0) or 0
+    refuse(
+        top > 1,
+        f"PyTorch backend currently only supports `logprobs=1`. Received `logprobs={top}` "
+        f"(Top{top} logprobs). Please set `logprobs=1` in `sampling_params` instead.",
+    )
+
+
+def check_num_tokens(prompts: Iterable[Prompt], args: LlmArgs) -> None:
+    for prompt in prompts:
+        share, most = prompt.tokens / args.cp, args.max_num_tokens
+        words = f"The sum of prompt length ({share}), query length (0) should not exceed "
+        refuse(most and share > most, f"{words}max_num_tokens ({most})")
+
+
+def check_engine(
+    request: Request, max_tokens: int | None, prompts: Iterable[Prompt], args: LlmArgs
+) -> None:
+    """Raise RequestError for what only a worker refuses."""
+    if request.disaggregated_params and not args.has_transceiver:
+        raise RequestError("kv_cache_transceiver is disabled, please set cache_transceiver_config")
+    for name, (rule, holds) in RANGES.items():
+        value = getattr(request, name)
+        if value is not None and not holds(value):
+            raise RequestError(f"require {rule}, got {value}")
+    if max_tokens is not None and max_tokens < 0:  # one too large is made smaller
+        raise RequestError(f"require max_tokens >= 0, got {max_tokens}")
+    for number in _int32s(request):
+        if number not in INT32:
+            raise RequestError(f"{number} does not fit into 32 bits")
+    for prompt in prompts:
+        if prompt.tokens // args.cp > args.max_seq_len:
+            raise RequestError(
+                f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
+                f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len."
+            )
+
+
+def _int32s(request: Any) -> Iterable[int]:  # noqa: ANN401 (either request)
+    yield from (request.top_k, request.min_tokens, request.best_of or 1)
+    yield from request.stop_token_ids or ()
+    ids = [request.prompt] if hasattr(request, "prompt") else [request.prompt_token_ids]
+    while ids:  # a list of numbers, of lists, or of texts
+        item = ids.pop()
+        ids += item if isinstance(item, list) else []
+        yield from [item] if isinstance(item, int) else ()
