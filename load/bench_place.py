@@ -21,7 +21,7 @@ from typing import IO
 
 from common.settings import load_env_files, setting
 from common.signals import Stopped, obey
-from common.talk import Failure, complain, die, keep_ours, note
+from common.talk import Failure, complain, die, keep_ours, say
 from launch import nodes
 from launch.nodes import Place, find_place
 from launch.slurm import last_words
@@ -150,7 +150,7 @@ def run(
 
     With `stdout` what it prints goes there, and only its errors are words.
     """
-    note(f"$ {shlex.join(command)}")
+    say(f"$ {shlex.join(command)}")  # whose output follows
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)

@@ -68,7 +68,7 @@ def against(
     """A latency over a length, mean and p99."""
     chart = Chart(name, title, x, f"{metric.upper()}, ms")
     for label, found in families(sides, [type_], length):
-        mine = sorted(found, key=lambda g: g.case[length])
+        mine = sorted((g for g in found if g.case[length]), key=lambda g: g.case[length])
         for kind in ("mean", "p99"):
             points = [
                 Point(g.case[length], y, f"{g.label}: {kind} {metric.upper()} {y:,.2f} ms")

@@ -582,14 +582,15 @@ def test_results_that_lie(changes: list[tuple[str, str, Any]]) -> None:
         if isinstance(part, dict):
             part[key] = value
     with fresh() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("report.charts.draw", lambda charts: [])
+        for module in ("render", "side_by_side"):
+            patch.setattr(f"report.{module}.draw", lambda charts: [])
         (folder / "r").mkdir()
         for i, one in enumerate((lie, result(Case("prefill", 512, 1, 10, 4)))):
             (folder / f"r/{i}.json").write_text(json.dumps(one))
         for words in (["r"], ["compare", "r", "r"]):
             code, _, err = call(report.main, *words)
             assert code == 0 or says_why(code, err)
-        reports = {"r/summary.json", "r/summary.csv", "r/report.html"}
+        reports = {"r/summary.json", "r/summary.csv", "r/report.html", "r/compare-r.html"}
         assert written(folder) <= {"r", "r/0.json", "r/1.json", *reports}
 
 
