@@ -231,6 +231,8 @@ def show(engine: Engine, passed: bool, runs: list[Any],
     print(f"\n{engine.name} {engine.version} on the CPU: test.py {'ok' if passed else 'FAILED'}")
     for each in runs:
         print(f"  {each['name']:40}", "valid" if each["valid"] else f"INVALID {each['problems']}")
+    if not clients:  # it counts nothing that they could be compared with
+        return
     what = f"{STREAMS} streams, {PROMPT}/{TOKENS} tokens, {REQUESTS} requests"
     print(f"\n{what:40}     TTFT   server     TPOT   server   tokens/s")
     for name, (figures, server) in zip(("bench.py", "its own client"), clients, strict=False):
