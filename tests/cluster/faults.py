@@ -152,8 +152,8 @@ def in_stopping(scene: Scene, fault: Fault) -> None:
     in_serving(scene, fault)
     scene.freeze(scene.n1, "dockerd")
     scene.launch.send(signal.SIGINT)
-    removing = ("pgrep", "--full", "docker rm --force")
-    wait_until(lambda: not scene.n1.run(*removing, check=False).returncode, "docker rm")
+    removing = ("pgrep", "--full", "docker ps --all --quiet")  # what is ours, before it is removed
+    wait_until(lambda: not scene.n1.run(*removing, check=False).returncode, "docker ps")
 
 
 def in_two_nodes(scene: Scene, fault: Fault) -> None:
