@@ -780,7 +780,7 @@ def test_verify_reads_the_tarball_once_before_a_load(
     digest = sidecar_of(tarball)
     started = launch("m", "--verify", slurm=True)
     started.until("stop it with")
-    assert f"sha256 {digest[:12]}... is the sidecar's" in started.output
+    assert f"sha256 {digest[:12]}... matches the sidecar" in started.output
     assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
     assert started.stop() == 130
     again = launch("m", "--verify", slurm=True)
