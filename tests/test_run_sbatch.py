@@ -544,7 +544,7 @@ def test_a_server_that_fails_is_started_anew(fakes: Fakes, impatient: Launcher) 
     assert left() == {f"run_{fakes_job(started)}.json"}
     words = error(started)
     assert words.startswith("local: trtllm-serve ended with exit code 139 (segmentation fault)")
-    assert "(given up after 2 restart(s))" in words
+    assert "(given up after 2 restarts)" in words
     assert started.output.count("] READY after") == 3
     assert (
         "illegal memory access was encountered, exiting; restarting (2 of 2) in" in started.output
