@@ -137,7 +137,7 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
 def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     """Read the tarball until its manifest, which Docker puts near the end: one pass."""
     lacks = f"{tarball.name} has no sidecar (save_image.py writes one)"
-    say(f"image: {lacks}: reading the whole tarball to find its tag")
+    say(f"image: {lacks}: reading it to find its tag")
     pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
