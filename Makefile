@@ -168,7 +168,7 @@ soak: $(READY) ## Load the test cluster for hours: what grows, fails or stays be
 	$(PY) -m tests.cluster.soak $(call flag,HOURS,--hours)
 
 .PHONY: clean
-clean: ## Remove what the targets made here, except logs/ and images
+clean: ## Remove .venv and caches; logs, results, data sets and images stay
 	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

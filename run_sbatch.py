@@ -8,9 +8,9 @@
 """Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as
 a batch job.
 
-The image is put on every node, the server started on the first (or, where it
-needs more GPUs, on as many as that takes), its log streamed; it is held until
-you stop it (^C, scancel), and nothing of it is left behind.
+The image is put on every node. The server starts on the first node, or on as
+many as it needs GPUs. Its log is shown until you stop it (^C, scancel); then
+nothing of it is left.
 
 Examples:
     python run_sbatch.py Qwen/Qwen2.5-7B-Instruct
@@ -19,7 +19,7 @@ Examples:
     sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
         --restart 3 nvidia/Qwen3-8B-FP8
 
-What is not an option here goes to trtllm-serve untouched; `--` ends the
+What is not an option here is passed on to trtllm-serve; `--` ends the
 options. More settings, such as PORT, are in env.example.
 """
 

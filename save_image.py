@@ -2,8 +2,8 @@
 """Save a Docker image as one compressed tarball, with a sidecar that says what
 is inside.
 
-The sidecar (FILE.json: tags, ids, sizes, sha256) tells a node in a millisecond
-what it would otherwise have to decompress gigabytes for.
+The sidecar (FILE.json: tags, ids, sizes, sha256) is there so that a node need
+not decompress gigabytes to know which image it is.
 
 Examples:
   save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
@@ -117,7 +117,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def die(message: str, *, hint: str | None = None) -> NoReturn:
-    say(f"error: {message}" + (f"\nhint: {hint}" if hint else ""))
+    say(f"ERROR {message}" + (f"\nnext: {hint}" if hint else ""))
     raise SystemExit(1)
 
 
@@ -538,7 +538,7 @@ def check_env(path: Path) -> None:
     state = path.stat()
     ours = {os.geteuid(), 0, Path(__file__).stat().st_uid}
     if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
-        die(f"{path} is somebody else's, or everybody may write it", hint="make it your own")
+        die(f"{path} belongs to another user, or everybody may write it", hint="make it your own")
 
 
 def image_setting() -> str:

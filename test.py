@@ -6,9 +6,8 @@ It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1,
 logprobs, long prompts). Other servers can be tested, too: what one does not
 serve (completions) or refuses (top_k) is left out, and said.
 
-Without -H and -p the server is the one in logs/endpoint.json (here or in
-$WORKSPACE). Flags come before the environment's PORT, MODEL, OPENAI_API_KEY,
-and that before .env. HOST counts from .env only.
+logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
+MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
 
 examples:
   test.py -H 10.0.128.193 -p 8000
@@ -41,6 +40,7 @@ READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes ne
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]*)")  # of an event
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
+ENDPOINT = "default: that of logs/endpoint.json, else"
 SHOWN = 500  # characters of a wrong answer that are worth reading
 
 Facts = dict[str, Any]
@@ -520,11 +520,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-H", "--host", default="", help="name, address or URL (default: localhost)")
-    add("-p", "--port", default="", help="(default: 8000)")
+    add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
+    add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first that is)")
     add("--insecure", action="store_true", help="take any https certificate")
-    add("--timeout", type=seconds, default=60.0, metavar="SECONDS", help="of a request (60)")
+    add("--timeout", type=seconds, default=60.0, help="seconds a request may take (default: 60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
     return parser.parse_args(argv)
 

@@ -66,7 +66,7 @@ def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
         who = f"user {state.st_uid}, neither you, nor root, nor the owner of the scripts"
         die(f"{path} belongs to {who}: {otherwise}")
     if state.st_mode & stat.S_IWOTH:
-        die(f"{path} may be written by everybody: {otherwise}")
+        die(f"everybody may write to {path}: {otherwise}")
 
 
 def read_env_file(path: Path) -> dict[str, str]:

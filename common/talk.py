@@ -86,6 +86,11 @@ def say(message: str, code: str = "") -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
+def counted(number: int, what: str) -> str:
+    """`1 node`, `2 nodes`"""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def visible(text: str) -> str:
     """What a server or a file says must not drive the terminal: an escape is shown, not obeyed."""
     if text.isprintable():

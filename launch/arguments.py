@@ -34,6 +34,12 @@ def flags_of(args: Sequence[str], switches: Collection[str]) -> list[str]:
     return [flag for flag in flags if flag.startswith("--")]
 
 
+def without_value(args: Sequence[str], flags: Collection[str]) -> str:
+    """The first of `flags` that is the last word, or has another flag after it; '' without one."""
+    pairs = zip_longest(args, args[1:], fillvalue="--")
+    return next((word for word, after in pairs if word in flags and after.startswith("--")), "")
+
+
 def is_count(text: str) -> bool:
     """Whether a text is a whole number from 1 that int() takes."""
     return text.isascii() and text.isdigit() and len(text) < 1000 and int(text) > 0

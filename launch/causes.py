@@ -17,7 +17,7 @@ from launch.log_lines import Line, lines_of
 READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
 LEAST = 1 << 15
 SHOWN = 400  # characters of it that are shown
-UNFORESEEN = "not among the known causes: read the log around it, look in the engine's issues"
+UNFORESEEN = "not a known cause: read the log around that line, and search the engine's issues"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from launch.arguments import is_count
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 
+DEFAULT_IMAGE = "the workspace's tarball, else a local tag"
+
 
 def parse(
     argv: Sequence[str] | None, description: str = ""
@@ -24,23 +26,56 @@ def parse(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
     )
     option = parser.add_argument_group("image and paths").add_argument
-    option("--image", metavar="IMAGE", help="tarball, local tag or registry reference")
-    option("--workspace", "-w", metavar="DIR", help="has the default image and logs/ (default: .)")
-    option("--container-mount", metavar="DIR", help="the containers see it, too (default: /fsx)")
-    option("--force", "-f", action="store_true", help="take the image off the nodes, load it anew")
-    option("--verify", action="store_true", help="a tarball to load: compare its sha256 first")
+    images = "tarball, local tag or registry reference"
+    option("--image", metavar="IMAGE", help=f"{images} (default: {DEFAULT_IMAGE})")
+    option(
+        "--workspace",
+        "-w",
+        metavar="DIR",
+        help="directory of the default image and logs/ (default: .)",
+    )
+    option(
+        "--container-mount",
+        metavar="DIR",
+        help="host directory mounted into the containers (default: /fsx)",
+    )
+    option(
+        "--force",
+        "-f",
+        action="store_true",
+        help="remove the image from the nodes and load it again",
+    )
+    option(
+        "--verify",
+        action="store_true",
+        help="compare the tarball's sha256 with its sidecar first",
+    )
     option("--verbose", "-v", action="store_true", help="show commands, and the log while loading")
     option = parser.add_argument_group("serving").add_argument
-    option("--runtime", choices=RUNTIMES, help="bare: trtllm-serve from PATH")
-    option("--ready-timeout", metavar="SECONDS", help="for it to get ready (default: 3600)")
-    option("--restart", metavar="N", help="start a failed server anew, N times (default: 0)")
+    option(
+        "--runtime",
+        choices=RUNTIMES,
+        help="bare: trtllm-serve from PATH, no container (default: docker)",
+    )
+    option(
+        "--ready-timeout",
+        metavar="SECONDS",
+        help="how long it may take to get ready (default: 3600)",
+    )
+    option("--restart", metavar="N", help="restart a failed server, up to N times (default: 0)")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
-    what.add_argument("--status", action="store_true", help="what runs from this workspace")
+    what.add_argument("--status", action="store_true", help="show what runs from this workspace")
     what.add_argument("--stop", action="store_true", help="stop it")
     what.add_argument("--logs", action="store_true", help="follow the newest log")
-    what.add_argument("--why", metavar="LOG", nargs="?", const="", help="why it ended")
+    what.add_argument(
+        "--why",
+        metavar="LOG",
+        nargs="?",
+        const="",
+        help="say why the newest server ended, or that of LOG",
+    )
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     args, rest = parser.parse_known_args(words[:end])

@@ -13,7 +13,10 @@ from launch.log import end_of
 from launch.server import Server, die_of_a_node
 
 NO_CAUSE = "its log names no cause"
-KILLED = {137: "who killed it: `dmesg | grep -i oom` on its node, `docker events`, scancel"}
+KILLED = {
+    137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
+    "or did somebody run scancel?"
+}
 
 
 def report_death(server: Server, code: int) -> NoReturn:

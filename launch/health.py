@@ -152,7 +152,7 @@ class Probe(threading.Thread):
         if status == 200:
             self.answered, self.misses = True, 0
         elif 400 <= status < 500 and status not in NOT_NOW and not self.answered:
-            say(f"the server refuses the one-token probe ({self.answer}): it is not probed")
+            say(f"the server refuses the one-token probe ({self.answer}); probing is off")
             self.ended.set()
         elif self.traffic < self.asked:
             self.misses += 1

@@ -83,12 +83,12 @@ def read_tarball(path: Path) -> Image:
     try:
         path = path.expanduser().resolve()
         if not path.is_file():
-            die(f"there is no image tarball {path}", hint=GET_ONE)
+            die(f"the image tarball {path} does not exist", hint=GET_ONE)
         codec, size = codec_of(path), path.stat().st_size
     except OSError as error:
         die(f"cannot read the image tarball {path}: {error.strerror}")
     except RuntimeError as error:  # ~nobody
-        die(f"there is no image tarball {path}: {error}", hint=GET_ONE)
+        die(f"the image tarball {path} does not exist: {error}", hint=GET_ONE)
     return read_sidecar(path, codec, size) or read_manifest(path, codec, size)
 
 
@@ -136,7 +136,8 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
 
 def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     """Read the tarball until its manifest, which Docker puts near the end: one pass."""
-    say(f"image: {tarball.name} has no sidecar (save_image.py makes one): reading it for its tag")
+    lacks = f"{tarball.name} has no sidecar (save_image.py writes one)"
+    say(f"image: {lacks}: reading it to find its tag")
     pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
@@ -148,7 +149,7 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
         except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
-            hint = "copy it again or make it anew with `make save`"
+            hint = "copy it again or write it again with `make save`"
             die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
         finally:
             proc.kill()

@@ -99,8 +99,9 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
 def check_force(found: image.Image) -> None:
     """--force takes an image away; there has to be something to load it from again."""
     if found.tag and not (found.tarball or found.registry):
-        hint = "--image with a tarball or a registry reference"
-        die(f"--force would remove {found.tag} with nothing to load it from again", hint=hint)
+        hint = "give --image a tarball or a registry reference"
+        nothing = "and there is nothing to reload it from"
+        die(f"--force would remove {found.tag}, {nothing}", hint=hint)
 
 
 def put_image(

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.ask import ask
 from common.response import Malformed
-from common.talk import Failure, die, say
+from common.talk import Failure, counted, die, say
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.nodes import run
@@ -44,7 +44,7 @@ def health(url: str) -> str:
         code = ask(f"{url}/health", HEALTH_TIMEOUT, whole=False).status
     except (OSError, ValueError, Malformed):
         return "not ready"
-    return "ready" if code == 200 else f"unwell ({code})"
+    return "ready" if code == 200 else f"unhealthy ({code})"
 
 
 def stop(logs: Path) -> int:
@@ -59,9 +59,11 @@ def stop(logs: Path) -> int:
     deadline = time.monotonic() + PATIENCE
     while any(living(logs / f"run_{record['job']}.json") for record in told):
         if time.monotonic() > deadline:
-            die(f"not stopped within {PATIENCE:g} s", hint="scancel the job")
+            in_slurm = any(record["job"].isdecimal() for record in told)
+            hint = "scancel the job" if in_slurm else ""
+            die(f"the launcher did not stop within {PATIENCE:g} s", hint=hint)
         time.sleep(0.1)
-    say(f"stopped {len(told)} server(s)" if found else f"nothing runs from {logs.parent}")
+    say(f"stopped {counted(len(told), 'server')}" if found else f"nothing runs from {logs.parent}")
     if refused:
         die("; ".join(refused))
     return 0
@@ -74,7 +76,7 @@ def tell(record: dict[str, Any]) -> None:
     """
     where, pid, _ = record["launcher"].rsplit(":", 2)
     if os.geteuid() not in (record["owner"], 0):
-        die(f"the record of {record['job']} is somebody else's: they have to stop it")
+        die(f"job {record['job']} belongs to another user; only they can stop it")
     if record["alive"]:
         try:
             if Path(f"/proc/{pid}").stat().st_uid != record["owner"]:
@@ -83,7 +85,7 @@ def tell(record: dict[str, Any]) -> None:
         except (ProcessLookupError, FileNotFoundError):
             pass  # it ended in this very moment
         except PermissionError:
-            die(f"the launcher of {record['job']}, process {pid}, is somebody else's")
+            die(f"the launcher of {record['job']}, process {pid}, belongs to another user")
     elif (job := record["job"]).isascii() and job.isdigit():
         run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
     else:

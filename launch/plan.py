@@ -83,7 +83,7 @@ def is_directory(path: Path | str) -> bool:
 def find_model(given: str | None) -> str:
     if given is None:
         given = setting("MODEL")
-        say(f"no MODEL was given: serving {given}")
+        say(f"no MODEL given: serving the default, {given}")
     return given
 
 
@@ -107,7 +107,7 @@ def find_mounts(args: argparse.Namespace, cache: Path, paths: Sequence[Path] = (
     elif args.asked_mount:
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
     else:
-        say(f"there is no {mount} on this machine: left out of the containers")
+        say(f"{mount} does not exist here, so it is not mounted into the containers")
     unique = list(dict.fromkeys(mounts))
     return [p for p in unique if not any(p != q and p.is_relative_to(q) for q in unique)]
 
@@ -123,9 +123,9 @@ def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
         # As it is called and as it is: a link that leads in from outside is unknown inside.
         called = any(path.is_relative_to(m) for m in mounts)
         if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
-            these = ", ".join(map(str, mounts))
-            hint = "move it there, or --container-mount its directory"
-            die(f"{path} is not mounted into the container; these are: {these}", hint=hint)
+            these = ", ".join(map(str, mounts)) + (" are" if mounts[1:] else " is")
+            hint = "move it into one of them, or mount its directory with --container-mount"
+            die(f"{path} is not mounted into the container; only {these}", hint=hint)
 
 
 def make_plan(

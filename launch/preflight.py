@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from common.talk import die, say
+from common.talk import counted, die, say
 from launch.findings import Finding, Node, Wanted
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
@@ -63,7 +63,8 @@ def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
         return node.ok("gpus", "not asked for")
     if node.gpus or not is_head:
         return node.ok("gpus", str(node.gpus))
-    hint = "GPUS=none starts an engine that needs none (the simulator)"
+    look = "see nvidia-smi there and the job's --gpus-per-node"
+    hint = f"{look}; GPUS=none is for an engine without GPUs"
     return node.bad("gpus", "no GPU found", hint)
 
 
@@ -71,7 +72,7 @@ def judge_port(node: Node, port: int) -> Finding:
     if node.facts.taken is None:
         return node.ok("port", f"{port} free")
     by = f" by {node.facts.taken}" if node.facts.taken else ""
-    return node.bad("port", f"port {port} is taken{by}", "give another one: --port, or PORT=")
+    return node.bad("port", f"port {port} is taken{by}", "choose another with --port or PORT=")
 
 
 def stop_if_bad(findings: Sequence[Finding]) -> None:
@@ -136,9 +137,9 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
         hint = "stop that launch first (make stop), or use another allocation"
-        die(f"this job already runs the container {name}", hint=hint)
+        die(f"container {name} is already running in this job", hint=hint)
     if gone:
-        say(f"removing {len(gone)} container(s) that an earlier launch left behind")
+        say(f"removing {counted(len(gone), 'container')} that an earlier launch left behind")
         ask(Command(place.every, Reap(list(gone))), "removing them")
     return bool(gone)
 
@@ -146,5 +147,6 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
 def summary(nodes: Sequence[Node]) -> str:
     names, facts = ", ".join(node.name for node in nodes), nodes[0].facts
     what = f"Docker {facts.docker}" if facts.docker else facts.engine
-    gpus = " and ".join(dict.fromkeys(str(node.gpus) for node in nodes))
-    return f"preflight: {len(nodes)} node(s) ready ({names}): {what}, {gpus} GPU(s) each"
+    *some, last = dict.fromkeys(node.gpus for node in nodes)
+    gpus = " and ".join([*map(str, some), counted(last, "GPU")]) + " each" * (len(nodes) > 1)
+    return f"preflight: {counted(len(nodes), 'node')} ready ({names}): {what}, {gpus}"

@@ -12,6 +12,8 @@ from launch.node.messages import Kept
 from launch.nodes import Place, ask, held, run
 from launch.order import Command
 
+LOADING = " while the image was being loaded"
+
 
 def provide_command(image: Image, place: Place) -> Command:
     if image.registry:
@@ -57,13 +59,14 @@ def check_verifiable(image: Image) -> None:
 
 def verify(image: Image) -> None:
     """Failure unless the tarball is, byte for byte, the one that its sidecar describes."""
-    say(f"image: reading {image.packed / 1e6:.0f} MB for their sha256")
+    say(f"image: computing the sha256 of {image.packed / 1e6:.0f} MB")
     # A name with a newline or backslash in it is marked by a backslash before the sum.
     found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
     if found != image.sha256:
         hint = "it is damaged or not the one that was saved: copy both again, or `make save`"
-        die(f"the sha256 of {image.tarball} is {found}, its sidecar says {image.sha256}", hint=hint)
-    say(f"image: sha256 {found[:12]}... is the sidecar's")
+        said = f"but its sidecar says {image.sha256}"
+        die(f"{image.tarball} has sha256 {found}, {said}", hint=hint)
+    say(f"image: sha256 {found[:12]}... matches the sidecar")
 
 
 def provide(image: Image, place: Place) -> None:
@@ -84,9 +87,9 @@ def provide(image: Image, place: Place) -> None:
             else:
                 words.append(told.line)
     talk = "\n".join(words)
-    if len(have) < place.size and (word := slurm.slurms_word(talk)):
+    if len(have) < place.size and (word := slurm.slurms_word(talk, LOADING)):
         # It kills what is unpacking, too, and that looks like a broken tarball.
-        die(f"{word}; the image was being loaded", hint=slurm.SEE_NODES)
+        die(word, hint=slurm.SEE_NODES)
     if errors:
         die(slurm.by_node(sorted(errors.items())), hint=advice(image))
     if len(have) < place.size:
@@ -100,7 +103,7 @@ def provide(image: Image, place: Place) -> None:
 def advice(image: Image) -> str:
     if image.registry:
         return "check the name, and `docker login` for a private registry; or use a tarball"
-    again = "copy the tarball again or make it anew (`make save`)"
+    again = "copy the tarball again or write it again (`make save`)"
     return f"{again}; see the node's disk and Docker log"
 
 

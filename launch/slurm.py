@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from launch.order import TOO_OLD
 
-SEE_NODES = "see what Slurm thinks: `sinfo -R`, `squeue`; leave a node out: salloc --exclude"
+SEE_NODES = "ask Slurm why: `sinfo -R`, `squeue`; leave a node out with salloc --exclude"
 
 # The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
 CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
@@ -38,13 +38,18 @@ def lost_nodes(text: str) -> str:
     return by_node((node, "Slurm has lost this node") for node in lost)
 
 
-def slurms_word(text: str) -> str:
-    """What Slurm says of a step that it could not start, or ended; '' where it did neither."""
+def slurms_word(text: str, meanwhile: str = "") -> str:
+    """What Slurm says of a step that it could not start, or ended; '' where it did neither.
+
+    `meanwhile` is what was going on: ` while the image was being loaded`.
+    """
     if cancelled := CANCELLED.search(text):
         how = how_cancelled(cancelled)
     else:
         how = "was cancelled, or is out of time" if "Job step aborted" in text else ""
-    return lost_nodes(text) or (f"Slurm ended the job: it {how}" if how else "")
+    if lost := lost_nodes(text):
+        return lost + meanwhile
+    return f"Slurm ended the job{meanwhile}: it {how}" if how else ""
 
 
 def how_cancelled(found: re.Match[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.settings import setting
-from common.talk import die, say
+from common.talk import counted, die, say
 from launch.arguments import is_count
 from launch.engines import World
 from launch.findings import Node
@@ -33,11 +33,13 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
     wants = f"the world size is {world}, but"
     if world.size > sum(gpus):
         hint = "allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)"
-        die(f"{wants} the {len(gpus)} node(s) have {sum(gpus)} GPU(s) in all", hint=hint)
+        whole = f"the {len(gpus)} nodes of the job have" if gpus[1:] else f"{head} has"
+        die(f"{wants} {whole} only {counted(sum(gpus), 'GPU')}", hint=hint)
     if world.size <= gpus[0]:
         return False
     if not over_nodes:
-        die(f"{wants} {head} has {gpus[0]} GPU(s): more nodes need --runtime docker")
+        only = f"has only {counted(gpus[0], 'GPU')}"
+        die(f"{wants} {head} {only}; several nodes need --runtime docker")
     return True
 
 
@@ -125,7 +127,7 @@ def expect_spread(
 def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
     """`world size 16 (...): 8 ranks on each of n1, n2 (--mpi=pmix); n1 serves`"""
     if not spread:
-        return f"world size {world}: all of it on {nodes[0].name}, which serves"
+        return f"world size {world}: all ranks on {nodes[0].name}"
     names = ", ".join(node.name for node in nodes[: spread.nodes])
     where = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
     return f"world size {world}: {where}; {nodes[0].name} serves"

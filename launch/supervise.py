@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.signals import Stopped, postponed, turn_deaf
-from common.talk import Failure, die, say
+from common.talk import Failure, counted, die, say
 from launch import records, server, watch
 from launch.announce import announce, iso, say_how_to_use
 from launch.findings import Node
@@ -104,7 +104,7 @@ class Launch:
         if any(running.served > FORGIVEN_AFTER for running in self.running):
             self.restarts = 0
         if self.restarts >= allowed:
-            after = f" (given up after {allowed} restart(s))" if allowed else ""
+            after = f" (given up after {counted(allowed, 'restart')})" if allowed else ""
             raise Failure(failure.message + after, failure.hint)
         self.restarts += 1
         with postponed():

@@ -59,8 +59,8 @@ class TimeLimit(threading.Thread):
             return
         self.told = end
         when = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() + left))
-        limit = f"the job's time limit is reached in {words(left)} ({when})"
-        say(f"{limit}; then Slurm ends the server")
+        limit = f"the job reaches its time limit in {words(left)} ({when})"
+        say(f"{limit}; Slurm will then end the server")
 
     def is_reached(self) -> bool:
         """Whether the end that Slurm last named has come."""

@@ -12,6 +12,7 @@ from launch.server import Server, die_of_a_node
 
 TICK = 0.05  # seconds between two looks at the processes and their logs
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
+HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 
 
 def await_ready(servers: Sequence[Server], timeout: float) -> None:
@@ -25,7 +26,8 @@ def await_ready(servers: Sequence[Server], timeout: float) -> None:
                 die_of_slowness(server, timeout)
         if servers[0].age > beat:
             beat += HEARTBEAT
-            say(f"loading for {servers[0].age:.0f} s; log: {servers[0].main_log.last_line[:80]}")
+            last = servers[0].main_log.last_line[:80]
+            say(f"still loading after {servers[0].age:.0f} s; the log's last line: {last}")
     for server in servers:
         check_owner(server)
         check_end(server)  # then it was not ours that answered
@@ -34,7 +36,7 @@ def await_ready(servers: Sequence[Server], timeout: float) -> None:
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:
     end = server.main_log.last_line or "(empty)"
     late = f"{server.node}: the server was not ready within {timeout:g} s: {server.health.answer}"
-    hint = f"more time: --ready-timeout; the whole log: {server.log.path}"
+    hint = f"give it more time with --ready-timeout; the whole log: {server.log.path}"
     die(f"{late}; its log ends: {end}", hint=hint, passing=True)
 
 
@@ -58,9 +60,9 @@ def die_if_strange(server: Server) -> None:
 
 
 def die_of_stranger(server: Server, serves: str) -> NoReturn:
-    hint = "another --port; `ss -ltnp` on the node says whose it is"
-    taken = f"{server.node}: another server has taken {server.url} meanwhile"
-    die(f"{taken}: it serves {serves}", hint=hint)
+    hint = "use another --port; `ss -ltnp` on the node shows whose it is"
+    taken = f"{server.node}: another server took {server.url} in the meantime"
+    die(f"{taken}; it serves {serves}", hint=hint)
 
 
 def hold(servers: Sequence[Server]) -> NoReturn:
@@ -72,8 +74,7 @@ def hold(servers: Sequence[Server]) -> NoReturn:
         for server in servers:
             if fault := server.health.fault() or server.probe.fault():
                 words = f"{server.node}: the server is up but no longer serves: {fault}"
-                hint = "an engine whose rank died can stay so for ever"
-                die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
+                die(words, hint=f"{HANGS}; its log: {server.main_log.path}", passing=True)
 
 
 def tick(servers: Sequence[Server]) -> None:

@@ -112,7 +112,11 @@ def test_the_newest_log_is_explained_with_those_of_its_ranks(logs: Path) -> None
             1,
             "out of memory.\n           next: The GPU",
         ),
-        ("Loading", 137, "its log names no cause\n           next: who killed it: `dmesg"),
+        (
+            "Loading",
+            137,
+            "its log names no cause\n           next: to find out what killed it",
+        ),
         ("Loading", 0, "exit code 0 (though nobody stopped it) before it was ready"),
     ],
 )

@@ -90,7 +90,10 @@ def test_the_symptoms_are_what_the_tool_says() -> None:
             assert part.strip(" ,:") in code, message
 
 
-VARIABLE = r"\.\.\.|https?:\S+|[\w-]+/\S+|\([^)]*\)|\b[nx]\d+\b|\d[\w.+]*|[A-Z]+ (?=\d)|: |,"
+COUNTED = r"\d+ (?:node|GPU)s?\b"
+VARIABLE = (
+    rf"{COUNTED}|\.\.\.|https?:\S+|[\w-]+/\S+|\([^)]*\)|\b[nx]\d+\b|\d[\w.+]*|[A-Z]+ (?=\d)|: |,"
+)
 
 
 def test_what_the_launcher_says_in_the_pages_is_what_it_says() -> None:

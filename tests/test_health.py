@@ -273,7 +273,7 @@ def test_a_server_that_refuses_the_first_one_is_not_asked_again(
     prober.probe.begin("org/m")
     prober.probe.join(PATIENCE)
     assert len(prober.requests) == 1 and prober.probe.fault() == ""
-    assert "refuses the one-token probe (404 words): it is not probed" in capfd.readouterr().err
+    assert "refuses the one-token probe (404 words); probing is off" in capfd.readouterr().err
 
 
 def test_a_server_that_cuts_connections_has_failed(prober: Prober) -> None:

@@ -214,7 +214,7 @@ def test_a_launcher_whose_server(kind: str) -> None:
         asked, probe = health.Health(url, [MODEL]), health.Probe(url, 1)
         assert not asked._ask() and asked.misses == 1 and not asked.model
         assert "Error" not in asked.answer and len(asked.answer) < 330, asked.answer
-        assert manage.health(url).startswith(("not ready", "unwell", "ready"))
+        assert manage.health(url).startswith(("not ready", "unhealthy", "ready"))
         probe._ask()
         assert len(probe.answer) < 300
 

@@ -228,12 +228,12 @@ def test_a_record_of_somebody_else_stops_nothing_of_ours(
     os.chown(named, 12345, -1)
     if not we_are_root:
         monkeypatch.setattr(os, "geteuid", lambda: 4321)
-    with pytest.raises(Failure, match="is somebody else's"):
+    with pytest.raises(Failure, match="belongs to another user"):
         manage.stop(logs)
     named.unlink()
     if not we_are_root:
         os.chown(record(logs, "7", "elsewhere/boot/1:5:6"), 12345, -1)
-        with pytest.raises(Failure, match="is somebody else's"):
+        with pytest.raises(Failure, match="belongs to another user"):
             manage.stop(logs)
     assert child.poll() is None and told == []
 
@@ -291,7 +291,7 @@ def test_a_job_elsewhere_is_told_by_slurm(
     os.environ.update(fakes.environment())
     path = record(logs, "77", ELSEWHERE)
     monkeypatch.setattr(manage, "PATIENCE", 0.2)
-    with pytest.raises(Failure, match=r"not stopped within 0\.2 s"):
+    with pytest.raises(Failure, match=r"the launcher did not stop within 0\.2 s"):
         manage.stop(logs)
     assert fakes.calls("scancel") == [["scancel", "--batch", "--signal=TERM", "77"]]
     assert path.exists()

@@ -102,10 +102,10 @@ def test_the_gpus_of_the_allocation_count(gpus: int, allocated: str, count: int)
             {"image": "", "free": 39_999_999_999},
             "disk",
             "bad",
-            f"disk too small: 40.0 GB free for Docker, 40.0 GB needed to load {TAG}",
+            f"not enough disk space: 40.0 GB free for Docker, 40.0 GB needed to load {TAG}",
         ),
         ({"image": "", "free": 40_000_000_000}, "disk", "ok", "40.0 GB free"),
-        ({"image": "", "free": 0}, "disk", "bad", "disk too small: 0.0 GB free"),
+        ({"image": "", "free": 0}, "disk", "bad", "not enough disk space: 0.0 GB free"),
         ({"gpus": 0}, "gpus", "bad", "no GPU found"),
         ({"taken": ""}, "port", "bad", "port 8000 is taken"),
         ({"taken": '"nginx",pid=1'}, "port", "bad", 'port 8000 is taken by "nginx",pid=1'),
@@ -140,7 +140,7 @@ def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
 
 def test_a_local_tag_that_is_missing_cannot_be_helped() -> None:
     [bad] = [f for f in judge([node(image="")], wanted(Image("mine:1"))) if f.state == "bad"]
-    assert bad.text == "image mine:1 is not there"
+    assert bad.text == "image mine:1 is not on this node"
     assert "make docker" in bad.hint
 
 
@@ -168,7 +168,7 @@ def test_all_that_is_bad_is_said_at_once_and_each_hint_once() -> None:
     findings = judge([node(image="", free=1), node("n2", image="", free=1, taken="")], wanted())
     with pytest.raises(Failure) as failure:
         preflight.stop_if_bad(findings)
-    assert failure.value.message.startswith("n1, n2: disk too small")
+    assert failure.value.message.startswith("n1, n2: not enough disk space")
     assert failure.value.hint.count("docker image prune") == 1
     preflight.stop_if_bad([f for f in findings if f.state != "bad"])
     preflight.stop_if_bad([])
@@ -333,7 +333,7 @@ def test_a_docker_that_hangs_costs_the_time_of_one_question(
     monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
     found = Facts()
     survey.ask_docker(found, TAG)
-    assert found.no_docker == "it did not answer within 10 s"
+    assert found.no_docker == "no answer within 10 s"
     assert [each for each in waits if each] == [10]
     assert fakes.processes() == {}
 
@@ -429,7 +429,7 @@ def test_a_list_without_our_own_job_says_nothing_of_others(
 def test_a_second_launch_in_the_same_job_is_refused(fakes: Fakes) -> None:
     os.environ.update(fakes.environment())
     fakes.leave_container("trtllm-local1-x", job="local1", launcher=launcher(), user="me")
-    with pytest.raises(Failure, match="already runs the container trtllm-local1-x"):
+    with pytest.raises(Failure, match="container trtllm-local1-x is already running"):
         preflight.reap(preflight.ask_nodes(wanted(), HERE), HERE, "me")
 
 
@@ -439,7 +439,7 @@ def test_where_nothing_runs_slurm_is_not_asked(fakes: Fakes) -> None:
     assert fakes.calls("squeue") == []
 
 
-@pytest.mark.parametrize(("gpus", "words"), [(8, "8 GPU(s) each"), (4, "8 and 4 GPU(s) each")])
+@pytest.mark.parametrize(("gpus", "words"), [(8, "8 GPUs each"), (4, "8 and 4 GPUs each")])
 def test_the_summary_is_of_all_nodes(gpus: int, words: str) -> None:
     said = preflight.summary([node(), node("n2", gpus=gpus)])
-    assert said == f"preflight: 2 node(s) ready (n1, n2): Docker 27.0.1, {words}"
+    assert said == f"preflight: 2 nodes ready (n1, n2): Docker 27.0.1, {words}"

@@ -447,7 +447,7 @@ def test_another_server_on_the_port_is_not_ours(
             started.until("READY")
             assert started.stop() == 130
         else:
-            words = f"another server has taken http://127.0.0.1:{port} meanwhile: it serves m"
+            words = f"another server took http://127.0.0.1:{port} in the meantime; it serves m"
             assert words in error(started)
             assert "READY" not in started.output
     finally:
@@ -544,7 +544,7 @@ def test_a_server_that_fails_is_started_anew(fakes: Fakes, impatient: Launcher) 
     assert left() == {f"run_{fakes_job(started)}.json"}
     words = error(started)
     assert words.startswith("local: trtllm-serve ended with exit code 139 (segmentation fault)")
-    assert "(given up after 2 restart(s))" in words
+    assert "(given up after 2 restarts)" in words
     assert started.output.count("] READY after") == 3
     assert (
         "illegal memory access was encountered, exiting; restarting (2 of 2) in" in started.output
@@ -626,7 +626,7 @@ def test_another_server_that_takes_the_port_is_named(fakes: Fakes, launch: Launc
     finally:
         other.kill()
         other.wait()
-    assert words.startswith(f"local: another server has taken http://127.0.0.1:{port} meanwhile: ")
+    assert words.startswith(f"local: another server took http://127.0.0.1:{port} in the meantime; ")
     assert "it serves other/model, not m" in words and "restarting" not in started.output
     assert left() == set()
 
@@ -655,7 +655,7 @@ def test_the_end_of_the_job_is_told_before_it_comes(fakes: Fakes, launch: Launch
     fakes.set(left="7:30")
     started = launch("m", slurm=True)
     started.until("stop it with")
-    assert "the job's time limit is reached in 8 min (" in started.output
+    assert "the job reaches its time limit in 8 min (" in started.output
     assert started.stop() == 130
     assert "has reached its time limit" not in started.output
 
@@ -780,7 +780,7 @@ def test_verify_reads_the_tarball_once_before_a_load(
     digest = sidecar_of(tarball)
     started = launch("m", "--verify", slurm=True)
     started.until("stop it with")
-    assert f"sha256 {digest[:12]}... is the sidecar's" in started.output
+    assert f"sha256 {digest[:12]}... matches the sidecar" in started.output
     assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
     assert started.stop() == 130
     again = launch("m", "--verify", slurm=True)
@@ -799,7 +799,7 @@ def test_verify_loads_nothing_that_is_not_what_was_saved(
     path.write_bytes(damaged)
     words = error(launch("m", "--verify"))
     found = hashlib.sha256(damaged).hexdigest()
-    assert words.startswith(f"the sha256 of {path.resolve()} is {found}, its sidecar says {digest}")
+    assert words.startswith(f"{path.resolve()} has sha256 {found}, but its sidecar says {digest}")
     assert fakes.calls("docker", "load") == fakes.calls("docker", "run") == []
 
 
@@ -856,11 +856,12 @@ def test_a_node_that_does_not_answer_is_a_failure(fakes: Fakes, launch: Launcher
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("m", "--image", "mine:1"), "local: image mine:1 is not there"),
-        (("m", "--image", "./x.tar.gz"), "there is no image tarball"),
+        (("m", "--image", "mine:1"), "local: image mine:1 is not on this node"),
+        (("m", "--image", "./x.tar.gz"), "the image tarball "),
         (("/no/such/model",), "/no/such/model is not mounted into the container"),
         (("./no-model",), "no-model is not there, or not readable"),
         (("m", "--config", "none.yaml"), "cannot read the config file none.yaml"),
+        (("m", "--port"), "--port needs a value"),
         (("m", "--port", "x"), "not a number from 1 to 65535"),
         (("m", "--container-mount", "/no/such"), "container mount /no/such is not a directory"),
         (("m", "--runtime", "bare"), "trtllm-serve: not found in PATH"),
@@ -878,7 +879,9 @@ def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
 ) -> None:
     hold_on_both(fakes)
     words = error(launch("m", "--tp_size", "17", slurm=True))
-    assert words.startswith("the world size is 17 (tp 17 x pp 1 x cp 1), but the 2 node(s) have 16")
+    assert words.startswith(
+        "the world size is 17 (tp 17 x pp 1 x cp 1), but the 2 nodes of the job have only 16"
+    )
 
 
 def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> None:
@@ -947,12 +950,12 @@ def test_what_an_earlier_launch_left_behind_is_removed_and_nothing_else(
         fakes.hold_image(node=node)
     started = launch("m", slurm=True)
     started.until("stop it with")
-    assert "removing 1 container(s)" in started.output
+    assert "removing 1 container that" in started.output
     assert started.stop() == 130
     assert fakes.containers() == ["n2/other", "n2/theirs"]
     fakes.leave_container("trtllm-77-n2", "n2", job="77", launcher="x", user=user)
     again = launch("m", slurm=True)
-    assert "this job already runs the container trtllm-77-n2" in error(again)
+    assert "container trtllm-77-n2 is already running in this job" in error(again)
     for path in fakes.home.glob("*/container-*.json"):
         path.unlink()
 
@@ -1201,7 +1204,7 @@ def test_a_node_that_cannot_start_its_container_is_named(fakes: Fakes, spread: L
     ("args", "faults", "words"),
     [
         (("m", "--tp_size", "3"), {}, "world size is 3 (tp 3 x pp 1 x cp 1), which does not fill"),
-        (("m", "--tp_size", "8"), {}, "the 2 node(s) have 4 GPU(s) in all"),
+        (("m", "--tp_size", "8"), {}, "the 2 nodes of the job have only 4 GPUs"),
         (WORLD, {"mpi": "MPI plugin types are...\n\tnone\n\tpmi2"}, "has no PMIx plug-in"),
         ((*WORLD, "--runtime", "bare"), {}, "trtllm-serve: not found in PATH"),
     ],

@@ -179,7 +179,7 @@ class Box:
     def fails(self, *args: str, env: dict[str, str] | None = None) -> str:
         result = self.run(*args, env=env)
         assert (result.returncode, result.stdout) == (1, ""), result.stderr
-        return result.stderr.partition("error: ")[2]
+        return result.stderr.partition("ERROR ")[2]
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.home / "calls").read_text().splitlines()]
@@ -418,7 +418,7 @@ def test_hostile_image_name_is_only_a_name(box: Box) -> None:
 def test_unknown_image_is_refused_before_anything_is_written(box: Box) -> None:
     message = box.fails("no/such")
     assert message.startswith(
-        "image no/such:latest is not in the local Docker\nhint: build it with"
+        "image no/such:latest is not in the local Docker\nnext: build it with"
     )
     assert box.files() == []
 
@@ -436,7 +436,7 @@ def test_missing_docker_is_one_sentence(box: Box) -> None:
 def test_missing_dependency_is_one_sentence(box: Box) -> None:
     (box.home / "dotenv.py").write_text("raise ImportError")
     message = box.fails(env={"PYTHONPATH": str(box.home)})
-    assert message.startswith("python-dotenv is not installed\nhint: `make setup`")
+    assert message.startswith("python-dotenv is not installed\nnext: `make setup`")
 
 
 def with_old_tarball(box: Box) -> None:
@@ -491,7 +491,7 @@ def test_full_disk_is_blamed(box: Box, classic: Image) -> None:
         text=True,
     )
     assert (result.returncode, result.stdout) == (1, "")
-    assert "error: cannot write x.tar.gz.part: File too large" in result.stderr
+    assert "ERROR cannot write x.tar.gz.part: File too large" in result.stderr
     assert "Traceback" not in result.stderr
     assert_only_old_tarball(box)
 

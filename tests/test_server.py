@@ -24,7 +24,7 @@ from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
-@pytest.mark.parametrize("code", [1, 2, 125, 126, 127, 137, 139, 143])
+@pytest.mark.parametrize("code", [2, 125, 126, 127, 137, 139, 143])
 def test_the_codes_that_people_meet_have_a_meaning(code: int) -> None:
     assert trtllm.MEANINGS[code]
 
@@ -164,7 +164,7 @@ def test_loading_is_told_now_and_then_and_has_a_deadline(
     running.started = time.monotonic()
     with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weights"):
         watch.await_ready([running], 0.6)
-    assert "loading for 0 s; log: Loading weights" in capfd.readouterr().err
+    assert "still loading after 0 s; the log's last line: Loading weights" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "passing"), [(1, True), (137, True), (2, False), (127, False)])
@@ -182,14 +182,14 @@ def test_an_answer_on_the_port_does_not_make_a_dead_server_ready(
     running = run_plan("bash", "-c", "exit 1")
     running.step.process.wait()
     running.health.ready.set()
-    with pytest.raises(Failure, match=r"exit code 1 .* before it was ready"):
+    with pytest.raises(Failure, match="exit code 1 before it was ready"):
         watch.await_ready([running], 60)
 
 
 def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Server]) -> None:
     running = run_plan("bash", "-c", "sleep 100")
     running.health.stranger, running.health.strange = "other/model", 99
-    words = "^n1: another server has taken http://127.0.0.1:1 .*: it serves other/model, not -c$"
+    words = "^n1: another server took http://127.0.0.1:1 .*; it serves other/model, not -c$"
     with pytest.raises(Failure, match=words) as failure:
         watch.await_ready([running], 60)
     assert not failure.value.passing

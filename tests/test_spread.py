@@ -54,17 +54,17 @@ DOCKER, BARE = (runtime(name).OVER_NODES for name in ("docker", "bare"))
         (of(8), [8, 8], DOCKER, ""),
         (of(8), [8, 8], BARE, ""),
         (of(4), [8, 2], DOCKER, ""),
-        (of(16), [8], DOCKER, r"world size is 16 \(tp 16 .*the 1 node\(s\) have 8 GPU"),
-        (of(17), [8, 8], DOCKER, r"world size is 17 .*the 2 node\(s\) have 16 GPU"),
-        (of(17), [8, 8], BARE, r"world size is 17 .*the 2 node\(s\) have 16 GPU"),
-        (World(8, 2, 1), [8, 8], BARE, r"n0 has 8 GPU\(s\): more nodes need --runtime docker"),
+        (of(16), [8], DOCKER, r"world size is 16 \(tp 16 .*n0 has only 8 GPUs"),
+        (of(17), [8, 8], DOCKER, r"world size is 17 .*the 2 nodes of the job have only 16 GPUs"),
+        (of(17), [8, 8], BARE, r"world size is 17 .*the 2 nodes of the job have only 16 GPUs"),
+        (World(8, 2, 1), [8, 8], BARE, r"n0 has only 8 GPUs; several nodes need --runtime docker"),
         (of(4), [2, 8], DOCKER, r"unequal numbers of GPUs \(2, 8\)"),
-        (of(4), [2, 8], BARE, "n0 has 2 GPU"),
+        (of(4), [2, 8], BARE, "n0 has only 2 GPUs"),
         (of(12), [8, 4], DOCKER, r"unequal numbers of GPUs \(8, 4\)"),
         (of(9), [8, 8], DOCKER, "world size is 9 .*does not fill nodes of 8 GPUs evenly"),
         (of(20), [8, 8, 8], DOCKER, "world size is 20 .*does not fill nodes of 8 GPUs evenly"),
-        (of(1), [0], DOCKER, "have 0 GPU"),
-        (of(2), [0, 0], DOCKER, "have 0 GPU"),
+        (of(1), [0], DOCKER, "n0 has only 0 GPUs"),
+        (of(2), [0, 0], DOCKER, "have only 0 GPUs"),
     ],
 )
 def test_a_world_that_does_not_fit_is_refused_with_both_numbers(
@@ -107,7 +107,7 @@ def test_gpus_of_the_allocation_count_and_not_all_of_the_node() -> None:
     os.environ["MPI"] = "pmix"
     nodes = [Node(f"n{i}", Facts(gpus=8, allocated="4,5")) for i in range(2)]
     assert find_spread(of(4), nodes, DOCKER) == Spread(2, 2, "pmix")
-    with pytest.raises(Failure, match="have 4 GPU"):
+    with pytest.raises(Failure, match="have only 4 GPUs"):
         find_spread(of(8), nodes, DOCKER)
 
 
@@ -225,9 +225,9 @@ def test_a_dry_run_expects_what_the_allocation_suggests(
 @pytest.mark.parametrize(
     ("over_nodes", "gpus", "size", "words"),
     [
-        (DOCKER, "auto", 24, r"world size is 24 .*the 2 node\(s\) have 16 GPU"),
+        (DOCKER, "auto", 24, r"world size is 24 .*the 2 nodes of the job have only 16 GPUs"),
         (DOCKER, "auto", 12, "does not fill nodes of 8 GPUs evenly"),
-        (BARE, "auto", 16, "more nodes need --runtime docker"),
+        (BARE, "auto", 16, "several nodes need --runtime docker"),
         (DOCKER, "none", 24, ""),
     ],
 )
@@ -253,9 +253,7 @@ def test_a_workspace_that_srun_cannot_name_is_refused() -> None:
 
 def test_the_plan_is_one_sentence() -> None:
     nodes = [Node("n1"), Node("n2"), Node("n3")]
-    assert describe(None, of(8), nodes) == (
-        "world size 8 (tp 8 x pp 1 x cp 1): all of it on n1, which serves"
-    )
+    assert describe(None, of(8), nodes) == ("world size 8 (tp 8 x pp 1 x cp 1): all ranks on n1")
     spread = Spread(2, 8, "pmix_v4")
     assert describe(spread, World(8, 2, 1), nodes) == (
         "world size 16 (tp 8 x pp 2 x cp 1): 8 ranks on each of n1, n2 (--mpi=pmix_v4); n1 serves"

@@ -65,7 +65,9 @@ def test_the_end_is_told_once(
     limit.join()
     seen = capfd.readouterr().err
     assert seen.count("\n") == 1
-    assert re.search(f"the job's time limit is reached {words}.*; then Slurm ends the server", seen)
+    assert re.search(
+        f"the job reaches its time limit {words}.*; Slurm will then end the server", seen
+    )
     assert not limit.is_reached()
 
 

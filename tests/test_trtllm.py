@@ -257,12 +257,31 @@ def test_the_simulator_takes_the_configs_of_one_node(name: str) -> None:
 
 
 FLAGS = {
-    "--tp-size": "no option --tp-size; --tp_size?",
+    "--tp-size": "no option --tp-size; did you mean --tp_size?",
     "--config_": "no option --config_",
     "--max_batch_sizes": "--max_batch_size?",
     "--enable_chunked_prefill": "no option --enable_chunked_prefill",
     "--tensor_parallel_size": "no option --tensor_parallel_size",
 }
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["m", "--port"], "--port"),
+        (["--port", "--tp_size", "8", "m"], "--port"),
+        (["m", "--tp_size", "--port=1"], "--tp_size"),
+        (["m", "--trust_remote_code", "--tokenizer"], "--tokenizer"),
+        (["m", "--config"], "--config"),
+    ],
+)
+def test_a_flag_without_its_value_is_told(words: list[str], flag: str) -> None:
+    with pytest.raises(Failure, match=f"^{flag} needs a value$"):
+        read(words)
+
+
+def test_what_a_flag_needs_or_takes_is_left_to_an_engine_that_knows_it() -> None:
+    assert read(["m", "--new", "--trust_remote_code"])[1][:2] == ["--new", "--trust_remote_code"]
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -279,7 +298,7 @@ def test_values_that_look_like_flags_are_no_unknown_options() -> None:
 
 
 def test_a_slip_in_a_key_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Failure, match="unknown key tensor_paralel_size; tensor_parallel_size"):
+    with pytest.raises(Failure, match="unknown key tensor_paralel_size; did you mean tensor_p"):
         check(config(tmp_path / "c.yaml", "tensor_paralel_size: 8\n"))
     check(config(tmp_path / "c.yaml", "brand_new: 8\n"))
     assert "brand_new" in capsys.readouterr().err

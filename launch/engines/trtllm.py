@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.talk import die, say
-from launch.arguments import flags_of, is_count, split_model, value_of
+from launch.arguments import flags_of, is_count, split_model, value_of, without_value
 from launch.engines import World
 
 PROGRAM = "trtllm-serve"
@@ -20,7 +20,6 @@ READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves 
 ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
 MEANINGS: Mapping[int, str] = {
     0: "though nobody stopped it",
-    1: "it failed",
     2: "it refused its arguments",
     125: "docker itself failed",
     126: f"{PROGRAM} cannot be executed",
@@ -65,6 +64,8 @@ def options() -> dict[str, list[str]]:
 # --- the command ----------------------------------------------------------------------------------
 def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     """The model, if one was given, all other arguments, and the port it will serve on."""
+    if flag := without_value(words, {*options()["flags"], *CONFIG_FLAGS} - {*SWITCHES}):
+        die(f"{flag} needs a value")
     model, args = split_model(words, SWITCHES)
     args = rename_config(args)
     port = value_of(args, "--port") or port
@@ -153,8 +154,8 @@ def check_flags(args: Sequence[str], version: str) -> None:
     for flag in flags_of(args, SWITCHES):
         if flag not in known:
             near = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
-            meant = f"; {near}?" if near else ""
-            hint = "TRTLLM_VERSION=... where the image holds another version"
+            meant = f"; did you mean {near}?" if near else ""
+            hint = "if the image has another version, set TRTLLM_VERSION"
             die(f"{PROGRAM} {version} has no option {flag}{meant}", hint=hint)
 
 
@@ -167,8 +168,9 @@ def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
         if key not in known:
             if near := nearest(str(key), known):
                 hint = "the engine refuses unknown keys"
-                die(f"the config file {path} has the unknown key {key}; {near}?", hint=hint)
-            say(f"the key {key} of {path} is not one that is known here: passed on")
+                unknown = f"the config file {path} has the unknown key {key}"
+                die(f"{unknown}; did you mean {near}?", hint=hint)
+            say(f"{path}: unknown key {key}, passed on to the engine")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

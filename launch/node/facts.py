@@ -104,9 +104,9 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def why_silent(code: int) -> str:
     if code < 0:
-        return "it did not answer within 10 s"
+        return "no answer within 10 s"
     code, said = ask("docker", "version", "--format", "{{.Server.Version}}")
-    return said or "it did not answer within 10 s"
+    return said or "no answer within 10 s"
 
 
 def free_bytes(path: str) -> int:

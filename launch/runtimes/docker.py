@@ -117,7 +117,7 @@ def passed_on(environ: Mapping[str, str]) -> list[str]:
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
     if why := node.facts.no_docker:
         start = "start it there (systemctl start docker), or leave the node out (salloc --exclude)"
-        hint = f"{start}; a missing permission is the docker group's"
+        hint = f'{start}; for "permission denied", join the group docker there'
         return [node.bad("docker", f"Docker does not answer: {why}", hint)]
     return [node.ok("docker", node.facts.docker), *judge_image(node, wanted.image)]
 
@@ -126,14 +126,14 @@ def judge_image(node: Node, image: Image) -> list[Finding]:
     if node.holds(image):
         return [node.ok("image", "present")]
     if not image.tarball and not image.registry:
-        return [node.bad("image", f"image {image.tag} is not there", GET_ONE)]
+        return [node.bad("image", f"image {image.tag} is not on this node", GET_ONE)]
     free, how = node.facts.free, "pull" if image.registry else "load"
     text = f"{how} (another {image.tag} is there)" if node.facts.image else how
     row = Finding(node.name, "image", "note", text)
     if free < image.room:
         text = f"{giga(free)} free for Docker, {giga(image.room)} needed to load {image.tag}"
-        hint = "docker image prune there, or move Docker's data-root"
-        return [row, node.bad("disk", f"disk too small: {text}", hint)]
+        hint = "run docker image prune there, or move Docker's data-root"
+        return [row, node.bad("disk", f"not enough disk space: {text}", hint)]
     return [row, node.ok("disk", f"{giga(free)} free")]
 
 

@@ -532,7 +532,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("two launches in one job", race_in_one_job, (
         Expect(("before the launch",), ("another launch of job",), (1,), 60),)),
     Fault("two jobs, one port", race_for_a_port, (
-        Expect(("before the launch",), ("n1: another server has taken",), (1,), 60),)),
+        Expect(("before the launch",), ("n1: another server took",), (1,), 60),)),
     Fault("two jobs, one image", race_for_the_image, (
         Expect(("before the launch",), (), (130,), 60, serves=True),)),
     # The clock.

@@ -61,13 +61,13 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "missing tarball": (
         lambda w: ["--image", "/fsx/none.tar.gz", "m"],
-        ["there is no image tarball /fsx/none.tar.gz", "make docker"],
+        ["the image tarball /fsx/none.tar.gz does not exist", "make docker"],
     ),
     "local tag that is nowhere": (
         lambda w: ["--image", "never-built:1", "m"],
-        ["n1, n2: image never-built:1 is not there", "make load"],
+        ["n1, n2: image never-built:1 is not on this node", "make load"],
     ),
-    "disk too small": (too_big, ["n1, n2: disk too small", "2000000.0 GB"]),
+    "not enough disk space": (too_big, ["n1, n2: not enough disk space", "2000000.0 GB"]),
     "missing config file": (
         lambda w: serve_args("--config", "none.yaml"),
         ["none.yaml", "No such file"],
@@ -90,7 +90,7 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "world larger than the allocation": (
         lambda w: serve_args("--pp_size", "4"),
-        ["32 (tp 8 x pp 4 x cp 1)", "16 GPU(s)"],
+        ["32 (tp 8 x pp 4 x cp 1)", "only 16 GPUs"],
     ),
     "world that does not fill the nodes": (
         lambda w: ["--image", str(TARBALL), "m", "--tp_size", "12"],
@@ -230,7 +230,7 @@ def test_the_next_start_reaps_what_dead_launchers_left(cluster: Cluster, launch:
     try:
         started = launch(*serve_args(), env=QUICK)
         started.until("READY")
-        assert "removing 2 container(s)" in started.output
+        assert "removing 2 containers" in started.output
         names = node.docker("ps", "--format", "{{.Names}}").split()
         assert "not-ours" in names and "gone" not in names and "job-gone" not in names
         started.stop()
@@ -245,7 +245,7 @@ def test_a_second_launch_in_one_allocation_is_refused(
     started.until("READY")
     second = launch(*serve_args("--port", "8001"), salloc="", env=started.allocation)
     assert second.code() == 1
-    assert f"already runs the container trtllm-{started.job}-n1" in sentence(second.output)
+    assert f"container trtllm-{started.job}-n1 is already running" in sentence(second.output)
     assert len(ours(cluster)) == 1
     assert started.stop() == 130
 

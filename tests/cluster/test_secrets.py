@@ -106,5 +106,5 @@ def test_verify_stops_before_any_node_loads_what_was_not_saved(
         file.write(b"x")
     failed = launch("--image", str(damaged), "--verify", "m", env=QUICK)
     assert failed.code() == 1
-    assert f"the sha256 of {damaged} is " in test_faults.sentence(failed.output)
+    assert f"{damaged} has sha256 " in test_faults.sentence(failed.output)
     assert "there after" not in failed.output

@@ -67,7 +67,7 @@ def test_the_end_of_the_time_limit_is_told_before_and_after(
     # Slurm counts in minutes, and looks twice in one.
     cluster.ctl.run("scontrol", "update", f"JobId={started.job}", "EndTime=now")
     assert started.code() in (1, 129, 143), started.output
-    assert "the job's time limit is reached in " in started.output
+    assert "the job reaches its time limit in " in started.output
     assert "has reached its time limit" in started.output, started.output
     assert "restarting" not in started.output
     assert "stopped; the log is" in started.output
