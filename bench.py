@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
 """Measure a running server: throughput, TTFT, ITL and latency under many loads.
 
-A run with failed requests, empty or short outputs, another model, or a client
-that could not keep up is INVALID: in every output, and exit code 1.
-
+A run with failed requests, empty or short outputs, or a client that could not
+keep up is marked INVALID in every output, and the exit code is 1. The last line
+on stdout is one JSON document. Defaults are in brackets.
   bench.py -H 10.0.128.193 -t throughput,prefill
   bench.py -t sweep --goodput ttft:500           where is the knee?
-
-The last line on stdout is one JSON document. In brackets below: the defaults.
 """
 
 from __future__ import annotations
@@ -210,10 +208,10 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     kind, sharegpt = setting("BENCH_TYPE", environ), Path(setting("SHAREGPT_PATH", environ))
     group = parser.add_argument_group("the server").add_argument
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
-    group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
-    group("-m", "--model", default="", help="(what the server serves)")
-    group("--gpus", type=count, metavar="N", help="that it uses, for tokens/s per GPU")
-    group("--insecure", action="store_true", help="take any https certificate")
+    group("-p", "--port", type=port, metavar="PORT", help="port (that of logs/endpoint.json, else 8000)")
+    group("-m", "--model", default="", help="(the one that the server serves)")
+    group("--gpus", type=count, metavar="N", help="GPUs of the server, for tokens/s per GPU")
+    group("--insecure", action="store_true", help="do not verify the https certificate")
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
     group("--check", action="store_true", help="say what would be sent, and send no load")
@@ -228,7 +226,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second (inf)")
-    group("--burstiness", type=positive, default=1.0, metavar="B", help="below 1: in bursts (1)")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="below 1: requests come in bursts (1)")
     group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
     group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
           help="openai-chat (openai)")  # fmt: skip
@@ -242,8 +240,8 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--warmup", type=whole, metavar="N", help="unmeasured requests before (up to 16)")
     # A new one each time: earlier prompts may still be in the server's prefix cache.
     group("--seed", type=int, default=random.randrange(1 << 31), metavar="N", help="(a new one)")
-    group("--timeout", type=positive, default=600.0, metavar="S", help="of a request (600)")
-    group("--shards", type=whole, default=0, metavar="N", help="processes (as needed)")
+    group("--timeout", type=positive, default=600.0, metavar="S", help="seconds a request may take (600)")
+    group("--shards", type=whole, default=0, metavar="N", help="client processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
 
 
