@@ -208,7 +208,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     kind, sharegpt = setting("BENCH_TYPE", environ), Path(setting("SHAREGPT_PATH", environ))
     group = parser.add_argument_group("the server").add_argument
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
-    group("-p", "--port", type=port, metavar="PORT", help="port (that of logs/endpoint.json, else 8000)")
+    group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
     group("-m", "--model", default="", help="(the one that the server serves)")
     group("--gpus", type=count, metavar="N", help="GPUs of the server, for tokens/s per GPU")
     group("--insecure", action="store_true", help="do not verify the https certificate")
@@ -226,7 +226,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--input-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--output-len", type=numbers, default=(), metavar="N,N", help="tokens")
     group("--request-rate", type=rates, default=(math.inf,), metavar="R,R", help="per second (inf)")
-    group("--burstiness", type=positive, default=1.0, metavar="B", help="below 1: requests come in bursts (1)")
+    group("--burstiness", type=positive, default=1.0, metavar="B", help="below 1: in bursts (1)")
     group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
     group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
           help="openai-chat (openai)")  # fmt: skip
@@ -240,7 +240,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--warmup", type=whole, metavar="N", help="unmeasured requests before (up to 16)")
     # A new one each time: earlier prompts may still be in the server's prefix cache.
     group("--seed", type=int, default=random.randrange(1 << 31), metavar="N", help="(a new one)")
-    group("--timeout", type=positive, default=600.0, metavar="S", help="seconds a request may take (600)")
+    group("--timeout", type=positive, default=600.0, metavar="S", help="seconds a request (600)")
     group("--shards", type=whole, default=0, metavar="N", help="client processes (as needed)")
     group("--save-detailed", action="store_true", help="every request's numbers")
 
