@@ -245,11 +245,21 @@ def numbers(values: Iterable[Any]) -> list[float]:
 def beyond(record: Record, facts: Record) -> Record:
     """By how much the client saw more than the server: the way between, or a mistake of either."""
     found = {}
-    for metric in ("ttft", "itl", "e2el"):
-        ours, theirs = record.get(f"mean_{metric}_ms"), facts.get(f"server_mean_{metric}_ms")
+    means = {k: record.get(f"mean_{k}_ms") for k in ("ttft", "e2el")} | {"itl": per_token(record)}
+    for metric, ours in means.items():
+        theirs = facts.get(f"server_mean_{metric}_ms")
         if ours is not None and theirs is not None:
             found[f"{metric}_beyond_server_ms"] = ours - theirs
     return found
+
+
+def per_token(record: Record) -> float | None:
+    """The client's mean ITL in ms as a server counts it: of tokens, even if an event has many."""
+    itl, each = record.get("mean_itl_ms"), record.get("client", {}).get("tokens_per_event")
+    tokens, count = record.get("total_output_tokens", 0), record["completed"]
+    if itl is None or not each or tokens <= count:
+        return None if itl is None else float(itl)
+    return float(itl * (tokens / each - count) / (tokens - count))
 
 
 def cache_note(record: Record) -> list[str]:
