@@ -27,7 +27,7 @@ ROWS = (
     ("RUNTIME", "docker", "docker; or bare, for the trtllm-serve in the node's PATH"),
     ("READY_TIMEOUT", "3600", "seconds a server may take to become ready"),
     ("RESTART", "0", "how many times a server that fails is restarted"),
-    ("PROBE_SECONDS", "60", "seconds between two requests that probe the server; 0: none"),
+    ("PROBE_SECONDS", "60", "seconds without an answer until the server is probed; 0: never"),
     ("PORT", "8000", "port of the server"),
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),

@@ -99,7 +99,9 @@ class Health(threading.Thread):
 
 
 class Probe(threading.Thread):
-    """Asks for one token every so often. A hung engine is told from a busy one by these rules:
+    """Asks for one token when the log has shown no answer to anybody for a while.
+
+    A hung engine is told from a busy one by these rules:
 
     * One request at a time, never cut short: where it queues, it keeps its place. It has failed
       when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
@@ -134,7 +136,13 @@ class Probe(threading.Thread):
             self.asked = time.monotonic()
             self._judge(self._ask())
             self.asked = 0.0
-            self.ended.wait(min(self.every, threading.TIMEOUT_MAX))
+            self._wait(time.monotonic())
+
+    def _wait(self, since: float) -> None:
+        """Until nobody has been answered for so long: who measures the server finds us in it."""
+        while (left := max(since, self.traffic) + self.every - time.monotonic()) > 0:
+            if self.ended.wait(min(left, threading.TIMEOUT_MAX)):
+                return
 
     def _ask(self) -> int:
         """The answer's status; 0 where there was none."""

@@ -148,6 +148,7 @@ class Prober:
         self.requests: list[tuple[str, dict[str, object]]] = []
         self.status, self.delay = 200, threading.Event()
         self.delay.set()
+        self.busy = False  # the log shows answers to others, too
         prober = self
 
         class Server(http.server.BaseHTTPRequestHandler):
@@ -155,6 +156,8 @@ class Prober:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 prober.requests.append((self.path, json.loads(body)))
                 prober.delay.wait(PATIENCE)
+                if prober.busy:
+                    prober.probe.traffic = time.monotonic()
                 self.send_response(prober.status)
                 self.send_header("Content-Length", "5")
                 self.end_headers()
@@ -257,13 +260,24 @@ def test_errors_count_in_a_row(prober: Prober) -> None:
 
 
 def test_errors_do_not_count_while_others_are_answered(prober: Prober) -> None:
-    prober.status = 500
-    prober.probe.traffic = time.monotonic() + 100
+    prober.status, prober.busy = 500, True
     prober.probe.begin("org/m")
     prober.until_asked(8)
     assert prober.probe.misses == 0
-    prober.probe.traffic = 0
+    prober.busy = False
     wait_until(prober.probe.fault)
+
+
+def test_a_server_that_answers_others_is_left_in_peace(prober: Prober) -> None:
+    """A request of ours would be one more in the figures of whoever measures it."""
+    prober.probe.begin("org/m")
+    prober.until_asked(1)
+    prober.probe.traffic = time.monotonic() + 100
+    time.sleep(0.1)  # what was under way is answered
+    asked = len(prober.requests)
+    time.sleep(0.2)
+    assert len(prober.requests) == asked and prober.probe.fault() == ""
+    prober.probe.end()
 
 
 def test_a_server_that_refuses_the_first_one_is_not_asked_again(
