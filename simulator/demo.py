@@ -106,9 +106,14 @@ def measure(words: list[str]) -> int:
 
 
 def is_only_busy() -> bool:
-    """Whether nothing is wrong with the runs but what the client says of its own machine."""
+    """Whether nothing is wrong with the runs but times: client and server share a busy machine.
+
+    What the client says of itself, and tokens that came together because the server was late.
+    """
     runs = [json.loads(path.read_text()) for path in RESULTS.glob("*-*.json")]
-    return bool(runs) and all(run["problems"] == run["client"].get("problems", []) for run in runs)
+    own = [problem for run in runs for problem in run["client"].get("problems", [])]
+    told = [problem for run in runs for problem in run["problems"]]
+    return bool(runs) and all(problem in own or " came " in problem for problem in told)
 
 
 def stop(server: subprocess.Popen[bytes]) -> int:

@@ -20,6 +20,7 @@ BUSY = ["the client held requests back for 9% of their time"]
         (BUSY, BUSY, True),
         (["1 of 10 requests failed: HTTP 500", *BUSY], BUSY, False),
         (["1 of 10 requests failed: HTTP 500"], [], False),
+        (["the first 7 tokens came together in 10 of 16 answers: ..."], [], True),
     ],
 )
 def test_only_a_busy_machine_is_forgiven(

@@ -987,7 +987,7 @@ def test_help_fits_a_screen_and_imports_little() -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "requests" not in done.stderr and "dotenv" not in done.stderr
-    assert lines[-1].startswith("  test.py ") and "default: 8000" in done.stdout
+    assert lines[-1].startswith("  test.py ") and "logs/endpoint.json, else" in done.stdout
 
 
 def test_a_strange_flag_is_a_usage_error() -> None:

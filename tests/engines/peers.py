@@ -54,7 +54,7 @@ VLLM_RS = replace(
     finish=finish_vllm_rs,
     client=VLLM.client.replace("bin/vllm", "bin/vllm-rs"),
 )
-INSTALLS = {**ENGINES, "vllm-rs": VLLM_RS}
+INSTALLS = {name: each for name, each in ENGINES.items() if each.client} | {"vllm-rs": VLLM_RS}
 
 
 @dataclass(frozen=True)
