@@ -370,7 +370,7 @@ match args:
     case ["exec", name, "sh", "-c", "ls -l /proc/[0-9]*/fd"]:
         if faults.get("listens") == "unknown":
             fail("Error response from daemon: container is not running")
-        print("lrwx------ 1 root root 64 Nov 28 10:00 3 -> socket:[1]")
+        print("/proc/1/fd:\nlrwx------ 1 root root 64 Nov 28 10:00 0 -> /dev/null")
         for link in Path("/proc").glob("[0-9]*/fd/*") if faults.get("listens") != "" else ():
             with contextlib.suppress(OSError):
                 print(link, "->", os.readlink(link))

@@ -161,7 +161,7 @@ class AskOwner:
         inside = ["docker", "exec", name, "sh", "-c", OPEN_FILES]
         code, files = ask(*inside, timeout=5) if self.container else (0, open_files())
         owned = any(f"socket:[{inode}]" in files for inode in listening(self.port))
-        known = owned or "socket:[" in files
+        known = not self.container or "/fd:" in files  # as ls heads each list
         tell(Owner(owned, "" if known else f"docker exec: {code} {files[-200:]}"))
         return 0
 

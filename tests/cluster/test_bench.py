@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,13 +65,12 @@ def test_a_benchmark_agrees_with_the_servers_speeds(
     assert TTFT_MS - 1 < min(firsts) < TTFT_MS + 15
     assert E2EL_MS - 1 < min(lasts) < E2EL_MS + 50
     assert run["mean_ttft_ms"] == pytest.approx(statistics.fmean(firsts))
-    assert run["mean_itl_ms"] == pytest.approx(1000 * statistics.fmean(chain(*run["itls"])))
+    assert run["mean_itl_ms"] == pytest.approx(1000 * statistics.fmean(chain(*run["itls"])), 1e-4)
     (row,) = csv.DictReader((results / "summary.csv").read_text().splitlines())
     page = (results / "report.html").read_text()
-    (cells,) = re.findall(r"<tr><td>latency-in128-out32-c1<td>(.*)", page)
-    for column, cell in zip(COLUMNS, cells.split("<td>"), strict=True):
+    for column in COLUMNS:
         assert float(row[column.key]) == run[column.key]
-        assert cell == f"{run[column.key]:,.{column.digits}f}"
+        assert f">{run[column.key]:,.{column.digits}f}" in page
     assert "trtllm-bench" not in cluster.nodes["n1"].docker("ps", "-a", "--format", "{{.Names}}")
 
 
