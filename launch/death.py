@@ -10,7 +10,7 @@ from common.talk import die, say
 from launch import slurm, world
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
-from launch.server import Server, die_of_a_node
+from launch.server import TICK, Server, die_of_a_node
 
 NO_CAUSE = "its log names no cause"
 KILLED = {
@@ -85,4 +85,4 @@ def await_holders(server: Server) -> None:
     deadline = time.monotonic() + 1
     while server.holders and time.monotonic() < deadline:
         die_of_a_node(server)
-        time.sleep(0.05)
+        time.sleep(TICK)

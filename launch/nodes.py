@@ -95,7 +95,8 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
     """
     import sh  # late: it brings asyncio
 
-    note(f"$ {shlex.join(argv)}")
+    if not text:  # an order has been noted whole
+        note(f"$ {shlex.join(argv)}")
     what = what or f"`{shlex.join(argv)}`"
     try:
         program = sh.Command(argv[0])

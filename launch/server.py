@@ -16,6 +16,7 @@ from launch.nodes import Step, ask
 from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
 
+TICK = 0.05  # seconds between two looks at the processes and their logs
 STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
 
 

@@ -8,9 +8,8 @@ from common.talk import die, say
 from launch.death import report_death
 from launch.node.messages import Owner
 from launch.nodes import ask
-from launch.server import Server, die_of_a_node
+from launch.server import TICK, Server, die_of_a_node
 
-TICK = 0.05  # seconds between two looks at the processes and their logs
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 
