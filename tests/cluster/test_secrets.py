@@ -95,7 +95,7 @@ def test_verify_stops_before_any_node_loads_what_was_not_saved(
     forget_image(cluster)
     good = launch(*serve_args("--verify"), env=QUICK)
     good.until("READY")
-    assert good.output.count("is the sidecar's") == 1 and good.output.count("there after") == 2
+    assert good.output.count("matches the sidecar") == 1 and good.output.count("there after") == 2
     assert good.stop() == 130
     forget_image(cluster)
     damaged = workspace / TARBALL.name
