@@ -37,7 +37,7 @@ def exit_code(work: Callable[[], int]) -> int:
     """Do a script's work; whatever stops it is one sentence and an exit code."""
     obey()
     keep_ours()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="plain")  # a log may be ASCII, after hours of measuring
     try:
         return work()

@@ -585,6 +585,13 @@ def test_a_terminal_of_any_kind(tmp_path: Path, encoding: str) -> None:
     assert f"{model} \\udcff" in done.stdout.decode(encoding)
 
 
+def test_whoever_captures_what_we_print_reads_it_as_before(tmp_path: Path) -> None:
+    """Where stdout loses nothing anyway it stays as it is: a test runner reads it, too."""
+    before = sys.stdout.errors
+    assert command.main([str(put(tmp_path / "a", record(LATENCY)))]) == 0
+    assert (before, sys.stdout.errors) == ("replace", "replace")
+
+
 def test_a_result_cannot_drive_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
