@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from common.talk import read_json
@@ -15,6 +15,7 @@ from load.counters import Counters
 from load.endpoint import Endpoint
 from load.matrix import Case
 from load.metrics import DETAILS, KINDS, METRICS, PERCENTILES, Distribution, growth, percentiles
+from load.streams import Shape, judge_shapes, shape
 
 UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
@@ -140,6 +141,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     if empty:
         problems.append(f"{empty} outputs are empty")
     problems += wrong_lengths(case, record, outputs)
+    streams = judge_shapes(list(shapes(record)))
     latencies = end_to_end(record) if math.isfinite(case.rate) else []
     record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
     if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
@@ -152,8 +154,18 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
     share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
-    notes = [UNKNOWN, *without_figures(case, record)]
-    return record | {"valid": not problems, "problems": problems, "notes": notes, "client": {}}
+    notes = [UNKNOWN, *without_figures(case, record), *streams.notes]
+    problems += streams.problems
+    found = {"valid": not problems, "problems": problems, "notes": notes, "client": {}}
+    return record | found | {"invalid_metrics": streams.wrong}
+
+
+def shapes(record: Record) -> Iterator[Shape]:
+    """How the answers came, where it writes down the gaps."""
+    counted = zip_lists(record, "output_lens", "errors")
+    for (tokens, error), gaps in zip(counted, record.get("itls", []), strict=False):
+        if not error:
+            yield shape([gap * 1e3 for gap in gaps], tokens)
 
 
 def without_figures(case: Case, record: Record) -> list[str]:

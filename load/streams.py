@@ -54,34 +54,42 @@ class Shape:
         return self.tokens / self.bursts
 
 
-def shape(outcome: Outcome) -> Shape:
-    apart = [i for i, gap in enumerate(outcome.gaps, 1) if gap > TOGETHER]
-    tokens = min(outcome.events, outcome.output_tokens or outcome.events)
-    return Shape(tokens, 1 + len(apart), (*apart, outcome.events)[0], outcome.collected)
+def shape(gaps: Sequence[float], tokens: int | None, collected: bool = False) -> Shape:
+    """Of the gaps between an answer's events, in ms, and the tokens that the server counted."""
+    events = len(gaps) + 1
+    apart = [i for i, gap in enumerate(gaps, 1) if gap > TOGETHER]
+    return Shape(min(events, tokens or events), 1 + len(apart), (*apart, events)[0], collected)
 
 
 def judge(good: Sequence[Outcome]) -> Judgement:
     """Which of the metrics the answers can bear."""
-    found, shapes = Judgement(), [shape(o) for o in good]
+    found = judge_shapes([shape(o.gaps, o.output_tokens, o.collected) for o in good])
+    found.notes += [*pieces(good), *quirks(good)]
+    return found
+
+
+def judge_shapes(shapes: Sequence[Shape]) -> Judgement:
+    found = Judgement()
     many = [s for s in shapes if s.tokens >= FEWEST]
     whole = [s for s in many if s.whole]
     clumps = [s for s in many if s.size >= CLUMP]
     late = [s for s in many if s.first >= HEAD_CLUMP]
-    limit = SPOILT * len(good)
+    limit = SPOILT * len(shapes)
     if len(whole) > limit:
-        found.spoilt(f"{len(whole)} of {len(good)} answers came in one piece, not as a stream",
+        found.spoilt(f"{len(whole)} of {len(shapes)} answers came in one piece, not as a stream",
                      ("TTFT", "ITL", "TPOT"), "E2EL and throughput")  # fmt: skip
     elif len(clumps) > limit:
-        found.spoilt(f"{len(clumps)} of {len(good)} answers came in clumps, {average(clumps):.0f} "
-                     "tokens together", ("TTFT", "ITL"), "TPOT, E2EL and throughput")  # fmt: skip
+        found.spoilt(f"{len(clumps)} of {len(shapes)} answers came in clumps, "
+                     f"{average(clumps):.0f} tokens together", ("TTFT", "ITL"),
+                     "TPOT, E2EL and throughput")  # fmt: skip
     elif len(late) > limit:
         size = sum(s.first for s in late) / len(late)
-        found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(good)} "
+        found.spoilt(f"the first {size:.0f} tokens came together in {len(late)} of {len(shapes)} "
                      "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
-    elif len(clumps) > ODD * len(good):
-        found.notes = [f"{len(clumps)} of {len(good)} answers came in clumps of tokens: a part of "
-                       "TTFT and ITL is of what held them back on their way"]  # fmt: skip
-    found.notes += [*together(shapes), *in_pairs(many), *pieces(good), *quirks(good)]
+    elif len(clumps) > ODD * len(shapes):
+        found.notes = [f"{len(clumps)} of {len(shapes)} answers came in clumps of tokens: a part "
+                       "of TTFT and ITL is of what held them back on their way"]  # fmt: skip
+    found.notes += [*together(shapes), *in_pairs(many)]
     return found
 
 

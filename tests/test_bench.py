@@ -1115,6 +1115,26 @@ def test_what_the_other_client_calls_zero_is_nothing() -> None:
     assert judged["mean_ttft_ms"] == 5.0
 
 
+@pytest.mark.parametrize(
+    ("gap", "problem", "wrong"),
+    [
+        (0.01, "", []),
+        (0.00001, "in one piece", ["ttft", "itl", "tpot"]),
+        ((0.00001,) * 7 + (0.08,), "in clumps, 8 tokens together", ["ttft", "itl"]),
+    ],
+)
+def test_what_the_other_client_read_in_clumps_is_no_stream_either(
+    gap: float | tuple[float, ...], problem: str, wrong: list[str]
+) -> None:
+    """A proxy that collects answers, or a client that read late: its TTFT and ITL say neither."""
+    gaps = [gap] * 31 if isinstance(gap, float) else (list(gap) * 4)[:31]
+    record = {"output_lens": [32], "errors": [""], "completed": 1, "total_input_tokens": 128,
+              "ttfts": [0.1], "itls": [gaps]}  # fmt: skip
+    judged = nvidia.judge(Case("latency", 128, 32, 1), record, False)
+    assert (judged["valid"], judged["invalid_metrics"]) == (not problem, wrong)
+    assert problem in " ".join(judged["problems"])
+
+
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
     record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
     assert nvidia.end_to_end(record) == pytest.approx([0.7, 1.0])
