@@ -28,6 +28,7 @@ ROWS = (
     ("READY_TIMEOUT", "3600", "seconds a server may take to become ready"),
     ("RESTART", "0", "how many times a server that fails is restarted"),
     ("PROBE_SECONDS", "60", "seconds without an answer until the server is probed; 0: never"),
+    ("PROBE_TIMEOUT", "60", "seconds an idle server may take for one token; 0: half an hour"),
     ("PORT", "8000", "port of the server"),
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),

@@ -95,6 +95,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     asked = args.ready_timeout or setting("READY_TIMEOUT")
     args.ready_timeout = seconds(parser, "--ready-timeout", asked)
     args.probe_seconds = seconds(parser, "PROBE_SECONDS", setting("PROBE_SECONDS"))
+    args.probe_timeout = seconds(parser, "PROBE_TIMEOUT", setting("PROBE_TIMEOUT"))
     restart = args.restart or setting("RESTART")
     if not (restart == "0" or is_count(restart)):
         parser.error(f"--restart: {restart!r} is not a number of times")

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from common.ask import ask
 from common.response import ERROR_LENGTH, Malformed
 from common.talk import say
+from launch.busy import Busy, Order
 
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
 PROBE_MISSES = 3
 NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
+ABSENCE = 5.0  # seconds between two looks: meanwhile we stood still (^Z), and know of nothing
 DAY = 86400.0
 ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
 
@@ -103,8 +105,10 @@ class Probe(threading.Thread):
 
     A hung engine is told from a busy one by these rules:
 
-    * One request at a time, never cut short: where it queues, it keeps its place. It has failed
-      when it has waited for PROBE_PATIENCE and in all that time the log shows no answer to anybody.
+    * One request at a time, never cut short: where it queues, it keeps its place.
+    * An idle server has failed when it does not answer it within `timeout`: nobody else is waiting
+      who was there first (`Busy`), and neither the log nor the engine's counters show any progress.
+    * A busy one has failed when it shows no progress for PROBE_PATIENCE.
     * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
       are a failure.
     * A server that refuses one (4xx) before it has answered any will refuse all: it is not asked
@@ -114,11 +118,15 @@ class Probe(threading.Thread):
     therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
     """
 
-    def __init__(self, url: str, every: float) -> None:
-        """`every` in seconds; 0 asks nothing."""
+    def __init__(self, url: str, every: float, timeout: float, order: Order) -> None:
+        """Times in seconds; `every` 0 asks nothing. `order` has the node tell who is connected."""
         super().__init__(daemon=True)
         self.url, self.every, self.model = url, every, ""
+        self.timeout, self.order = timeout or PROBE_PATIENCE, order
+        self.busy: Busy | None = None
         self.ended = threading.Event()
+        self.looked = 0.0  # when somebody last asked for our fault
+        self.back = 0.0  # when we last came back from an absence
         self.asked = 0.0  # when the one that is waiting now was sent; 0: none is
         self.traffic = 0.0  # when the log last showed an answer to anybody
         self.answered = False
@@ -133,9 +141,12 @@ class Probe(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.is_set():
+            self.busy = Busy(self.url, self.order, self.timeout)
             self.asked = time.monotonic()
+            self.busy.start()
             self._judge(self._ask())
             self.asked = 0.0
+            self.busy.end()
             self._wait(time.monotonic())
 
     def _wait(self, since: float) -> None:
@@ -167,13 +178,22 @@ class Probe(threading.Thread):
 
     def fault(self) -> str:
         """Why the engine is taken to hang, in words; '' while it is not."""
-        asked = self.asked  # the thread may set it to 0 at any moment
-        waited = time.monotonic() - max(asked, self.traffic)
-        if asked and waited > PROBE_PATIENCE:
-            return f"for {waited:.0f} s no request was answered, not even one for one token"
+        now, asked, busy = time.monotonic(), self.asked, self.busy  # they change at any moment
+        if now - self.looked > ABSENCE:
+            self.back = now
+        self.looked = now
+        if asked and busy:
+            since = max(asked, self.traffic, self.back, busy.progress)
+            if (waited := now - max(since, busy.alone)) > self.timeout:
+                asked_for = "the one token that it was asked for"
+                return f"it is idle, and in {waited:.0f} s has not generated {asked_for}"
+            if (waited := now - since) > max(PROBE_PATIENCE, self.timeout):
+                return f"for {waited:.0f} s no request was answered, not even one for one token"
         if self.misses >= PROBE_MISSES:
             return f"{PROBE_MISSES} requests for one token in a row failed, the last: {self.answer}"
         return ""
 
     def end(self) -> None:
         self.ended.set()
+        if busy := self.busy:
+            busy.end()

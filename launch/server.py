@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from common.talk import Failure, die, say
@@ -11,8 +12,10 @@ from launch import world
 from launch.findings import Node
 from launch.health import Health, Probe
 from launch.log import Log
+from launch.node.clients import WatchClients
 from launch.node.messages import Left
 from launch.nodes import Step, ask
+from launch.order import Command
 from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
 
@@ -76,9 +79,14 @@ class Server:
 
 
 def launch(
-    plan: Plan, replica: Replica, nodes: Sequence[Node], url: str, log_path: Path, every: float
+    plan: Plan,
+    replica: Replica,
+    nodes: Sequence[Node],
+    url: str,
+    log_path: Path,
+    probing: tuple[float, float],
 ) -> Server:
-    """Start a server's steps; `every` so many seconds it will be probed.
+    """Start a server's steps; it will be probed every so many seconds, and given so many.
 
     What has been started by then ends with a Failure in here.
     """
@@ -95,10 +103,15 @@ def launch(
     except BaseException:
         log.close()
         raise
-    health, probe = Health(url, plan.engine.names_of(replica.command)), Probe(url, every)
+    health = Health(url, plan.engine.names_of(replica.command))
+    probe = Probe(url, *probing, partial(watch_clients, plan, replica))
     health.start()
     steps = step, log, health, probe, started, rank0, holders, starts
     return Server(plan, replica, own, url, *steps)
+
+
+def watch_clients(plan: Plan, replica: Replica, every: float) -> Command:
+    return Command(plan.place.on(1, first=replica.first), WatchClients(replica.port, every))
 
 
 def launch_spread(

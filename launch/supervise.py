@@ -85,9 +85,9 @@ class Launch:
 
     def attempt(self) -> NoReturn:
         """Start the servers and hold them: ends only with a Failure, or by a signal."""
-        every = self.args.probe_seconds
+        probing = self.args.probe_seconds, self.args.probe_timeout
         for replica in self.plan.replicas:
-            started = server.launch(self.plan, replica, self.nodes, self.url, self.log, every)
+            started = server.launch(self.plan, replica, self.nodes, self.url, self.log, probing)
             self.running.append(started)
         watch.await_ready(self.running, self.args.ready_timeout)
         for running in self.running:

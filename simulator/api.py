@@ -101,6 +101,11 @@ class Api:
         return JSONResponse({"object": "list", "data": [{**card, "owned_by": OWNER}]})
 
     async def metrics(self) -> Response:
+        """A list of iterations that each reading empties; [] unless the YAML asks for it."""
+        if self._args.iter_stats and self._engine.iterations:
+            steps = [*self._engine.iterations]
+            self._engine.iterations.clear()
+            return JSONResponse(steps)
         await asyncio.sleep(QUEUE_PATIENCE if self._engine.submitted else 0)
         return JSONResponse([])
 

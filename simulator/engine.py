@@ -82,6 +82,7 @@ def stops_of(texts: Sequence[str], ids: Sequence[int]) -> list[Stop]:
 class Engine:
     def __init__(self, settings: Settings, faults: Faults, max_batch_size: int) -> None:
         self.submitted = 0
+        self.iterations: deque[dict[str, int]] = deque(maxlen=1000)  # since somebody read them
         self._faults = faults
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -139,4 +140,6 @@ class Engine:
                 self._schedule(due + itl, generation)
             if itl == 0:  # every token is due at once: let connections have their turn
                 break
+        levels = {"numActiveRequests": len(self._running), "numQueuedRequests": len(self._waiting)}
+        self.iterations.append(levels)
         self._admit()

@@ -67,6 +67,7 @@ class LlmArgs:
     stream_interval: int
     has_transceiver: bool
     prometheus: bool
+    iter_stats: bool
 
     @property
     def world_size(self) -> int:
@@ -94,6 +95,7 @@ def build_llm_args(flags: Mapping[str, Any], gpus: int, env: Mapping[str, str]) 
         stream_interval=_positive(config, "stream_interval"),
         has_transceiver=config.get("cache_transceiver_config") is not None,
         prometheus=bool(config.get("return_perf_metrics")),
+        iter_stats=bool(config.get("enable_iter_perf_stats")),
     )
     _check_moe(args, config)
     if is_proxied(env):

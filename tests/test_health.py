@@ -6,13 +6,16 @@ import http.server
 import json
 import math
 import re
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from launch import health
+from launch import busy, health
+from launch.node.clients import WatchClients
+from launch.order import Command
 from tests.conftest import PATIENCE, wait_until
 
 
@@ -149,9 +152,19 @@ class Prober:
         self.status, self.delay = 200, threading.Event()
         self.delay.set()
         self.busy = False  # the log shows answers to others, too
+        self.metrics: Callable[[], str] = str  # what /metrics says
+        self.read = 0  # how often that was asked
         prober = self
 
         class Server(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = prober.metrics().encode() if self.path == "/metrics" else b""
+                self.send_response(200 if body else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+                prober.read += self.path == "/metrics"
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 prober.requests.append((self.path, json.loads(body)))
@@ -171,7 +184,21 @@ class Prober:
         self.thread.start()
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
         monkeypatch.setattr(health, "PROBE_PATIENCE", 0.3)
-        self.probe = health.Probe(f"http://127.0.0.1:{self.server.server_port}", 0.02)
+        self.port = self.server.server_port
+        self.monkeypatch = monkeypatch
+        self.probe = health.Probe(f"http://127.0.0.1:{self.port}", 0.02, 0.3, self.ask)
+
+    def ask(self, every: float) -> Command:
+        """What tells who is connected; nobody can, unless a test says so."""
+        return Command(["false"], WatchClients(0, every))
+
+    def watched(self, timeout: float) -> None:
+        """Who is connected is told; and what is not idle has half an hour."""
+        self.probe.timeout, self.probe.order = timeout, self.watch
+        self.monkeypatch.setattr(health, "PROBE_PATIENCE", 1800.0)
+
+    def watch(self, every: float) -> Command:
+        return Command([], WatchClients(self.port, every))
 
     def until_asked(self, times: int) -> None:
         wait_until(lambda: len(self.requests) >= times)
@@ -233,6 +260,118 @@ def test_an_engine_that_answers_nobody_is_found(
     words = r"for \d+ s no request was answered, not even one for one token"
     assert re.fullmatch(words, prober.probe.fault())
     assert len(prober.requests) == 1  # it keeps its place where it queues
+
+
+# Idle or busy
+
+
+IDLE = r"it is idle, and in \d+ s has not generated the one token that it was asked for"
+
+
+def test_an_idle_engine_that_does_not_answer_is_found_soon(prober: Prober) -> None:
+    prober.watched(0.5)
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    wait_until(prober.probe.fault)
+    assert re.fullmatch(IDLE, prober.probe.fault())
+    assert len(prober.requests) == 1
+    prober.delay.set()  # it has answered after all
+    wait_until(lambda: not prober.probe.fault())
+
+
+def test_who_waits_before_us_makes_it_busy_and_who_comes_later_does_not(prober: Prober) -> None:
+    prober.watched(0.3)
+    prober.delay.clear()
+    with socket.create_connection(("127.0.0.1", prober.port)):
+        prober.probe.begin("org/m")
+        wait_until(lambda: prober.read >= 15)  # looks, of which 6 are a timeout
+        assert prober.probe.fault() == ""
+    wait_until(lambda: prober.probe.busy and prober.probe.busy.alone < math.inf)
+    with socket.create_connection(("127.0.0.1", prober.port)):
+        wait_until(prober.probe.fault)
+
+
+COUNTERS = """# HELP vllm:generation_tokens_total Number of generation tokens processed.
+vllm:generation_tokens_total{{model_name="m"}} {made}
+vllm:num_requests_running{{model_name="m"}} {level}
+http_requests_total{{handler="/metrics"}} {level}
+process_cpu_seconds_total {level}
+"""
+CALL_FOR_CALL = {
+    "tokens are made": (COUNTERS, True),
+    "iterations are done": ('[{{"numActiveRequests": {made}}}]', True),
+    "nothing but levels and the page's own counters move": (
+        COUNTERS.replace("{made}", "7"),
+        False,
+    ),
+    "no iteration is done": ("[]", False),
+    "it has no counters": ("{{}}", False),
+}
+
+
+@pytest.mark.parametrize("what", CALL_FOR_CALL)
+def test_by_its_counters_the_engine_is_at_work_when(prober: Prober, what: str) -> None:
+    page, works = CALL_FOR_CALL[what]
+    prober.metrics = lambda: page.format(made=prober.read, level=prober.read)
+    prober.watched(0.3)
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    wait_until(lambda: prober.read >= 4)
+    assert prober.probe.busy
+    if works:
+        wait_until(lambda: prober.probe.busy and prober.probe.busy.progress)
+        prober.probe.timeout = 100
+        assert prober.probe.fault() == ""
+        prober.probe.timeout = 0.3
+        prober.metrics = lambda: page.format(made=7, level=7) if page[0] == "#" else "[]"
+    wait_until(prober.probe.fault)
+    assert bool(prober.probe.busy.progress) is works
+
+
+def test_progress_of_any_kind_starts_the_clock_anew(prober: Prober) -> None:
+    prober.watched(60)
+    probe, now = prober.probe, time.monotonic()
+    probe.timeout, probe.asked, probe.looked = 60, now - 1000, now
+    probe.busy = busy.Busy(probe.url, prober.ask, 60)
+    probe.busy.alone = now - 900
+    assert probe.fault().startswith("it is idle, and in 900 s")
+    for who, what in (probe, "traffic"), (probe.busy, "progress"), (probe.busy, "alone"):
+        setattr(who, what, now - 50)
+        assert probe.fault() == ""
+        setattr(who, what, now - 900)
+
+
+def test_a_node_that_cannot_tell_who_waits_leaves_the_server_in_peace(
+    prober: Prober, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(busy, "PAUSE", 0.01)
+    prober.watched(0.05)
+    orders: list[float] = []
+
+    def ask(every: float) -> Command:
+        orders.append(every)
+        return Command(["false"], WatchClients(0, every))
+
+    prober.probe.order = ask
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    prober.until_asked(1)
+    time.sleep(0.5)
+    assert orders and prober.probe.fault() == ""
+
+
+def test_the_time_for_which_we_stood_still_does_not_count(
+    prober: Prober, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prober.watched(100)
+    prober.delay.clear()
+    prober.probe.begin("org/m")
+    wait_until(lambda: prober.probe.busy and prober.probe.busy.alone < math.inf)
+    assert prober.probe.fault() == ""
+    later = time.monotonic() + 1000  # as after ^Z and `fg`
+    with monkeypatch.context() as asleep:
+        asleep.setattr(time, "monotonic", lambda: later)
+        assert prober.probe.fault() == ""
 
 
 def test_an_engine_that_answers_others_is_busy(prober: Prober) -> None:

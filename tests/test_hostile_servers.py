@@ -23,6 +23,7 @@ import bench
 from common.ask import ask
 from common.response import Malformed, Reply
 from launch import health, manage
+from launch.order import Command
 from load import endpoint
 from load.answer import Outcome, read_reply
 from tests.conftest import PATIENCE, ROOT
@@ -204,6 +205,10 @@ def test_a_measured_request_to_a_server_that(kind: str, timeout: str) -> None:
     assert {"summary.json", "summary.csv", "report.html"} <= {p.name for p in Path("out").iterdir()}
 
 
+def unasked(every: float) -> Command:
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.usefixtures("timeout")
 def test_a_launcher_whose_server(kind: str) -> None:
@@ -211,7 +216,7 @@ def test_a_launcher_whose_server(kind: str) -> None:
     misbehave = SERVERS[kind][0]
     with serving(misbehave) as there:
         url = f"http://127.0.0.1:{there.port}"
-        asked, probe = health.Health(url, [MODEL]), health.Probe(url, 1)
+        asked, probe = health.Health(url, [MODEL]), health.Probe(url, 1, 60, unasked)
         assert not asked._ask() and asked.misses == 1 and not asked.model
         assert "Error" not in asked.answer and len(asked.answer) < 330, asked.answer
         assert manage.health(url).startswith(("not ready", "unhealthy", "ready"))
@@ -264,7 +269,7 @@ HEAVY: dict[str, Misbehave] = {
 }  # fmt: skip
 ASK = """import sys
 from launch import health
-asked, probe = health.Health(sys.argv[1], ["m"]), health.Probe(sys.argv[1], 1)
+asked, probe = health.Health(sys.argv[1], ["m"]), health.Probe(sys.argv[1], 1, 60, None)
 print(asked._ask(), asked.answer, probe._ask(), probe.answer)"""
 
 

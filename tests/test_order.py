@@ -26,6 +26,7 @@ from common.talk import Failure
 from launch import node, nodes
 from launch.node import base
 from launch.node.bare import Run
+from launch.node.clients import WatchClients
 from launch.node.containers import AskOwner, Reap, Remove, Serve
 from launch.node.facts import Survey
 from launch.node.images import Forget, Load, Pull
@@ -53,6 +54,7 @@ ORDERS = [
     Remove("host/boot/1:5:6"),
     Reap(["abc"]),
     AskOwner(8000, "trtllm-1"),
+    WatchClients(8000, 10),
     Run(["trtllm-serve", "m"]),
 ]
 each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)

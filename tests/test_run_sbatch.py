@@ -93,10 +93,10 @@ def test_flags_win_over_settings() -> None:
 
 def test_a_server_is_probed_but_not_restarted_unless_asked() -> None:
     args, _ = cli.parse([])
-    assert (args.probe_seconds, args.restart) == (60, 0)
-    os.environ.update(PROBE_SECONDS="0", RESTART="2")
+    assert (args.probe_seconds, args.probe_timeout, args.restart) == (60, 60, 0)
+    os.environ.update(PROBE_SECONDS="0", PROBE_TIMEOUT="90", RESTART="2")
     args, _ = cli.parse(["--restart", "3"])
-    assert (args.probe_seconds, args.restart) == (0, 3)
+    assert (args.probe_seconds, args.probe_timeout, args.restart) == (0, 90, 3)
 
 
 def test_the_default_mount_was_not_asked_for() -> None:
@@ -113,6 +113,7 @@ def test_the_default_mount_was_not_asked_for() -> None:
         ([], {"READY_TIMEOUT": "soon"}, "not a number of seconds"),
         (["--ready-timeout", "-1"], {}, "not a number of seconds"),
         ([], {"PROBE_SECONDS": "never"}, "PROBE_SECONDS: 'never' is not a number of seconds"),
+        ([], {"PROBE_TIMEOUT": "1m"}, "PROBE_TIMEOUT: '1m' is not a number of seconds"),
         (["--restart", "-1"], {}, "--restart: '-1' is not a number of times"),
         ([], {"RESTART": "yes"}, "'yes' is not a number of times"),
         (["--restart", "9" * 5000], {}, "is not a number of times"),
@@ -480,20 +481,21 @@ def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
         script = fakes.home / "impatient.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
-            "from launch import health, main, supervise, timelimit\n"
-            f"health.PROBE_PATIENCE, supervise.LONGEST_PAUSE = {patience}, {pause}\n"
+            "from launch import main, supervise, timelimit\n"
+            f"supervise.LONGEST_PAUSE = {pause}\n"
             "supervise.min = lambda shorter, longest: longest\n"  # from the first one on
             "timelimit.COMPLETES_WITHIN = 0.5\n"
             "raise SystemExit(main.main())\n"
         )
-        return launch(*args, script=script, **{"PROBE_SECONDS": "0.1", **options})
+        probing = {"PROBE_SECONDS": "0.1", "PROBE_TIMEOUT": f"{patience}"}
+        return launch(*args, script=script, **{**probing, **options})
 
     return start
 
 
 def test_an_engine_that_hangs_behind_a_good_health_is_found(impatient: Launcher) -> None:
     started = impatient("m", TRTLLM_SIM_FAULT="stuck-engine:2")
-    words = r"local: the server is up but no longer serves: for \d+ s no request was answered"
+    words = r"local: the server is up but no longer serves: it is idle, and in \d+ s has not "
     assert re.match(words, error(started))
     assert "200 OK" in started.output and "READY" in started.output
     assert left() == set()
@@ -529,6 +531,42 @@ def test_a_server_with_a_long_queue_is_left_alone(impatient: Launcher) -> None:
     time.sleep(0.7)
     assert started.process.poll() is None, started.output
     assert started.stop() == 130
+
+
+@pytest.mark.minute
+def test_a_hung_engine_is_found_in_a_minute_and_a_busy_one_is_not_taken_for_one(
+    launch: Launcher,
+) -> None:
+    """With the patience that users have: only the first probe is not waited for.
+
+    Both at once. The busy one is at work on one answer for longer than that, behind which the
+    probe waits, and shows nothing of it meanwhile.
+    """
+    options = {"PROBE_SECONDS": "1", "TRTLLM_SIM_ITL_MS": "1000"}
+    hung = launch("m", **options, TRTLLM_SIM_FAULT="stuck-engine:2")
+    port = free_port()
+    busy = launch("m", "--port", f"{port}", "--max_batch_size", "1", **options)
+    busy.until("stop it with")
+    hung.until("stop it with")
+    body = {"model": "m", "prompt": "x", "max_tokens": 1000, "ignore_eos": True}
+    with client_of(port, body):
+        begun = time.monotonic()
+        assert hung.process.wait(2.5 * PATIENCE) == 1
+        words = r"local: the server is up but no longer serves: it is idle, and in \d\d+ s has not "
+        assert re.match(words, error(hung))
+        time.sleep(max(0.0, begun + 70 - time.monotonic()))
+        assert busy.process.poll() is None, busy.output
+        log = Path(f"logs/launch_local{busy.process.pid}.log").read_text()
+        assert '"WatchClients"' in log  # it was under suspicion
+    assert busy.stop() == 130
+
+
+def client_of(port: int, body: dict[str, Any]) -> socket.socket:
+    """A client that has asked and waits."""
+    client, text = socket.create_connection(("127.0.0.1", port)), json.dumps(body)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
+    return client
 
 
 def test_a_probe_that_hangs_does_not_delay_the_end(impatient: Launcher) -> None:

@@ -18,6 +18,7 @@ from launch.engines import trtllm
 from launch.findings import Node
 from launch.log import Log
 from launch.nodes import Place, Step
+from launch.order import Command
 from launch.spread import Spread
 from tests.conftest import ONE_NODE, Fakes, plan, wait_until
 
@@ -32,6 +33,10 @@ def test_the_codes_that_people_meet_have_a_meaning(code: int) -> None:
 # What its end means
 
 
+def unasked(every: float) -> Command:
+    raise NotImplementedError
+
+
 @pytest.fixture
 def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Server]]:
     os.environ.update(ready.environment())
@@ -42,7 +47,7 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         made = replace(made, place=place or made.place)
         url, log = "http://127.0.0.1:1", tmp_path / "x.log"
         nodes = [Node("n1"), Node("n2")]
-        launched.append(server.launch(made, made.replicas[0], nodes, url, log, 0))
+        launched.append(server.launch(made, made.replicas[0], nodes, url, log, (0, 0)))
         return launched[-1]
 
     yield run
@@ -127,7 +132,7 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
     made = replace(plan(), place=Place("77", 2, ("srun",)))
     spread = replace(made.replicas[0], spread=Spread(2, 8, "pmix"))
     url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]
-    asked, probe = health.Health(url, ["m"]), health.Probe(url, 0)
+    asked, probe = health.Health(url, ["m"]), health.Probe(url, 0, 0, unasked)
     running = server.Server(
         made, spread, nodes, url, step, log, asked, probe, time.monotonic(), rank0
     )

@@ -25,6 +25,7 @@ NODE = os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0
 LABEL = "tensorrt-llm-serve"
 TIMED_OUT, NOT_FOUND = 124, 127  # the exit codes that a shell would give
 STOPPED = 143
+ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has them
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
 ).split()
@@ -126,12 +127,17 @@ class Job:
 
 def listening(port: int) -> set[str]:
     """The sockets that listen on a port of this node, by their inodes."""
-    found = set()
-    pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:0000 0A ")
+    return {row[9] for row in sockets(port, LISTENING)}
+
+
+def sockets(port: int, state: str) -> list[list[str]]:
+    """The kernel's rows of a port of this node: [2] is the other end, [9] the socket's inode."""
+    found = []
+    pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]{{4}} {state} ")
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             lines = Path(table).read_text().splitlines()
-            found |= {line.split()[9] for line in lines if pattern.search(line)}
+            found += [line.split() for line in lines if pattern.search(line)]
     return found
 
 

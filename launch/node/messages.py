@@ -96,3 +96,10 @@ class Owner:
 
     own: bool
     why: str = ""
+
+
+@dataclass
+class Clients:
+    """The other ends of the connections to a port that are open."""
+
+    connections: list[str]

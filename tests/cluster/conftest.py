@@ -22,11 +22,13 @@ Launcher = Callable[..., Launch]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes milliseconds comes before what takes a cluster, of which there is one.
 
-    What measures comes last: by then the other processes of a `make check` have no more to do.
+    What waits for a minute is begun first: the other processes of a `make check` go on beside it.
+    What measures comes last: by then they have no more to do.
     """
     on_cluster = {item for item in items if Path(__file__).parent in item.path.parents}
     measures = {item for item in on_cluster if item.path.name == "test_bench.py"}
-    items.sort(key=lambda item: (item in on_cluster, item in measures))
+    asleep = {item for item in items if "minute" in item.keywords}
+    items.sort(key=lambda item: (item not in asleep, item in on_cluster, item in measures))
     for item in on_cluster:
         item.add_marker(pytest.mark.xdist_group("cluster"))
 
