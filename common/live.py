@@ -1,14 +1,39 @@
 """One line of a terminal that tells how far a run or a download is."""
 
+import contextlib
 import os
+import shutil
 import sys
 import time
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 
 def colour(text: str, code: str, stream: TextIO) -> str:
     plain = not stream.isatty() or bool(os.environ.get("NO_COLOR"))
     return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+class Live:
+    """The line of the terminal that is written over. Whoever else talks there clears it first."""
+
+    shown: ClassVar[bool] = False
+
+    @classmethod
+    def show(cls, words: str) -> None:
+        cls.shown = True
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be taken back
+        cls.write("\r\033[K" + (words if "\033" in words else words[:width]))
+
+    @classmethod
+    def clear(cls) -> None:
+        if cls.shown:
+            cls.shown = False
+            cls.write("\r\033[K")
+
+    @staticmethod
+    def write(words: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            print(words, end="", file=sys.stderr, flush=True)
 
 
 class LiveLine:
@@ -24,9 +49,7 @@ class LiveLine:
         left = f"{took / done * (self.total - done):.0f} s left" if done else "waiting"
         wrong = colour(f", {failed} failed", "31", sys.stderr) if failed else ""
         rate = f", {tokens / took:,.0f} tokens/s" if tokens and took else ""
-        words = f"{self.label}: {done}/{self.total}{wrong}{rate}, {left}"
-        print(f"\r\033[K{words}", end="", file=sys.stderr, flush=True)
+        Live.show(f"{self.label}: {done}/{self.total}{wrong}{rate}, {left}")
 
     def clear(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        Live.clear()

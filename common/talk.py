@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn
 
-from common.live import colour
+from common.live import Live, colour
 
 WIDTH = 120  # columns of a terminal that are used
 
@@ -79,6 +79,7 @@ def say(message: str, code: str = "") -> None:
     """
     line = f"[{time.strftime('%H:%M:%S')}] {visible(message)}"
     Record.keep(line)
+    Live.clear()
     try:
         print(colour(folded(line), code, sys.stderr) if code else folded(line), file=sys.stderr,
               flush=True)  # fmt: skip
@@ -124,7 +125,8 @@ def folded(line: str) -> str:
     if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
         return line
     wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrap(line, subsequent_indent=" " * 11))  # below the first word
+    folds = (wrap(each, subsequent_indent=" " * 11) for each in line.split("\n"))
+    return "\n".join("\n".join(fold) for fold in folds)  # below the first word
 
 
 def note(message: str) -> None:

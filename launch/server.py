@@ -11,6 +11,7 @@ from common.talk import Failure, die, say
 from launch import world
 from launch.findings import Node
 from launch.health import Health, Probe
+from launch.loading import Loading
 from launch.log import Log
 from launch.node.clients import WatchClients
 from launch.node.messages import Left
@@ -40,6 +41,7 @@ class Server:
     holders: world.Holders | None = None  # of a spread launch
     starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
     ready_at: float | None = None
+    loading: Loading = field(default_factory=Loading)
 
     @property
     def node(self) -> str:
@@ -70,6 +72,8 @@ class Server:
     def pump(self) -> bytes:
         """Show what is new in the logs, and note what it means."""
         new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
+        if new and not self.ready_at:
+            self.loading.read(new)
         if self.plan.engine.READY_WORDS in new:
             self.health.listening = True
             self.health.hurry.set()

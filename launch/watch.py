@@ -1,35 +1,61 @@
 """All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from common.talk import die, say
+from common.live import Live
+from common.talk import die, note, say, visible
 from launch.death import report_death
+from launch.log_lines import clean
 from launch.node.messages import Owner
 from launch.nodes import ask
 from launch.server import TICK, Server, die_of_a_node
 
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
+LIVE = 0.5  # the same where one line of the terminal is written over
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 
 
 def await_ready(servers: Sequence[Server], timeout: float) -> None:
     """Return when all answer; Failure when one ends first, or at the deadline."""
-    beat = HEARTBEAT
+    told = Told(servers[0])
     while not all(server.health.ready.is_set() for server in servers):
         tick(servers)
         for server in servers:
             die_if_strange(server)
             if server.age > timeout:
                 die_of_slowness(server, timeout)
-        if servers[0].age > beat:
-            beat += HEARTBEAT
-            last = servers[0].main_log.last_line[:80]
-            say(f"still loading after {servers[0].age:.0f} s; the log's last line: {last}")
+        told.now_and_then()
+    Live.clear()
     for server in servers:
         check_owner(server)
         check_end(server)  # then it was not ours that answered
+
+
+class Told:
+    """What the engine does while it loads: on one line of a terminal, else a line now and then."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.beat, self.blink = server, HEARTBEAT, 0.0
+        terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        self.live = terminal and not server.main_log.shown  # the log itself would be between
+
+    def now_and_then(self) -> None:
+        age = self.server.age
+        if self.live and age > self.blink:
+            self.blink = age + LIVE
+            Live.show(self.words(age))
+        if age > self.beat:
+            self.beat += HEARTBEAT
+            (note if self.live else say)(self.words(age))
+
+    def words(self, age: float) -> str:
+        if said := self.server.loading.said:
+            return f"{said}, {age:.0f} s"
+        last = visible(clean(self.server.main_log.last_line).text[:80]) or "(empty)"
+        return f"still loading after {age:.0f} s; the log's last line: {last}"
 
 
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:

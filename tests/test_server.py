@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +13,7 @@ from typing import cast
 
 import pytest
 
-from common.talk import Failure
+from common.talk import Failure, complain, say
 from launch import health, server, watch
 from launch.death import report_death
 from launch.engines import trtllm
@@ -164,12 +166,39 @@ def test_loading_is_told_now_and_then_and_has_a_deadline(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(watch, "HEARTBEAT", 0.1)
-    running = run_plan("bash", "-c", "echo Loading weights; sleep 100")
+    running = run_plan("bash", "-c", "echo Loading weightless things; sleep 100")
     wait_until(lambda: running.log.last_line or running.pump())
     running.started = time.monotonic()
-    with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weights"):
+    with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weight"):
         watch.await_ready([running], 0.6)
-    assert "still loading after 0 s; the log's last line: Loading weights" in capfd.readouterr().err
+    said = "still loading after 0 s; the log's last line: Loading weightless things"
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_the_engine_does_is_told_on_one_line_of_a_terminal_else_now_and_then(
+    run_plan: Callable[..., server.Server],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    terminal: bool,
+) -> None:
+    monkeypatch.setattr(watch, "HEARTBEAT", 10)
+    monkeypatch.setattr(watch, "LIVE", 0.1)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    running = run_plan("bash", "-c", "printf 'Loading weights:  11%%|# | 80/723 [0]'; sleep 100")
+    wait_until(lambda: running.log.last_line or running.pump())
+    running.started = time.monotonic() - 10.5
+    with pytest.raises(Failure, match="not ready within 11 s"):
+        watch.await_ready([running], 11)
+    say("and then")
+    said = capfd.readouterr().err
+    if terminal:
+        assert said.count("\r\x1b[Kloading weights 80 of 723, 1") > 1
+        assert "\n" not in said.rpartition("\r")[0]
+    assert re.search(r"\r\x1b\[K\[[\d:]+\] and then\n$", said) if terminal else True
+    lines = re.findall(r"^\[[\d:]+\] loading weights 80 of 723, 1\d s$", said, re.M)
+    assert len(lines) == (0 if terminal else 1)
 
 
 @pytest.mark.parametrize(("code", "passing"), [(1, True), (137, True), (2, False), (127, False)])
@@ -215,3 +244,13 @@ def test_the_log_shows_that_somebody_is_answered(
     running = run_plan("bash", "-c", f"echo '{line}'; sleep 100")
     wait_until(lambda: running.log.last_line or running.pump())
     assert (running.probe.traffic > 0) is seen
+
+
+def test_on_a_terminal_the_hint_begins_a_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    complain(Failure("word " * 40 + "end", "hint " * 40 + "end"))
+    lines = capfd.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 120 and len(lines) > 3
+    assert sum(line.startswith(f"{'':11}next: hint ") for line in lines) == 1
