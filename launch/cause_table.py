@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "engines/causes.yaml"
+SUPPOSED = re.compile(r"(?<=[.;:)]) If ")
 MARKS = ("<!-- causes: begin -->\n", "<!-- causes: end -->\n")
 
 
@@ -58,7 +59,8 @@ def plain(pattern: str) -> str:
 
 
 def known(text: str) -> Kind | None:
-    """The first row that fits."""
+    """The first row that fits what is said to have happened: `If ...` is said to be possible."""
+    text = SUPPOSED.split(text)[0]
     return next((each for each in table() if each.says.search(text)), None)
 
 

@@ -42,6 +42,7 @@ class Finding:
     weight: Weight
     kind: Kind | None = None
     warning: bool = False  # of NCCL
+    bare: bool = False  # an exception without a message
 
 
 # What is looked for
@@ -93,11 +94,16 @@ REPORTED = any_of(  # what stands before the error itself
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
     r".*terminated with exception: (?=\S)",
 )
+THAT_NOT_WHY = any_of(  # something failed, but not what of
+    r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
+    r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
+)
 NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
 OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
 RULE = re.compile(r"-{70,78}\s*\Z")
 REMARKS = any_of(r"By default, for Open MPI", "A process has executed", "No OpenFabrics")
 STARTS = any_of(r"TensorRT-LLM version: ", "vLLM API server version", r"server_args=ServerArgs")
+IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
 REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
@@ -152,6 +158,7 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
     elif ":" not in text:
         code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
+        return replace(judge(text, at, said), bare=True)
     return judge(text, at, said)
 
 
@@ -233,7 +240,9 @@ class Reader:
             new = outside(new, self.outside.pop(speaker))
         if speaker in self.linked and speaker in self.last:
             old = self.found[self.last[speaker]]
-            best = new if new.weight + bool(CLEANING.search(new.text)) <= old.weight else old
+            proves_less = old.bare and not old.kind
+            worse = new.weight + bool(CLEANING.search(new.text)) > old.weight + proves_less
+            best = old if worse else new
             self.found[self.last[speaker]] = replace(best, at=old.at)
         else:
             self.last[speaker] = len(self.found)
@@ -253,9 +262,15 @@ class Reader:
             yield replace(judge(text, at), weight=Weight.REMARK)
         elif FAMILIAR.match(text):
             yield judge(text, at, unknown=Weight.REPORT)
-        elif line.loud and text and not NO_ERROR.search(line.text):
+        elif line.loud and text and not (NO_ERROR.search(line.text) or self.only_reports(at)):
             new = judge(REPORTED.sub("", text, count=1), at, unknown=Weight.REMARK)
             yield replace(new, weight=max(new.weight, Weight.CRASH))
+
+    def only_reports(self, at: int) -> bool:
+        """It says that something failed, not why: that is in a traceback, here or elsewhere."""
+        line, *rest = self.lines[at : at + 2]
+        traced = rest and rest[0].speaker == line.speaker and rest[0].text.startswith("Traceback")
+        return bool(traced or THAT_NOT_WHY.match(line.text)) and not known(line.text)
 
 
 # Choosing
@@ -270,8 +285,12 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
         return find(lines[answered + again :])
     found = Reader(lines[answered:], serving=answered > 0).read()
     remarks_from = len(lines) - 15 if not answered else len(lines)
-    found = [f for f in found if f.weight <= Weight.ECHO
-             or (f.weight == Weight.REMARK and f.at >= remarks_from)]  # fmt: skip
+    ended = last(IN_ORDER, lines[answered:])  # then all others are ended, too
+    if not ended or last(STARTS, lines[answered + ended :]):
+        ended = len(lines)
+    from_there = {Weight.REMARK: range(remarks_from, len(lines)), Weight.ECHO: range(ended)}
+    found = [f for f in found if f.at in from_there.get(f.weight, range(len(lines)))
+             and f.weight < Weight.REPORT]  # fmt: skip
     if not found and answered > ready:  # a stream is answered with 200 before it fails
         found = [f for f in Reader(lines[ready:answered], True).read() if FATAL.search(f.text)]
         answered = ready
