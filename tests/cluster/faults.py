@@ -408,6 +408,18 @@ def await_loser(scene: Scene, launches: Sequence[Launch]) -> None:
     scene.launches.insert(0, loser)
 
 
+def keep_busy(scene: Scene) -> None:
+    """A client whose answer takes far longer than the probe behind it may in an idle server."""
+    body = {"model": "org/model", "prompt": "x", "max_tokens": 10_000, "ignore_eos": True}
+    url = f"{url_of(scene.launch)}/v1/completions"
+    script = f"from common.ask import ask; ask({url!r}, 1000, body={body})"
+    client = scene.cluster.ctl.popen(PYTHON, "-c", script, cwd=str(REPO))
+    wait_until(lambda: '"WatchClients": {' in scene.launch.output, "a probe that has to wait")
+    time.sleep(6)
+    client.kill()
+    client.wait()
+
+
 def set_clock(seconds: int) -> Callable[[Scene], None]:
     """The clock of the launcher and of its scripts on the nodes jumps; the kernel's does not."""
 
@@ -569,6 +581,15 @@ FAULTS: tuple[Fault, ...] = (
         Expect(("serving",), ("n1: the server is up but no longer serves: 3 requests for one token "
                               "in a row failed",), (1,), 15),),
         env={"TRTLLM_SIM_FAULT": "broken-engine:3", "PROBE_SECONDS": "1"}),
+    Fault("hung engine core", lambda _: None, (
+        Expect(("serving", "serving on 2 nodes"), ("n1: the server is up but no longer serves: it "
+               "is idle, and in ",), (1,), 20),),
+        env={"TRTLLM_SIM_FAULT": "stuck-engine:2", "PROBE_SECONDS": "1", "PROBE_TIMEOUT": "5"}),
+    Fault("queue longer than PROBE_TIMEOUT", keep_busy, (
+        Expect(("serving", "serving on 2 nodes"), ('"WatchClients": {',), (130,), 10,
+               serves=True),),
+        env={"TRTLLM_SIM_ITL_MS": "100", "PROBE_SECONDS": "1", "PROBE_TIMEOUT": "2"},
+        args=("--max_batch_size", "1"), ci=()),
     # What it writes.
     Fault("log flood of 100 MB/s", lambda _: time.sleep(3), (
         Expect(("engine loading", "serving"), (), (130,), 10, serves=True),),
@@ -666,10 +687,13 @@ def resume(cluster: Cluster) -> None:
 
 def check_serves(scene: Scene, launch: Launch) -> None:
     launch.until("READY")
-    url = launch.output.partition("READY after ")[2].split()[2]
-    host, _, port = url.removeprefix("http://").rpartition(":")
+    host, _, port = url_of(launch).removeprefix("http://").rpartition(":")
     smoke = (PYTHON, str(REPO / "test.py"), "-H", host, "-p", port)
     assert "8/8" in scene.cluster.ctl.run(*smoke, check=False).stdout, launch.output
+
+
+def url_of(launch: Launch) -> str:
+    return launch.output.partition("READY after ")[2].split()[2]
 
 
 def check_words(cell: Cell, output: str) -> None:
