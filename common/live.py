@@ -13,6 +13,13 @@ def colour(text: str, code: str, stream: TextIO) -> str:
     return text if plain else f"\033[{code}m{text}\033[0m"
 
 
+def at_terminal() -> bool:
+    """Somebody looks at all that we write. A stream that was closed before we began is None."""
+    with contextlib.suppress(AttributeError, ValueError):
+        return sys.stdout.isatty() and sys.stderr.isatty()
+    return False
+
+
 class Live:
     """The line of the terminal that is written over. Whoever else talks there clears it first."""
 

@@ -77,7 +77,7 @@ class Server:
         if self.plan.engine.READY_WORDS in new:
             self.health.listening = True
             self.health.hurry.set()
-        if self.plan.engine.ANSWER_WORDS.search(new):
+        if self.plan.engine.WORK_WORDS.search(new):
             self.probe.traffic = time.monotonic()
         return new
 

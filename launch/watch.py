@@ -1,11 +1,10 @@
 """All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from common.live import Live
+from common.live import Live, at_terminal
 from common.talk import die, note, say, visible
 from launch.death import report_death
 from launch.log_lines import clean
@@ -16,6 +15,7 @@ from launch.server import TICK, Server, die_of_a_node
 HEARTBEAT = 30.0  # seconds between two lines while the engine loads
 LIVE = 0.5  # the same where one line of the terminal is written over
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
+SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
 
 
 def await_ready(servers: Sequence[Server], timeout: float) -> None:
@@ -39,8 +39,7 @@ class Told:
 
     def __init__(self, server: Server) -> None:
         self.server, self.beat, self.blink = server, HEARTBEAT, 0.0
-        terminal = sys.stdout.isatty() and sys.stderr.isatty()
-        self.live = terminal and not server.main_log.shown  # the log itself would be between
+        self.live = at_terminal() and not server.main_log.shown  # the log would be between
 
     def now_and_then(self) -> None:
         age = self.server.age
@@ -97,9 +96,11 @@ def hold(servers: Sequence[Server]) -> NoReturn:
     while True:
         tick(servers)
         for server in servers:
-            if fault := server.health.fault() or server.probe.fault():
+            unwell = server.health.fault()
+            if fault := unwell or server.probe.fault():
                 words = f"{server.node}: the server is up but no longer serves: {fault}"
-                die(words, hint=f"{HANGS}; its log: {server.main_log.path}", passing=True)
+                hint = HANGS if unwell else f"{HANGS}{SLOW}"
+                die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
 
 
 def tick(servers: Sequence[Server]) -> None:

@@ -235,10 +235,12 @@ def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Serv
         ('INFO:     10.0.0.1:5 - "POST /v1/completions HTTP/1.1" 200 OK', True),
         ('INFO:     10.0.0.1:5 - "POST /v1/chat/completions HTTP/1.1" 200 OK', True),
         ('INFO:     10.0.0.1:5 - "POST /v1/completions HTTP/1.1" 400 Bad Request', False),
+        ("[I] iter = 7, rank = 0, timestamp = 1, num_scheduled_requests: 24, states = {}", True),
+        ("[I] iter = 7, rank = 0, timestamp = 1, num_scheduled_requests: 0, states = {}", False),
         ('INFO:     10.0.0.1:5 - "GET /health HTTP/1.1" 200 OK', False),
     ],
 )
-def test_the_log_shows_that_somebody_is_answered(
+def test_the_log_shows_that_the_engine_works(
     run_plan: Callable[..., server.Server], line: str, seen: bool
 ) -> None:
     running = run_plan("bash", "-c", f"echo '{line}'; sleep 100")

@@ -33,7 +33,7 @@ class Engine(Protocol):
     LEADER: str  # what a rank of several is started by
     LEADER_MARK: str  # and known by among the processes
     READY_WORDS: bytes  # the log, once it listens
-    ANSWER_WORDS: Pattern[bytes]  # the log, when it has answered somebody
+    WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
     MEANINGS: Mapping[int, str]  # of its exit codes
     FINAL: Collection[int]  # exit codes that another start would end with, too
 

@@ -17,7 +17,9 @@ PROGRAM = "trtllm-serve"
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
-ANSWER_WORDS = re.compile(rb'"POST /v1/[^"]*" 200')  # it has answered somebody
+WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
+    rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
+)
 MEANINGS: Mapping[int, str] = {
     0: "though nobody stopped it",
     2: "it refused its arguments",
