@@ -384,6 +384,16 @@ def test_an_empty_queue_of_statistics_is_waited_for(server: Server) -> None:
     assert server.get("/metrics").elapsed.total_seconds() >= 2
 
 
+def test_iterations_are_told_once_where_the_yaml_asks_for_them(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("enable_iter_perf_stats: true\n")
+    flags = ("--extra_llm_api_options", str(tmp_path / "c.yaml"))
+    with serving(tmp_path / "log", MODEL, *flags) as server:
+        server.complete()
+        told = server.get("/metrics").json()
+        assert told and {*told[0]} == {"numActiveRequests", "numQueuedRequests"}
+        assert server.get("/metrics").json() == []
+
+
 def test_a_client_library_notices_the_cut(server: Server) -> None:
     with pytest.raises((requests.exceptions.ChunkedEncodingError, IncompleteRead)):
         post(server, COMPLETIONS, {"top_k": -1, "stream": True})
