@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from launch.image import Image
 from launch.node.messages import Container, Facts
+from launch.slurm import Share
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Node:
     name: str
     facts: Facts = field(default_factory=Facts)
     containers: list[Container] = field(default_factory=list)
+    share: Share | None = None  # of its GPUs; None where Slurm does not hand them out
 
     @property
     def gpus(self) -> int:
-        """GPUs that we may use: those of the allocation, else all there are."""
-        allocated = [gpu for gpu in self.facts.allocated.split(",") if gpu]
-        return len(allocated) or self.facts.gpus
+        """GPUs that we may use: those of the job, without Slurm all there are."""
+        return self.share.count if self.share else self.facts.gpus
 
     def holds(self, image: Image) -> bool:
         return image.is_held(self.facts.image, self.facts.layers, self.facts.store)

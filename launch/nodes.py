@@ -8,6 +8,7 @@ does. However this process ends, SIGKILL included, the kernel closes that pipe.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -17,15 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
-from common.talk import die, note
+from common.talk import Failure, die, note
 from launch import slurm
+from launch.node.base import OVER
 from launch.order import Command, Told, parse
 
-# srun reads these from the environment of an allocation, and they bend a step that did not ask.
+# srun reads these from the environment of an allocation, or of a shell that was in another one
+# before, and they bend a step that did not ask.
 LEAKS = (
     "SLURM_CPU_BIND SLURM_CPUS_PER_TASK SLURM_DISTRIBUTION SLURM_HINT SLURM_TRES_PER_TASK "
-    "SLURM_HOSTFILE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_GPUS SLURM_GPUS_PER_TASK "
-    "SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE"
+    "SLURM_HOSTFILE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_NTASKS_PER_CORE "
+    "SLURM_NTASKS_PER_SOCKET SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK "
+    "SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_GPU_FREQ SLURM_GRES SLURM_STEP_GRES "
+    "SLURM_CPUS_PER_GPU SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE "
+    "SLURM_THREADS_PER_CORE SLURM_EXACT SLURM_EXCLUSIVE SLURM_TIMELIMIT SLURM_CONSTRAINT "
+    "SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE"
 ).split()
 APART: Any = {
     "_bg": True,
@@ -42,13 +49,20 @@ class Place:
     job: str
     size: int
     srun: tuple[str, ...]  # () without Slurm
+    allocation: slurm.Allocation = slurm.NONE
 
     @property
     def slurm(self) -> bool:
         return bool(self.srun)
 
-    def on(self, nodes: int, ranks: int = 1, mpi: str = "none", first: int = 0) -> list[str]:
-        """The prefix for `nodes` nodes from the `first` on, `ranks` tasks on each."""
+    def on(
+        self, nodes: int, ranks: int = 1, mpi: str = "none", first: int = 0, gres: str = "none"
+    ) -> list[str]:
+        """The prefix for `nodes` nodes from the `first` on, `ranks` tasks on each.
+
+        A step would be given GPUs in the way that its job asked for them, one of eight with
+        --gpus-per-task, or be refused. It needs none: its order says which are the job's.
+        """
         if not self.srun:
             return []
         return [
@@ -61,6 +75,7 @@ class Place:
             f"--ntasks-per-node={ranks}",
             f"--nodes={nodes}",
             f"--ntasks={nodes * ranks}",
+            *([f"--gres={gres}"] if self.allocation.shares else []),
             *([f"--relative={first}"] if nodes < self.size else []),
         ]
 
@@ -68,23 +83,50 @@ class Place:
     def every(self) -> list[str]:
         return self.on(self.size)
 
+    def gres(self, index: int) -> str:
+        """What a step on that node asks for to get all GPUs that the job has there."""
+        nodes, shares = self.allocation.nodes, self.allocation.shares
+        share = shares.get(nodes[index]) if index < len(nodes) else None
+        return (share and share.request) or "none"
+
     @property
     def head(self) -> list[str]:
         return self.on(1)
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """This machine, or the allocation that SLURM_JOB_ID names."""
+    """This machine, or the allocation that SLURM_JOB_ID names; what it is, only Slurm knows."""
     if not (job := environ.get("SLURM_JOB_ID")):
         return Place(f"local{os.getpid()}", 1, ())
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
         die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
-    nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
-    size = int(nodes) if nodes.isdecimal() else 1
+    allocation = ask_slurm(job)
     leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
     # --overlap: a step without it waits for the other steps to end.
     srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
-    return Place(job, size, srun)
+    return Place(job, len(allocation.nodes), srun, allocation)
+
+
+def ask_slurm(job: str) -> slurm.Allocation:
+    """The job's nodes and its GPUs on them. Failure where Slurm does not hold it."""
+    hint = "SLURM_JOB_ID has to name a running job (squeue), or to be unset"
+    try:
+        said = run(["scontrol", "show", "job", "-d", job], what=f"asking Slurm about job {job}")
+    except Failure as failure:
+        die(failure.message, hint=hint)
+    record = slurm.record_of(job, said)
+    state, nodes = slurm.value_in(record, "JobState"), slurm.value_in(record, "NodeList")
+    if state in (*OVER, "PENDING") or nodes in ("", "(null)"):
+        die(f"job {job} does not run: Slurm calls it {state or 'nothing'}", hint=hint)
+    known = run(["scontrol", "show", "node", "-o", nodes])
+    return slurm.allocation_of(record, known, functools.cache(expand))
+
+
+def expand(nodes: str) -> list[str]:
+    """n[1-2] as n1, n2."""
+    if not re.search(r"[\[,]", nodes):
+        return [nodes]
+    return run(["scontrol", "show", "hostnames", nodes]).split()
 
 
 def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str = "") -> str:

@@ -1,5 +1,6 @@
 """What every node has and lacks, asked of all of them at once, before anything heavy is started."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +14,7 @@ from launch.node.messages import Container, Facts
 from launch.nodes import Place, ask
 from launch.order import Command, Told
 from launch.runtimes import runtime
-from launch.slurm import by_node, squeue
+from launch.slurm import Share, by_node, squeue
 
 PATIENCE = 60.0  # seconds for all nodes together
 
@@ -26,6 +27,8 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
 def ask_nodes(wanted: Wanted, place: Place) -> list[Node]:
     """Ask every node; the head node comes first. Failure when one does not answer."""
     nodes = gather(ask(survey_command(wanted, place), "asking the nodes", PATIENCE))
+    for node in nodes:
+        node.share = place.allocation.shares.get(node.name)
     if len(nodes) < place.size:
         missing, names = place.size - len(nodes), ", ".join(node.name for node in nodes) or "none"
         hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"
@@ -61,11 +64,36 @@ def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
 def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
     if wanted.gpus == "none":
         return node.ok("gpus", "not asked for")
+    none = "GPUS=none is for an engine without GPUs"
+    if node.gpus and node.share:
+        return judge_share(node, node.share, wanted.gpus)
     if node.gpus or not is_head:
         return node.ok("gpus", str(node.gpus))
-    look = "see nvidia-smi there and the job's --gpus-per-node"
-    hint = f"{look}; GPUS=none is for an engine without GPUs"
-    return node.bad("gpus", "no GPU found", hint)
+    if node.share:
+        hint = f"ask for them, as in salloc --gpus-per-node={node.share.of}; {none}"
+        return node.bad("gpus", "the job has no GPU there", hint)
+    return node.bad("gpus", "no GPU found", f"see nvidia-smi there; {none}")
+
+
+def judge_share(node: Node, share: Share, asked: str) -> Finding:
+    """Slurm's numbers are Docker's where Slurm hands out what there is, and nothing else.
+
+    Slices of a GPU (MIG) are more than there are devices; GPUs not in Slurm's configuration, less.
+    """
+    ours, agree = share.ids.split(","), node.facts.gpus in (0, share.of)
+    hint = "name the job's in docker's words, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
+    if asked != "auto":
+        named = re.findall(r"[^,=\"]+", asked.partition("device=")[2].partition('"')[0])
+        theirs = [gpu for gpu in named if agree and gpu.isdecimal() and gpu not in ours]
+        if not share.is_whole and (theirs or not named):
+            text = f"GPUS={asked} takes GPUs that the job does not have: it has {share.ids}"
+            return node.bad("gpus", text, "GPUS=auto takes the job's")
+    elif not agree:
+        text = f"Slurm hands out {share.of} GPUs, but there are {node.facts.gpus} devices"
+        return node.bad("gpus", f"{text}: which ones are the job's cannot be told", hint)
+    elif len(ours) != share.count:
+        return node.bad("gpus", "Slurm does not say which GPUs are the job's", hint)
+    return node.ok("gpus", str(share.count))
 
 
 def judge_port(node: Node, port: int) -> Finding:

@@ -4,7 +4,8 @@ import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from launch.order import TOO_OLD
 
@@ -17,7 +18,82 @@ CANCEL_WORDS = {
     "NODE FAILURE": "has lost a node",
     "PREEMPTION": "was preempted",
 }
+# One of a list such as gpu:a100:2(IDX:0-1),gpu:1g.5gb:1(IDX:4): count, and which by their indices.
+GPUS = re.compile(r"(?:^|,)(gpu(?::[^:(),]+)??:(\d+))(?:\(([^)]*)\))?(?=,|$)")
 EXITED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: Exited with exit code (\d+)", re.M)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Of a node's GPUs, which Slurm hands out, the job's."""
+
+    of: int  # how many Slurm hands out there
+    count: int
+    ids: str  # 0,1,2; fewer than `count` where Slurm does not say which
+    request: str  # the same ones for a step: gpu:a100:2,gpu:h100:1
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count >= self.of
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What Slurm says of a job."""
+
+    name: str = ""  # what names it alone: 41_3, where 41 is all of an array and a task of it, too
+    batch: bool = False
+    restarts: int = 0
+    nodes: tuple[str, ...] = ()
+    shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out
+
+
+NONE = Allocation()
+
+
+def record_of(job: str, text: str) -> str:
+    """The job's own of the records that `scontrol show job` has of an array or of a het job."""
+    found = (each for each in re.split(r"\n\s*\n", text) if re.match(rf"\s*JobId={job}\s", each))
+    return next(found, "")
+
+
+def value_in(record: str, name: str) -> str:
+    """A field at the beginning of its line, where no job's name or comment can have put it."""
+    found = re.search(rf"^\s*{name}=(\S+)", record, re.M)
+    return found[1] if found else ""
+
+
+def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]]) -> Allocation:
+    """The allocation by the job's record and its nodes'; `expand` makes n1 and n2 of n[1-2]."""
+    array = re.match(r"\s*JobId=(\d+)(?: ArrayJobId=(\d+) ArrayTaskId=(\d+) )?", record)
+    flags = re.search(r"^\s*Requeue=\d+ Restarts=(\d+) BatchFlag=(\d)", record, re.M)
+    name = f"{array[2]}_{array[3]}" if array and array[3] else array[1] if array else ""
+    nodes = tuple(expand(value_in(record, "NodeList")))
+    given = re.findall(r"^\s*Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", record, re.M)
+    has = {node: gres for nodes, gres in given for node in expand(nodes)}
+    all_of = dict(re.findall(r"^NodeName=(\S+) .*? Gres=(\S+)", known, re.M))
+    shares = {node: share_of(has.get(node, ""), all_of.get(node, "")) for node in nodes}
+    managed = {node: share for node, share in shares.items() if share.of}
+    restarts, batch = (int(flags[1]), flags[2] == "1") if flags else (0, False)
+    return Allocation(name, batch, restarts, nodes, managed)
+
+
+def share_of(ours: str, every: str) -> Share:
+    """What a job has of a node's GPUs, both as Slurm writes a list of them."""
+    found = [each for each in GPUS.findall(ours) if each[1] != "0"]
+    of = sum(int(count) for _, count, _ in GPUS.findall(every))
+    count = sum(int(count) for _, count, _ in found)
+    named = (ids.removeprefix("IDX:") for _, _, ids in found if ids.startswith("IDX:"))
+    ids = [each for some in named for each in numbers(some)]
+    if not ids and count == of:
+        ids = list(range(of))
+    return Share(of, count, ",".join(map(str, sorted(ids))), ",".join(words for words, *_ in found))
+
+
+def numbers(text: str) -> list[int]:
+    """0-2,5 as 0, 1, 2, 5."""
+    ranges = (part.partition("-") for part in text.split(",") if part[:1].isdigit())
+    return [i for first, _, last in ranges for i in range(int(first), int(last or first) + 1)]
 
 
 def last_words(text: str, lines: int = 1) -> str:

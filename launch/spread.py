@@ -1,14 +1,12 @@
 """How a world of ranks lies over the nodes of a job, and what wires it up."""
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.settings import setting
 from common.talk import counted, die, say
-from launch.arguments import is_count
 from launch.engines import World
 from launch.findings import Node
 from launch.nodes import Place, run
@@ -104,19 +102,16 @@ def pick_mpi(offered: str) -> str:
     die(f"this Slurm has no PMIx plug-in {quoted(offered)}", hint=hint)
 
 
-def expect_spread(
-    world: World, place: Place, over_nodes: bool, environ: Mapping[str, str] = os.environ
-) -> Spread | None:
-    """The spread as the allocation's own variables suggest it, for --dry-run, which asks nobody."""
-    words = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
-    per_node = words.rpartition(":")[2]
+def expect_spread(world: World, place: Place, over_nodes: bool) -> Spread | None:
+    """The spread by what Slurm says of the job, for --dry-run, which asks no node."""
+    shares = place.allocation.shares
     if not place.slurm:
         return None
-    if not is_count(per_node):
+    if len(shares) < place.size:
         if world.size > 1:
             say("how many GPUs a node has is not known without asking: shown for one node")
         return None
-    gpus = [int(per_node)] * place.size
+    gpus = [share.count for share in shares.values()]
     if not is_spread(world, gpus, "each node", over_nodes):
         return None
     mpi = setting("MPI")

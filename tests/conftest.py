@@ -419,7 +419,8 @@ if args[:2] != ["--overlap", "--export=ALL"]:
     unknown()
 if not os.environ.get("SLURM_JOB_ID"):
     fail("srun: error: Unable to allocate resources", 64)
-for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_PER_TASK"):
+for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_PER_TASK",
+             "SLURM_GPUS_PER_NODE"):
     if leak in os.environ:
         fail(f"srun: {leak} bends this step", 64)
 words = iter(args[2:])
@@ -431,11 +432,16 @@ per_node, count, total = (
     int(flag(words, name)) for name in ("--ntasks-per-node", "--nodes", "--ntasks"))
 if total != per_node * count or count > len(faults["nodes"]):
     fail("srun: error: Unable to create step: More processors requested than permitted", 64)
+words = list(words)
+gres = words.pop(0) if words[0].startswith("--gres=") else ""
+words = iter(words)
 if count < len(faults["nodes"]):
     flag(words, "--relative=0")
 output, command = "", list(words)
 if mpi != "none":
-    flag(words := iter(command), "--distribution=block")
+    if next(words := iter(command), "") != "--overcommit":
+        fail("srun: error: Unable to create step: More processors requested than permitted", 64)
+    flag(words, "--distribution=block")
     flag(words, "--kill-on-bad-exit=1")
     flag(words, "--open-mode=append")
     output, command = flag(words, "--output"), list(words)
@@ -454,7 +460,7 @@ for rank in range(total):
     node = nodes[rank // per_node]
     if node not in faults.get("mute", []):
         there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(rank // per_node),
-                 "SLURM_STEP_GPUS": faults.get("gpus", "0,1,2,3,4,5,6,7")}
+                 "STEP_GRES": gres}
         if mpi != "none":
             there |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(total),
                       "PMIX_RANK": str(rank), "PMIX_SERVER_URI4": "pmix-server;tcp4://x"}
@@ -496,9 +502,23 @@ raise SystemExit(max(codes, default=0))
 """
 
 SCONTROL = r"""
+listed = ",".join(faults["nodes"])
 match args:
     case ["show", "job", job] if job == os.environ.get("SLURM_JOB_ID"):
         print(faults["job"])
+    case ["show", "job", "-d", "77"]:
+        gpus = faults.get("gpus", "0-7")
+        count = len(gpus.split(",")) if "-" not in gpus else 8
+        print(f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   NodeList={listed}\n"
+              "   Requeue=1 Restarts=0 BatchFlag=0 Reboot=0\n"
+              f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES=gpu:{count}(IDX:{gpus})\n")
+    case ["show", "job", "-d", job]:
+        fail("slurm_load_jobs error: Invalid job id specified")
+    case ["show", "node", "-o", nodes] if nodes == listed:
+        for name in faults["nodes"]:
+            print(f"NodeName={name} Arch=x86_64 Gres=gpu:8(S:0-1) State=MIXED ")
+    case ["show", "hostnames", nodes] if nodes == listed:
+        print("\n".join(faults["nodes"]))
     case ["show", "config"]:
         print(faults.get("config", "SlurmdParameters        = (null)\n"
                                    "SlurmdPort              = 6818\n"

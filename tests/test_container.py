@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from launch.order import Command, parse
 from launch.plan import Plan
 from launch.runtimes import docker, runtime
 from launch.runtimes.docker import docker_options, mount_flag, passed_on
+from launch.slurm import Allocation, Share
 from tests.conftest import HOSTILE, TAG, TOKEN, Fakes, Script, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -270,19 +272,28 @@ def test_the_cache_is_made_and_arguments_of_any_name_arrive(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "given", "flag"),
+    ("gpus", "ours", "flag"),
     [
         ("none", "0,1", None),
-        ("auto", "", "all"),
+        ("auto", None, "all"),
+        ("auto", "0,1,2,3,4,5,6,7", "all"),
+        ("auto", "2,5", '"device=2,5"'),
+        ("auto", "", None),  # a job that has none gets none
         ("all", "0", "all"),
-        ('"device=1,2"', "", '"device=1,2"'),
-        ("2", "", "2"),
+        ('"device=1,2"', None, '"device=1,2"'),
+        ("2", None, "2"),
     ],
 )
-def test_gpus_are_docker_words(
-    ready: Fakes, script: Callable[..., Script], gpus: str, given: str, flag: str | None
+def test_gpus_are_those_that_slurm_names_or_docker_words(
+    ready: Fakes, script: Callable[..., Script], gpus: str, ours: str | None, flag: str | None
 ) -> None:
-    assert hold(script, plan("true", gpus=gpus), SLURM_STEP_GPUS=given).code() == 0
+    """What a shell has left in the environment decides nothing."""
+    made, others = plan("true", gpus=gpus), Share(8, 1, "7", "gpu:1")
+    if ours is not None:
+        share = Share(8, len(ours.split(",")) if ours else 0, ours, "")
+        known = Allocation(nodes=("n9", "local"), shares={"n9": others, "local": share})
+        made = replace(made, place=replace(made.place, allocation=known))
+    assert hold(script, made, SLURM_STEP_GPUS="6,7", CUDA_VISIBLE_DEVICES="6").code() == 0
     [call] = ready.calls("docker", "run")
     assert (call[call.index("--gpus") + 1] if "--gpus" in call else None) == flag
 

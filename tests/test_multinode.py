@@ -125,6 +125,7 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
         "--nodes=2",
         "--ntasks=16",
         "--relative=0",
+        "--overcommit",
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",

@@ -26,7 +26,7 @@ from launch.identity import here, is_alive, launcher, process_start
 from launch.node.bare import Run
 from launch.node.images import Load
 from launch.node.messages import Error, Present, Waiting
-from launch.nodes import LEAKS, Step, find_place
+from launch.nodes import LEAKS, Place, Step, find_place
 from launch.order import Command, parse
 from launch.slurm import last_words
 from tests.conftest import HOSTILE, PATIENCE, Fakes, Script, wait_until
@@ -101,12 +101,21 @@ def test_without_slurm_commands_run_here() -> None:
     assert not find_place({"SLURM_JOB_ID": ""}).slurm
 
 
-@pytest.mark.parametrize(
-    ("environ", "size"),
-    [({}, 1), ({"SLURM_NNODES": "3"}, 3), ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "3"}, 2)],
-)
-def test_in_an_allocation_srun_is_the_prefix(environ: dict[str, str], size: int) -> None:
-    place = find_place({"SLURM_JOB_ID": "77", **environ})
+@pytest.fixture
+def job_of(fakes: Fakes) -> Callable[..., Place]:
+    """The place that a shell's environment leads to, in a job of so many nodes."""
+
+    def find(size: int, **environ: str) -> Place:
+        os.environ.update(fakes.environment())
+        fakes.set(nodes=[f"n{i + 1}" for i in range(size)])
+        return find_place({"SLURM_JOB_ID": "77", **environ})
+
+    return find
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_in_an_allocation_srun_is_the_prefix(job_of: Callable[..., Place], size: int) -> None:
+    place = job_of(size)
     assert (place.job, place.size, place.slurm) == ("77", size, True)
     flags = [
         "srun",
@@ -119,13 +128,15 @@ def test_in_an_allocation_srun_is_the_prefix(environ: dict[str, str], size: int)
         "--ntasks-per-node=1",
     ]
     first = ["--relative=0"] if size > 1 else []  # it is the only one otherwise
-    assert place.every == [*flags, f"--nodes={size}", f"--ntasks={size}"]
-    assert place.head == [*flags, "--nodes=1", "--ntasks=1", *first]
+    assert place.every == [*flags, f"--nodes={size}", f"--ntasks={size}", "--gres=none"]
+    assert place.head == [*flags, "--nodes=1", "--ntasks=1", "--gres=none", *first]
 
 
 @pytest.mark.parametrize(("nodes", "first"), [(1, True), (2, True), (3, False)])
-def test_a_step_of_ranks_lies_on_the_first_nodes(nodes: int, first: bool) -> None:
-    place = find_place({"SLURM_JOB_ID": "77", "SLURM_NNODES": "3"})
+def test_a_step_of_ranks_lies_on_the_first_nodes(
+    job_of: Callable[..., Place], nodes: int, first: bool
+) -> None:
+    place = job_of(3)
     assert place.on(nodes, 8, "pmix_v4") == [
         "srun",
         "--overlap",
@@ -137,23 +148,19 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(nodes: int, first: bool) -> Non
         "--ntasks-per-node=8",
         f"--nodes={nodes}",
         f"--ntasks={8 * nodes}",
+        "--gres=none",
         *(["--relative=0"] if first else []),
     ]
 
 
-def test_variables_that_bend_a_step_are_taken_from_srun_alone() -> None:
+def test_variables_that_bend_a_step_are_taken_from_srun_alone(job_of: Callable[..., Place]) -> None:
     assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES"} < {*LEAKS}
-    environ = {"SLURM_JOB_ID": "1", **dict.fromkeys(LEAKS, "x"), "SLURM_CPUS_ON_NODE": "8"}
-    for prefix in (find_place(environ).every, find_place(environ).head):
+    place = job_of(2, **dict.fromkeys(LEAKS, "x"), SLURM_CPUS_ON_NODE="8")
+    for prefix in (place.every, place.head):
         before = prefix[: prefix.index("srun")]
         assert before[0] == "env"
         assert set(before[1:]) == {"-u", *LEAKS}
-    assert find_place({"SLURM_JOB_ID": "1", "SLURM_HINT": "x"}).every[:4] == [
-        "env",
-        "-u",
-        "SLURM_HINT",
-        "srun",
-    ]
+    assert job_of(1, SLURM_HINT="x").every[:4] == ["env", "-u", "SLURM_HINT", "srun"]
 
 
 @pytest.mark.parametrize(

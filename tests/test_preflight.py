@@ -22,6 +22,7 @@ from launch.node.messages import Container, Facts
 from launch.nodes import Place
 from launch.order import parse
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
+from launch.slurm import Share
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -48,6 +49,10 @@ def told(text: str) -> list[Node]:
 
 def node(called: str = "n1", /, **changes: Any) -> Node:
     return Node(called, replace(GOOD, **changes))
+
+
+def share(ids: str, of: int = 8) -> Share:
+    return Share(of, len(ids.split(",")) if ids else 0, ids, "")
 
 
 def states(findings: list[Finding]) -> dict[str, tuple[str, str]]:
@@ -78,11 +83,41 @@ def test_talk_makes_no_node(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "allocated", "count"),
-    [(8, "", 8), (8, "0,1,2", 3), (0, "", 0), (8, "5", 1), (0, "0,1", 2)],
+    ("gpus", "share", "count"),
+    [(8, None, 8), (8, share("0,1,2"), 3), (0, None, 0), (0, share("0,1"), 2), (8, share(""), 0)],
 )
-def test_the_gpus_of_the_allocation_count(gpus: int, allocated: str, count: int) -> None:
-    assert node(gpus=gpus, allocated=allocated).gpus == count
+def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -> None:
+    assert replace(node(gpus=gpus), share=share).gpus == count
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "share", "state", "text"),
+    [
+        ("auto", 8, share("0,1"), "ok", "2"),
+        ("auto", 0, share("0,1"), "ok", "2"),  # a machine that shows no devices
+        ("auto", 8, share(""), "bad", "the job has no GPU there"),
+        ("none", 8, share(""), "ok", "not asked for"),
+        # Slices of GPUs, and GPUs that Slurm knows nothing of: its numbers are not Docker's.
+        ("auto", 1, share("0,1", of=7), "bad", "Slurm hands out 7 GPUs, but there are 1 devices"),
+        ("auto", 8, share("0,1", of=4), "bad", "Slurm hands out 4 GPUs, but there are 8 devices"),
+        ("auto", 8, Share(8, 2, "", "gpu:2"), "bad", "Slurm does not say which GPUs"),
+        ('"device=MIG-1,0:1"', 1, share("0,1", of=7), "ok", "2"),
+        ('"device=0,1"', 8, share("0,1"), "ok", "2"),
+        ('"device=GPU-abc"', 8, share("0,1"), "ok", "2"),
+        ('"device=1,2"', 8, share("0,1"), "bad", 'GPUS="device=1,2" takes GPUs that the job'),
+        ("device=2", 8, share("0,1"), "bad", "GPUS=device=2 takes GPUs that the job does not"),
+        ("all", 8, share("0,1"), "bad", "GPUS=all takes GPUs that the job does not have"),
+        ("all", 1, share("0,1", of=7), "bad", "GPUS=all takes GPUs that the job does not have"),
+        ("2", 8, share("0,1"), "bad", "GPUS=2 takes GPUs that the job does not have"),
+        ("all", 8, share("0,1,2,3,4,5,6,7"), "ok", "8"),
+    ],
+)
+def test_no_gpu_of_somebody_else_is_taken(
+    asked: str, there: int, share: Share, state: str, text: str
+) -> None:
+    found = judge([replace(node(gpus=there), share=share)], wanted(gpus=asked))
+    assert states(found)["gpus"][0] == state
+    assert states(found)["gpus"][1].startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -290,13 +325,13 @@ def test_a_node_tells_what_it_has(fakes: Fakes) -> None:
     fakes.hold_image(identity="sha256:c", layers=["sha256:1", "sha256:2"])
     fakes.leave_container("x", job="66", launcher="l:1:2", user="me")
     fakes.leave_container("strangers")
-    found = ask(fakes, wanted(), SLURM_STEP_GPUS="0,1", SLURM_NODEID="3")
+    found = ask(fakes, wanted(), SLURM_NODEID="3")
     facts = found.facts
     assert found.name == "local"
     assert (facts.image, facts.layers) == ("sha256:c", '["sha256:1","sha256:2"]')
     assert (facts.docker, facts.no_docker) == ("27.0.1", "")
     assert facts.addresses == ["127.0.0.1", "fe80::1"]
-    assert (facts.allocated, facts.rank) == ("0,1", 3)
+    assert facts.rank == 3
     assert facts.free > 0
     assert found.containers == [
         Container("er-strangers", "strangers", "", "", ""),

@@ -728,7 +728,7 @@ def test_dry_run_prints_every_command_and_runs_none(
     Path("a b.yaml").write_text("tensor_parallel_size: 2\n")
     done = launch("it's", "--config", "a b.yaml", "--dry-run", "--force", slurm=True)
     assert done.code() == 0, done.output
-    assert fakes.calls() == []
+    assert fakes.calls() == fakes.calls("scontrol", "show")
     assert not Path("logs").exists()
     assert max(map(len, done.output.splitlines())) <= 300
     shown = shown_orders(done.output)
@@ -744,7 +744,7 @@ def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
     assert done.code() == 0
     login = "cat <<'ORDER'; aws ecr get-login-password --region us-west-2; cat; } | "
     assert login in done.output
-    assert fakes.calls() == []
+    assert fakes.calls() == fakes.calls("scontrol", "show")
 
 
 ECR = "123456789012.dkr.ecr.us-west-2.amazonaws.com"
@@ -1271,9 +1271,10 @@ def test_check_tells_how_the_world_would_lie(fakes: Fakes, spread: Launcher) -> 
 
 
 def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Launcher) -> None:
-    done = launch(*WORLD, "--dry-run", slurm=True, SLURM_GPUS_ON_NODE="2", MPI="pmix_v4")
+    fakes.set(gpus="0,1")
+    done = launch(*WORLD, "--dry-run", slurm=True, MPI="pmix_v4")
     assert done.code() == 0, done.output
-    assert fakes.calls() == []
+    assert fakes.calls() == fakes.calls("scontrol", "show")  # what the job is, Slurm knows
     shown = shown_orders(done.output)
     assert f"mkdir --parents {Path.cwd()}/logs\n" in done.output
     holder, hold = shown["a container on every node, until its `sleep` is killed"]
@@ -1326,7 +1327,7 @@ def test_a_spooled_copy_goes_on_as_the_original(
     assert done.code() == 0, done.output
     [(_, order)] = [o for o in shown_orders(done.output).values() if "Serve" in o[1]]
     assert order["Serve"]["engine"][:2] == ["trtllm-serve", "it's"]
-    assert len(fakes.calls("scontrol")) == 1
+    assert len(fakes.calls("scontrol", "show", "job", "77")) == 1
 
 
 def test_a_spooled_copy_of_a_link_finds_the_original(

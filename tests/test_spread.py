@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launch.findings import Node
 from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.runtimes import runtime
+from launch.slurm import Allocation, Share
 from launch.spread import (
     Spread,
     check_logs,
@@ -44,6 +46,14 @@ def of(size: int) -> World:
 
 
 JOB = Place("77", 2, ("srun",))
+
+
+def has(*gpus: int) -> Place:
+    """A job that has so many GPUs of each of its nodes."""
+    shares = {f"n{i}": Share(8, count, "", "") for i, count in enumerate(gpus)}
+    return Place("77", len(gpus), ("srun",), Allocation(nodes=tuple(shares), shares=shares))
+
+
 DOCKER, BARE = (runtime(name).OVER_NODES for name in ("docker", "bare"))
 
 
@@ -105,7 +115,7 @@ def test_a_world_fills_the_first_nodes(
 
 def test_gpus_of_the_allocation_count_and_not_all_of_the_node() -> None:
     os.environ["MPI"] = "pmix"
-    nodes = [Node(f"n{i}", Facts(gpus=8, allocated="4,5")) for i in range(2)]
+    nodes = [Node(f"n{i}", Facts(gpus=8), share=Share(8, 2, "4,5", "gpu:2")) for i in range(2)]
     assert find_spread(of(4), nodes, DOCKER) == Spread(2, 2, "pmix")
     with pytest.raises(Failure, match="have only 4 GPUs"):
         find_spread(of(8), nodes, DOCKER)
@@ -168,8 +178,8 @@ def test_a_slurm_without_pmix_is_told_with_what_it_offers(offered: str) -> None:
 
 @pytest.mark.parametrize("asked", ["pmi2", "none", "openmpi"])
 def test_mpi_that_cannot_reach_into_a_container_is_refused(asked: str) -> None:
-    os.environ["MPI"], environ = asked, {"SLURM_GPUS_ON_NODE": "8"}
-    for refuses in (lambda: choose_mpi(asked), lambda: expect_spread(of(16), JOB, DOCKER, environ)):
+    os.environ["MPI"] = asked
+    for refuses in (lambda: choose_mpi(asked), lambda: expect_spread(of(16), has(8, 8), DOCKER)):
         with pytest.raises(Failure, match=f"^MPI={asked}: only PMIx reaches ranks in containers"):
             refuses()
 
@@ -193,33 +203,28 @@ def test_an_old_srun_lists_its_types_on_stderr(fakes: Fakes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "size", "nodes"),
+    ("place", "size", "nodes"),
     [
-        ({}, 16, None),
-        ({"SLURM_GPUS_ON_NODE": "8"}, 16, 2),
-        ({"SLURM_GPUS_ON_NODE": "8"}, 8, None),
-        ({"SLURM_GPUS_ON_NODE": "4"}, 8, 2),
-        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_GPUS_PER_NODE": "8"}, 8, 2),
-        ({"SLURM_GPUS_PER_NODE": "8"}, 16, 2),
-        ({"SLURM_GPUS_PER_NODE": "h100:8"}, 16, 2),
-        ({"SLURM_GPUS_PER_NODE": "gpu:h100:8"}, 16, 2),
-        ({"SLURM_GPUS_PER_NODE": "gpu"}, 16, None),
-        ({"SLURM_GPUS_ON_NODE": "0"}, 16, None),
-        ({"SLURM_GPUS_ON_NODE": "²"}, 16, None),
+        (JOB, 16, None),  # Slurm hands out no GPUs there
+        (has(8, 8), 16, 2),
+        (has(8, 8), 8, None),
+        (has(4, 4), 8, 2),
+        (has(8, 4), 8, None),
+        (replace(has(8), size=2), 16, None),  # of one node Slurm does not know
+        (Place("local1", 1, ()), 16, None),  # not in an allocation
     ],
 )
-def test_a_dry_run_expects_what_the_allocation_suggests(
-    environ: dict[str, str], size: int, nodes: int | None
+def test_a_dry_run_expects_what_slurm_says_of_the_job(
+    place: Place, size: int, nodes: int | None
 ) -> None:
     ranks = size // 2
-    assert expect_spread(of(size), JOB, DOCKER, environ) == (
+    os.environ["SLURM_GPUS_ON_NODE"] = "1"  # of whatever shell this was
+    assert expect_spread(of(size), place, DOCKER) == (
         Spread(nodes, ranks, "pmix") if nodes else None
     )
     os.environ["MPI"] = "pmix_v9"
-    found = expect_spread(of(size), JOB, DOCKER, environ)
+    found = expect_spread(of(size), place, DOCKER)
     assert (found.mpi if found else None) == ("pmix_v9" if nodes else None)
-    here = Place("local1", 1, ())
-    assert expect_spread(of(size), here, DOCKER, environ) is None  # not in an allocation
 
 
 @pytest.mark.parametrize(
@@ -235,12 +240,11 @@ def test_a_dry_run_refuses_what_a_launch_would(
     over_nodes: bool, gpus: str, size: int, words: str
 ) -> None:
     os.environ["GPUS"] = gpus
-    environ = {"SLURM_GPUS_ON_NODE": "8"}
     if not words:
-        assert expect_spread(of(size), JOB, over_nodes, environ) is None
+        assert expect_spread(of(size), has(8, 8), over_nodes) is None
         return
     with pytest.raises(Failure, match=words):
-        expect_spread(of(size), JOB, over_nodes, environ)
+        expect_spread(of(size), has(8, 8), over_nodes)
 
 
 def test_a_workspace_that_srun_cannot_name_is_refused() -> None:

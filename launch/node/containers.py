@@ -25,6 +25,7 @@ class Serve:
     job: str
     launcher: str  # by which our containers are known
     gpus: str  # auto, none, or docker's own words
+    shares: dict[str, str]  # the job's GPUs on nodes that it has not all of: {"n1": "0,1"}
     cache: str  # a directory to make first; '': none
     options: list[str]  # of docker run
     image: str
@@ -54,19 +55,20 @@ class Serve:
         set_interfaces()
         found = [*glob("/dev/infiniband/uverbs*"), *glob("/dev/gdrdrv")]
         devices = [word for path in found for word in ("--device", path)]
-        gpus = [] if self.gpus == "none" else ["--gpus", self.which_gpus()]
+        words = self.which_gpus()
+        gpus = ["--gpus", words] if words else []
         name = f"trtllm-{self.job}-{NODE}"
         run = ["docker", "run", "--name", name, *gpus, *devices, *options]
         return popen([*run, *self.options, *command])
 
     def which_gpus(self) -> str:
-        """The job's, where it has not all of the node's."""
+        """The job's, where it has not all of the node's; '' for none."""
         if self.gpus != "auto":
-            return self.gpus
-        step = os.environ.get("SLURM_STEP_GPUS", "")
-        present = len(glob("/dev/nvidia[0-9]*")) or 1
-        given = step.split(",") if step else []
-        return f'"device={step}"' if given and len(given) < present else "all"
+            return "" if self.gpus == "none" else self.gpus
+        ours = self.shares.get(NODE)
+        if ours is None:
+            return "all"
+        return f'"device={ours}"' if ours else ""
 
 
 def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[bytes]:

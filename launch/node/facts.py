@@ -34,7 +34,6 @@ class Survey:
             rank=int(os.environ.get("SLURM_NODEID", "0")),
             addresses=ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split(),
             gpus=count_gpus(),
-            allocated=os.environ.get("SLURM_STEP_GPUS", ""),
             efa=len(glob("/dev/infiniband/uverbs*")),
             gdrdrv=os.path.exists("/dev/gdrdrv"),
             taken=who_listens(self.port),

@@ -12,7 +12,6 @@ class Facts:
     rank: int = 0
     addresses: list[str] = field(default_factory=list)
     gpus: int = 0
-    allocated: str = ""  # the GPUs of our job, as Slurm lists them
     efa: int = 0
     gdrdrv: bool = False
     taken: str | None = None

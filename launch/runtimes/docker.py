@@ -42,6 +42,7 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     spread, engine = replica.spread, plan.engine
     prefix = [
         *plan.place.on(spread.nodes, spread.ranks, spread.mpi, replica.first),
+        "--overcommit",  # an allocation may have one CPU a node; containers do not heed it
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",
@@ -64,10 +65,12 @@ def ask_owner(plan: Plan, replica: Replica) -> Command:
 
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
+    shares = plan.place.allocation.shares
     return kind(
         job=plan.place.job,
         launcher=launcher(),
         gpus=replica.gpus,
+        shares={node: share.ids for node, share in shares.items() if not share.is_whole},
         cache=plan.cache,
         options=docker_options(plan, environ),
         image=plan.tag,

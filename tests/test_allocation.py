@@ -1,0 +1,161 @@
+"""What Slurm says of a job, whatever a shell's environment has left of another."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from common.talk import Failure
+from launch.nodes import expand, find_place
+from launch.plan import Replica
+from launch.runtimes import bare
+from launch.slurm import Share, allocation_of, record_of, share_of
+from tests.conftest import Fakes, plan
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+# `scontrol show job -d 41` of Slurm 22.05: 41 is the array and the last of its tasks. Names and
+# comments are the user's own, and may say anything.
+ARRAY = """\
+JobId=41 ArrayJobId=41 ArrayTaskId=3 JobName=x NumNodes=9 JobState=FAILED
+   UserId=root(0) GroupId=root(0) MCS_label=N/A
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=0:0
+   NodeList=n[1-2]
+   BatchHost=n1
+   NumNodes=2 NumCPUs=2 NumTasks=2 CPUs/Task=1 ReqB:S:C:T=0:0:*:*
+   JOB_GRES=gpu:10
+     Nodes=n1 CPU_IDs=0 Mem=0 GRES=gpu:8(IDX:0-7)
+     Nodes=n2 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0,5)
+   Comment=Nodes=n1 CPU_IDs=0 Mem=0 GRES=gpu:8(IDX:0-7) NodeList=n9
+
+JobId=43 ArrayJobId=41 ArrayTaskId=2 JobName=x
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=1 Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   NodeList=n7
+     Nodes=n7 CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:3)
+"""
+NODES = """\
+NodeName=n1 Arch=x86_64 CoresPerSocket=1 Gres=gpu:8 NodeAddr=n1 State=MIXED CfgTRES=cpu=16
+NodeName=n2 Arch=x86_64 CoresPerSocket=1 Gres=gpu:8(S:0-1) NodeAddr=n2 State=MIXED
+"""
+BARE_NODES = NODES.replace("Gres=gpu:8(S:0-1)", "Gres=(null)").replace("gpu:8", "shard:gpu:8")
+
+
+def two(nodes: str) -> list[str]:
+    return {"n[1-2]": ["n1", "n2"]}.get(nodes, [nodes])
+
+
+def test_of_an_array_a_task_is_named_alone_and_has_gpus_of_its_own() -> None:
+    third = allocation_of(record_of("41", ARRAY), NODES, two)
+    assert (third.name, third.batch, third.restarts) == ("41_3", True, 2)
+    assert third.nodes == ("n1", "n2")
+    assert third.shares == {
+        "n1": Share(8, 8, "0,1,2,3,4,5,6,7", "gpu:8"),
+        "n2": Share(8, 2, "0,5", "gpu:2"),
+    }
+    second = allocation_of(record_of("43", ARRAY), NODES.replace("n1", "n7"), two)
+    assert (second.name, second.shares) == ("41_2", {"n7": Share(8, 1, "3", "gpu:1")})
+    assert record_of("4", ARRAY) == ""
+
+
+def test_where_slurm_hands_out_no_gpus_there_are_no_shares() -> None:
+    assert allocation_of(record_of("41", ARRAY), BARE_NODES, two).shares == {}
+
+
+ALL = "0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize(
+    ("ours", "every", "share"),
+    [
+        ("gpu:8(IDX:0-7)", "gpu:8", Share(8, 8, ALL, "gpu:8")),
+        ("gpu:4(IDX:0,2-3,7)", "gpu:8(S:0-1)", Share(8, 4, "0,2,3,7", "gpu:4")),
+        ("", "gpu:8", Share(8, 0, "", "")),
+        ("(null)", "gpu:8", Share(8, 0, "", "")),
+        ("gpu:0(IDX:)", "gpu:8", Share(8, 0, "", "")),
+        (
+            "gpu:h100:2(IDX:2-3),gpu:a100:1(IDX:0)",
+            "gpu:a100:2(S:0),gpu:h100:2(S:1)",
+            Share(4, 3, "0,2,3", "gpu:h100:2,gpu:a100:1"),
+        ),
+        (
+            "gpu:a100:2(IDX:0-1),gpu:h100:0(IDX:)",
+            "gpu:a100:2,gpu:h100:2",
+            Share(4, 2, "0,1", "gpu:a100:2"),
+        ),
+        ("gpu:3090:2(IDX:6-7)", "gpu:3090:8", Share(8, 2, "6,7", "gpu:3090:2")),
+        ("gpu:1g.5gb:2(IDX:5-6)", "gpu:1g.5gb:7", Share(7, 2, "5,6", "gpu:1g.5gb:2")),
+        # A part of a GPU that others share is no GPU of the job's.
+        ("shard:h100:4(0/8,4/8),nic:1(IDX:0)", "gpu:h100:2,shard:h100:16", Share(2, 0, "", "")),
+        ("craynetwork:1,gpu:1(IDX:1)", "craynetwork:4,gpu:2", Share(2, 1, "1", "gpu:1")),
+        # Without File= in gres.conf Slurm counts, and names none.
+        ("gpu:2", "gpu:8", Share(8, 2, "", "gpu:2")),
+        ("gpu:2(CNT:2)", "gpu:8", Share(8, 2, "", "gpu:2")),
+        ("gpu:8(CNT:8)", "gpu:8", Share(8, 8, ALL, "gpu:8")),
+        ("gpu:1(IDX:0)", "(null)", Share(0, 1, "0", "gpu:1")),
+    ],
+)
+def test_gpus_are_read_however_they_were_asked_for(ours: str, every: str, share: Share) -> None:
+    assert share_of(ours, every) == share
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        {"SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_STEP_GPUS": "7"},
+        {"SLURM_JOB_NUM_NODES": "9", "SLURM_GPUS_PER_NODE": "1", "SLURM_NTASKS": "4"},
+    ],
+)
+def test_slurm_says_what_a_job_is_and_not_the_environment(
+    fakes: Fakes, left: dict[str, str]
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.set(gpus="0,5")
+    place = find_place({"SLURM_JOB_ID": "77", **left})
+    assert (place.job, place.size, place.allocation.name) == ("77", 2, "77")
+    assert place.allocation.shares["n2"] == Share(8, 2, "0,5", "gpu:2")
+    assert [word for word in place.every if "=" in word][-3:] == [
+        "--nodes=2", "--ntasks=2", "--gres=none"
+    ]  # fmt: skip
+    assert "SLURM_GPUS_PER_NODE" in place.every or "SLURM_GPUS_PER_NODE" not in left
+
+
+def test_without_a_container_the_step_is_given_the_jobs_gpus(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    fakes.set(gpus="0,5")
+    made = plan(runtime="bare")
+    for gpus, gres in (("auto", "--gres=gpu:2"), ("none", "--gres=none")):
+        replica = Replica(("trtllm-serve", "m"), 8000, gpus)
+        place = find_place({"SLURM_JOB_ID": "77"})
+        there = bare.serve(type(made)(**{**vars(made), "place": place}), replica, {})
+        assert gres in there.argv
+
+
+@pytest.mark.parametrize(
+    ("job", "state", "words"),
+    [
+        ("5", "", "asking Slurm about job 5 .* Invalid job id specified"),
+        ("77", "JobState=COMPLETED\n   NodeList=n1", "job 77 does not run: .* COMPLETED"),
+        ("77", "JobState=PENDING\n   NodeList=", "job 77 does not run: .* PENDING"),
+        ("77", "JobState=RUNNING\n   NodeList=(null)", "job 77 does not run"),
+    ],
+)
+def test_a_job_that_does_not_run_is_a_sentence(
+    fakes: Fakes, job: str, state: str, words: str
+) -> None:
+    os.environ.update(fakes.environment())
+    if state:
+        fakes.program("scontrol", f"print('JobId={job} JobName=x\\n   ' + {state!r})")
+    with pytest.raises(Failure, match=words) as failure:
+        find_place({"SLURM_JOB_ID": job})
+    assert "SLURM_JOB_ID" in failure.value.hint
+
+
+def test_a_list_of_nodes_is_slurms_to_expand(fakes: Fakes) -> None:
+    os.environ.update(fakes.environment())
+    assert expand("n1") == ["n1"]
+    assert expand("localhost,n2") == ["localhost", "n2"]
+    assert fakes.calls() == [["scontrol", "show", "hostnames", "localhost,n2"]]
