@@ -16,13 +16,15 @@ READY  := $(VENV)/.ready
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
-GIVEN += HOST RESTART PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG
+GIVEN += HOST RESTART PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
 endif
 # An exported PORT is the launcher's default, too: only `make test PORT=...` names a server by it.
 SERVER_PORT := $(if $(filter command,$(origin PORT)),$(if $(value PORT),--port "$$PORT"))
+# An exported JOB is anybody's.
+STOP_JOB := $(if $(filter command,$(origin JOB)),$(if $(value JOB),="$$JOB"))
 # An exported IMAGE is the server's; `make bench IMAGE=...` asks for NVIDIA's client in it.
 ifeq ($(origin IMAGE),command line)
 BENCH_IMAGE := $(value IMAGE)
@@ -74,8 +76,8 @@ serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= P
 	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
-stop: $(READY) ## Stop what was started from this workspace
-	$(PY) run_sbatch.py --stop
+stop: $(READY) ## Stop what was started from this workspace, or only one of it (JOB=)
+	$(PY) run_sbatch.py --stop$(STOP_JOB)
 
 .PHONY: status
 status: $(READY) ## Show what runs from this workspace

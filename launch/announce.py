@@ -49,7 +49,7 @@ def iso(when: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
 
 
-def say_how_to_use(endpoint: dict[str, object]) -> None:
+def say_how_to_use(endpoint: dict[str, object], how_to_stop: str) -> None:
     url, model = str(endpoint["url"]), str(endpoint["model"])
     body = json.dumps({"model": model, "prompt": "The capital of France is", "max_tokens": 20})
     host, _, port = url.removeprefix("http://").rpartition(":")
@@ -58,5 +58,4 @@ def say_how_to_use(endpoint: dict[str, object]) -> None:
     say(f"  curl {past_proxy}{url}/v1/completions {header} \\\n      -d {shlex.quote(body)}")
     say(f"  make test HOST={host} PORT={port}")
     say(f"  make bench HOST={host} PORT={port}")
-    job = str(endpoint["job"])
-    say("stop it with ^C, make stop" + (f" or scancel {job}" if job.isdecimal() else ""))
+    say(how_to_stop)

@@ -67,7 +67,9 @@ def parse(
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
     what.add_argument("--status", action="store_true", help="show what runs from this workspace")
-    what.add_argument("--stop", action="store_true", help="stop it")
+    what.add_argument(
+        "--stop", metavar="JOB", nargs="?", const="", help="stop it, or only what runs in JOB"
+    )
     what.add_argument("--logs", action="store_true", help="follow the newest log")
     what.add_argument(
         "--why",

@@ -1,5 +1,7 @@
 """Who a launcher is, and whether it still lives: host, boot, process and its start."""
 
+import functools
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -14,10 +16,20 @@ def process_start(pid: int) -> str:
         return ""
 
 
+@functools.cache
+def machine() -> str:
+    """This machine, whatever it is called: a hash of its id, which is not for all to see."""
+    try:
+        return hashlib.sha256(Path("/etc/machine-id").read_bytes()).hexdigest()[:12]
+    except OSError:
+        return ""
+
+
 def here() -> str:
-    """This host, this boot, this process table: where a process id means something."""
+    """This machine, this boot, this process table: where a process id means something."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    table = Path("/proc/self/ns/pid").stat().st_ino
+    return f"{socket.gethostname()}/{machine()}/{boot}/{table}"
 
 
 def launcher() -> str:
@@ -25,13 +37,19 @@ def launcher() -> str:
     return f"{here()}:{os.getpid()}:{process_start(os.getpid())}"
 
 
-def is_alive(who: str) -> bool | None:
-    """Whether the launcher of that name lives; None where only another host could tell."""
+def is_alive(who: str, job: str = "") -> bool | None:
+    """Whether a job's launcher of that name lives; None where only another host could tell.
+
+    Of a job of Slurm's another boot proves nothing: hosts may share a name, and an image with its
+    machine id. Slurm says whether that job has ended.
+    """
     where, _, rest = who.partition(":")
     pid, _, start = rest.partition(":")
-    (host, boot, *_), (our_host, our_boot, *_) = f"{where}//".split("/"), here().split("/")
-    if host == our_host and boot and boot != our_boot:
-        return False  # it lived before this host was booted
-    if where != here() or not pid.isdigit():
-        return None
-    return process_start(int(pid)) == start != ""
+    if where == here() and pid.isdigit():
+        return process_start(int(pid)) == start != ""
+    *same, boot, _ = here().split("/")
+    known = not job.isdigit() and machine()
+    theirs = where.split("/")
+    if known and len(theirs) == 4 and theirs[:2] == same and theirs[2] not in ("", boot):
+        return False  # it lived before this machine was booted
+    return None

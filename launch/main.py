@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     Record.verbose = args.verbose
-    if args.status or args.stop or args.logs or args.why is not None:
+    if args.status or args.logs or args.stop is not None or args.why is not None:
         return manage.act(args)
     place = find_place(os.environ)
     kind, served = runtime(args.runtime), engine(ENGINE)

@@ -6,15 +6,14 @@ import re
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from common.ask import ask
 from common.response import Malformed
 from common.talk import Failure, counted, die, say
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
-from launch.nodes import run
-from launch.records import living, records
+from launch.records import living, process_of, records, tell_to_stop
 
 HEALTH_TIMEOUT = 5.0
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
@@ -26,7 +25,7 @@ def act(args: argparse.Namespace) -> int:
         return follow_log(logs)
     if args.why is not None:
         return why(logs, args.why)
-    return stop(logs) if args.stop else status(logs)
+    return status(logs) if args.stop is None else stop(logs, args.stop)
 
 
 def status(logs: Path) -> int:
@@ -47,9 +46,10 @@ def health(url: str) -> str:
     return "ready" if code == 200 else f"unhealthy ({code})"
 
 
-def stop(logs: Path) -> int:
-    """Tell every launcher of this workspace to stop, and wait until it has cleaned up."""
-    found, told, refused = records(logs), [], []
+def stop(logs: Path, job: str = "") -> int:
+    """Tell every launcher of this workspace, or a job's, to stop; wait until it has cleaned up."""
+    found = [r for r in records(logs) if job in ("", r["job"], r.get("name"))]
+    told, refused = [], []
     for record in found:
         try:
             tell(record)
@@ -57,24 +57,30 @@ def stop(logs: Path) -> int:
         except Failure as failure:  # one that is somebody else's does not keep ours
             refused.append(failure.message)
     deadline = time.monotonic() + PATIENCE
-    while any(living(logs / f"run_{record['job']}.json") for record in told):
+    while left := [record for record in told if living(record["path"])]:
         if time.monotonic() > deadline:
-            in_slurm = any(record["job"].isdecimal() for record in told)
-            hint = "scancel the job" if in_slurm else ""
-            die(f"the launcher did not stop within {PATIENCE:g} s", hint=hint)
+            die_of_a_deaf_one(left[0])
         time.sleep(0.1)
-    say(f"stopped {counted(len(told), 'server')}" if found else f"nothing runs from {logs.parent}")
+    nothing = f"nothing {f'of job {job} ' if job else ''}runs from {logs.parent}"
+    say(f"stopped {counted(len(told), 'server')}" if found else nothing)
     if refused:
         die("; ".join(refused))
     return 0
 
 
-def tell(record: dict[str, Any]) -> None:
-    """SIGTERM to the launcher: directly where it lives here, else by Slurm to a batch job.
+def die_of_a_deaf_one(record: dict[str, Any]) -> NoReturn:
+    who, pid = process_of(record), record["launcher"].split(":")[1]
+    what = f"the launcher of {record['job']}, {who}, did not stop within {PATIENCE:g} s"
+    end = f"`kill -KILL {pid}` there ends it and all that it started"
+    die(what, hint=f"{end}; if it is gone, remove {record['path']}")
 
-    What others have written may name any process or job of ours: it must be their own.
+
+def tell(record: dict[str, Any]) -> None:
+    """SIGTERM to the launcher where it lives here, else a word in its record, which it reads.
+
+    What others have written may name any process of ours: it must be their own.
     """
-    where, pid, _ = record["launcher"].rsplit(":", 2)
+    pid = record["launcher"].split(":")[1]
     if os.geteuid() not in (record["owner"], 0):
         die(f"job {record['job']} belongs to another user; only they can stop it")
     if record["alive"]:
@@ -86,10 +92,14 @@ def tell(record: dict[str, Any]) -> None:
             pass  # it ended in this very moment
         except PermissionError:
             die(f"the launcher of {record['job']}, process {pid}, belongs to another user")
-    elif (job := record["job"]).isascii() and job.isdigit():
-        run(["scancel", "--batch", "--signal=TERM", str(record["job"])])
-    else:
-        die(f"the launcher runs on {where.partition('/')[0]}: stop it there")
+        return
+    try:
+        tell_to_stop(record["path"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = f"its record cannot be written ({getattr(error, 'strerror', error)})"
+        die(f"{process_of(record)}: {why}; stop it there")
 
 
 def follow_log(logs: Path) -> int:

@@ -137,7 +137,7 @@ def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str
     found = []
     for each in (each for node in nodes for each in node.containers):
         job_ended = each.job.isdigit() and jobs is not None and each.job not in jobs
-        alive = is_alive(each.launcher)
+        alive = is_alive(each.launcher, each.job)
         if each.user == user and alive is not True and (job_ended or alive is False):
             found.append(each.id)
     return found
@@ -164,7 +164,7 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
         jobs = None  # an answer without our own job is of another cluster, or not whole
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
-        hint = "stop that launch first (make stop), or use another allocation"
+        hint = f"stop that launch first (make stop JOB={place.job}), or use another allocation"
         die(f"container {name} is already running in this job", hint=hint)
     if gone:
         say(f"removing {counted(len(gone), 'container')} that an earlier launch left behind")

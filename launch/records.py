@@ -4,8 +4,10 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from launch.plan import Plan, user_name
 from launch.preflight import jobs_of
 
 GUARD = str(Path(__file__).with_name("guard.py"))
+LOOK_EVERY = 1.0  # seconds between two looks of a launcher at its record
 
 
 def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
@@ -23,8 +26,9 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
 
     Two launches of a job would have one log and one container name between them.
     """
-    record = {"job": plan.place.job, "launcher": launcher(), "url": url}
-    record |= {"model": plan.replicas[0].model, "log": str(log)}
+    job, restarts = plan.place.job, plan.place.allocation.restarts
+    record = {"job": job, "launcher": launcher(), "url": url, "restarts": restarts}
+    record |= {"model": plan.replicas[0].model, "log": str(log), "name": plan.place.allocation.name}
     mine = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         write_json(mine, record)
@@ -34,15 +38,79 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
     try:
         os.link(mine, path)  # unlike a rename it replaces nothing
     except FileExistsError:
-        if (other := read_record(path)) and other["alive"] and other["launcher"] != launcher():
-            where, pid, _ = other["launcher"].rsplit(":", 2)
-            who = f"process {pid} on {where.partition('/')[0]}"
-            what = f"another launch of job {plan.place.job} is under way in {path.parent}"
-            hint = "stop that one first (make stop), or use another allocation"
-            die(f"{what}: {who}", hint=hint)
+        if (other := read_record(path)) and may_be_under_way(other, restarts):
+            what = f"another launch of job {job} is under way in {path.parent}"
+            hint = f"stop that one first (make stop JOB={job}), or use another allocation"
+            gone = "" if other["alive"] else f"; if it is gone, remove {path}"
+            die(f"{what}: {process_of(other)}", hint=hint + gone)
         mine.replace(path)
     finally:
         mine.unlink(missing_ok=True)
+
+
+def may_be_under_way(other: dict[str, Any], restarts: int) -> bool:
+    """Whether another's record is of a launch that may live: not of what Slurm has requeued."""
+    mine, same = other["launcher"] == launcher(), other.get("restarts", restarts) == restarts
+    return not mine and other["alive"] is not False and (other["alive"] or same)
+
+
+def process_of(record: dict[str, Any]) -> str:
+    """The launcher, for people: `process 5 on login1`."""
+    where, pid, _ = record["launcher"].rsplit(":", 2)
+    return f"process {pid} on {where.partition('/')[0]}"
+
+
+class Keeper(threading.Thread):
+    """Beside a launch: hears a stop from another host, by a word in the launch's record.
+
+    And endpoint.json, which the last of several launches has written and takes along, names
+    another that serves.
+    """
+
+    def __init__(self, record: Path, endpoint: Path) -> None:
+        super().__init__(daemon=True)
+        self.record, self.endpoint = record, endpoint
+        self.announced: dict[str, object] | None = None  # what endpoint.json has to say
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(LOOK_EVERY):
+            with contextlib.suppress(OSError):
+                self.restore()
+            if is_told_to_stop(self.record):
+                os.kill(os.getpid(), signal.SIGTERM)
+                break
+
+    def restore(self) -> None:
+        announced = self.announced
+        if announced and not self.endpoint.exists():
+            write_json(self.endpoint, announced)
+            if self.announced is not announced:  # taken back in this very moment
+                remove_records(self.endpoint)
+
+    def take_back(self) -> None:
+        self.announced = None
+        remove_records(self.endpoint)
+
+    def end(self) -> None:
+        self.ended.set()
+        if self.is_alive():
+            self.join(2)  # a file system that hangs
+
+
+def tell_to_stop(path: Path) -> None:
+    """Written in place: the record stays its owner's."""
+    with path.open("r+") as file:
+        record = json.load(file)
+        file.seek(0)
+        file.write(json.dumps({**record, "stop": True}))
+        file.truncate()
+
+
+def is_told_to_stop(path: Path) -> bool:
+    record = read_record(path)
+    ours = record and record["launcher"] == launcher() and record["owner"] in (os.geteuid(), 0)
+    return bool(ours and record and record.get("stop"))
 
 
 @contextlib.contextmanager
@@ -78,7 +146,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         who = {key: str(record[key]) for key in ("job", "url", "model")}
         if record["launcher"].count(":") < 2:
             raise ValueError
-        owner, alive = path.stat().st_uid, is_alive(record["launcher"])
+        owner, alive = path.stat().st_uid, is_alive(record["launcher"], who["job"])
         return {**record, **who, "owner": owner, "alive": alive}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -102,7 +170,8 @@ def sweep(logs: Path) -> None:
 def records(logs: Path) -> list[dict[str, Any]]:
     """The launches that have a record, without those that are known to be gone."""
     sweep(logs)
-    return [record for path in sorted(logs.glob("run_*.json")) if (record := living(path))]
+    found = ((path, living(path)) for path in sorted(logs.glob("run_*.json")))
+    return [{**record, "path": path} for path, record in found if record]
 
 
 def living(path: Path) -> dict[str, Any] | None:

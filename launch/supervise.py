@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from common.settings import setting
 from common.signals import Stopped, postponed, turn_deaf
 from common.talk import Failure, counted, die, say
 from launch import records, server, watch
@@ -34,6 +37,7 @@ def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
     try:
         records.sweep(launch.logs)
         records.write_record(launch.record, plan, launch.url, launch.log)
+        launch.keeper.start()
         limit.begin()
         if runtime(plan.runtime).HAS_IMAGE:
             put_image()
@@ -52,6 +56,7 @@ def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
         turn_deaf()
         limit.end()
         launch.clean_up()
+        launch.keeper.end()
         records.remove_records(launch.record)
 
 
@@ -83,6 +88,21 @@ class Launch:
     def endpoint(self) -> Path:
         return self.logs / "endpoint.json"
 
+    @property
+    def how_to_stop(self) -> str:
+        """What ends this launch and nothing else: scancel would end a user's whole allocation."""
+        place, called = self.plan.place, self.args.called_workspace
+        usual = called == (setting("WORKSPACE") or ".")
+        where = "" if usual else f" WORKSPACE={shlex.quote(str(self.args.workspace))}"
+        if place.allocation.batch:
+            other = f"scancel {place.allocation.name}"
+            return f"stop it with make stop{where} JOB={place.job} or {other}"
+        return f"stop it with ^C or make stop{where} JOB={place.job}"
+
+    @functools.cached_property
+    def keeper(self) -> records.Keeper:
+        return records.Keeper(self.record, self.endpoint)
+
     def attempt(self) -> NoReturn:
         """Start the servers and hold them: ends only with a Failure, or by a signal."""
         probing = self.args.probe_seconds, self.args.probe_timeout
@@ -91,7 +111,8 @@ class Launch:
             self.running.append(started)
         watch.await_ready(self.running, self.args.ready_timeout)
         for running in self.running:
-            say_how_to_use(announce(running, self.nodes, self.endpoint))
+            self.keeper.announced = announce(running, self.nodes, self.endpoint)
+            say_how_to_use(self.keeper.announced, self.how_to_stop)
             running.main_log.show(self.plan.engine.READY_WORDS)
         watch.hold(self.running)
 
@@ -123,7 +144,7 @@ class Launch:
 
     def clean_up(self) -> None:
         """No server, no container of it, and no word of an endpoint is left."""
-        records.remove_records(self.endpoint)
+        self.keeper.take_back()
         running, self.running = self.running, []
         for each in running:
             server.stop(each)

@@ -10,20 +10,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.talk import Failure
+from common.talk import Failure, write_json
 from launch import manage, records
 from launch.identity import here, launcher, process_start
-from tests.conftest import PATIENCE, Fakes, plan
+from launch.nodes import Place
+from launch.slurm import Allocation
+from tests.conftest import PATIENCE, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 DEAD = f"{here()}:999999999:1"
-ELSEWHERE = "login1/boot/1:5:6"
+ELSEWHERE = "login1/id/boot/1:5:6"
 URL = "http://127.0.0.1:1"
 
 
@@ -34,7 +37,7 @@ def logs(tmp_path: Path) -> Path:
     return path
 
 
-def record(logs: Path, name: str, who: str, **changes: Any) -> Path:
+def record(logs: Path, name: str, who: str, /, **changes: Any) -> Path:
     path = logs / f"run_{name}.json"
     data = {"job": name, "launcher": who, "url": URL, "model": "m", "log": "l", **changes}
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
@@ -72,6 +75,8 @@ def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
         "url": URL,
         "model": "it's",
         "log": str(logs / "x.log"),
+        "restarts": 0,
+        "name": "",
         "owner": os.geteuid(),
         "alive": True,
     }
@@ -88,6 +93,18 @@ def test_of_two_launches_of_a_job_the_second_is_refused(
         records.write_record(path, plan(), URL, logs / "x.log")
     assert path.read_text() == before
     assert list(logs.iterdir()) == [path]
+
+
+def test_nor_may_a_job_be_served_from_two_hosts(logs: Path) -> None:
+    """Only the other host could tell whether that launch lives; a requeued job is another."""
+    path = record(logs, "77", ELSEWHERE, restarts=0)
+    made = replace(plan(), place=Place("77", 1, ("srun",)))
+    with pytest.raises(Failure, match=r"of job 77 .* process 5 on login1") as failure:
+        records.write_record(path, made, URL, logs / "x.log")
+    assert "make stop JOB=77" in failure.value.hint and str(path) in failure.value.hint
+    requeued = replace(made, place=Place("77", 1, ("srun",), Allocation(restarts=1)))
+    records.write_record(path, requeued, URL, logs / "x.log")
+    assert json.loads(path.read_text())["launcher"] == launcher()
 
 
 def test_logs_that_cannot_be_written_to_are_told(tmp_path: Path) -> None:
@@ -223,7 +240,7 @@ def test_a_record_of_somebody_else_stops_nothing_of_ours(
     if os.geteuid():
         pytest.skip("only root can give a file away")
     told: list[object] = []
-    monkeypatch.setattr(manage, "run", told.append)
+    monkeypatch.setattr(manage, "tell_to_stop", told.append)
     named = record(logs, "local5", name_of(child))
     os.chown(named, 12345, -1)
     if not we_are_root:
@@ -232,7 +249,7 @@ def test_a_record_of_somebody_else_stops_nothing_of_ours(
         manage.stop(logs)
     named.unlink()
     if not we_are_root:
-        os.chown(record(logs, "7", "elsewhere/boot/1:5:6"), 12345, -1)
+        os.chown(record(logs, "7", "elsewhere/id/boot/1:5:6"), 12345, -1)
         with pytest.raises(Failure, match="belongs to another user"):
             manage.stop(logs)
     assert child.poll() is None and told == []
@@ -285,29 +302,117 @@ def test_somebody_elses_launcher_is_named(
             manage.stop(logs)
 
 
-def test_a_job_elsewhere_is_told_by_slurm(
-    logs: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Those that would be sent."""
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
+    monkeypatch.setattr(records, "LOOK_EVERY", 0.01)
+    return sent
+
+
+@pytest.mark.parametrize("job", ["77", "41_3"])
+def test_a_launcher_elsewhere_finds_the_word_in_its_record(
+    logs: Path, signals: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, job: str
 ) -> None:
-    os.environ.update(fakes.environment())
-    path = record(logs, "77", ELSEWHERE)
+    """It stops the one that is meant: not the other tasks of its array, not the other launch."""
+    path = record(logs, "77", ELSEWHERE, name="41_3")
+    other = record(logs, "78", ELSEWHERE, name="41_2")
+    before = path.stat()
     monkeypatch.setattr(manage, "PATIENCE", 0.2)
-    with pytest.raises(Failure, match=r"the launcher did not stop within 0\.2 s"):
-        manage.stop(logs)
-    assert fakes.calls("scancel") == [["scancel", "--batch", "--signal=TERM", "77"]]
+    with pytest.raises(Failure, match=r"of 77, process 5 on login1, did not stop") as failure:
+        manage.stop(logs, job)
+    assert "`kill -KILL 5`" in failure.value.hint and "scancel" not in failure.value.hint
+    assert (path.stat().st_ino, path.stat().st_uid) == (before.st_ino, before.st_uid)
+    assert "stop" not in other.read_text()
+    monkeypatch.setattr(records, "launcher", lambda: ELSEWHERE)
+    assert records.is_told_to_stop(path) and not records.is_told_to_stop(other)
+    keeper = records.Keeper(path, logs / "endpoint.json")
+    keeper.start()
+    keeper.join(PATIENCE)
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"stop": true}'])
+def test_half_a_word_stops_nobody(logs: Path, text: str) -> None:
+    path = logs / "run_77.json"
+    path.write_text(text)
+    assert not records.is_told_to_stop(path)
+    path.unlink()
+    assert not records.is_told_to_stop(path)
+
+
+def test_somebody_elses_word_stops_nobody(logs: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    path = record(logs, "77", launcher(), stop=True)
+    assert records.is_told_to_stop(path)
+    os.chown(path, 12345, -1)
+    assert not records.is_told_to_stop(path)
+
+
+def test_what_is_not_there_to_be_stopped_is_said(
+    logs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = record(logs, "local5", launcher())
+    assert manage.stop(logs, "local6") == 0
+    assert f"nothing of job local6 runs from {logs.parent}" in capfd.readouterr().err
     assert path.exists()
 
 
-def test_a_local_launcher_elsewhere_has_to_be_stopped_there(logs: Path) -> None:
+def test_a_record_that_cannot_be_written_leads_to_its_host(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
     record(logs, "local5", ELSEWHERE)
-    with pytest.raises(Failure, match="runs on login1: stop it there"):
+    monkeypatch.setattr(manage, "tell_to_stop", refuse)
+    words = (
+        r"^process 5 on login1: its record cannot be written \(Permission denied\); stop it there"
+    )
+    with pytest.raises(Failure, match=words):
         manage.stop(logs)
 
 
-@pytest.mark.parametrize("job", ["77; rm -rf /", "--help", "-1", "²"])
-def test_only_a_number_is_a_job(logs: Path, job: str) -> None:
-    record(logs, "x", ELSEWHERE, job=job)
-    with pytest.raises(Failure, match="stop it there"):
-        manage.stop(logs)
+def test_endpoint_json_names_a_launch_for_as_long_as_it_serves(
+    logs: Path, signals: list[tuple[int, int]]
+) -> None:
+    """Whichever of two has written it last and takes it along."""
+    path, word = (
+        logs / "endpoint.json",
+        {"launcher": launcher(), "job": "1", "url": "", "model": ""},
+    )
+    keeper = records.Keeper(record(logs, "1", launcher()), path)
+    keeper.start()
+    keeper.announced = dict(word)
+    wait_until(path.exists)
+    path.write_text("another's")
+    path.unlink()
+    wait_until(path.exists)
+    assert json.loads(path.read_text()) == word
+    keeper.take_back()
+    keeper.end()
+    assert not keeper.is_alive() and not path.exists() and signals == []
+
+
+def test_a_word_taken_back_while_it_is_written_does_not_stay(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, word = (
+        logs / "endpoint.json",
+        {"launcher": launcher(), "job": "1", "url": "", "model": ""},
+    )
+    keeper = records.Keeper(record(logs, "1", launcher()), path)
+    keeper.announced = dict(word)
+
+    def late(where: Path, what: object) -> None:
+        keeper.take_back()
+        write_json(where, what)
+
+    monkeypatch.setattr(records, "write_json", late)
+    keeper.restore()
+    assert not path.exists()
 
 
 def test_the_newest_log_is_followed(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +421,7 @@ def test_the_newest_log_is_followed(logs: Path, monkeypatch: pytest.MonkeyPatch)
         os.utime(logs / name, (1e9 - age, 1e9 - age))
     called: list[list[str]] = []
     monkeypatch.setattr(os, "execvp", lambda _, argv: called.append(argv))
-    manage.act(argparse.Namespace(workspace=logs.parent, logs=True, stop=False))
+    manage.act(argparse.Namespace(workspace=logs.parent, logs=True, stop=None))
     assert called == [["tail", "-n", "100", "-F", str(logs / "trtllm_server_2.log")]]
 
 

@@ -21,7 +21,7 @@ import pytest
 from common import talk
 from common.settings import SETTINGS, load_env_files, setting
 from common.talk import Failure
-from launch import nodes
+from launch import identity, nodes
 from launch.identity import here, is_alive, launcher, process_start
 from launch.node.bare import Run
 from launch.node.images import Load
@@ -300,6 +300,25 @@ def test_this_process_is_its_own_living_launcher() -> None:
 )
 def test_nobody_is_called_dead_on_thin_evidence(who: str) -> None:
     assert is_alive(who.replace("HERE", here())) is None
+
+
+@pytest.mark.parametrize(
+    ("job", "ours", "theirs", "alive"),
+    [
+        ("local5", "id-1", "id-1", False),  # this machine has been booted since
+        ("local5", "id-1", "id-2", None),  # another machine of the same name
+        ("local5", "", "", None),
+        ("66", "id-1", "id-1", None),  # Slurm knows; an image may have been installed twice
+    ],
+)
+def test_another_boot_under_our_name_proves_only_so_much(
+    monkeypatch: pytest.MonkeyPatch, job: str, ours: str, theirs: str, alive: bool | None
+) -> None:
+    monkeypatch.setattr(identity, "machine", lambda: theirs)
+    host, machine, _, table = here().split("/")
+    assert machine == theirs
+    monkeypatch.setattr(identity, "machine", lambda: ours)
+    assert is_alive(f"{host}/{theirs}/another-boot/{table}:5:6", job) is alive
 
 
 @dataclass

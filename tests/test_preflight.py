@@ -244,6 +244,7 @@ def test_an_image_is_brought_where_one_node_lacks_it(
 
 
 DEAD = f"{here()}:999999999:1"
+BEFORE = "/".join([*here().split("/")[:2], "another-boot", "1:5:6"])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,11 @@ DEAD = f"{here()}:999999999:1"
         ("local5", DEAD, "me", None, True),
         ("local5", DEAD, "other", None, False),
         ("66", DEAD, "me", {"66"}, True),
+        # Another boot: of this machine, or of another that is called the same.
+        ("local5", BEFORE, "me", None, True),
+        ("66", BEFORE, "me", {"66"}, False),
+        ("66", BEFORE, "me", None, False),
+        ("66", BEFORE, "me", {"77"}, True),
         ("local5", "LAUNCHER", "me", set(), False),
         ("local5", "elsewhere/b/1:1:1", "me", set(), False),
         ("", "", "me", set(), False),

@@ -178,7 +178,7 @@ def test_the_curl_line_passes_by_a_proxy(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy:1")
-    announce.say_how_to_use({"url": "http://h:1", "model": "m", "job": "5"})
+    announce.say_how_to_use({"url": "http://h:1", "model": "m"}, "^C")
     assert "  curl --noproxy '*' http://h:1/v1/completions " in capfd.readouterr().err
 
 
@@ -188,7 +188,7 @@ def test_the_curl_line_can_be_pasted(
 ) -> None:
     for name in announce.PROXIES:
         monkeypatch.delenv(name, raising=False)
-    announce.say_how_to_use({"url": "http://h:1", "model": model, "job": "77"})
+    announce.say_how_to_use({"url": "http://h:1", "model": model}, "^C")
     line = next(s for s in capfd.readouterr().err.split("\n[") if " curl " in s)
     words = shlex.split(line.partition("] ")[2].replace("\\\n", " "))
     assert words[:2] == ["curl", "http://h:1/v1/completions"]
@@ -337,7 +337,7 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     fakes: Fakes, launch: Launcher, tarball: str
 ) -> None:
     started = launch("org/m", "--tp_size", "8", slurm=True, SLURM_HINT="x", SLURM_CPU_BIND="x")
-    started.until("stop it with ^C, make stop or scancel 77")
+    started.until("stop it with ^C or make stop JOB=77\n")
     assert fakes.images("localhost")[TAG] == fakes.images("n2")[TAG] == tarball
     endpoint = json.loads(Path("logs/endpoint.json").read_text())
     assert endpoint["nodes"] == ["localhost", "n2"]
@@ -1108,7 +1108,7 @@ def spread(fakes: Fakes, launch: Launcher) -> Iterator[Launcher]:
 
 def test_a_world_of_two_nodes_serves_until_interrupted(fakes: Fakes, spread: Launcher) -> None:
     started = spread()
-    started.until("stop it with ^C, make stop or scancel 77")
+    started.until("stop it with ^C or make stop JOB=77\n")
     assert (
         "world size 4 (tp 2 x pp 2 x cp 1): 2 ranks on each of localhost, 127.0.0.2 (--mpi=pmix); "
         "localhost serves" in started.output
