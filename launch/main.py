@@ -67,7 +67,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
     url = url_of(nodes[0], place, serve_args)
-    plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES), args)
+    plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES, place.clean), args)
     say(f"{shape}: {describe(plan.replicas[0].spread, world, nodes)}")
     if args.check:
         return 0

@@ -23,17 +23,9 @@ from launch import slurm
 from launch.node.base import OVER
 from launch.order import Command, Told, parse
 
-# srun reads these from the environment of an allocation, or of a shell that was in another one
-# before, and they bend a step that did not ask.
-LEAKS = (
-    "SLURM_CPU_BIND SLURM_CPUS_PER_TASK SLURM_DISTRIBUTION SLURM_HINT SLURM_TRES_PER_TASK "
-    "SLURM_HOSTFILE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_TRES SLURM_NTASKS_PER_CORE "
-    "SLURM_NTASKS_PER_SOCKET SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK "
-    "SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_GPU_FREQ SLURM_GRES SLURM_STEP_GRES "
-    "SLURM_CPUS_PER_GPU SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE "
-    "SLURM_THREADS_PER_CORE SLURM_EXACT SLURM_EXCLUSIVE SLURM_TIMELIMIT SLURM_CONSTRAINT "
-    "SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE"
-).split()
+# srun reads most of Slurm's variables, and they bend a step that did not ask: those of the
+# allocation, and what a shell has left of another job. Only these are what they seem.
+KEPT = re.compile("SLURM_(CONF|JOB_?ID|JOB_NAME|SUBMIT_.*|.*CLUSTER.*|DEBUG.*|NETWORK|PMIX.*)$")
 APART: Any = {
     "_bg": True,
     "_bg_exc": False,
@@ -55,13 +47,18 @@ class Place:
     def slurm(self) -> bool:
         return bool(self.srun)
 
+    @property
+    def clean(self) -> Sequence[str]:
+        """What comes before srun, so that Slurm's variables do not bend it."""
+        return self.srun[: self.srun.index("srun")] if self.srun else ()
+
     def on(
-        self, nodes: int, ranks: int = 1, mpi: str = "none", first: int = 0, gres: str = "none"
+        self, nodes: int, ranks: int = 1, mpi: str = "none", first: int = 0, gpus: int = 0
     ) -> list[str]:
         """The prefix for `nodes` nodes from the `first` on, `ranks` tasks on each.
 
-        A step would be given GPUs in the way that its job asked for them, one of eight with
-        --gpus-per-task, or be refused. It needs none: its order says which are the job's.
+        By itself a step is given GPUs in the way that its job asked for them, one of eight with
+        --gpus-per-task, or is refused. Containers need none: their order says which are the job's.
         """
         if not self.srun:
             return []
@@ -75,7 +72,7 @@ class Place:
             f"--ntasks-per-node={ranks}",
             f"--nodes={nodes}",
             f"--ntasks={nodes * ranks}",
-            *([f"--gres={gres}"] if self.allocation.shares else []),
+            *([f"--gpus={gpus}" if gpus else "--gres=none"] if self.allocation.shares else []),
             *([f"--relative={first}"] if nodes < self.size else []),
         ]
 
@@ -83,11 +80,10 @@ class Place:
     def every(self) -> list[str]:
         return self.on(self.size)
 
-    def gres(self, index: int) -> str:
-        """What a step on that node asks for to get all GPUs that the job has there."""
-        nodes, shares = self.allocation.nodes, self.allocation.shares
-        share = shares.get(nodes[index]) if index < len(nodes) else None
-        return (share and share.request) or "none"
+    def gpus(self, index: int) -> int:
+        """How many GPUs Slurm says the job has on that node."""
+        share = self.allocation.shares.get("".join(self.allocation.nodes[index : index + 1]))
+        return share.count if share else 0
 
     @property
     def head(self) -> list[str]:
@@ -101,7 +97,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
         die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
     allocation = ask_slurm(job)
-    leaks = [word for name in LEAKS if name in environ for word in ("-u", name)]
+    bend = (name for name in environ if name.startswith("SLURM_") and not KEPT.match(name))
+    leaks = [word for name in sorted(bend) for word in ("-u", name)]
     # --overlap: a step without it waits for the other steps to end.
     srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
     return Place(job, len(allocation.nodes), srun, allocation)

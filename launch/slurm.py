@@ -19,7 +19,7 @@ CANCEL_WORDS = {
     "PREEMPTION": "was preempted",
 }
 # One of a list such as gpu:a100:2(IDX:0-1),gpu:1g.5gb:1(IDX:4): count, and which by their indices.
-GPUS = re.compile(r"(?:^|,)(gpu(?::[^:(),]+)??:(\d+))(?:\(([^)]*)\))?(?=,|$)")
+GPUS = re.compile(r"(?:^|,)gpu(?::[^:(),]+)??:(\d+)(?:\(([^)]*)\))?(?=,|$)")
 EXITED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: Exited with exit code (\d+)", re.M)
 
 
@@ -30,7 +30,6 @@ class Share:
     of: int  # how many Slurm hands out there
     count: int
     ids: str  # 0,1,2; fewer than `count` where Slurm does not say which
-    request: str  # the same ones for a step: gpu:a100:2,gpu:h100:1
 
     @property
     def is_whole(self) -> bool:
@@ -80,14 +79,14 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
 
 def share_of(ours: str, every: str) -> Share:
     """What a job has of a node's GPUs, both as Slurm writes a list of them."""
-    found = [each for each in GPUS.findall(ours) if each[1] != "0"]
-    of = sum(int(count) for _, count, _ in GPUS.findall(every))
-    count = sum(int(count) for _, count, _ in found)
-    named = (ids.removeprefix("IDX:") for _, _, ids in found if ids.startswith("IDX:"))
+    of = sum(int(count) for count, _ in GPUS.findall(every))
+    found = GPUS.findall(ours)
+    count = sum(int(count) for count, _ in found)
+    named = (ids.removeprefix("IDX:") for _, ids in found if ids.startswith("IDX:"))
     ids = [each for some in named for each in numbers(some)]
     if not ids and count == of:
         ids = list(range(of))
-    return Share(of, count, ",".join(map(str, sorted(ids))), ",".join(words for words, *_ in found))
+    return Share(of, count, ",".join(map(str, sorted(ids))))
 
 
 def numbers(text: str) -> list[int]:

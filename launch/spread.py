@@ -41,12 +41,14 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
     return True
 
 
-def find_spread(world: World, nodes: Sequence[Node], over_nodes: bool) -> Spread | None:
+def find_spread(
+    world: World, nodes: Sequence[Node], over_nodes: bool, prefix: Sequence[str] = ()
+) -> Spread | None:
     """How the world lies over the nodes; None where the first node holds it all."""
     gpus = [node.gpus for node in nodes]
     if not is_spread(world, gpus, nodes[0].name, over_nodes):
         return None
-    return spread_over(world, gpus, choose_mpi(setting("MPI")))
+    return spread_over(world, gpus, choose_mpi(setting("MPI"), prefix))
 
 
 def check_logs(spread: Spread | None, workspace: Path) -> None:
@@ -68,10 +70,10 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
     return Spread(world.size // each, each, mpi)
 
 
-def choose_mpi(asked: str) -> str:
+def choose_mpi(asked: str, prefix: Sequence[str] = ()) -> str:
     """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
     refuse_others(asked)
-    offered = run(["sh", "-c", "exec srun --mpi=list 2>&1"])
+    offered = run([*prefix, "sh", "-c", "exec srun --mpi=list 2>&1"])
     if asked == "auto":
         return pick_mpi(offered)
     if not re.search(rf"\b{re.escape(asked)}(\s|$)", offered):

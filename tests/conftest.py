@@ -433,7 +433,7 @@ per_node, count, total = (
 if total != per_node * count or count > len(faults["nodes"]):
     fail("srun: error: Unable to create step: More processors requested than permitted", 64)
 words = list(words)
-gres = words.pop(0) if words[0].startswith("--gres=") else ""
+given = words.pop(0) if words[0].startswith(("--gres=none", "--gpus=")) else ""
 words = iter(words)
 if count < len(faults["nodes"]):
     flag(words, "--relative=0")
@@ -460,7 +460,7 @@ for rank in range(total):
     node = nodes[rank // per_node]
     if node not in faults.get("mute", []):
         there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(rank // per_node),
-                 "STEP_GRES": gres}
+                 "SLURM_STEP_GPUS": "" if given == "--gres=none" else faults.get("gpus", "0")}
         if mpi != "none":
             there |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(total),
                       "PMIX_RANK": str(rank), "PMIX_SERVER_URI4": "pmix-server;tcp4://x"}

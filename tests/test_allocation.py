@@ -52,11 +52,11 @@ def test_of_an_array_a_task_is_named_alone_and_has_gpus_of_its_own() -> None:
     assert (third.name, third.batch, third.restarts) == ("41_3", True, 2)
     assert third.nodes == ("n1", "n2")
     assert third.shares == {
-        "n1": Share(8, 8, "0,1,2,3,4,5,6,7", "gpu:8"),
-        "n2": Share(8, 2, "0,5", "gpu:2"),
+        "n1": Share(8, 8, "0,1,2,3,4,5,6,7"),
+        "n2": Share(8, 2, "0,5"),
     }
     second = allocation_of(record_of("43", ARRAY), NODES.replace("n1", "n7"), two)
-    assert (second.name, second.shares) == ("41_2", {"n7": Share(8, 1, "3", "gpu:1")})
+    assert (second.name, second.shares) == ("41_2", {"n7": Share(8, 1, "3")})
     assert record_of("4", ARRAY) == ""
 
 
@@ -70,31 +70,31 @@ ALL = "0,1,2,3,4,5,6,7"
 @pytest.mark.parametrize(
     ("ours", "every", "share"),
     [
-        ("gpu:8(IDX:0-7)", "gpu:8", Share(8, 8, ALL, "gpu:8")),
-        ("gpu:4(IDX:0,2-3,7)", "gpu:8(S:0-1)", Share(8, 4, "0,2,3,7", "gpu:4")),
-        ("", "gpu:8", Share(8, 0, "", "")),
-        ("(null)", "gpu:8", Share(8, 0, "", "")),
-        ("gpu:0(IDX:)", "gpu:8", Share(8, 0, "", "")),
+        ("gpu:8(IDX:0-7)", "gpu:8", Share(8, 8, ALL)),
+        ("gpu:4(IDX:0,2-3,7)", "gpu:8(S:0-1)", Share(8, 4, "0,2,3,7")),
+        ("", "gpu:8", Share(8, 0, "")),
+        ("(null)", "gpu:8", Share(8, 0, "")),
+        ("gpu:0(IDX:)", "gpu:8", Share(8, 0, "")),
         (
             "gpu:h100:2(IDX:2-3),gpu:a100:1(IDX:0)",
             "gpu:a100:2(S:0),gpu:h100:2(S:1)",
-            Share(4, 3, "0,2,3", "gpu:h100:2,gpu:a100:1"),
+            Share(4, 3, "0,2,3"),
         ),
         (
             "gpu:a100:2(IDX:0-1),gpu:h100:0(IDX:)",
             "gpu:a100:2,gpu:h100:2",
-            Share(4, 2, "0,1", "gpu:a100:2"),
+            Share(4, 2, "0,1"),
         ),
-        ("gpu:3090:2(IDX:6-7)", "gpu:3090:8", Share(8, 2, "6,7", "gpu:3090:2")),
-        ("gpu:1g.5gb:2(IDX:5-6)", "gpu:1g.5gb:7", Share(7, 2, "5,6", "gpu:1g.5gb:2")),
+        ("gpu:3090:2(IDX:6-7)", "gpu:3090:8", Share(8, 2, "6,7")),
+        ("gpu:1g.5gb:2(IDX:5-6)", "gpu:1g.5gb:7", Share(7, 2, "5,6")),
         # A part of a GPU that others share is no GPU of the job's.
-        ("shard:h100:4(0/8,4/8),nic:1(IDX:0)", "gpu:h100:2,shard:h100:16", Share(2, 0, "", "")),
-        ("craynetwork:1,gpu:1(IDX:1)", "craynetwork:4,gpu:2", Share(2, 1, "1", "gpu:1")),
+        ("shard:h100:4(0/8,4/8),nic:1(IDX:0)", "gpu:h100:2,shard:h100:16", Share(2, 0, "")),
+        ("craynetwork:1,gpu:1(IDX:1)", "craynetwork:4,gpu:2", Share(2, 1, "1")),
         # Without File= in gres.conf Slurm counts, and names none.
-        ("gpu:2", "gpu:8", Share(8, 2, "", "gpu:2")),
-        ("gpu:2(CNT:2)", "gpu:8", Share(8, 2, "", "gpu:2")),
-        ("gpu:8(CNT:8)", "gpu:8", Share(8, 8, ALL, "gpu:8")),
-        ("gpu:1(IDX:0)", "(null)", Share(0, 1, "0", "gpu:1")),
+        ("gpu:2", "gpu:8", Share(8, 2, "")),
+        ("gpu:2(CNT:2)", "gpu:8", Share(8, 2, "")),
+        ("gpu:8(CNT:8)", "gpu:8", Share(8, 8, ALL)),
+        ("gpu:1(IDX:0)", "(null)", Share(0, 1, "0")),
     ],
 )
 def test_gpus_are_read_however_they_were_asked_for(ours: str, every: str, share: Share) -> None:
@@ -116,7 +116,7 @@ def test_slurm_says_what_a_job_is_and_not_the_environment(
     fakes.set(gpus="0,5")
     place = find_place({"SLURM_JOB_ID": "77", **left})
     assert (place.job, place.size, place.allocation.name) == ("77", 2, "77")
-    assert place.allocation.shares["n2"] == Share(8, 2, "0,5", "gpu:2")
+    assert place.allocation.shares["n2"] == Share(8, 2, "0,5")
     assert [word for word in place.every if "=" in word][-3:] == [
         "--nodes=2", "--ntasks=2", "--gres=none"
     ]  # fmt: skip
@@ -127,11 +127,11 @@ def test_without_a_container_the_step_is_given_the_jobs_gpus(fakes: Fakes) -> No
     os.environ.update(fakes.environment())
     fakes.set(gpus="0,5")
     made = plan(runtime="bare")
-    for gpus, gres in (("auto", "--gres=gpu:2"), ("none", "--gres=none")):
+    for gpus, flag in (("auto", "--gpus=2"), ("none", "--gres=none")):
         replica = Replica(("trtllm-serve", "m"), 8000, gpus)
         place = find_place({"SLURM_JOB_ID": "77"})
         there = bare.serve(type(made)(**{**vars(made), "place": place}), replica, {})
-        assert gres in there.argv
+        assert flag in there.argv
 
 
 @pytest.mark.parametrize(

@@ -288,9 +288,9 @@ def test_gpus_are_those_that_slurm_names_or_docker_words(
     ready: Fakes, script: Callable[..., Script], gpus: str, ours: str | None, flag: str | None
 ) -> None:
     """What a shell has left in the environment decides nothing."""
-    made, others = plan("true", gpus=gpus), Share(8, 1, "7", "gpu:1")
+    made, others = plan("true", gpus=gpus), Share(8, 1, "7")
     if ours is not None:
-        share = Share(8, len(ours.split(",")) if ours else 0, ours, "")
+        share = Share(8, len(ours.split(",")) if ours else 0, ours)
         known = Allocation(nodes=("n9", "local"), shares={"n9": others, "local": share})
         made = replace(made, place=replace(made.place, allocation=known))
     assert hold(script, made, SLURM_STEP_GPUS="6,7", CUDA_VISIBLE_DEVICES="6").code() == 0

@@ -26,7 +26,7 @@ from launch.identity import here, is_alive, launcher, process_start
 from launch.node.bare import Run
 from launch.node.images import Load
 from launch.node.messages import Error, Present, Waiting
-from launch.nodes import LEAKS, Place, Step, find_place
+from launch.nodes import Place, Step, find_place
 from launch.order import Command, parse
 from launch.slurm import last_words
 from tests.conftest import HOSTILE, PATIENCE, Fakes, Script, wait_until
@@ -154,12 +154,14 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(
 
 
 def test_variables_that_bend_a_step_are_taken_from_srun_alone(job_of: Callable[..., Place]) -> None:
-    assert {"SLURM_HOSTFILE", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS_PER_TRES"} < {*LEAKS}
-    place = job_of(2, **dict.fromkeys(LEAKS, "x"), SLURM_CPUS_ON_NODE="8")
-    for prefix in (place.every, place.head):
+    """Of the allocation, and of whatever job the shell was in before."""
+    bend = ["SLURM_HOSTFILE", "SLURM_NTASKS_PER_GPU", "SLURM_GPUS", "SLURM_JOB_NODELIST",
+            "SLURM_JOB_NUM_NODES", "SLURM_EXCLUSIVE", "SLURM_MEM_PER_NODE"]  # fmt: skip
+    kept = ["SLURM_CONF", "SLURM_SUBMIT_DIR", "SLURM_WORKING_CLUSTER", "PMIX_X", "HF_TOKEN"]
+    place = job_of(2, **dict.fromkeys([*bend, *kept], "x"))
+    for prefix in (place.every, place.head, [*place.clean, "srun"]):
         before = prefix[: prefix.index("srun")]
-        assert before[0] == "env"
-        assert set(before[1:]) == {"-u", *LEAKS}
+        assert before == ["env", *(word for name in sorted(bend) for word in ("-u", name))]
     assert job_of(1, SLURM_HINT="x").every[:4] == ["env", "-u", "SLURM_HINT", "srun"]
 
 

@@ -52,7 +52,7 @@ def node(called: str = "n1", /, **changes: Any) -> Node:
 
 
 def share(ids: str, of: int = 8) -> Share:
-    return Share(of, len(ids.split(",")) if ids else 0, ids, "")
+    return Share(of, len(ids.split(",")) if ids else 0, ids)
 
 
 def states(findings: list[Finding]) -> dict[str, tuple[str, str]]:
@@ -100,7 +100,7 @@ def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -
         # Slices of GPUs, and GPUs that Slurm knows nothing of: its numbers are not Docker's.
         ("auto", 1, share("0,1", of=7), "bad", "Slurm hands out 7 GPUs, but there are 1 devices"),
         ("auto", 8, share("0,1", of=4), "bad", "Slurm hands out 4 GPUs, but there are 8 devices"),
-        ("auto", 8, Share(8, 2, "", "gpu:2"), "bad", "Slurm does not say which GPUs"),
+        ("auto", 8, Share(8, 2, ""), "bad", "Slurm does not say which GPUs"),
         ('"device=MIG-1,0:1"', 1, share("0,1", of=7), "ok", "2"),
         ('"device=0,1"', 8, share("0,1"), "ok", "2"),
         ('"device=GPU-abc"', 8, share("0,1"), "ok", "2"),

@@ -50,7 +50,7 @@ JOB = Place("77", 2, ("srun",))
 
 def has(*gpus: int) -> Place:
     """A job that has so many GPUs of each of its nodes."""
-    shares = {f"n{i}": Share(8, count, "", "") for i, count in enumerate(gpus)}
+    shares = {f"n{i}": Share(8, count, "") for i, count in enumerate(gpus)}
     return Place("77", len(gpus), ("srun",), Allocation(nodes=tuple(shares), shares=shares))
 
 
@@ -115,7 +115,7 @@ def test_a_world_fills_the_first_nodes(
 
 def test_gpus_of_the_allocation_count_and_not_all_of_the_node() -> None:
     os.environ["MPI"] = "pmix"
-    nodes = [Node(f"n{i}", Facts(gpus=8), share=Share(8, 2, "4,5", "gpu:2")) for i in range(2)]
+    nodes = [Node(f"n{i}", Facts(gpus=8), share=Share(8, 2, "4,5")) for i in range(2)]
     assert find_spread(of(4), nodes, DOCKER) == Spread(2, 2, "pmix")
     with pytest.raises(Failure, match="have only 4 GPUs"):
         find_spread(of(8), nodes, DOCKER)

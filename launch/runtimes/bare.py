@@ -19,8 +19,8 @@ def container(plan: Plan, node: str) -> str | None:
 
 def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     """The one order that is the server, for as long as its input is open."""
-    gres = "none" if replica.gpus == "none" else plan.place.gres(replica.first)
-    return Command(plan.place.on(1, first=replica.first, gres=gres), Run(list(replica.command)))
+    gpus = 0 if replica.gpus == "none" else plan.place.gpus(replica.first)
+    return Command(plan.place.on(1, first=replica.first, gpus=gpus), Run(list(replica.command)))
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
