@@ -33,7 +33,7 @@ TAG = "tensorrt-llm-serve:latest"
 TARBALL = Path("/fsx/images/tensorrt-llm-serve-latest.tar.gz")
 REPO = Path("/fsx/repo")
 WHOLE = "-N2 --gpus-per-node=8 --exclusive"
-FOUR = "-p all -N4 --gpus-per-node=2 --exclusive"
+FOUR = "-p all -N4 --gpus-per-node=2"  # with one CPU a node
 QUICK = {"TRTLLM_SIM_LOAD_SECONDS": "0.3"}
 SLOW = {"TRTLLM_SIM_LOAD_SECONDS": "60"}
 STRANGERS = ("trtllm", "trtllm-99999-{node}")

@@ -125,10 +125,10 @@ def test_force_takes_only_this_image_and_loads_it_afresh(
 def test_two_jobs_on_the_same_nodes_leave_each_other_alone(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    half = "-N2 --gpus-per-node=4 --ntasks-per-node=1"
     args = ["--image", str(TARBALL), "org/model", "--tp_size", "4"]
-    one = launch(*args, salloc=half, env=QUICK)
+    one = launch(*args, salloc="-N2 --gpus-per-node=4 --ntasks-per-node=1", env=QUICK)
     one.until("READY")
+    half = "-N2 --ntasks=8 --ntasks-per-node=4 --gpus-per-task=1"
     two = launch(*args, "--port", "8001", salloc=half, env=QUICK)
     two.until("READY")
     given = [
@@ -138,6 +138,8 @@ def test_two_jobs_on_the_same_nodes_leave_each_other_alone(
         for each in (one, two)
     ]
     assert sorted(given[0] + given[1]) == list("01234567")
+    none = launch(*args, "--port", "8002", salloc="-N1")
+    assert none.code() == 1 and "n1: the job has no GPU there" in none.output
     assert one.stop() == 130
     assert len(ours(cluster)) == 1
     assert "8/8" in smoke(cluster, "http://10.77.0.11:8001")
@@ -173,24 +175,47 @@ def test_sbatch_from_another_directory_runs_the_original(
     assert (elsewhere / f"logs/trtllm_server_{job}.log").stat().st_size > 0
 
 
-def test_make_stop_ends_a_batch_job_from_the_login_node(
+def test_make_stop_ends_one_task_of_an_array_and_then_the_other(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    job = cluster.ctl.run(
-        "sbatch",
-        "--parsable",
-        str(REPO / "run_sbatch.py"),
-        *serve_args(),
-        cwd=str(workspace),
-        env=QUICK,
-    ).stdout.strip()
+    """From the login node. The last task of an array has the array's own number."""
+
+    def call(*args: str) -> str:
+        command = [PYTHON, str(REPO / "run_sbatch.py"), *args]
+        return cluster.ctl.run(*command, cwd=str(workspace), check=False).stdout
+
+    submit = ["sbatch", "--parsable", "--array=1-2", str(REPO / "run_sbatch.py"), *serve_args()]
+    array = cluster.ctl.run(*submit, cwd=str(workspace), env=QUICK).stdout.strip()
+    wait_until(lambda: call("--status").count("\tready\t") == 2, "both ready")
+    said = "".join(path.read_text() for path in workspace.glob("slurm-*.out"))
+    assert f"stop it with make stop JOB={array} or scancel {array}_2\n" in said
+    call("--stop", f"{array}_2")
+    other, *words = call("--status").split()
+    assert int(other) > int(array)
+    assert words == ["ready", "http://10.77.0.11:8000", "org/model"]
     endpoint = workspace / "logs/endpoint.json"
-    wait_until(endpoint.exists, "ready")
-    status = cluster.ctl.run(PYTHON, str(REPO / "run_sbatch.py"), "--status", cwd=str(workspace))
-    assert status.stdout.split() == [job, "ready", "http://10.77.0.11:8000", "org/model"]
-    cluster.ctl.run(PYTHON, str(REPO / "run_sbatch.py"), "--stop", cwd=str(workspace))
+    wait_until(lambda: endpoint.exists() and other in endpoint.read_text(), "an endpoint")
+    call("--stop")
     assert ours(cluster) == []
     assert not endpoint.exists()
+
+
+def test_any_shell_that_names_the_job_has_its_nodes_and_gpus(
+    cluster: Cluster, launch: Launcher, workspace: Path
+) -> None:
+    """Whatever else is in its environment."""
+    salloc = ["salloc", "-N2", "--ntasks=16", "--gpus-per-task=1", "--no-shell"]
+    job = re.findall(r"allocation (\d+)", cluster.ctl.run(*salloc).stderr)[-1]
+    command = [PYTHON, str(REPO / "run_sbatch.py"), "--check", *serve_args("--pp_size", "2")]
+    stale = {"SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS": "1", "SLURM_STEP_GPUS": "7"}
+    step = ["srun", f"--jobid={job}", "--overlap", "-N1", "-n1"]
+    for shell, environ in (([], {"SLURM_JOB_ID": job, **stale}), (step, {})):
+        done = cluster.ctl.run(*shell, *command, cwd=str(workspace), env=environ, check=False)
+        assert "8 ranks on each of n1, n2 (--mpi=pmix)" in done.stderr, done.stderr
+    cluster.ctl.run("scancel", job)
+    ended = cluster.ctl.run(*command, env={"SLURM_JOB_ID": job}, check=False)
+    assert f"job {job} does not run" in ended.stderr
+    wait_until(cluster.idle, "the nodes back")
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", 'a"b', "$HOME $(id)", "a,b", "a;b", "ünï"])
