@@ -1,20 +1,21 @@
 """What every node has and lacks, asked of all of them at once, before anything heavy is started."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from common.talk import counted, die, say
+from common.talk import Failure, counted, die, say
 from launch.findings import Finding, Node, Wanted
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
 from launch.node.facts import Survey
 from launch.node.messages import Container, Facts
-from launch.nodes import Place, ask
+from launch.nodes import Place, ask, run
 from launch.order import Command, Told
 from launch.runtimes import runtime
-from launch.slurm import Share, by_node, squeue
+from launch.slurm import Share, by_node, share_of, squeue
 
 PATIENCE = 60.0  # seconds for all nodes together
 
@@ -73,6 +74,21 @@ def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
         hint = f"ask for them, as in salloc --gpus-per-node={node.share.of}; {none}"
         return node.bad("gpus", "the job has no GPU there", hint)
     return node.bad("gpus", "no GPU found", f"see nvidia-smi there; {none}")
+
+
+def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
+    """Failure on a machine whose GPUs Slurm has given to jobs, where we are in none of them."""
+    if place.slurm or asked == "none" or "device=" in asked:
+        return
+    name = os.uname().nodename.partition(".")[0]
+    try:
+        said = run(["scontrol", "show", "node", "-d", "-o", name], timeout=10)
+    except Failure:  # it is no node of Slurm's
+        return
+    used = re.search(r" GresUsed=(\S+)", said)
+    if used and share_of(used[1], "").count:
+        what = f"Slurm has given GPUs of {name} to jobs ({used[1]}), and this is not in a job"
+        die(what, hint="ask for one: salloc -N 1 --gpus-per-node=8, or sbatch run_sbatch.py")
 
 
 def judge_share(node: Node, share: Share, asked: str) -> Finding:

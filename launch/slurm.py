@@ -41,7 +41,6 @@ class Allocation:
     """What Slurm says of a job."""
 
     name: str = ""  # what names it alone: 41_3, where 41 is all of an array and a task of it, too
-    batch: bool = False
     restarts: int = 0
     nodes: tuple[str, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out
@@ -65,7 +64,7 @@ def value_in(record: str, name: str) -> str:
 def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]]) -> Allocation:
     """The allocation by the job's record and its nodes'; `expand` makes n1 and n2 of n[1-2]."""
     array = re.match(r"\s*JobId=(\d+)(?: ArrayJobId=(\d+) ArrayTaskId=(\d+) )?", record)
-    flags = re.search(r"^\s*Requeue=\d+ Restarts=(\d+) BatchFlag=(\d)", record, re.M)
+    restarts = re.search(r"^\s*Requeue=\d+ Restarts=(\d+)", record, re.M)
     name = f"{array[2]}_{array[3]}" if array and array[3] else array[1] if array else ""
     nodes = tuple(expand(value_in(record, "NodeList")))
     given = re.findall(r"^\s*Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", record, re.M)
@@ -73,8 +72,7 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
     all_of = dict(re.findall(r"^NodeName=(\S+) .*? Gres=(\S+)", known, re.M))
     shares = {node: share_of(has.get(node, ""), all_of.get(node, "")) for node in nodes}
     managed = {node: share for node, share in shares.items() if share.of}
-    restarts, batch = (int(flags[1]), flags[2] == "1") if flags else (0, False)
-    return Allocation(name, batch, restarts, nodes, managed)
+    return Allocation(name, int(restarts[1]) if restarts else 0, nodes, managed)
 
 
 def share_of(ours: str, every: str) -> Share:

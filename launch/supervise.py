@@ -90,14 +90,11 @@ class Launch:
 
     @property
     def how_to_stop(self) -> str:
-        """What ends this launch and nothing else: scancel would end a user's whole allocation."""
+        """What ends this launch and nothing else: scancel would end all that the job does."""
         place, called = self.plan.place, self.args.called_workspace
         usual = called == (setting("WORKSPACE") or ".")
         where = "" if usual else f" WORKSPACE={shlex.quote(str(self.args.workspace))}"
-        if place.allocation.batch:
-            other = f"scancel {place.allocation.name}"
-            return f"stop it with make stop{where} JOB={place.job} or {other}"
-        return f"stop it with ^C or make stop{where} JOB={place.job}"
+        return f"stop it with ^C or make stop{where} JOB={place.allocation.name or place.job}"
 
     @functools.cached_property
     def keeper(self) -> records.Keeper:

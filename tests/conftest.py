@@ -517,6 +517,8 @@ match args:
     case ["show", "node", "-o", nodes] if nodes == listed:
         for name in faults["nodes"]:
             print(f"NodeName={name} Arch=x86_64 Gres=gpu:8(S:0-1) State=MIXED ")
+    case ["show", "node", "-d", "-o", node]:
+        fail(f"Node {node} not found")
     case ["show", "hostnames", nodes] if nodes == listed:
         print("\n".join(faults["nodes"]))
     case ["show", "config"]:

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from common.talk import Failure
-from launch.nodes import expand, find_place
+from launch.nodes import Place, expand, find_place
 from launch.plan import Replica
+from launch.preflight import refuse_gpus_of_jobs
 from launch.runtimes import bare
 from launch.slurm import Share, allocation_of, record_of, share_of
 from tests.conftest import Fakes, plan
@@ -49,7 +50,7 @@ def two(nodes: str) -> list[str]:
 
 def test_of_an_array_a_task_is_named_alone_and_has_gpus_of_its_own() -> None:
     third = allocation_of(record_of("41", ARRAY), NODES, two)
-    assert (third.name, third.batch, third.restarts) == ("41_3", True, 2)
+    assert (third.name, third.restarts) == ("41_3", 2)
     assert third.nodes == ("n1", "n2")
     assert third.shares == {
         "n1": Share(8, 8, "0,1,2,3,4,5,6,7"),
@@ -152,6 +153,39 @@ def test_a_job_that_does_not_run_is_a_sentence(
     with pytest.raises(Failure, match=words) as failure:
         find_place({"SLURM_JOB_ID": job})
     assert "SLURM_JOB_ID" in failure.value.hint
+
+
+SHOW = "import os; print('NodeName=' + os.uname().nodename.partition('.')[0], {!r})"
+
+
+@pytest.mark.parametrize(
+    ("used", "asked", "refused"),
+    [
+        ("gpu:2(IDX:0-1)", "auto", True),
+        ("gpu:a100:0(IDX:N/A),gpu:h100:1(IDX:4)", "all", True),
+        ("gpu:2(IDX:0-1)", "none", False),
+        ("gpu:2(IDX:0-1)", '"device=5"', False),
+        ("gpu:0", "auto", False),
+        ("gpu:a100:0(IDX:N/A)", "auto", False),
+        ("(null)", "auto", False),
+        (None, "auto", False),  # a machine that Slurm does not know
+    ],
+)
+def test_outside_of_a_job_the_gpus_of_jobs_are_not_taken(
+    fakes: Fakes, used: str | None, asked: str, refused: bool
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", SHOW.format(f"Gres=gpu:8 GresUsed={used} x") if used else "exit(1)")
+    here = Place("local1", 1, ())
+    refuse_gpus_of_jobs(Place("77", 1, ("srun",)), asked)
+    if not refused:
+        refuse_gpus_of_jobs(here, asked)
+        return
+    with pytest.raises(Failure, match=r"Slurm has given GPUs of .* to jobs") as failure:
+        refuse_gpus_of_jobs(here, asked)
+    assert "salloc" in failure.value.hint
+    fakes.without("scontrol")
+    refuse_gpus_of_jobs(here, asked)
 
 
 def test_a_list_of_nodes_is_slurms_to_expand(fakes: Fakes) -> None:

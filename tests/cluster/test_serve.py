@@ -188,7 +188,7 @@ def test_make_stop_ends_one_task_of_an_array_and_then_the_other(
     array = cluster.ctl.run(*submit, cwd=str(workspace), env=QUICK).stdout.strip()
     wait_until(lambda: call("--status").count("\tready\t") == 2, "both ready")
     said = "".join(path.read_text() for path in workspace.glob("slurm-*.out"))
-    assert f"stop it with make stop JOB={array} or scancel {array}_2\n" in said
+    assert f"make stop JOB={array}_1\n" in said and f"make stop JOB={array}_2\n" in said
     call("--stop", f"{array}_2")
     other, *words = call("--status").split()
     assert int(other) > int(array)
