@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 
 from common.talk import Failure, die, note
 from launch import slurm
-from launch.node.base import OVER
+from launch.node.base import NOT_FOUND, OVER
 from launch.order import Command, Told, parse
 
 # srun reads most of Slurm's variables, and they bend a step that did not ask: those of the
@@ -160,6 +160,8 @@ def die_of_exit(what: str, code: int, said: str) -> NoReturn:
     """Failure of a command, by what it said."""
     if nodes := slurm.without_python(said):
         die(nodes, hint="the nodes need python3, 3.9 or newer, in PATH (apt-get install python3)")
+    if code == NOT_FOUND and (missing := re.search(r"env: .(srun).: No such file", said)):
+        die(f"{missing[1]}: not found in PATH")
     if word := slurm.slurms_word(said):
         die(f"{word}; {what} has failed", hint=slurm.SEE_NODES)
     words = slurm.last_words(said, 3)

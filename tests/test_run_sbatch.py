@@ -732,7 +732,8 @@ def test_dry_run_prints_every_command_and_runs_none(
     assert not Path("logs").exists()
     assert max(map(len, done.output.splitlines())) <= 300
     shown = shown_orders(done.output)
-    assert all(words[0] == "srun" for words, _ in shown.values()) and len(shown) == 5
+    prefix = ["env", "-u", "SLURM_JOB_NUM_NODES", "srun"]
+    assert all(words[:4] == prefix for words, _ in shown.values()) and len(shown) == 5
     engine = shown["the server, until its standard input ends"][1]["Serve"]["engine"]
     assert engine[:4] == ["trtllm-serve", "it's", "--extra_llm_api_options", "a b.yaml"]
 
@@ -1280,7 +1281,8 @@ def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Laun
     holder, hold = shown["a container on every node, until its `sleep` is killed"]
     ranks, rank = shown["when every node has said `Up`: the ranks; rank 0 serves"]
     assert "the server, until its standard input ends" not in shown
-    assert holder[:3] == ranks[:3] == ["srun", "--overlap", "--export=ALL"]
+    prefix = ["env", "-u", "SLURM_JOB_NUM_NODES", "srun", "--overlap", "--export=ALL"]
+    assert holder[:6] == ranks[:6] == prefix
     assert {"--mpi=none", "--nodes=2", "--ntasks=2"} <= set(holder)
     assert hold["Hold"]["image"] == TAG
     assert {"--mpi=pmix_v4", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"} <= set(ranks)
