@@ -526,7 +526,8 @@ class Cluster:
         subprocess.run(["umount", "--lazy", "/fsx", str(self.state)], capture_output=True)
         shutil.rmtree(self.state, ignore_errors=True)
         os.close(self.lock)
-        if self.made_fsx:
+        # Another cluster has mounted its own there: without the directory that mount would be gone.
+        if self.made_fsx and not list(self.state.parent.glob("trtllm-cluster-*")):
             with contextlib.suppress(OSError):
                 Path("/fsx").rmdir()
 
