@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     obey()
     keep_ours()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+        sys.stdout.reconfigure(errors="plain")  # whatever the terminal's encoding
     try:
         load_env_files()
         return go(*parse(argv, description))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.settings import setting
-from common.talk import die, say
+from common.talk import die, misused, say
+from launch.arguments import from_home
 from launch.engines import Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
@@ -82,8 +83,11 @@ def is_directory(path: Path | str) -> bool:
 
 def find_model(given: str | None) -> str:
     if given is None:
-        given = setting("MODEL")
+        given = from_home(setting("MODEL"))
         say(f"no MODEL given: serving the default, {given}")
+    if not given.strip() or given.startswith("-"):
+        wrong = f"{given}, which is no model" if given.strip() else "empty"
+        misused(f"MODEL is {wrong}", hint="give a Hugging Face id or a path")
     return given
 
 

@@ -119,6 +119,11 @@ def test_the_default_mount_was_not_asked_for() -> None:
         (["--restart", "9" * 5000], {}, "is not a number of times"),
         (["--runtime", "podman"], {}, "invalid choice"),
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
+        ([], {"PRIVILEGED": "true"}, "PRIVILEGED is 'true', neither 0 nor 1"),
+        ([], {"GPUS": "yes"}, "GPUS is 'yes', not auto, none, or what docker's --gpus takes"),
+        (["--image", ""], {}, "--image is empty"),
+        (["--container-mount="], {}, "--container-mount is empty"),
+        (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
         (["-w", "~no-such-user/x"], {}, "is not a directory"),
         (["-w", "n" * 300], {}, "is not a directory"),
@@ -134,6 +139,36 @@ def test_a_mistake_in_the_usage_is_exit_code_2(
         cli.parse(argv)
     assert stop.value.code == 2
     assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gpus", ["auto", "none", "all", "2", "device=0,2", '"device=0,2"', "all,capabilities=utility"]
+)
+def test_gpus_are_what_docker_takes(gpus: str) -> None:
+    os.environ["GPUS"] = gpus
+    cli.parse([])
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        ([""], {}, "MODEL is empty"),
+        ([" "], {}, "MODEL is empty"),
+        (["org/a", "org/b"], {}, "one MODEL, not two: org/b"),
+        (["org/a", "--tp_size", "8", "b", "c"], {}, "one MODEL, not 3: b, c"),
+        ([], {"MODEL": "--check"}, "MODEL is --check, which is no model"),
+        (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
+        (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
+        (["m", "--tp_size="], {}, "--tp_size needs a value"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
+    words: list[str], env: dict[str, str], said: str, launch: Launcher, fakes: Fakes
+) -> None:
+    started = launch(*words, **env)
+    assert started.code() == 2
+    assert f"ERROR {said}\n" in started.output
+    assert fakes.calls() == []
 
 
 @pytest.mark.parametrize(
@@ -735,6 +770,16 @@ def test_dry_run_prints_every_command_and_runs_none(
     assert all(words[0] == "srun" for words, _ in shown.values()) and len(shown) == 5
     engine = shown["the server, until its standard input ends"][1]["Serve"]["engine"]
     assert engine[:4] == ["trtllm-serve", "it's", "--extra_llm_api_options", "a b.yaml"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_is_shown_on_a_terminal_of_any_encoding(launch: Launcher, encoding: str) -> None:
+    """What the terminal does not have is replaced; a byte of no character is what it was."""
+    model = os.fsdecode("org/é日本".encode() + b"\xff")
+    started = launch("--dry-run", model, PYTHONIOENCODING=encoding)
+    assert started.code() == 0, started.output
+    shown = {"ascii": b"\\xe9\\u65e5\\u672c", "latin-1": b"\xe9\\u65e5\\u672c"}
+    assert b"org/" + shown.get(encoding, "é日本".encode()) + b"\xff" in started.path.read_bytes()
 
 
 def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
