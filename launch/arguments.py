@@ -23,7 +23,9 @@ def split_models(words: Sequence[str], switches: Collection[str]) -> tuple[list[
 
     A model is a word that is neither a flag nor a flag's value.
     """
-    models, others, i = [], [], 0
+    models: list[str] = []
+    others: list[str] = []
+    i = 0
     while i < len(words):
         if words[i].startswith("-"):
             end = i + (1 if "=" in words[i] or words[i] in switches else 2)

@@ -252,6 +252,18 @@ def test_an_engine_that_is_killed_is_told_as_137(
     assert hold(script, plan("bash", "-c", "kill -KILL $$")).code() == 137
 
 
+def test_a_client_that_is_killed_is_not_the_engine(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    held = hold(script, plan(*SLEEPER))
+    held.until_said("up")
+    [client] = [pid for pid, words in ready.processes().items() if "docker run" in words]
+    os.kill(client, signal.SIGKILL)
+    assert held.code() == 125
+    assert "docker: its client was killed (signal 9)" in held.output
+    ready.nothing_is_left()
+
+
 def test_dockers_own_failure_is_handed_through(fakes: Fakes, script: Callable[..., Script]) -> None:
     held = hold(script, plan("true"))
     assert held.code() == 125

@@ -39,6 +39,10 @@ class Serve:
         code = ends.code_of(client)
         if code is None:
             return stop(client, self.launcher)
+        if client.returncode < 0:
+            killed = f"its client was killed (signal {-client.returncode})"
+            print(f"docker: {killed}, and with it the container", file=sys.stderr, flush=True)
+            code = CLIENT_FAILED
         if code == CLIENT_FAILED:
             remove(self.launcher)
         return code
