@@ -197,7 +197,7 @@ def run(name, rest):
     else:
         fail('"docker run" requires at least 1 argument.', 125)
     entry = [flag.partition("=")[2] for flag in flags if flag.startswith("--entrypoint=")]
-    engine = [*entry, *words]
+    engine = [*(entry or images().get(word, {}).get("entrypoint", [])), *words]
     seen = {n: os.environ[n] for n in os.environ if n == "PATH" or n.startswith("FAKE_")}
     for flag in flags:
         variable, equals, value = flag.removeprefix("--env=").partition("=")

@@ -252,6 +252,16 @@ def test_an_engine_that_is_killed_is_told_as_137(
     assert hold(script, plan("bash", "-c", "kill -KILL $$")).code() == 137
 
 
+@pytest.mark.parametrize("entry", [["bash", "-c"], ["trtllm-serve"], ["false"]])
+def test_an_image_may_have_any_entry_point(
+    fakes: Fakes, script: Callable[..., Script], entry: list[str]
+) -> None:
+    """NVIDIA's is called by its path; any other would get our shell as its arguments."""
+    fakes.hold_image(entrypoint=entry)
+    held = hold(script, plan("printf", "%s", "it's served"))
+    assert (held.code(), held.output) == (0, "it's served")
+
+
 def test_a_client_that_is_killed_is_not_the_engine(
     ready: Fakes, script: Callable[..., Script]
 ) -> None:

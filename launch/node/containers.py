@@ -34,8 +34,8 @@ class Serve:
     def __call__(self) -> int:
         ends = Ends()
         ends.hold(self.ask_every)
-        attended = [self.image, "sh", "-c", ATTENDED, "container", *self.engine]
-        client = self.start(attended)
+        attended = [self.image, "-c", ATTENDED, "container", *self.engine]
+        client = self.start(attended, "--entrypoint=sh")
         code = ends.code_of(client)
         if code is None:
             return stop(client, self.launcher)
