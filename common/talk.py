@@ -128,9 +128,15 @@ def plain(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("plain", plain)
 
 
-def folded(line: str) -> str:
+def folded(text: str) -> str:
     """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
-    if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
+    if not sys.stderr.isatty():
+        return text
+    return "\n".join(folded_line(line) for line in text.split("\n"))
+
+
+def folded_line(line: str) -> str:
+    if len(line) <= WIDTH or line[11:13] == "  ":
         return line
     wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
     folds = (wrap(each, subsequent_indent=" " * 11) for each in line.split("\n"))

@@ -321,8 +321,12 @@ match args:
     case ["info", "--format", "{{.DriverStatus}}"]:
         print(faults.get("store", "[[Backing Filesystem extfs]]"))
     case ["info", "--format",
-          "{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}"]:
-        print("27.0.1", faults.get("store", "[[Backing Filesystem extfs]]"), home, sep="\n")
+          "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
+          "{{json .Runtimes}}"]:
+        store = faults.get("store", "[[Backing Filesystem extfs]]")
+        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}', sep="\n")
+    case ["--version"]:
+        print("Docker version 27.0.1, build 1")
     case ["image", "inspect", "--format", form, tag]:
         if not (image := images().get(tag)):
             fail("Error response from daemon: No such image: " + tag)
@@ -828,7 +832,7 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
         "trtllm",
         TAG,
         ("/fsx", "/home/a b"),
-        cache,
+        (("HF_HOME", cache),) if cache else (),
         "/fsx/work",
         False,
         "me",
@@ -850,7 +854,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def archive(tag: str | None = TAG, *, oci: bool = False, manifest: object = ...) -> bytes:
+def archive(
+    tag: str | None = TAG, *, oci: bool = False, manifest: object = ..., index: object = None
+) -> bytes:
     """A small tar as `docker save` writes it, the manifest near its end."""
     config = json.dumps({"rootfs": {"diff_ids": ["sha256:1"]}}).encode()
     digest = hashlib.sha256(config).hexdigest()
@@ -858,6 +864,8 @@ def archive(tag: str | None = TAG, *, oci: bool = False, manifest: object = ...)
     if manifest is ...:
         manifest = [{"Config": name, "RepoTags": [tag] if tag else None, "Layers": ["layer.tar"]}]
     files = {"layer.tar": os.urandom(200_000), name: config}
+    if index is not None:
+        files["index.json"] = json.dumps(index).encode()
     if manifest is not None:
         files["manifest.json"] = json.dumps(manifest).encode()
     sink = io.BytesIO()

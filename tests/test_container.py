@@ -127,7 +127,7 @@ def test_privileges_are_given_only_when_asked_for() -> None:
 
 
 def test_what_is_empty_is_left_out() -> None:
-    bare = Plan(**{**vars(plan()), "mounts": (), "cwd": "", "cache": ""})
+    bare = Plan(**{**vars(plan()), "mounts": (), "cwd": "", "caches": ()})
     assert not [w for w in docker_options(bare, {}) if w.startswith(("--mount", "--workdir"))]
     assert not [w for w in docker_options(bare, {}) if w.startswith("--env=HF_HOME")]
 

@@ -67,7 +67,8 @@ def ranks_command(made: Plan, log: Path) -> Command:
 
 def test_the_command_of_the_containers_is_this() -> None:
     environ = {"HF_TOKEN": TOKEN, "NCCL_DEBUG": "WARN", "HOME": "/root"}
-    made = spread_plan("m", "--tp_size", "16", srun=("srun",), cache="/home/a b", gpus="auto")
+    made = spread_plan("m", "--tp_size", "16", srun=("srun",), gpus="auto")
+    made = replace(made, caches=(("HF_HOME", "/home/a b"),))
     command = holder_command(made, environ)
     assert list(command.prefix) == [
         "srun",
@@ -82,7 +83,7 @@ def test_the_command_of_the_containers_is_this() -> None:
     ]
     order = command.fields["Hold"]
     assert (order["job"], order["launcher"]) == ("77", launcher())
-    assert (order["gpus"], order["cache"], order["image"]) == ("auto", "/home/a b", TAG)
+    assert (order["gpus"], order["caches"], order["image"]) == ("auto", ["/home/a b"], TAG)
     assert order["options"] == [
         "--rm",
         "--pull=never",

@@ -42,7 +42,7 @@ from tests.test_hostile_input import JSON, TOO_DEEP
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 PARTS = [module.name for module in iter_modules(node.__path__)]
-CONTAINER = ("1", "host/boot/1:5:6", "all", "/cache", ["--rm"], TAG, ["trtllm-serve", "m"])
+CONTAINER = ("1", "host/boot/1:5:6", "all", ["/cache"], ["--rm"], TAG, ["trtllm-serve", "m"])
 ORDERS = [
     Survey("docker", 8000, TAG, "trtllm-serve", ["/fsx"]),
     Load("/x.tar", TAG, ["sha256:c"], "", "gz"),

@@ -33,7 +33,7 @@ def mounts_of(
         container_mount=mount,
         asked_mount=asked,
     )
-    return find_mounts(args, cache, paths)
+    return find_mounts(args, [cache], paths)
 
 
 def test_every_directory_is_mounted_once(tmp_path: Path) -> None:

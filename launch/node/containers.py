@@ -25,7 +25,7 @@ class Serve:
     job: str
     launcher: str  # by which our containers are known
     gpus: str  # auto, none, or docker's own words
-    cache: str  # a directory to make first; '': none
+    caches: list[str]  # directories to make first
     options: list[str]  # of docker run
     image: str
     engine: list[str]
@@ -53,8 +53,8 @@ class Serve:
         Each device is that device alone: EFA's verbs (RDMA between nodes) and gdrdrv (NCCL's
         copies of small messages, GDRCopy), where they are; GPUs come with --gpus.
         """
-        if self.cache:
-            os.makedirs(self.cache, exist_ok=True)
+        for path in self.caches:
+            os.makedirs(path, exist_ok=True)
         set_interfaces()
         found = [*glob("/dev/infiniband/uverbs*"), *glob("/dev/gdrdrv")]
         devices = [word for path in found for word in ("--device", path)]

@@ -11,11 +11,14 @@ exec "$@"
 # A container ends with its standard input, which is that of the order: so it does though the order
 # and docker's client are killed, or nothing reaches the node or its daemon for a while. A `cat`
 # that is killed is no end.
-ATTENDED = r"""
+ATTENDED = (
+    r"""
 exec 3<&0 </dev/null
 ({ until cat; do sleep 1; done; kill -TERM $$; sleep 5; kill -KILL $$; } <&3 >/dev/null 2>&1 &)
 exec 3<&-
-""" + ENTRY
+"""
+    + ENTRY
+)
 
 # A container for ranks to run in: it says that it is up, by the node's name, and waits likewise.
 UP = r"""
