@@ -12,7 +12,7 @@ from pathlib import Path
 from common.talk import counted, die, say
 from launch.findings import Finding, Node, Wanted
 from launch.identity import is_alive
-from launch.image import NONE, Image, is_pulled_anew
+from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
 from launch.node.facts import Survey
 from launch.node.messages import Container, Facts
@@ -59,14 +59,21 @@ def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     findings: list[Finding] = []
     needed = how_many_serve(nodes, wanted)
     for index, node in enumerate(nodes):
-        its = wanted if index < needed else replace(wanted, image=NONE)
-        findings += runtime(wanted.runtime).judge(node, its)
+        its = runtime(wanted.runtime).judge(node, wanted)
+        findings += its if index < needed else map(not_needed, its)
         findings.append(judge_gpus(node, wanted, is_head=node is nodes[0]))
         findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
         findings += judge_paths(node, wanted, several=needed > 1) if index < needed else []
         devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
         findings.append(node.ok("devices", devices))
     return findings
+
+
+def not_needed(finding: Finding) -> Finding:
+    """Of a node that will not serve; whether its Docker answers is told nevertheless."""
+    if finding.state == "ok" or finding.check not in ("image", "disk", "toolkit", "engine"):
+        return finding
+    return replace(finding, state="ok", text="not needed", hint="")
 
 
 def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:

@@ -22,13 +22,14 @@ from typing import Any
 import pytest
 
 from common import settings
-from launch import address, announce, cli
+from launch import address, allocation, announce, cli
 from launch import main as run_sbatch
 from launch.findings import Node
 from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.plan import user_name
 from tests.conftest import (
+    COMMON,
     HOSTILE,
     PATIENCE,
     ROOT,
@@ -157,6 +158,7 @@ def test_gpus_are_what_docker_takes(gpus: str) -> None:
         (["org/a", "org/b"], {}, "one MODEL, not two: org/b"),
         (["org/a", "--tp_size", "8", "b", "c"], {}, "one MODEL, not 3: b, c"),
         ([], {"MODEL": "--check"}, "MODEL is --check, which is no model"),
+        (["m", "--port"], {}, "--port needs a value"),
         (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
         (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
         (["m", "--tp_size="], {}, "--tp_size needs a value"),
@@ -373,7 +375,8 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
 ) -> None:
     started = launch("org/m", "--tp_size", "8", slurm=True, SLURM_HINT="x", SLURM_CPU_BIND="x")
     started.until("stop it with ^C, make stop or scancel 77")
-    assert fakes.images("localhost")[TAG] == fakes.images("n2")[TAG] == tarball
+    assert fakes.images("localhost")[TAG] == tarball
+    assert fakes.images("n2") == {}  # the server has no use for it
     endpoint = json.loads(Path("logs/endpoint.json").read_text())
     assert endpoint["nodes"] == ["localhost", "n2"]
     assert (endpoint["job"], endpoint["model"]) == ("77", "org/m")
@@ -389,7 +392,7 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     assert "Uvicorn running" in log and "Uvicorn running" in started.output
     # That srun tells how a step has ended that we have ended is for the log alone.
     assert "task 0: Exited" in log and "task 0: Exited" not in started.output
-    assert len(fakes.calls("docker", "load")) == 2
+    assert len(fakes.calls("docker", "load")) == 1
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -801,7 +804,7 @@ def test_an_ecr_image_is_pulled_and_served(fakes: Fakes, launch: Launcher) -> No
     assert "pass word" not in started.output + json.dumps(fakes.calls())
     assert (fakes.home / "login").read_text().startswith(f"{ECR} pass word$(id)' ")
     assert list(fakes.temporary.iterdir()) == []
-    assert len(fakes.calls("docker", "login")) == len(fakes.calls("docker", "pull")) == 2
+    assert len(fakes.calls("docker", "login")) == len(fakes.calls("docker", "pull")) == 1
     assert started.stop() == 130
 
 
@@ -864,7 +867,7 @@ def test_verify_reads_the_tarball_once_before_a_load(
     started = launch("m", "--verify", slurm=True)
     started.until("stop it with")
     assert f"sha256 {digest[:12]}... matches the sidecar" in started.output
-    assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
+    assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 1
     assert started.stop() == 130
     again = launch("m", "--verify", slurm=True)
     again.until("stop it with")
@@ -944,7 +947,6 @@ def test_a_node_that_does_not_answer_is_a_failure(fakes: Fakes, launch: Launcher
         (("/no/such/model",), "/no/such/model is not mounted into the container"),
         (("./no-model",), "no-model is not there, or not readable"),
         (("m", "--config", "none.yaml"), "cannot read the config file none.yaml"),
-        (("m", "--port"), "--port needs a value"),
         (("m", "--port", "x"), "not a number from 1 to 65535"),
         (("m", "--container-mount", "/no/such"), "container mount /no/such is not a directory"),
         (("m", "--runtime", "bare"), "trtllm-serve: not found in PATH"),
@@ -965,6 +967,61 @@ def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
     assert words.startswith(
         "the world size is 17 (tp 17 x pp 1 x cp 1), but the 2 nodes of the job have only 16"
     )
+
+
+SINFO = """if args != ["--noheader", "--format=%P %G"]:
+    unknown()
+print("debug* gpu:h100:8(S:0-1)\\ncpu (null)")"""
+COMMANDS = r"get nodes and serve on them, or submit a job:\n {13}(.*)\n {13}(.*)\n"
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_on_a_login_node_the_error_is_the_command_to_paste(
+    fakes: Fakes, launch: Launcher, toolset: Path, flag: list[str]
+) -> None:
+    fakes.program("sinfo", COMMON + SINFO)
+    fakes.program("nvidia-smi", "raise SystemExit('no driver')")
+    started = launch("org/a b", "--tp_size", "16", *flag, GPUS="auto")
+    if not Path("/dev/nvidia0").exists():
+        assert "is not in a Slurm allocation, and has no GPU of its own" in error(started)
+        script = [str(toolset / "run_sbatch.py"), "org/a b", "--tp_size", "16", *flag]
+        found = re.search(COMMANDS, started.output)
+        assert found
+        asked = "-N 2 --gpus-per-node=8 --exclusive".split()
+        assert shlex.split(found[1]) == ["salloc", *asked, sys.executable, *script]
+        assert shlex.split(found[2]) == ["sbatch", *asked, *script]
+    assert fakes.calls("docker") == []
+
+
+def test_a_machine_that_no_slurm_knows_is_asked_itself(fakes: Fakes, launch: Launcher) -> None:
+    fakes.without("squeue")
+    assert "no GPU found" in error(launch("m", GPUS="auto"))
+
+
+@pytest.mark.parametrize(
+    ("world", "sinfo", "words"),
+    [
+        (1, "", "-N 1 --gpus-per-node=8 --exclusive"),
+        (1, "debug* gpu:4\n", "-N 1 --gpus-per-node=4 --exclusive"),
+        (8, "debug* gpu:4\nbig gpu:8\n", "-N 2 --gpus-per-node=4 --exclusive"),
+        (
+            16,
+            "cpu* (null)\na gpu:4(S:0)\nb gpu:h100:8(S:0-1)\n",
+            "-p b -N 2 --gpus-per-node=8 --exclusive",
+        ),
+        (8, "debug* gpu:a100:4,gpu:h100:4,mps:100\n", "-N 1 --gpus-per-node=8 --exclusive"),
+        (8, "debug* (null)\n", "-N 1 --exclusive"),
+    ],
+)
+def test_what_is_asked_of_slurm_is_what_it_has(world: int, sinfo: str, words: str) -> None:
+    assert list(allocation.flags(world, sinfo)) == words.split()
+
+
+def test_what_make_alone_knows_is_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_sbatch.py", "org/m"])
+    env = {"MODEL": "org/m", "IMAGE": "/x.tar", "HF_TOKEN": TOKEN, "HOME": "/h"}
+    assert allocation.given(env) == []
+    assert allocation.given({**env, "MAKELEVEL": "1"}) == ["env", "IMAGE=/x.tar"]
 
 
 def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> None:

@@ -128,7 +128,7 @@ def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
         install = "install it there (nvidia-ctk runtime configure, then restart Docker)"
         lacks = "Docker has no NVIDIA container toolkit"
         found.append(node.bad("toolkit", lacks, f"{install}, or {LEAVE_OUT}"))
-    return [*found, *judge_image(node, wanted.image)] if wanted.image.tag else found[:1]
+    return [*found, *judge_image(node, wanted.image)]
 
 
 def judge_image(node: Node, image: Image) -> list[Finding]:
