@@ -58,6 +58,8 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(world.size)
     found = image.find_image(args.image, args.workspace) if kind.HAS_IMAGE else image.NONE
+    if not kind.HAS_IMAGE and (useless := of_containers(args)):
+        say(f"without a container, {', '.join(useless)} does nothing")
     if args.verify:
         provide.check_verifiable(found)
     plan = make_plan(args, place, found, ENGINE, replica)
@@ -80,6 +82,17 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     put = partial(put_image, plan, found, nodes, args.force, args.verify)
     supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put)
     return 0
+
+
+def of_containers(args: argparse.Namespace) -> list[str]:
+    """What was asked for that only a container has."""
+    asked = {
+        "IMAGE": args.image,
+        "CONTAINER_MOUNT": args.asked_mount,
+        "PRIVILEGED": setting("PRIVILEGED") == "1",
+        "--force": args.force,
+    }
+    return [name for name, given in asked.items() if given]
 
 
 def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> Plan:

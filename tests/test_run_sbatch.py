@@ -1031,8 +1031,9 @@ def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> N
         "trtllm-serve",
         f"import os, sys; os.execv(sys.executable, ['x', {str(simulator)!r}, *sys.argv[1:]])",
     )
-    started = launch("m", "--runtime", "bare", slurm=True)
+    started = launch("m", "--runtime", "bare", slurm=True, PRIVILEGED="1", IMAGE="x:1")
     started.until("stop it with")
+    assert "without a container, IMAGE, PRIVILEGED does nothing" in started.output
     assert json.loads(Path("logs/endpoint.json").read_text())["container"] is None
     assert started.stop() == 130
 
