@@ -31,6 +31,7 @@ from tests.cluster.launches import (
     QUICK,
     REPO,
     SLOW,
+    TAG,
     TARBALL,
     WHOLE,
     Launch,
@@ -129,6 +130,11 @@ def in_image_load(scene: Scene, fault: Fault) -> None:
     scene.start(fault, SLOW, "--pp_size", "2")
     wait_until(lambda: is_unpacking(scene.n2), f"a load on n2\n{scene.launch.output}")
     scene.freeze(scene.n2, "pigz")
+    wait_until(lambda: is_unpacking(scene.n1) or has_image(scene.n1), "n1's load, begun or over")
+
+
+def has_image(node: Machine) -> bool:
+    return node.run("docker", "image", "inspect", TAG, check=False).returncode == 0
 
 
 def is_unpacking(node: Machine) -> bool:

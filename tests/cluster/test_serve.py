@@ -233,7 +233,7 @@ def test_dry_run_prints_what_runs_and_runs_nothing(
     # Every block, pasted into a shell of the allocation, does what the launcher does with it.
     script = workspace / "pasted.sh"
     script.write_text(
-        f"{ask}\n({load}) < <(exec sleep 20 2>&-)\n({serve}) < <(exec sleep 3 2>&-)\n{remove}\n"
+        f"{ask}\n({load}) < <(exec sleep 20 2>&-)\n({serve}) < <(exec sleep 8 2>&-)\n{remove}\n"
     )
     shell = subprocess.Popen(
         cluster.ctl.argv(
