@@ -398,6 +398,11 @@ def test_all_nodes_are_waited_for(step: Callable[[str], Step]) -> None:
         ("echo why; tell n2 Ended '\"code\": 125'", r"n2 \(ranks 8-15\): .* exit code 125: why$"),
         ("echo 'srun: error: Unable to create step'; exit 1", "n1, n2: no container: srun: error"),
         ("up n1; exit 1", "n2: no container: no word from there$"),
+        (
+            "echo 'srun: error: Task launch for StepId=1.2 failed on node n2: Connection failure'; "
+            "echo 'slurmstepd-n1: error: *** STEP 1.2 ON n1 CANCELLED AT 2026 ***'; exit 1",
+            "n2: Slurm cannot start anything there: Connection failure$",
+        ),
         ("exit 0", "n1, n2: no container: no word from there$"),
     ],
 )
