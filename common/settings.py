@@ -1,13 +1,15 @@
 """The one list of settings: flag > environment > .env > default. env.example shows it."""
 
+import io
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
-from common.talk import die, say
+from common.talk import die, misused, say
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ SETTINGS = tuple(Setting(*row) for row in ROWS)
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
 PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
 
+# Of make alone: it turns them into flags.
+OF_MAKE = (
+    "TP FILE COMPRESS RESULTS BEFORE AFTER ENGINE FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS"
+).split()
+# What the programs that we call read from their environment; the engine without a container, too.
+OTHERS = re.compile(
+    "(?i:(https?|all|no|ftp)_proxy)|(GLOO|TP)_SOCKET_IFNAME|"
+    "(DOCKER|AWS|SLURM|SALLOC|SBATCH|SRUN|SQUEUE|SINFO|SSL|XDG|LC|REQUESTS|CURL)_\\w+|PYTHON\\w+|"
+    "PATH|HOME|LANG|TZ|TMPDIR|TERM|COLUMNS|NO_COLOR|MAKEFLAGS|LD_LIBRARY_PATH|KRB5CCNAME"
+)
+
 # What the kernel takes for one variable or argument; .env is the one way around it.
 LONGEST = 128 * 1024 - 1
 SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")
@@ -77,18 +90,44 @@ def read_env_file(path: Path) -> dict[str, str]:
     try:
         if not (path.is_file() or path.is_fifo()):
             return {}
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows' editors put a mark in front
             state = os.fstat(file.fileno())
             trust(path, state, "it is not read; make it your own (chown, chmod o-w) or remove it")
-            found = {name: value for name, value in dotenv_values(stream=file).items() if value}
+            text = file.read()
     except (OSError, ValueError) as error:
         die(f"cannot read {path}: {error}")
+    check_lines(path, text)
+    found = {n: value for n, value in dotenv_values(stream=io.StringIO(text)).items() if value}
     for name, value in found.items():
         if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
             die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
     if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
         say(f"{path} holds a secret and others may read it: chmod 600 {path}")
     return found
+
+
+def check_lines(path: Path, text: str) -> None:
+    """Usage error for a line that sets nothing. Its value is not shown: it may be a secret."""
+    from dotenv.parser import parse_stream
+
+    for each in parse_stream(io.StringIO(text)):
+        if each.error or (each.key and each.value is None):
+            begins, words = each.original.line, each.original.string
+            line = begins + len(words) - len(words.lstrip("\r\n"))
+            name = re.findall(r"[\w-]+", words)[:1] or ["it"]
+            misused(f"{path}, line {line}: {name[0]} is not set there; a line is NAME=VALUE")
+
+
+def say_useless(path: Path, names: Iterable[str]) -> None:
+    """A line for each variable that nobody heeds: a slip, or one that belongs elsewhere."""
+    ours = [each.name for each in SETTINGS]
+    for name in names:
+        if name in ours or name.startswith(PASSED_ON) or OTHERS.fullmatch(name):
+            continue
+        near = get_close_matches(name.upper(), ours, 1, 0.8)
+        what = f"did you mean {near[0]}?" if near else "the engine's container does not see it"
+        what = f"it is for make's command line (make ... {name}=)" if name in OF_MAKE else what
+        say(f"{path}: {name} is no setting and does nothing; {what}")
 
 
 def load_env_files() -> list[str]:
@@ -99,6 +138,7 @@ def load_env_files() -> list[str]:
     before = {name for name, value in os.environ.items() if value}
     for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1])):
         found = read_env_file(directory / ".env")
+        say_useless(directory / ".env", found)
         os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
     return sorted(set(os.environ) - before)
 

@@ -21,18 +21,23 @@ WIDTH = 120  # columns of a terminal that are used
 
 
 class Failure(Exception):
-    """What failed, in one sentence, and what to do next. Ends the program with exit code 1.
+    """What failed, in one sentence, and what to do next. Ends the program with its exit code.
 
     One that is `passing` may not happen again when the server is started anew (--restart).
     """
 
-    def __init__(self, message: str, hint: str = "", passing: bool = False) -> None:
+    def __init__(self, message: str, hint: str = "", passing: bool = False, code: int = 1) -> None:
         super().__init__(message)
-        self.message, self.hint, self.passing = message, hint, passing
+        self.message, self.hint, self.passing, self.code = message, hint, passing, code
 
 
 def die(message: str, *, hint: str = "", passing: bool = False) -> NoReturn:
     raise Failure(message, hint, passing)
+
+
+def misused(message: str, *, hint: str = "") -> NoReturn:
+    """Wrong usage: of words or settings, before anything is done. Exit code 2, as argparse's."""
+    raise Failure(message, hint, code=2)
 
 
 def complain(error: Failure | OSError) -> int:
@@ -40,8 +45,8 @@ def complain(error: Failure | OSError) -> int:
     if isinstance(error, Failure):
         hint = f"\n           next: {error.hint}" if error.hint else ""  # below the word ERROR
         say(f"ERROR {error.message}{hint}")
-    else:
-        say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        return error.code
+    say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
     return 1
 
 
@@ -110,19 +115,28 @@ def clean(data: Any) -> Any:  # noqa: ANN401
     return [clean(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-def plain(error: UnicodeError) -> tuple[str, int]:
-    """A character that the terminal does not know, in those that every terminal knows."""
+def plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What a terminal does not know, in characters that all know; a byte of a name as it is."""
     assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end].replace("±", "+-")
-    return text.encode("ascii", "backslashreplace").decode(), error.end
+    first = error.object[error.start]
+    if "\udc80" <= first <= "\udcff":  # of a name that is not UTF-8
+        return first.encode("ascii", "surrogateescape"), error.start + 1
+    text = first.replace("±", "+-")
+    return text.encode("ascii", "backslashreplace").decode(), error.start + 1
 
 
 codecs.register_error("plain", plain)
 
 
-def folded(line: str) -> str:
+def folded(text: str) -> str:
     """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
-    if len(line) <= WIDTH or not sys.stderr.isatty() or line[11:13] == "  ":
+    if not sys.stderr.isatty():
+        return text
+    return "\n".join(folded_line(line) for line in text.split("\n"))
+
+
+def folded_line(line: str) -> str:
+    if len(line) <= WIDTH or line[11:13] == "  ":
         return line
     wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
     folds = (wrap(each, subsequent_indent=" " * 11) for each in line.split("\n"))

@@ -1,7 +1,11 @@
 """Words of a command line, whatever engine they are for."""
 
+import os
+import re
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
+
+FLAG = re.compile(r"--|-[^\d.]")  # not a number below zero
 
 
 def value_of(args: Sequence[str], *flags: str) -> str | None:
@@ -14,14 +18,29 @@ def value_of(args: Sequence[str], *flags: str) -> str | None:
     return found
 
 
-def split_model(words: Sequence[str], switches: Collection[str]) -> tuple[str | None, list[str]]:
-    """The model and the other arguments. The model is the first word that is no flag's value."""
+def split_models(words: Sequence[str], switches: Collection[str]) -> tuple[list[str], list[str]]:
+    """The models, of which there should be one, and the other arguments.
+
+    A model is a word that is neither a flag nor a flag's value.
+    """
+    models: list[str] = []
+    others: list[str] = []
     i = 0
     while i < len(words):
-        if not words[i].startswith("-"):
-            return words[i], [*words[:i], *words[i + 1 :]]
-        i += 1 if "=" in words[i] or words[i] in switches else 2
-    return None, list(words)
+        if words[i].startswith("-"):
+            end = i + (1 if "=" in words[i] or words[i] in switches else 2)
+            others += words[i:end]
+            i = end
+        else:
+            models.append(words[i])
+            i += 1
+    return models, others
+
+
+def from_home(word: str) -> str:
+    """`~/x` and `--flag=~/x` with the home directory, where no shell has put it in."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return flag + equals + os.path.expanduser(value) if value.startswith("~/") else word  # noqa: PTH111
 
 
 def flags_of(args: Sequence[str], switches: Collection[str]) -> list[str]:
@@ -30,14 +49,17 @@ def flags_of(args: Sequence[str], switches: Collection[str]) -> list[str]:
     while i < len(args):
         name, equals, _ = args[i].partition("=")
         flags.append(name)
-        i += 1 if equals or name in switches or not name.startswith("--") else 2
-    return [flag for flag in flags if flag.startswith("--")]
+        i += 1 if equals or name in switches or not name.startswith("-") else 2
+    return [flag for flag in flags if flag.startswith("-")]
 
 
 def without_value(args: Sequence[str], flags: Collection[str]) -> str:
-    """The first of `flags` that is the last word, or has another flag after it; '' without one."""
-    pairs = zip_longest(args, args[1:], fillvalue="--")
-    return next((word for word, after in pairs if word in flags and after.startswith("--")), "")
+    """The first of `flags` without a value, or with an empty one, or with a flag for one; or ''."""
+    for word, after in zip_longest(args, args[1:], fillvalue="--"):
+        name, equals, value = word.partition("=")
+        if name in flags and (not value if equals else not after or FLAG.match(after)):
+            return name
+    return ""
 
 
 def is_count(text: str) -> bool:

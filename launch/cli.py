@@ -3,14 +3,18 @@
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 
 from common.settings import setting
-from launch.arguments import is_count
+from launch.arguments import from_home, is_count
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 
+GPU_WORDS = re.compile(
+    "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
+)
 DEFAULT_IMAGE = "the workspace's tarball, else a local tag"
 
 
@@ -83,11 +87,14 @@ def parse(
     args, rest = parser.parse_known_args(words[:end])
     rest += words[end + 1 :]
     check_usage(parser, args)
-    return args, rest
+    return args, list(map(from_home, rest))
 
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in settings for what was not given; usage error for what cannot be."""
+    for name in ("image", "workspace", "container_mount", "ready_timeout", "restart", "runtime"):
+        if getattr(args, name) == "":  # of an unset variable in somebody's script
+            parser.error(f"--{name.replace('_', '-')} is empty")
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
     args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
     args.image = args.image or setting("IMAGE")
@@ -104,6 +111,10 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.restart = int(restart)
     if args.runtime not in RUNTIMES:
         parser.error(f"RUNTIME is {args.runtime!r}, not {' or '.join(RUNTIMES)}")
+    if (privileged := setting("PRIVILEGED")) not in ("0", "1"):
+        parser.error(f"PRIVILEGED is {privileged!r}, neither 0 nor 1")
+    if not GPU_WORDS.fullmatch(gpus := setting("GPUS")):
+        parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
 

@@ -10,6 +10,8 @@ from common.talk import die, say
 from launch import slurm, world
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
+from launch.node.base import shell_code
+from launch.node.containers import CLIENT_FAILED
 from launch.server import TICK, Server, die_of_a_node
 
 NO_CAUSE = "its log names no cause"
@@ -17,6 +19,9 @@ KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
 }
+OF_SRUN, OF_DOCKER = re.compile(r"^srun: error: ", re.M), re.compile(r"^docker: ", re.M)
+KILLED_TASK = re.compile(r"^srun: error: \S+: task 0: (Killed|Terminated|Hangup)", re.M)
+UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
 
 
 def report_death(server: Server, code: int) -> NoReturn:
@@ -32,16 +37,20 @@ def report_death(server: Server, code: int) -> NoReturn:
         die_of_slurm(server, said, cancelled)
     await_holders(server)
     who, code, path = culprit(server, code, death)
+    other = "" if death else not_the_engine(server, code, said)
+    code = shell_code(code)
     tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
     say(f"the last lines of {path}:\n{tail}\n")
     engine = server.plan.engine
-    meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS else ""
+    meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS and not other else ""
     logs = (path, server.log.path, *ranks_of(server.log.path))
     cause = cause_in(logs, partial(evidence, server, death))
     end = f"ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s"
-    why, advice = (cause.line, cause.advice) if cause else (NO_CAUSE, KILLED.get(code, ""))
+    words = slurm.last_words(said) if other else ""
+    no_cause = words or NO_CAUSE, KILLED.get(code, "")
+    why, advice = (cause.line, cause.advice) if cause else no_cause
     hint = f"{advice}; the whole log: {path}".lstrip("; ")
-    die(f"{who} {end}: {why}", hint=hint, passing=code not in engine.FINAL)
+    die(f"{other or who} {end}: {why}", hint=hint, passing=code not in engine.FINAL)
 
 
 def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:
@@ -61,10 +70,23 @@ def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, 
         ranks = "rank" if death.ranks.isdecimal() else "ranks"
         log = world.rank_log(server.log.path, death.first)
         return f"{death.node}: {ranks} {death.ranks}", death.code, log
-    code = 128 - code if code < 0 else code
-    if server.replica.spread and server.log.tail():
-        return "srun", code, server.log.path
     return f"{server.node}: {server.plan.engine.PROGRAM}", code, server.main_log.path
+
+
+def not_the_engine(server: Server, code: int, said: str) -> str:
+    """Who else ended, between us and the engine: srun, our program on the node, Docker's client.
+
+    srun tells of its task by the node's name; what else it calls an error is its own.
+    """
+    slurms, ours = server.plan.place.slurm, f"{server.node}: the launcher's python3"
+    if code < 0:
+        return "srun" if slurms else ours
+    if slurms and OF_SRUN.search(said) and not world.first_failure(said):
+        return "srun"
+    if slurms and KILLED_TASK.search(said):
+        return ours
+    docker = code == CLIENT_FAILED or (code in UNSTARTED and OF_DOCKER.search(said))
+    return f"{server.node}: docker run" if docker and server.runtime.HAS_IMAGE else ""
 
 
 def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:

@@ -33,13 +33,13 @@ def image_commands(
         sum_command = shlex.join(provide.sum_command(found))
         yield "the tarball's sha256, compared with its sidecar's", sum_command
     if force:
-        forget = provide.forget_command(found, plan.place).shown()
-        yield "--force: take the image off every node", forget
+        forget = provide.forget_command(found, plan.place, plan.nodes).shown()
+        yield "--force: take the image off every node that serves", forget
     if found.tarball or found.registry:
         login = provide.password_command(found)
         more = f"{shlex.join(login)}; {HELD}" if login else HELD
         why = "where a node lacks the image; stops when its standard input ends"
-        yield why, provide.provide_command(found, plan.place).shown(more)
+        yield why, provide.provide_command(found, plan.place, plan.nodes).shown(more)
 
 
 def server_commands(plan: Plan, log: Path) -> Iterator[tuple[str, str]]:

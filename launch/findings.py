@@ -52,3 +52,5 @@ class Wanted:
     gpus: str  # the GPUS setting: auto, none, or docker's own words
     program: str  # the engine's
     paths: tuple[str, ...]
+    world: int = 0  # the GPUs that the server needs; 0: not known, all nodes have to serve
+    probe: str = ""  # a file of the launcher's in the workspace

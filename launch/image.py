@@ -1,15 +1,18 @@
 """The image on every node: what it is, whether a node has the right one, and how it gets there."""
 
+import contextlib
+import hashlib
 import json
+import os
 import re
 import subprocess
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from common.talk import die, say
+from common.talk import die, read_json, say, write_json
 from launch.node import images
 from launch.slurm import last_words
 
@@ -41,6 +44,8 @@ class Image:
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
     sha256: str = ""  # of the tarball, as its sidecar says
+    # As JSON: what a containerd store has just loaded is known by them, too.
+    diff_ids: str = field(default="", compare=False)
 
     @property
     def room(self) -> int:
@@ -89,7 +94,7 @@ def read_tarball(path: Path) -> Image:
         die(f"cannot read the image tarball {path}: {error.strerror}")
     except RuntimeError as error:  # ~nobody
         die(f"the image tarball {path} does not exist: {error}", hint=GET_ONE)
-    return read_sidecar(path, codec, size) or read_manifest(path, codec, size)
+    return read_sidecar(path, codec, size) or recall(path, codec) or learn(path, codec)
 
 
 def codec_of(path: Path) -> str:
@@ -106,7 +111,7 @@ def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
     try:
         if sidecar.stat().st_size > SMALL:
             raise ValueError("far too large")
-        image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec, size)
+        image = from_sidecar(json.loads(sidecar.read_bytes()), tarball, codec)
     except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         why = repr(error)[:200]
         say(f"image: {sidecar} cannot be used ({why}): reading the tarball itself")
@@ -117,12 +122,13 @@ def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
     return image
 
 
-def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) -> Image:
+def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
     """An Image from a sidecar's fields. KeyError, TypeError or ValueError where they are wrong."""
     config, manifest = data["config_digest"], data["manifest_digest"]
     ids = tuple(digest for digest in (config, manifest) if digest)
     tag = data["tags"][0] if isinstance(data["tags"], list) else None
-    layers = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
+    diff_ids = json.dumps(data["diff_ids"], separators=(",", ":"))  # as docker's {{json}} prints it
+    layers = diff_ids if data["diff_ids"] else ""
     if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
         raise ValueError("no tag or no image id")
     if not REFERENCE.fullmatch(tag) or not all(map(DIGEST.fullmatch, ids)):
@@ -130,14 +136,58 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str, size: int) 
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
     packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
-    sha256, layers = str(data.get("sha256", "")), "" if manifest else layers
-    return Image(tag, tarball, codec, ids, layers, packed, unpacked, sha256=sha256)
+    sha256, strict = str(data.get("sha256", "")), "" if manifest else layers
+    sums = {"sha256": sha256, "diff_ids": layers}
+    return Image(tag, tarball, codec, ids, strict, packed, unpacked, **sums)
 
 
-def read_manifest(tarball: Path, codec: str, size: int) -> Image:
-    """Read the tarball until its manifest, which Docker puts near the end: one pass."""
+def recall(tarball: Path, codec: str) -> Image | None:
+    """What an earlier launch learnt of this very file, by its size and time; else None."""
+    state = tarball.stat()
+    for path in places(tarball):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            owner = path.stat().st_uid  # in a directory for all, others could lie about our file
+            if owner in (os.geteuid(), 0, state.st_uid) and path.stat().st_size < SMALL:
+                known = read_json(path)
+                if known["file"] == [str(tarball), state.st_size, state.st_mtime_ns]:
+                    return from_sidecar(known, tarball, codec)
+    return None
+
+
+def places(tarball: Path) -> tuple[Path, Path]:
+    """Where what was learnt is kept: beside it, or else in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    name = hashlib.sha256(os.fsencode(tarball)).hexdigest()[:32]
+    return (
+        tarball.with_name(f"{tarball.name}.learnt.json"),
+        cache / f"tensorrt-llm-serve/{name}.json",
+    )
+
+
+def learn(tarball: Path, codec: str) -> Image:
+    """Read the tarball, which is done once: what it holds is kept for the next launch."""
     lacks = f"{tarball.name} has no sidecar (save_image.py writes one)"
     say(f"image: {lacks}: reading it to find its tag")
+    state = tarball.stat()
+    try:
+        found = describe(*unpacked(tarball, codec))
+        image = from_sidecar({**found, "packed_bytes": state.st_size}, tarball, codec)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
+    about = [str(tarball), state.st_size, state.st_mtime_ns]
+    remember(tarball, {"file": about, "packed_bytes": state.st_size, **found})
+    return image
+
+
+def remember(tarball: Path, known: Mapping[str, Any]) -> None:
+    for path in places(tarball):
+        with contextlib.suppress(OSError):
+            if not path.exists() or path.stat().st_uid == os.geteuid():  # else a colleague's
+                return write_json(path, known)
+
+
+def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
+    """The documents of a `docker save` tarball, and its size unpacked; Failure for a broken one."""
     pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
@@ -145,31 +195,50 @@ def read_manifest(tarball: Path, codec: str, size: int) -> Image:
     ):
         assert proc.stdout and proc.stderr
         try:
-            manifest = manifest_in(proc.stdout)
-        except (tarfile.TarError, ValueError, TypeError, EOFError, RecursionError) as error:
+            return documents_in(proc.stdout)
+        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
             hint = "copy it again or write it again with `make save`"
             die(f"the image tarball {tarball} is truncated or corrupt: {words}", hint=hint)
         finally:
             proc.kill()
-    try:
-        tag, config = manifest[0]["RepoTags"][0], manifest[0]["Config"]
-        digest = f"sha256:{Path(config).name.removesuffix('.json')}"
-        if not (REFERENCE.fullmatch(tag) and DIGEST.fullmatch(digest)):
-            raise TypeError
-    except (LookupError, TypeError):
-        die(f"the image tarball {tarball} names no tag", hint="save it by tag with `make save`")
-    return Image(tag, tarball, codec, (digest,), packed=size)
 
 
-def manifest_in(stream: IO[bytes]) -> list[dict[str, Any]]:
-    """manifest.json of a `docker save` stream. ValueError where the stream has none."""
+def documents_in(stream: IO[bytes]) -> tuple[dict[str, bytes], int]:
+    """The small files of a tar, and the size of all. ValueError where it is not Docker's."""
+    found: dict[str, bytes] = {}
+    size = kept = 0
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
-            if member.name == "manifest.json" and (content := tar.extractfile(member)):
-                return list(json.loads(content.read(SMALL)))
-    raise ValueError("no manifest.json in it: not made by docker save?")
+            size += member.size
+            named = member.name in ("manifest.json", "index.json")
+            if not member.isreg() or member.size > (SMALL if named else SMALL / 16):
+                continue
+            content = tar.extractfile(member).read()  # type: ignore[union-attr]
+            if named:
+                json.loads(content)  # is it whole?
+            if named or (content.startswith(b"{") and kept + len(content) < SMALL):
+                found[member.name] = content
+                kept += len(content)
+    if "manifest.json" not in found:
+        raise ValueError("no manifest.json in it: not made by docker save?")
+    return found, size
+
+
+def describe(documents: Mapping[str, bytes], size: int) -> dict[str, Any]:
+    """A sidecar's fields, from the documents of the tarball itself."""
+    entry = json.loads(documents["manifest.json"])[0]
+    index = json.loads(documents.get("index.json", b"{}")).get("manifests") or []
+    digests = {each["digest"] for each in index}
+    config = json.loads(documents.get(entry["Config"], b"{}"))
+    return {
+        "tags": entry["RepoTags"],
+        "config_digest": f"sha256:{Path(entry['Config']).name.removesuffix('.json')}",
+        "manifest_digest": digests.pop() if len(digests) == 1 else None,
+        "diff_ids": config.get("rootfs", {}).get("diff_ids") or [],
+        "unpacked_bytes": size,
+    }
 
 
 def unpacker(codec: str) -> list[str]:

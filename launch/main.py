@@ -12,12 +12,13 @@ from functools import partial
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey
 from common.talk import Failure, Record, complain, die, keep_ours, say
-from launch import image, manage, preflight, provide, supervise
+from launch import allocation, image, manage, preflight, provide, supervise
 from launch.address import url_of
 from launch.cli import parse
 from launch.dry_run import dry_run
 from launch.engines import engine
 from launch.findings import Node, Wanted
+from launch.node.facts import count_gpus
 from launch.nodes import find_place
 from launch.plan import Plan, Replica, find_model, make_plan, wanted_of
 from launch.runtimes import runtime
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     obey()
     keep_ours()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are
+        sys.stdout.reconfigure(errors="plain")  # whatever the terminal's encoding
     try:
         load_env_files()
         return go(*parse(argv, description))
@@ -54,11 +55,16 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     model, serve_args, port = served.read(rest, setting("PORT"))
     replica = Replica(served.command(find_model(model), serve_args), port, setting("GPUS"))
     shape, world = served.check(serve_args, setting("TRTLLM_VERSION"))
+    if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
+        allocation.refuse_login_node(world.size)
     found = image.find_image(args.image, args.workspace) if kind.HAS_IMAGE else image.NONE
+    if not kind.HAS_IMAGE and (useless := of_containers(args)):
+        say(f"without a container, {', '.join(useless)} does nothing")
     if args.verify:
         provide.check_verifiable(found)
     plan = make_plan(args, place, found, ENGINE, replica)
-    wanted, log = wanted_of(plan, found), supervise.log_path(plan, args.workspace)
+    wanted = wanted_of(plan, found, world.size)
+    log = supervise.log_path(plan, args.workspace)
     if args.dry_run:
         plan = spread_out(plan, expect_spread(world, place, kind.OVER_NODES), args)
         dry_run(plan, found, wanted, log, force=args.force, verify=args.verify)
@@ -78,6 +84,17 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def of_containers(args: argparse.Namespace) -> list[str]:
+    """What was asked for that only a container has."""
+    asked = {
+        "IMAGE": args.image,
+        "CONTAINER_MOUNT": args.asked_mount,
+        "PRIVILEGED": setting("PRIVILEGED") == "1",
+        "--force": args.force,
+    }
+    return [name for name, given in asked.items() if given]
+
+
 def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> Plan:
     """The plan with its server laid over the nodes."""
     check_logs(spread, args.workspace)
@@ -87,11 +104,13 @@ def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> P
 def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:
     """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
-    nodes = preflight.ask_nodes(wanted, plan.place)
-    if args.check:
-        print(preflight.table(preflight.judge(nodes, wanted)))
-    elif preflight.reap(nodes, plan.place, plan.user):
+    with preflight.probe(args.workspace, plan.place) as probe:
+        wanted = replace(wanted, probe=probe)
         nodes = preflight.ask_nodes(wanted, plan.place)
+        if args.check:
+            print(preflight.table(preflight.judge(nodes, wanted)))
+        elif preflight.reap(nodes, plan.place, plan.user):
+            nodes = preflight.ask_nodes(wanted, plan.place)
     preflight.stop_if_bad(preflight.judge(nodes, wanted))
     say(preflight.summary(nodes))
     return nodes
@@ -108,11 +127,11 @@ def check_force(found: image.Image) -> None:
 def put_image(
     plan: Plan, found: image.Image, nodes: Sequence[Node], force: bool, verify: bool
 ) -> None:
-    """The image on every node that lacks it; with --force on all of them, afresh."""
-    if not (force or preflight.must_provide(nodes, found)):
+    """The image on every node that serves and lacks it; with --force on all of them, afresh."""
+    if not (force or preflight.must_provide(nodes[: plan.nodes], found)):
         return
     if verify:
         provide.verify(found)
     if force:
-        provide.forget(found, plan.place)
-    provide.provide(found, plan.place)
+        provide.forget(found, plan.place, plan.nodes)
+    provide.provide(found, plan.place, plan.nodes)

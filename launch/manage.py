@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from common.ask import ask
 from common.response import Malformed
-from common.talk import Failure, counted, die, say
+from common.talk import Failure, counted, die, say, visible
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.records import living, process_of, records, tell_to_stop
@@ -32,7 +32,8 @@ def status(logs: Path) -> int:
     """A line a launch on stdout: job, state, url, model. Exit code 1 when there is none."""
     found = records(logs)
     for record in found:
-        print(f"{record['job']}\t{health(record['url'])}\t{record['url']}\t{record['model']}")
+        words = record["job"], health(record["url"]), record["url"], record["model"]
+        print("\t".join(map(visible, words)))
     if not found:
         say(f"nothing runs from {logs.parent}")
     return 0 if found else 1

@@ -3,17 +3,21 @@
 import argparse
 import os
 import pwd
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.settings import setting
-from common.talk import die, say
+from common.settings import PASSED_ON, setting
+from common.talk import die, misused, say
+from launch.arguments import from_home
 from launch.engines import Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
 from launch.nodes import Place
 from launch.spread import Spread
+
+CACHE = re.compile(r"HF_\w*CACHE")  # what Hugging Face keeps beside, or in place of, HF_HOME's
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Plan:
     engine_name: str
     tag: str  # the image's; '' where the runtime needs none
     mounts: tuple[str, ...]
-    cache: str  # the Hugging Face cache, one of the mounts; '' without an image
+    caches: tuple[tuple[str, str], ...]  # Hugging Face's: variable and directory, which is mounted
     cwd: str  # the container's working directory; '': the image's own
     privileged: bool
     user: str
@@ -82,8 +86,11 @@ def is_directory(path: Path | str) -> bool:
 
 def find_model(given: str | None) -> str:
     if given is None:
-        given = setting("MODEL")
+        given = from_home(setting("MODEL"))
         say(f"no MODEL given: serving the default, {given}")
+    if not given.strip() or given.startswith("-"):
+        wrong = f"{given}, which is no model" if given.strip() else "empty"
+        misused(f"MODEL is {wrong}", hint="give a Hugging Face id or a path")
     return given
 
 
@@ -93,16 +100,39 @@ def called_otherwise(path: str, where: Path) -> list[Path]:
     return [Path(called)] if real(called) == where else []
 
 
-def find_mounts(args: argparse.Namespace, cache: Path, paths: Sequence[Path] = ()) -> list[Path]:
+def find_caches(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Hugging Face's caches, HF_HOME first: each variable that names one, and its directory."""
+    names = sorted(n for n in environ if CACHE.fullmatch(n) and environ[n])
+    given = {"HF_HOME": setting("HF_HOME") or "~/.cache/huggingface"}
+    given |= {name: environ[name] for name in names}
+    return tuple((n, os.path.abspath(os.path.expanduser(p))) for n, p in given.items())  # noqa: PTH100, PTH111
+
+
+def say_unmounted(environ: Mapping[str, str], mounts: Sequence[Path]) -> None:
+    """A variable for the engine that names a file of this machine's which it will not see."""
+    for name, path in sorted(environ.items()):
+        known = name.startswith(PASSED_ON) and path.startswith("/") and os.path.exists(path)  # noqa: PTH110
+        if known and not any(Path(path).is_relative_to(mount) for mount in mounts):
+            say(f"{name}: {path} is not mounted into the container (--container-mount)")
+
+
+def find_mounts(
+    args: argparse.Namespace,
+    caches: Sequence[Path],
+    paths: Sequence[Path] = (),
+    *,
+    elsewhere: bool = False,
+) -> list[Path]:
     """Host directories that the containers see under the same path, each once.
 
-    A link to the workspace is one of them where one of `paths` is called by it.
+    A link to the workspace is one of them where one of `paths` is called by it. `elsewhere`: not
+    here, but on nodes, which will be asked whether they have what was named.
     """
     mount = real(args.container_mount)
     links = called_otherwise(args.called_workspace, args.workspace)
     called = [link for link in links if any(path.is_relative_to(link) for path in paths)]
-    mounts = [args.workspace, *called, cache]
-    if is_directory(mount):
+    mounts = [args.workspace, *called, *caches]
+    if is_directory(mount) or (args.asked_mount and elsewhere and not os.path.exists(mount)):  # noqa: PTH110
         mounts[:0] = [mount, *called_otherwise(args.container_mount, mount)]
     elif args.asked_mount:
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
@@ -132,17 +162,19 @@ def make_plan(
     args: argparse.Namespace, place: Place, found: Image, engine_name: str, replica: Replica
 ) -> Plan:
     user = user_name()
-    none = Plan(place, args.runtime, engine_name, "", (), "", "", False, user, (replica,))
+    none = Plan(place, args.runtime, engine_name, "", (), (), "", False, user, (replica,))
     if not found.tag:  # the runtime has no image
         return none
-    cache = Path(os.path.expanduser(setting("HF_HOME") or "~/.cache/huggingface")).absolute()  # noqa: PTH111
+    caches = find_caches(os.environ)
     paths = paths_of(replica, engine(engine_name))
-    mounts = find_mounts(args, cache, paths)
+    elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
+    mounts = find_mounts(args, [Path(path) for _, path in caches], paths, elsewhere=elsewhere)
     check_mounted(paths, mounts)
     cwd = Path.cwd()
     seen = str(cwd) if any(cwd.is_relative_to(mount) for mount in mounts) else ""
     privileged, names = setting("PRIVILEGED") == "1", tuple(map(str, mounts))
-    whole = replace(none, tag=found.tag, mounts=names, cache=str(cache), cwd=seen)
+    say_unmounted(os.environ, mounts)
+    whole = replace(none, tag=found.tag, mounts=names, caches=caches, cwd=seen)
     return replace(whole, privileged=privileged)
 
 
@@ -150,8 +182,9 @@ def paths_of(replica: Replica, engine: Engine) -> list[Path]:
     return local_paths(replica.model, engine.config_of(replica.command[2:]))
 
 
-def wanted_of(plan: Plan, found: Image) -> Wanted:
-    head = plan.replicas[0]
-    seen = [m for m in plan.mounts if m != plan.cache]  # the cache is made where it is missing
+def wanted_of(plan: Plan, found: Image, world: int = 0) -> Wanted:
+    head, program = plan.replicas[0], plan.engine.PROGRAM
+    made = [path for _, path in plan.caches]  # where they are missing
+    seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(head, plan.engine)))
-    return Wanted(plan.runtime, found, head.port, head.gpus, plan.engine.PROGRAM, paths)
+    return Wanted(plan.runtime, found, head.port, head.gpus, program, paths, world)

@@ -1,9 +1,15 @@
 """What every node has and lacks, asked of all of them at once, before anything heavy is started."""
 
+import contextlib
 import os
 import re
+import socket
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from common.talk import Failure, counted, die, say
 from launch.findings import Finding, Node, Wanted
@@ -21,7 +27,9 @@ PATIENCE = 60.0  # seconds for all nodes together
 
 
 def survey_command(wanted: Wanted, place: Place) -> Command:
-    tag, paths = wanted.image.tag, list(wanted.paths)
+    tag, tarball = wanted.image.tag, wanted.image.tarball
+    paths = [*wanted.paths, *([str(tarball)] if tarball else [])]
+    paths += [wanted.probe] if wanted.probe else []
     return Command(place.every, Survey(wanted.runtime, wanted.port, tag, wanted.program, paths))
 
 
@@ -48,18 +56,60 @@ def gather(told: Iterable[Told]) -> list[Node]:
 
 
 def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
-    """Every check of every node. The first node serves: its GPUs and its port matter."""
+    """Every check of every node. The first node serves: its GPUs and its port matter.
+
+    What the server has no use for, as the model or the image, may be missing on the others.
+    """
     findings: list[Finding] = []
-    hint = "it has to be on a file system that the nodes share"
-    for node in nodes:
-        findings += runtime(wanted.runtime).judge(node, wanted)
+    needed = how_many_serve(nodes, wanted)
+    for index, node in enumerate(nodes):
+        its = runtime(wanted.runtime).judge(node, wanted)
+        findings += its if index < needed else map(not_needed, its)
         findings.append(judge_gpus(node, wanted, is_head=node is nodes[0]))
         findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
-        unseen = (f"{path} is not there, or not readable" for path in node.facts.unseen)
-        findings += [node.bad("paths", text, hint) for text in unseen]
+        findings += judge_paths(node, wanted, several=needed > 1) if index < needed else []
         devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
         findings.append(node.ok("devices", devices))
     return findings
+
+
+def not_needed(finding: Finding) -> Finding:
+    """Of a node that will not serve; whether its Docker answers is told nevertheless."""
+    if finding.state == "ok" or finding.check not in ("image", "disk", "toolkit", "engine"):
+        return finding
+    return replace(finding, state="ok", text="not needed", hint="")
+
+
+def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:
+    """How many nodes, from the first on, the server needs, if that can be had at all."""
+    if not wanted.world or not nodes:
+        return len(nodes)
+    one = wanted.gpus == "none" or wanted.world <= nodes[0].gpus
+    return 1 if one else min(-(-wanted.world // (nodes[0].gpus or 1)), len(nodes))
+
+
+def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Finding]:
+    shared = "it has to be on a file system that the nodes share"
+    for path in node.facts.unseen:
+        if path == wanted.probe:
+            here, workspace = socket.gethostname().partition(".")[0], Path(path).parent
+            text = f"the workspace {workspace} is not the one of {here}"
+            yield from [node.bad("paths", text, f"{shared}: see --workspace")] if several else []
+        elif path != str(wanted.image.tarball):
+            hint = f"{shared}, or by the same path on every node that serves"
+            yield node.bad("paths", f"{path} is not there, or not readable", hint)
+
+
+@contextlib.contextmanager
+def probe(workspace: Path, place: Place) -> Iterator[str]:
+    """A file that tells whether the nodes' workspace is ours; '' where there can be none."""
+    with contextlib.ExitStack() as stack:
+        name = ""
+        with contextlib.suppress(OSError):
+            if place.slurm:
+                made = partial(tempfile.NamedTemporaryFile, prefix=".tensorrt-llm-serve-")
+                name = stack.enter_context(made(dir=workspace)).name
+        yield name
 
 
 def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:

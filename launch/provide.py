@@ -15,20 +15,22 @@ from launch.order import Command
 LOADING = " while the image was being loaded"
 
 
-def provide_command(image: Image, place: Place) -> Command:
+def provide_command(image: Image, place: Place, nodes: int = 0) -> Command:
+    """For the first `nodes` nodes, those that serve; 0: all."""
+    where = place.on(nodes or place.size)
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
-        return Command(place.every, Pull(image.tag, login))
-    tarball, ids = str(image.tarball), list(image.ids)
-    return Command(place.every, Load(tarball, image.tag, ids, image.layers, image.codec))
+        return Command(where, Pull(image.tag, login))
+    what = str(image.tarball), image.tag, list(image.ids), image.layers, image.codec
+    return Command(where, Load(*what, image.packed, image.diff_ids))
 
 
-def forget_command(image: Image, place: Place) -> Command:
-    return Command(place.every, Forget(image.tag))
+def forget_command(image: Image, place: Place, nodes: int = 0) -> Command:
+    return Command(place.on(nodes or place.size), Forget(image.tag))
 
 
-def forget(image: Image, place: Place) -> None:
-    for told in ask(forget_command(image, place), "removing the image"):
+def forget(image: Image, place: Place, nodes: int = 0) -> None:
+    for told in ask(forget_command(image, place, nodes), "removing the image"):
         if isinstance(told.message, Kept):
             say(f"image: {told.node}: not removed: {told.message.why}")
 
@@ -69,12 +71,13 @@ def verify(image: Image) -> None:
     say(f"image: sha256 {found[:12]}... matches the sidecar")
 
 
-def provide(image: Image, place: Place) -> None:
-    """Bring the image to every node at once; Failure naming the nodes where it did not work."""
+def provide(image: Image, place: Place, nodes: int = 0) -> None:
+    """Bring the image to the nodes at once; Failure naming those where it did not work."""
+    nodes = nodes or place.size
     login = password_command(image)
     secret = run(login).strip() + "\n" if login else ""
     progress, errors, have, words = Progress(image.packed), {}, {}, []
-    with held(provide_command(image, place), secret=secret) as step:
+    with held(provide_command(image, place, nodes), secret=secret) as step:
         for told in step.told():
             message = told.message
             if isinstance(message, messages.Present):
@@ -87,13 +90,13 @@ def provide(image: Image, place: Place) -> None:
             else:
                 words.append(told.line)
     talk = "\n".join(words)
-    if len(have) < place.size and (word := slurm.slurms_word(talk, LOADING)):
+    if len(have) < nodes and (word := slurm.slurms_word(talk, LOADING)):
         # It kills what is unpacking, too, and that looks like a broken tarball.
         die(word, hint=slurm.SEE_NODES)
     if errors:
         die(slurm.by_node(sorted(errors.items())), hint=advice(image))
-    if len(have) < place.size:
-        reached = f"the image reached {len(have)} of {place.size} nodes"
+    if len(have) < nodes:
+        reached = f"the image reached {len(have)} of {nodes} nodes"
         die(f"{reached}: {slurm.last_words(talk, 3)}")
     # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
     if image.registry and len(set(have.values())) > 1:

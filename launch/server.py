@@ -138,7 +138,7 @@ def launch_spread(
 
 def die_of_a_node(server: Server) -> None:
     if server.holders and (fault := server.holders.fault()):
-        hint = f"the logs: {server.log.path.parent}"
+        hint = f"{server.holders.advice()}; the logs: {server.log.path.parent}".lstrip("; ")
         die(f"{fault}, {server.when}", hint=hint, passing=True)
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.talk import die
+from launch import causes
 from launch.findings import Node
 from launch.node.messages import Beat, Ended, Left, Up
 from launch.nodes import Step
 from launch.order import Told
-from launch.slurm import last_words
+from launch.slurm import SEE_NODES, last_words, lost_nodes
 from launch.spread import Spread
 
 UP_WITHIN = 60.0  # seconds until every node's container runs
@@ -74,6 +75,11 @@ class Holders(threading.Thread):
                 return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
         return ""
 
+    def advice(self) -> str:
+        """What is known of the cause that a container's client has named; '' where it is not."""
+        cause = causes.of("\n".join(self.talk))
+        return cause.advice if cause and cause.meaning else ""
+
     def forgive_absence(self) -> None:
         """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
         now = time.monotonic()
@@ -101,9 +107,11 @@ class Holders(threading.Thread):
             if ended := self.step.poll() is not None:
                 self.join(1)  # until all that it said has been read
             if fault := self.fault():
-                die(fault, passing=True)
+                die(fault, hint=self.advice(), passing=True)
             missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
+                if lost := lost_nodes("\n".join(self.talk)):
+                    die(lost, hint=SEE_NODES, passing=True)
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 words = last_words("\n".join(self.talk)) or "no word from there"
                 die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)

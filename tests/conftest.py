@@ -197,7 +197,7 @@ def run(name, rest):
     else:
         fail('"docker run" requires at least 1 argument.', 125)
     entry = [flag.partition("=")[2] for flag in flags if flag.startswith("--entrypoint=")]
-    engine = [*entry, *words]
+    engine = [*(entry or images().get(word, {}).get("entrypoint", [])), *words]
     seen = {n: os.environ[n] for n in os.environ if n == "PATH" or n.startswith("FAKE_")}
     for flag in flags:
         variable, equals, value = flag.removeprefix("--env=").partition("=")
@@ -321,8 +321,12 @@ match args:
     case ["info", "--format", "{{.DriverStatus}}"]:
         print(faults.get("store", "[[Backing Filesystem extfs]]"))
     case ["info", "--format",
-          "{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}"]:
-        print("27.0.1", faults.get("store", "[[Backing Filesystem extfs]]"), home, sep="\n")
+          "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
+          "{{json .Runtimes}}"]:
+        store = faults.get("store", "[[Backing Filesystem extfs]]")
+        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}', sep="\n")
+    case ["--version"]:
+        print("Docker version 27.0.1, build 1")
     case ["image", "inspect", "--format", form, tag]:
         if not (image := images().get(tag)):
             fail("Error response from daemon: No such image: " + tag)
@@ -850,7 +854,7 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
         "trtllm",
         TAG,
         ("/fsx", "/home/a b"),
-        cache,
+        (("HF_HOME", cache),) if cache else (),
         "/fsx/work",
         False,
         "me",
@@ -872,7 +876,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def archive(tag: str | None = TAG, *, oci: bool = False, manifest: object = ...) -> bytes:
+def archive(
+    tag: str | None = TAG, *, oci: bool = False, manifest: object = ..., index: object = None
+) -> bytes:
     """A small tar as `docker save` writes it, the manifest near its end."""
     config = json.dumps({"rootfs": {"diff_ids": ["sha256:1"]}}).encode()
     digest = hashlib.sha256(config).hexdigest()
@@ -880,6 +886,8 @@ def archive(tag: str | None = TAG, *, oci: bool = False, manifest: object = ...)
     if manifest is ...:
         manifest = [{"Config": name, "RepoTags": [tag] if tag else None, "Layers": ["layer.tar"]}]
     files = {"layer.tar": os.urandom(200_000), name: config}
+    if index is not None:
+        files["index.json"] = json.dumps(index).encode()
     if manifest is not None:
         files["manifest.json"] = json.dumps(manifest).encode()
     sink = io.BytesIO()

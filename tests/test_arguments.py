@@ -6,7 +6,7 @@ from itertools import permutations
 
 import pytest
 
-from launch.arguments import flags_of, split_model, value_of
+from launch.arguments import flags_of, from_home, split_models, value_of, without_value
 from launch.engines.trtllm import SWITCHES
 from tests.conftest import HOSTILE
 
@@ -50,27 +50,63 @@ PIECES = (("m",), ("--tp_size", "2"), ("--port=1",), ("--trust_remote_code",))
 def test_the_model_is_found_in_every_order(order: tuple[int, ...]) -> None:
     pieces = [PIECES[i] for i in order]
     rest = [word for piece in pieces if piece != ("m",) for word in piece]
-    assert split_model([word for piece in pieces for word in piece], SWITCHES) == ("m", rest)
+    assert split_models([word for piece in pieces for word in piece], SWITCHES) == (["m"], rest)
 
 
 @pytest.mark.parametrize(
-    ("words", "model"),
+    ("words", "models"),
     [
-        ([], None),
-        (["--tp_size", "2"], None),
-        (["--tp_size"], None),
-        (["--help"], None),
-        (["--fail_fast_on_attention_window_too_large", "m"], "m"),
-        (["--port", "m", "m"], "m"),
-        (["a b"], "a b"),
-        (["m", "n"], "m"),
-        ([""], ""),
+        ([], []),
+        (["--tp_size", "2"], []),
+        (["--tp_size"], []),
+        (["--help"], []),
+        (["--fail_fast_on_attention_window_too_large", "m"], ["m"]),
+        (["--port", "m", "m"], ["m"]),
+        (["a b"], ["a b"]),
+        (["m", "--port", "1", "n"], ["m", "n"]),
+        ([""], [""]),
     ],
 )
-def test_a_word_that_is_a_flags_value_is_no_model(words: list[str], model: str | None) -> None:
-    assert split_model(words, SWITCHES)[0] == model
-    if model is None:
-        assert split_model(words, SWITCHES)[1] == words
+def test_a_word_that_is_a_flags_value_is_no_model(words: list[str], models: list[str]) -> None:
+    assert split_models(words, SWITCHES)[0] == models
+    if not models:
+        assert split_models(words, SWITCHES)[1] == words
+
+
+@pytest.mark.parametrize(
+    ("args", "flag"),
+    [
+        (["--a"], "--a"),
+        (["--a", "--b"], "--a"),
+        (["--a", "-b"], "--a"),
+        (["--a", ""], "--a"),
+        (["--a="], "--a"),
+        (["--a", "-1", "--b", "-.5"], ""),
+        (["--a=-b"], ""),
+        (["--new", "--b", "1"], ""),
+    ],
+)
+def test_a_flag_or_nothing_is_no_value(args: list[str], flag: str) -> None:
+    assert without_value(args, {"--a", "--b"}) == flag
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("~/m", "/h/m"),
+        ("--config=~/c.yaml", "--config=/h/c.yaml"),
+        ("~", "~"),
+        ("~me/x", "~me/x"),
+        ("a~/b", "a~/b"),
+        ("--x=a=~/b", "--x=a=~/b"),
+    ],
+)
+def test_a_tilde_is_the_home_directory(
+    word: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell puts it in for `~/m`, but not for `--config=~/c.yaml`, and nobody does in .env."""
+    monkeypatch.setenv("HOME", "/h")
+    assert from_home(word) == meant
 
 
 def test_values_that_look_like_flags_are_values() -> None:

@@ -129,7 +129,7 @@ def test_privileges_are_given_only_when_asked_for() -> None:
 
 
 def test_what_is_empty_is_left_out() -> None:
-    bare = Plan(**{**vars(plan()), "mounts": (), "cwd": "", "cache": ""})
+    bare = Plan(**{**vars(plan()), "mounts": (), "cwd": "", "caches": ()})
     assert not [w for w in docker_options(bare, {}) if w.startswith(("--mount", "--workdir"))]
     assert not [w for w in docker_options(bare, {}) if w.startswith("--env=HF_HOME")]
 
@@ -252,6 +252,28 @@ def test_an_engine_that_is_killed_is_told_as_137(
     ready: Fakes, script: Callable[..., Script]
 ) -> None:
     assert hold(script, plan("bash", "-c", "kill -KILL $$")).code() == 137
+
+
+@pytest.mark.parametrize("entry", [["bash", "-c"], ["trtllm-serve"], ["false"]])
+def test_an_image_may_have_any_entry_point(
+    fakes: Fakes, script: Callable[..., Script], entry: list[str]
+) -> None:
+    """NVIDIA's is called by its path; any other would get our shell as its arguments."""
+    fakes.hold_image(entrypoint=entry)
+    held = hold(script, plan("printf", "%s", "it's served"))
+    assert (held.code(), held.output) == (0, "it's served")
+
+
+def test_a_client_that_is_killed_is_not_the_engine(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    held = hold(script, plan(*SLEEPER))
+    held.until_said("up")
+    [client] = [pid for pid, words in ready.processes().items() if "docker run" in words]
+    os.kill(client, signal.SIGKILL)
+    assert held.code() == 125
+    assert "docker: its client was killed (signal 9)" in held.output
+    ready.nothing_is_left()
 
 
 def test_dockers_own_failure_is_handed_through(fakes: Fakes, script: Callable[..., Script]) -> None:

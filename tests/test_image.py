@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,8 +297,72 @@ def test_a_bare_tarball_tells_its_tag_and_id(tmp_path: Path, codec: str, oci: bo
     data = archive("team/x:1", oci=oci)
     path = tmp_path / "misnamed.tar"
     path.write_bytes(packed(data, codec))
-    size = path.stat().st_size
-    assert read_tarball(path) == Image("team/x:1", path, codec, (config_digest(data),), packed=size)
+    found, size = read_tarball(path), path.stat().st_size
+    ids, layers = (config_digest(data),), '["sha256:1"]'
+    assert found == Image("team/x:1", path, codec, ids, layers, size, found.unpacked)
+    assert 200_000 < found.unpacked < len(data)
+
+
+def test_what_a_containerd_store_calls_it_is_read_too(tmp_path: Path) -> None:
+    """Docker 25 and newer write an index.json; its manifest's digest is the id in such a store."""
+    index = {"manifests": [{"digest": "sha256:m", "mediaType": "x"}]}
+    data = archive(oci=True, index=index)
+    (tmp_path / "x.tar").write_bytes(data)
+    found = read_tarball(tmp_path / "x.tar")
+    assert found.ids == (config_digest(data), "sha256:m")
+    assert (found.layers, found.diff_ids) == ("", '["sha256:1"]')
+
+
+READING = "reading it to find its tag"
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_tarball_without_a_sidecar_is_read_once(
+    tmp_path: Path,
+    beside: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was learnt is kept beside it, or in the user's cache, and only for this very file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/cache")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    path = folder / "x.tar"
+    path.write_bytes(archive("a:1"))
+    note = folder / "x.tar.learnt.json"
+    if not beside:
+        note.mkdir()  # as good as a directory that is not ours to write to, also for root
+    first = read_tarball(path)
+    assert READING in capfd.readouterr().err
+    assert note.is_file() == beside
+    assert len(list(tmp_path.glob("cache/*/*"))) == (not beside)
+    assert read_tarball(path) == first and read_tarball(path).diff_ids == first.diff_ids
+    assert capfd.readouterr().err == ""
+    path.write_bytes(archive("b:1"))
+    os.utime(path, ns=(1, 1))
+    assert read_tarball(path).tag == "b:1"
+    assert READING in capfd.readouterr().err
+    assert read_tarball(path).tag == "b:1"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "another file", "somebody else's"])
+def test_what_was_learnt_is_believed_only_of_this_file_and_from_us(
+    tmp_path: Path, spoil: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/cache")
+    path, note = tmp_path / "x.tar", tmp_path / "x.tar.learnt.json"
+    path.write_bytes(archive("a:1"))
+    read_tarball(path)
+    text = note.read_text().replace("a:1", "evil:1")
+    note.write_text(
+        {"garbage": "[", "another file": text.replace("x.tar", "y.tar")}.get(spoil, text)
+    )
+    if spoil == "somebody else's":
+        if os.geteuid():
+            pytest.skip("only root can give a file away")
+        os.chown(note, 12345, -1)
+    assert read_tarball(path).tag == "a:1"
 
 
 def test_every_suffix_that_save_image_writes_names_a_tarball(tmp_path: Path) -> None:
@@ -466,6 +531,32 @@ def test_what_turns_out_to_be_another_image_is_an_error(
     assert "is not the image that it should hold" in told(loading, Error)[0]
 
 
+@pytest.mark.parametrize(("store", "code"), [("io.containerd", 0), ("overlay2", 1)])
+def test_a_containerd_store_may_call_it_by_an_id_that_nobody_told_us(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, store: str, code: int
+) -> None:
+    """What has just been loaded is known by its layers; before, an id that is known decides."""
+    found = replace(image_file(tmp_path / "x"), diff_ids='["sha256:1"]')
+    fakes.set(loads="sha256:other", layers=["sha256:1"], store=f"[[driver-type {store}]]")
+    fakes.hold_image(identity="sha256:old", layers=["sha256:1"])
+    loading = load(script, found)
+    assert loading.code() == code
+    assert len(fakes.calls("docker", "load")) == 1
+    assert told(loading, Present) == ["sha256:other"] * (not code)
+
+
+def test_another_file_by_that_path_on_a_node_is_told(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    found = image_file(tmp_path / "x")
+    loading = load(script, replace(found, packed=found.packed + 1))
+    assert loading.code() == 1
+    assert (
+        f"{tmp_path}/x is another file on this node: the launcher's has" in told(loading, Error)[0]
+    )
+    assert fakes.calls("docker", "load") == []
+
+
 def test_a_load_that_fails_is_told_in_dockers_words(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path, codec: str
 ) -> None:
@@ -488,7 +579,7 @@ def test_a_tarball_that_does_not_unpack_is_blamed(
     middle = data[:100_000] + os.urandom(2000) + data[102_000:]  # only the checksum tells
     spoiled = {"end": data[:-3000], "most": data[:10], "start": data[5:], "middle": middle}
     found.tarball.write_bytes(spoiled[spoil])
-    loading = load(script, found)
+    loading = load(script, replace(found, packed=0))
     assert loading.code() == 1
     assert f"{tmp_path}/x is truncated or corrupt: " in told(loading, Error)[0]
     if spoil != "middle":
@@ -502,7 +593,7 @@ def test_a_truncated_plain_tar_is_an_error_of_docker(
     found = image_file(tmp_path / "x", "none")
     assert found.tarball
     found.tarball.write_bytes(found.tarball.read_bytes()[:100_000])
-    loading = load(script, found)
+    loading = load(script, replace(found, packed=0))
     assert loading.code() == 1
     assert "unexpected EOF" in told(loading, Error)[0]
 

@@ -67,7 +67,8 @@ def ranks_command(made: Plan, log: Path) -> Command:
 
 def test_the_command_of_the_containers_is_this() -> None:
     environ = {"HF_TOKEN": TOKEN, "NCCL_DEBUG": "WARN", "HOME": "/root"}
-    made = spread_plan("m", "--tp_size", "16", srun=("srun",), cache="/home/a b", gpus="auto")
+    made = spread_plan("m", "--tp_size", "16", srun=("srun",), gpus="auto")
+    made = replace(made, caches=(("HF_HOME", "/home/a b"),))
     command = holder_command(made, environ)
     assert list(command.prefix) == [
         "srun",
@@ -82,7 +83,7 @@ def test_the_command_of_the_containers_is_this() -> None:
     ]
     order = command.fields["Hold"]
     assert (order["job"], order["launcher"]) == ("77", launcher())
-    assert (order["gpus"], order["cache"], order["image"]) == ("auto", "/home/a b", TAG)
+    assert (order["gpus"], order["caches"], order["image"]) == ("auto", ["/home/a b"], TAG)
     assert order["options"] == [
         "--rm",
         "--pull=never",
@@ -398,6 +399,11 @@ def test_all_nodes_are_waited_for(step: Callable[[str], Step]) -> None:
         ("echo why; tell n2 Ended '\"code\": 125'", r"n2 \(ranks 8-15\): .* exit code 125: why$"),
         ("echo 'srun: error: Unable to create step'; exit 1", "n1, n2: no container: srun: error"),
         ("up n1; exit 1", "n2: no container: no word from there$"),
+        (
+            "echo 'srun: error: Task launch for StepId=1.2 failed on node n2: Connection failure'; "
+            "echo 'slurmstepd-n1: error: *** STEP 1.2 ON n1 CANCELLED AT 2026 ***'; exit 1",
+            "n2: Slurm cannot start anything there: Connection failure$",
+        ),
         ("exit 0", "n1, n2: no container: no word from there$"),
     ],
 )
@@ -505,7 +511,7 @@ def hold(ready: Fakes, script: Start) -> Iterator[Start]:
 
 def test_a_container_waits_and_beats_are_told(ready: Fakes, hold: Start) -> None:
     held = hold(HF_TOKEN=TOKEN)
-    held.until(lambda: len(told(held, Beat)) > 2)
+    held.until(lambda: len(told(held, Beat)) > 2 and told(held, Up))
     assert len(told(held, Up)) == 1
     assert ready.containers() == [f"local/{NAME}"]
     [call] = ready.calls("docker", "run")

@@ -19,7 +19,7 @@ from typing import cast
 import pytest
 
 from common import talk
-from common.settings import SETTINGS, load_env_files, setting
+from common.settings import OF_MAKE, SETTINGS, load_env_files, setting
 from common.talk import Failure
 from launch import identity, nodes
 from launch.identity import here, is_alive, launcher, process_start
@@ -29,7 +29,7 @@ from launch.node.messages import Error, Present, Waiting
 from launch.nodes import Place, Step, find_place
 from launch.order import Command, parse
 from launch.slurm import last_words
-from tests.conftest import HOSTILE, PATIENCE, Fakes, Script, wait_until
+from tests.conftest import HOSTILE, PATIENCE, ROOT, Fakes, Script, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -469,6 +469,68 @@ def test_a_hostile_value_in_an_env_file_stays_as_it_is(tmp_path: Path, value: st
     (tmp_path / "work/.env").write_text(f"# a comment\nexport MODEL={quoted}\n")
     load_env_files()
     assert setting("MODEL") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "name"),
+    [
+        ("MODEL: org/x\n", 1, "MODEL"),
+        ("# a\n\nPORT=1\nHF_TOKEN: hf_secret\n", 4, "HF_TOKEN"),
+        ("\n\nexport MODEL\n", 3, "export"),
+        ("MODEL\n", 1, "MODEL"),
+        ("MODEL org/x", 1, "MODEL"),
+        ('MODEL="org/x\n', 1, "MODEL"),
+        ("=x\n", 1, "x"),
+    ],
+)
+def test_a_line_of_an_env_file_that_sets_nothing_is_wrong_usage(
+    tmp_path: Path, text: str, line: int, name: str
+) -> None:
+    path = tmp_path / "work/.env"
+    path.write_text(text)
+    with pytest.raises(Failure) as failure:
+        load_env_files()
+    what = f"{name} is not set there; a line is NAME=VALUE"
+    assert (failure.value.message, failure.value.code) == (f"{path}, line {line}: {what}", 2)
+
+
+@pytest.mark.parametrize("head", ["", "\ufeff"])
+def test_a_windows_editors_env_file_is_read(tmp_path: Path, head: str) -> None:
+    (tmp_path / "work/.env").write_bytes(f"{head}MODEL=a b\r\nPORT=81\r\n".encode())
+    load_env_files()
+    assert (setting("MODEL"), setting("PORT")) == ("a b", "81")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("TP", "it is for make's command line (make ... TP=)"),
+        ("READYTIMEOUT", "did you mean READY_TIMEOUT?"),
+        ("model", "did you mean MODEL?"),
+        ("CUDA_VISIBLE_DEVICES", "the engine's container does not see it"),
+        ("WHATEVER", "the engine's container does not see it"),
+        ("PORT", ""),
+        ("NCCL_DEBUG", ""),
+        ("GLOO_SOCKET_IFNAME", ""),
+        ("https_proxy", ""),
+        ("DOCKER_HOST", ""),
+    ],
+)
+def test_a_variable_that_does_nothing_says_so(
+    tmp_path: Path, name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "work/.env"
+    path.write_text(f"{name}=8\n")
+    load_env_files()
+    what = f"{path}: {name} is no setting and does nothing; {said}\n"
+    assert capsys.readouterr().err.endswith(what) if said else not capsys.readouterr().err
+
+
+def test_what_is_for_make_alone_is_what_the_makefile_takes() -> None:
+    text = (ROOT / "Makefile").read_text()
+    given = set(" ".join(re.findall(r"^GIVEN \W?= (.*)", text, re.M)).split())
+    ours = {each.name for each in SETTINGS}
+    assert given - ours | {"EXTRA_ARGS", "BENCH_ARGS"} == set(OF_MAKE)
 
 
 def test_without_env_files_nothing_changes() -> None:

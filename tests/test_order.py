@@ -47,7 +47,7 @@ CONTAINER = (
     "host/boot/1:5:6",
     "all",
     {"n1": "0,1"},
-    "/cache",
+    ["/cache"],
     ["--rm"],
     TAG,
     ["trtllm-serve", "m"],

@@ -12,7 +12,14 @@ import pytest
 
 from common.talk import Failure
 from launch.engines.trtllm import config_of
-from launch.plan import check_mounted, find_mounts, local_paths, user_name
+from launch.plan import (
+    check_mounted,
+    find_caches,
+    find_mounts,
+    local_paths,
+    say_unmounted,
+    user_name,
+)
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -33,7 +40,7 @@ def mounts_of(
         container_mount=mount,
         asked_mount=asked,
     )
-    return find_mounts(args, cache, paths)
+    return find_mounts(args, [cache], paths)
 
 
 def test_every_directory_is_mounted_once(tmp_path: Path) -> None:
@@ -133,3 +140,46 @@ def test_local_paths_are_the_model_and_config_that_are_files(
 ) -> None:
     Path("there").mkdir()
     assert local_paths(model, config_of(args)) == [Path.cwd() / path for path in paths]
+
+
+def test_a_mount_that_only_the_nodes_have_is_theirs_to_judge(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        workspace=tmp_path,
+        called_workspace=str(tmp_path),
+        container_mount="/no/such",
+        asked_mount="/no/such",
+    )
+    assert find_mounts(args, [tmp_path], elsewhere=True) == [Path("/no/such"), tmp_path]
+    with pytest.raises(Failure, match="/no/such is not a directory here"):
+        find_mounts(args, [tmp_path])
+    args.container_mount = args.asked_mount = str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    with pytest.raises(Failure, match="is not a directory here"):
+        find_mounts(args, [tmp_path], elsewhere=True)
+
+
+def test_every_cache_of_hugging_face_is_a_directory_to_mount(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    environ = {"HF_HUB_CACHE": "/scratch/hub", "HF_XET_CACHE": "~/x", "HF_DATASETS_CACHE": ""}
+    assert find_caches({**environ, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "1"}) == (
+        ("HF_HOME", "/h/.cache/huggingface"),
+        ("HF_HUB_CACHE", "/scratch/hub"),
+        ("HF_XET_CACHE", "/h/x"),
+    )
+
+
+def test_a_file_that_the_container_will_not_see_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "topo.xml").touch()
+    named = f"{tmp_path}/topo.xml"
+    environ = {"NCCL_TOPO_FILE": named, "FI_X": "/no/such", "OTHER": named, "NCCL_DEBUG": "WARN"}
+    say_unmounted(environ, [tmp_path])
+    assert capsys.readouterr().err == ""
+    say_unmounted(environ, [Path("/fsx")])
+    words = f"NCCL_TOPO_FILE: {named} is not mounted into the container (--container-mount)\n"
+    assert capsys.readouterr().err.endswith(words)
+    say_unmounted({"NCCL_X": "/" + "n" * 5000}, [])  # no name of a file

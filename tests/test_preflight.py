@@ -179,6 +179,68 @@ def test_a_local_tag_that_is_missing_cannot_be_helped() -> None:
     assert "make docker" in bad.hint
 
 
+@pytest.mark.parametrize(
+    ("gpus", "world", "serves"), [("auto", 16, 2), ("auto", 8, 1), ("none", 99, 1), ("auto", 0, 3)]
+)
+def test_what_a_node_lacks_that_will_not_serve_does_not_matter(
+    gpus: str, world: int, serves: int
+) -> None:
+    """Its Docker is told of nevertheless: it may be a fault of the node's."""
+    lacks = {"image": "", "free": 1, "toolkit": False, "unseen": ["/fsx/m"]}
+    nodes = [node(), *(node(f"n{i}", **lacks) for i in (2, 3)), node("n4", no_docker="x")]
+    findings = judge(nodes[:3], replace(wanted(gpus=gpus), world=world))
+    assert {f.node for f in findings if f.state == "bad"} == {"n2", "n3"} & {
+        f"n{i + 1}" for i in range(serves)
+    }
+    idle = [f.text for f in findings if f.node == "n3" and f.check in ("image", "disk", "toolkit")]
+    assert serves == 3 or set(idle) == {"not needed"}
+    findings = judge(nodes, replace(wanted(), world=8))
+    assert [f.node for f in findings if f.state == "bad"] == ["n4"]
+
+
+def test_a_tarball_that_a_node_lacks_is_told_where_it_needs_it() -> None:
+    without = node("n2", image="", unseen=["/x.tar"])
+    [bad] = [f for f in judge([node(unseen=["/x.tar"]), without], wanted()) if f.state == "bad"]
+    assert (bad.node, bad.text) == ("n2", "the tarball /x.tar is not there, or not readable")
+    assert "file system that the nodes share" in bad.hint
+
+
+@pytest.mark.parametrize(("world", "bad"), [(16, ["n1", "n2"]), (8, [])])
+def test_several_nodes_need_the_launchers_own_workspace(world: int, bad: list[str]) -> None:
+    """One node does not: its logs come through the pipe."""
+    mark = "/tmp/w/.probe"
+    nodes = [node(unseen=[mark]), node("n2", unseen=[mark])]
+    found = judge(nodes, replace(wanted(), world=world, probe=mark))
+    assert [f.node for f in found if f.state == "bad"] == bad
+    here = socket.gethostname().partition(".")[0]
+    words = {f.text for f in found if f.check == "paths"}
+    assert words == ({f"the workspace /tmp/w is not the one of {here}"} if bad else set())
+
+
+def test_a_mark_in_the_workspace_is_there_while_it_is_asked_for() -> None:
+    with preflight.probe(Path.cwd(), Place("1", 2, ("srun",))) as mark:
+        assert Path(mark).parent == Path.cwd() and Path(mark).exists()
+        command = preflight.survey_command(replace(wanted(), probe=mark), HERE)
+        assert {mark, "/x.tar"} <= set(command.order.paths)
+    assert list(Path.cwd().iterdir()) == []
+    for workspace, place in ((Path.cwd(), HERE), (Path("/no/such"), Place("1", 2, ("srun",)))):
+        with preflight.probe(workspace, place) as mark:
+            assert mark == ""
+
+
+def test_a_node_without_the_container_toolkit_is_told() -> None:
+    [bad] = [f for f in judge([node(toolkit=False)], wanted()) if f.state == "bad"]
+    assert bad.text == "Docker has no NVIDIA container toolkit"
+    assert "nvidia-ctk runtime configure" in bad.hint and "--exclude" in bad.hint
+    found = states(judge([node(toolkit=False)], wanted(gpus="none")))
+    assert "toolkit" not in found
+
+
+def test_podman_in_dockers_place_is_told() -> None:
+    found = states(judge([node(podman="podman version 4.3.1", no_docker="x")], wanted()))
+    assert found["docker"] == ("bad", "`docker` is podman there (podman version 4.3.1)")
+
+
 def test_a_registry_image_that_is_missing_is_pulled() -> None:
     found = states(judge([node(image="")], wanted(Image("r.io/x:1", registry="r.io"))))
     assert found["image"] == ("note", "pull")
@@ -356,6 +418,57 @@ def test_a_node_tells_that_docker_is_down(fakes: Fakes) -> None:
     facts = ask(fakes, wanted()).facts
     assert facts.no_docker == "docker: not found in PATH"
     assert facts.image == ""
+
+
+PODMAN = """import sys
+if sys.argv[1:] == ["--version"]:
+    print("podman version 4.3.1")
+elif sys.argv[1] == "version":
+    print("4.3.1")
+else:
+    sys.exit("Error: template: info: can't evaluate field ServerVersion in type interface {}")
+"""
+
+
+def test_a_node_tells_that_its_docker_is_podman(fakes: Fakes) -> None:
+    fakes.program("docker", PODMAN)
+    assert ask(fakes, wanted()).facts.podman == "podman version 4.3.1"
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "paths", "there"),
+    [
+        ('{"nvidia":{"path":"x"},"runc":{}}', ["/no"], True),
+        ('{"runc":{}}', ["/no"], False),
+        ('{"runc":{}}', ["/no", "HOOK"], True),
+        ('{"runc":{}}', [], True),  # no dockerd to be seen: nobody can say
+    ],
+)
+def test_the_toolkit_is_missed_only_where_nothing_speaks_for_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtimes: str,
+    paths: list[str],
+    there: bool,
+) -> None:
+    hook = tmp_path / survey.HOOKS[0]
+    hook.touch(0o755)
+    found = [path.replace("HOOK", str(tmp_path)) for path in paths]
+    monkeypatch.setattr(survey, "paths_of_dockerd", lambda: found)
+    monkeypatch.setattr(survey, "glob", lambda _: [])
+    assert survey.has_toolkit(runtimes) is there
+
+
+def test_where_a_dockerd_looks_is_its_own_word(tmp_path: Path) -> None:
+    """Of one in our own network; of another's we know nothing."""
+    (tmp_path / "dockerd").symlink_to("/bin/sleep")
+    process = subprocess.Popen([tmp_path / "dockerd", "60"], env={"PATH": "/here:/there"})
+    try:
+        assert "/here:/there" in survey.paths_of_dockerd()
+    finally:
+        process.kill()
+        process.wait()
+    assert "/here:/there" not in survey.paths_of_dockerd()
 
 
 def test_a_docker_that_hangs_costs_the_time_of_one_question(

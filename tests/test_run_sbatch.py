@@ -22,13 +22,14 @@ from typing import Any
 import pytest
 
 from common import settings
-from launch import address, announce, cli
+from launch import address, allocation, announce, cli
 from launch import main as run_sbatch
 from launch.findings import Node
 from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.plan import user_name
 from tests.conftest import (
+    COMMON,
     HOSTILE,
     PATIENCE,
     ROOT,
@@ -119,6 +120,11 @@ def test_the_default_mount_was_not_asked_for() -> None:
         (["--restart", "9" * 5000], {}, "is not a number of times"),
         (["--runtime", "podman"], {}, "invalid choice"),
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
+        ([], {"PRIVILEGED": "true"}, "PRIVILEGED is 'true', neither 0 nor 1"),
+        ([], {"GPUS": "yes"}, "GPUS is 'yes', not auto, none, or what docker's --gpus takes"),
+        (["--image", ""], {}, "--image is empty"),
+        (["--container-mount="], {}, "--container-mount is empty"),
+        (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
         (["-w", "~no-such-user/x"], {}, "is not a directory"),
         (["-w", "n" * 300], {}, "is not a directory"),
@@ -134,6 +140,37 @@ def test_a_mistake_in_the_usage_is_exit_code_2(
         cli.parse(argv)
     assert stop.value.code == 2
     assert words in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gpus", ["auto", "none", "all", "2", "device=0,2", '"device=0,2"', "all,capabilities=utility"]
+)
+def test_gpus_are_what_docker_takes(gpus: str) -> None:
+    os.environ["GPUS"] = gpus
+    cli.parse([])
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        ([""], {}, "MODEL is empty"),
+        ([" "], {}, "MODEL is empty"),
+        (["org/a", "org/b"], {}, "one MODEL, not two: org/b"),
+        (["org/a", "--tp_size", "8", "b", "c"], {}, "one MODEL, not 3: b, c"),
+        ([], {"MODEL": "--check"}, "MODEL is --check, which is no model"),
+        (["m", "--port"], {}, "--port needs a value"),
+        (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
+        (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
+        (["m", "--tp_size="], {}, "--tp_size needs a value"),
+    ],
+)
+def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
+    words: list[str], env: dict[str, str], said: str, launch: Launcher, fakes: Fakes
+) -> None:
+    started = launch(*words, **env)
+    assert started.code() == 2
+    assert f"ERROR {said}\n" in started.output
+    assert fakes.calls() == []
 
 
 @pytest.mark.parametrize(
@@ -338,7 +375,8 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
 ) -> None:
     started = launch("org/m", "--tp_size", "8", slurm=True, SLURM_HINT="x", SLURM_CPU_BIND="x")
     started.until("stop it with ^C or make stop JOB=77\n")
-    assert fakes.images("localhost")[TAG] == fakes.images("n2")[TAG] == tarball
+    assert fakes.images("localhost")[TAG] == tarball
+    assert fakes.images("n2") == {}  # the server has no use for it
     endpoint = json.loads(Path("logs/endpoint.json").read_text())
     assert endpoint["nodes"] == ["localhost", "n2"]
     assert (endpoint["job"], endpoint["model"]) == ("77", "org/m")
@@ -354,7 +392,7 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     assert "Uvicorn running" in log and "Uvicorn running" in started.output
     # That srun tells how a step has ended that we have ended is for the log alone.
     assert "task 0: Exited" in log and "task 0: Exited" not in started.output
-    assert len(fakes.calls("docker", "load")) == 2
+    assert len(fakes.calls("docker", "load")) == 1
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -738,6 +776,16 @@ def test_dry_run_prints_every_command_and_runs_none(
     assert engine[:4] == ["trtllm-serve", "it's", "--extra_llm_api_options", "a b.yaml"]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_is_shown_on_a_terminal_of_any_encoding(launch: Launcher, encoding: str) -> None:
+    """What the terminal does not have is replaced; a byte of no character is what it was."""
+    model = os.fsdecode("org/é日本".encode() + b"\xff")
+    started = launch("--dry-run", model, PYTHONIOENCODING=encoding)
+    assert started.code() == 0, started.output
+    shown = {"ascii": b"\\xe9\\u65e5\\u672c", "latin-1": b"\xe9\\u65e5\\u672c"}
+    assert b"org/" + shown.get(encoding, "é日本".encode()) + b"\xff" in started.path.read_bytes()
+
+
 def test_dry_run_of_an_ecr_image_feeds_the_password_to_standard_input(
     fakes: Fakes, launch: Launcher
 ) -> None:
@@ -757,7 +805,7 @@ def test_an_ecr_image_is_pulled_and_served(fakes: Fakes, launch: Launcher) -> No
     assert "pass word" not in started.output + json.dumps(fakes.calls())
     assert (fakes.home / "login").read_text().startswith(f"{ECR} pass word$(id)' ")
     assert list(fakes.temporary.iterdir()) == []
-    assert len(fakes.calls("docker", "login")) == len(fakes.calls("docker", "pull")) == 2
+    assert len(fakes.calls("docker", "login")) == len(fakes.calls("docker", "pull")) == 1
     assert started.stop() == 130
 
 
@@ -820,7 +868,7 @@ def test_verify_reads_the_tarball_once_before_a_load(
     started = launch("m", "--verify", slurm=True)
     started.until("stop it with")
     assert f"sha256 {digest[:12]}... matches the sidecar" in started.output
-    assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 2
+    assert commands().count("$ sha256sum") == 1 and len(fakes.calls("docker", "load")) == 1
     assert started.stop() == 130
     again = launch("m", "--verify", slurm=True)
     again.until("stop it with")
@@ -900,7 +948,6 @@ def test_a_node_that_does_not_answer_is_a_failure(fakes: Fakes, launch: Launcher
         (("/no/such/model",), "/no/such/model is not mounted into the container"),
         (("./no-model",), "no-model is not there, or not readable"),
         (("m", "--config", "none.yaml"), "cannot read the config file none.yaml"),
-        (("m", "--port"), "--port needs a value"),
         (("m", "--port", "x"), "not a number from 1 to 65535"),
         (("m", "--container-mount", "/no/such"), "container mount /no/such is not a directory"),
         (("m", "--runtime", "bare"), "trtllm-serve: not found in PATH"),
@@ -923,6 +970,61 @@ def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
     )
 
 
+SINFO = """if args != ["--noheader", "--format=%P %G"]:
+    unknown()
+print("debug* gpu:h100:8(S:0-1)\\ncpu (null)")"""
+COMMANDS = r"get nodes and serve on them, or submit a job:\n {13}(.*)\n {13}(.*)\n"
+
+
+@pytest.mark.parametrize("flag", [[], ["--check"]])
+def test_on_a_login_node_the_error_is_the_command_to_paste(
+    fakes: Fakes, launch: Launcher, toolset: Path, flag: list[str]
+) -> None:
+    fakes.program("sinfo", COMMON + SINFO)
+    fakes.program("nvidia-smi", "raise SystemExit('no driver')")
+    started = launch("org/a b", "--tp_size", "16", *flag, GPUS="auto")
+    if not Path("/dev/nvidia0").exists():
+        assert "is not in a Slurm allocation, and has no GPU of its own" in error(started)
+        script = [str(toolset / "run_sbatch.py"), "org/a b", "--tp_size", "16", *flag]
+        found = re.search(COMMANDS, started.output)
+        assert found
+        asked = "-N 2 --gpus-per-node=8 --exclusive".split()
+        assert shlex.split(found[1]) == ["salloc", *asked, sys.executable, *script]
+        assert shlex.split(found[2]) == ["sbatch", *asked, *script]
+    assert fakes.calls("docker") == []
+
+
+def test_a_machine_that_no_slurm_knows_is_asked_itself(fakes: Fakes, launch: Launcher) -> None:
+    fakes.without("squeue")
+    assert "no GPU found" in error(launch("m", GPUS="auto"))
+
+
+@pytest.mark.parametrize(
+    ("world", "sinfo", "words"),
+    [
+        (1, "", "-N 1 --gpus-per-node=8 --exclusive"),
+        (1, "debug* gpu:4\n", "-N 1 --gpus-per-node=4 --exclusive"),
+        (8, "debug* gpu:4\nbig gpu:8\n", "-N 2 --gpus-per-node=4 --exclusive"),
+        (
+            16,
+            "cpu* (null)\na gpu:4(S:0)\nb gpu:h100:8(S:0-1)\n",
+            "-p b -N 2 --gpus-per-node=8 --exclusive",
+        ),
+        (8, "debug* gpu:a100:4,gpu:h100:4,mps:100\n", "-N 1 --gpus-per-node=8 --exclusive"),
+        (8, "debug* (null)\n", "-N 1 --exclusive"),
+    ],
+)
+def test_what_is_asked_of_slurm_is_what_it_has(world: int, sinfo: str, words: str) -> None:
+    assert list(allocation.flags(world, sinfo)) == words.split()
+
+
+def test_what_make_alone_knows_is_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_sbatch.py", "org/m"])
+    env = {"MODEL": "org/m", "IMAGE": "/x.tar", "HF_TOKEN": TOKEN, "HOME": "/h"}
+    assert allocation.given(env) == []
+    assert allocation.given({**env, "MAKELEVEL": "1"}) == ["env", "IMAGE=/x.tar"]
+
+
 def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> None:
     fakes.without("docker")
     simulator = ROOT / "simulator/trtllm-serve"
@@ -930,8 +1032,9 @@ def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> N
         "trtllm-serve",
         f"import os, sys; os.execv(sys.executable, ['x', {str(simulator)!r}, *sys.argv[1:]])",
     )
-    started = launch("m", "--runtime", "bare", slurm=True)
+    started = launch("m", "--runtime", "bare", slurm=True, PRIVILEGED="1", IMAGE="x:1")
     started.until("stop it with")
+    assert "without a container, IMAGE, PRIVILEGED does nothing" in started.output
     assert json.loads(Path("logs/endpoint.json").read_text())["container"] is None
     assert started.stop() == 130
 

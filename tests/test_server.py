@@ -80,6 +80,64 @@ def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
         watch.await_ready([running], 60)
 
 
+ENDED_WITH = "srun: error: n1: task 0: Exited with exit code {}"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "script", "words"),
+    [
+        (True, "echo srun: error: n1: task 0: Killed; exit 137", "n1: the launcher's python3 end"),
+        (
+            True,
+            "echo srun: error: task 7 launch failed: Slurmd could not connect IO; exit 0",
+            "srun ended with exit code 0 before .*: srun: error: task 7 launch failed: Slurmd",
+        ),
+        (
+            True,
+            "echo srun: error: Unable to create step for job 77: Invalid account; exit 1",
+            "srun ended with exit code 1 before .*: srun: error: Unable to create step",
+        ),
+        (
+            True,
+            f"echo OSError: why; echo {ENDED_WITH.format(137)}; exit 137",
+            r"n1: trtllm-serve ended with exit code 137 \(killed\) before .*: OSError: why",
+        ),
+        (
+            True,
+            f"echo docker: its client was killed; echo {ENDED_WITH.format(125)}; exit 125",
+            "n1: docker run ended with exit code 125 before .*: docker: its client was killed",
+        ),
+        (
+            False,
+            "echo 'docker: Error response from daemon: exec: \"sh\": not found'; exit 127",
+            "n1: docker run ended with exit code 127 before .*: docker: Error response from",
+        ),
+        (False, "exit 127", r"n1: trtllm-serve ended with exit code 127 \(trtllm-serve was not"),
+    ],
+)
+def test_who_ended_is_named(
+    run_plan: Callable[..., server.Server], slurm: bool, script: str, words: str
+) -> None:
+    """Between the launcher and its engine are srun, our program on the node, docker's client."""
+    here = Place("77", 1, ONE_NODE) if slurm else None
+    running = run_plan("bash", "-c", script, place=here)
+    with pytest.raises(Failure, match=f"^{words}"):
+        watch.await_ready([running], 60)
+
+
+@pytest.mark.parametrize(
+    ("place", "who"), [(None, "n1: the launcher's python3"), (Place("77", 1, ONE_NODE), "srun")]
+)
+def test_what_is_killed_here_is_not_the_engine(
+    run_plan: Callable[..., server.Server], place: Place | None, who: str
+) -> None:
+    running = run_plan("bash", "-c", "echo up; sleep 5", place=place)
+    wait_until(lambda: running.log.last_line or running.pump())
+    running.step.process.kill()
+    with pytest.raises(Failure, match=f"^{who} ended with exit code 137 before"):
+        watch.await_ready([running], 60)
+
+
 def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     run_plan: Callable[..., server.Server],
 ) -> None:

@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.talk import die, say
-from launch.arguments import flags_of, is_count, split_model, value_of, without_value
+from common.talk import die, misused, say
+from launch.arguments import flags_of, is_count, split_models, value_of, without_value
 from launch.engines import World
 
 PROGRAM = "trtllm-serve"
@@ -67,8 +67,11 @@ def options() -> dict[str, list[str]]:
 def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     """The model, if one was given, all other arguments, and the port it will serve on."""
     if flag := without_value(words, {*options()["flags"], *CONFIG_FLAGS} - {*SWITCHES}):
-        die(f"{flag} needs a value")
-    model, args = split_model(words, SWITCHES)
+        misused(f"{flag} needs a value")
+    models, args = split_models(words, SWITCHES)
+    if models[1:]:
+        number = "two" if len(models) == 2 else len(models)
+        misused(f"one MODEL, not {number}: {', '.join(models[1:])}")
     args = rename_config(args)
     port = value_of(args, "--port") or port
     if not is_count(port) or int(port) > 65535:
@@ -77,7 +80,7 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
         args += ["--host", "0.0.0.0"]
     if value_of(args, "--port") is None:
         args += ["--port", port]
-    return model, args, int(port)
+    return next(iter(models), None), args, int(port)
 
 
 def command(model: str, args: Sequence[str]) -> tuple[str, ...]:

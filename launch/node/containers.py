@@ -26,7 +26,7 @@ class Serve:
     launcher: str  # by which our containers are known
     gpus: str  # auto, none, or docker's own words
     shares: dict[str, str]  # the job's GPUs on nodes that it has not all of: {"n1": "0,1"}
-    cache: str  # a directory to make first; '': none
+    caches: list[str]  # directories to make first
     options: list[str]  # of docker run
     image: str
     engine: list[str]
@@ -35,11 +35,15 @@ class Serve:
     def __call__(self) -> int:
         ends = Ends()
         ends.hold(self.ask_every)
-        attended = [self.image, "sh", "-c", ATTENDED, "container", *self.engine]
-        client = self.start(attended)
+        attended = [self.image, "-c", ATTENDED, "container", *self.engine]
+        client = self.start(attended, "--entrypoint=sh")
         code = ends.code_of(client)
         if code is None:
             return stop(client, self.launcher)
+        if client.returncode < 0:
+            killed = f"its client was killed (signal {-client.returncode})"
+            print(f"docker: {killed}, and with it the container", file=sys.stderr, flush=True)
+            code = CLIENT_FAILED
         if code == CLIENT_FAILED:
             remove(self.launcher)
         return code
@@ -50,8 +54,8 @@ class Serve:
         Each device is that device alone: EFA's verbs (RDMA between nodes) and gdrdrv (NCCL's
         copies of small messages, GDRCopy), where they are; GPUs come with --gpus.
         """
-        if self.cache:
-            os.makedirs(self.cache, exist_ok=True)
+        for path in self.caches:
+            os.makedirs(path, exist_ok=True)
         set_interfaces()
         found = [*glob("/dev/infiniband/uverbs*"), *glob("/dev/gdrdrv")]
         devices = [word for path in found for word in ("--device", path)]

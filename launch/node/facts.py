@@ -12,7 +12,10 @@ from launch.node.base import LABEL, ask, listening, tell
 from launch.node.messages import Container, Facts
 
 DOCKER = ("docker", "info", "--format",
-          "{{println .ServerVersion}}{{println .DriverStatus}}{{.DockerRootDir}}")  # fmt: skip
+          "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
+          "{{json .Runtimes}}")  # fmt: skip
+HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")  # of the toolkit, as dockerd finds it
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE = ("docker", "image", "inspect", "--format", "{{.Id}} {{json .RootFS.Layers}}")
 LABELS = " ".join('{{.Label "%s.%s"}}' % (LABEL, name) for name in ("job", "launcher", "user"))  # noqa: UP031
 OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
@@ -70,15 +73,53 @@ def ask_docker(facts: Facts, tag: str) -> None:
     info, image, ours = (begin(command) for command in (DOCKER, (*IMAGE, tag), OURS))
     version, *rest = [line.strip() for line in (answer(info) or "").splitlines()] or [""]
     if info.returncode or len(rest) < 2:
-        facts.no_docker = why_silent(info.returncode)
+        said = ask("docker", "--version")[1] if info.returncode > 0 else ""
+        facts.podman = said if "podman" in said.lower() else ""
+        facts.no_docker = facts.podman or why_silent(info.returncode)
         end(image)
         end(ours)
         return
-    facts.docker, facts.store, root = version, rest[0], rest[-1]
+    facts.docker, facts.store, root = version, *rest[:2]
+    facts.toolkit = has_toolkit("".join(rest[2:]))
     facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
     facts.free = free_bytes(root)
     for line in (answer(ours) or "").splitlines():
         tell(Container(*([*line.split(" ", 4), "", "", "", ""][:5])))
+
+
+def has_toolkit(runtimes: str) -> bool:
+    """Whether `docker run --gpus` can work; False only where nothing at all speaks for it."""
+    if "nvidia" in runtimes or glob("/etc/cdi/*nvidia*") + glob("/var/run/cdi/*nvidia*"):
+        return True
+    paths = paths_of_dockerd()
+    return not paths or any(shutil.which(hook, path=path) for hook in HOOKS for path in paths)
+
+
+def paths_of_dockerd() -> list[str]:
+    """Where this node's dockerd looks for programs; [] where there is none to be seen.
+
+    One of another network namespace is another machine's, as in the test cluster. One that we may
+    not look at has what systemd gives it, we suppose, or what we have.
+    """
+    found = []
+    for name in glob("/proc/[0-9]*/comm"):
+        process = os.path.dirname(name)
+        try:
+            if read(name).strip() != "dockerd":
+                continue
+            if os.readlink(f"{process}/ns/net") == os.readlink("/proc/self/ns/net"):
+                pairs = read(f"{process}/environ").split("\0")
+                found += [pair[5:] for pair in pairs if pair.startswith("PATH=")]
+        except PermissionError:
+            found.append(f"{SYSTEM_PATH}:{os.environ.get('PATH', '')}")
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def read(path: str) -> str:
+    with open(path, errors="surrogateescape") as file:
+        return file.read()
 
 
 def begin(command: tuple[str, ...]) -> subprocess.Popen[str]:

@@ -31,19 +31,24 @@ class Load:
     ids: list[str]  # that `docker image inspect` may show for it
     layers: str  # its diff ids, where a containerd store's id is not known
     codec: str
+    size: int = 0  # of the tarball, as the launcher has seen it; 0: it has not
+    diff_ids: str = ""  # what has just been loaded is known by these, too
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
         self.ends.hold()
         if not self.get_lock():
             return STOPPED
-        if identity := self.known():
+        if identity := self.known(self.layers):
             tell(Present(identity))
             return 0
         try:
             source = os.open(self.tarball, os.O_RDONLY)
         except OSError as error:
             return fail(f"cannot read {self.tarball}: {error.strerror}")
+        if self.size and (size := os.fstat(source).st_size) != self.size:
+            theirs = f"the launcher's has {self.size} bytes, this one {size}"
+            return fail(f"{self.tarball} is another file on this node: {theirs}")
         if not (unpack := unpacker(self.codec)):
             program = UNPACKERS[self.codec][-1]
             return fail(f"{program}: not found in PATH, and {self.tarball} needs it")
@@ -63,14 +68,17 @@ class Load:
             if self.ends.stop_within(0.1):
                 return False
 
-    def known(self) -> str:
-        """The image's id where the node has it; '' where it has none, or another by our tag."""
+    def known(self, layers: str) -> str:
+        """The image's id where the node has it; '' where it has none, or another by our tag.
+
+        A containerd store may call it by an id that nobody told us: there its layers tell.
+        """
         form = "{{.Id}} {{json .RootFS.Layers}}"
         code, said = ask("docker", "image", "inspect", "--format", form, self.tag)
-        identity, _, layers = said.partition(" ")
+        identity, _, theirs = said.partition(" ")
         if code or identity in self.ids:
             return "" if code else identity
-        if not self.layers or layers != self.layers:
+        if not layers or theirs != layers:
             return ""
         store = ask("docker", "info", "--format", "{{.DriverStatus}}")[1]
         return identity if "containerd" in store else ""
@@ -96,7 +104,7 @@ class Load:
             return fail(f"{self.tarball} is truncated or corrupt: {said}")
         if loaded:
             return fail(f"docker load: {said}")
-        if identity := self.known():
+        if identity := self.known(self.diff_ids or self.layers):
             tell(Present(identity))
             return 0
         return fail(f"the tarball was loaded, but {self.tag} is not the image that it should hold")

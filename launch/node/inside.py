@@ -1,26 +1,29 @@
 """The few lines of shell that run inside a container, whose image may have no Python."""
 
+# The image's own ENTRYPOINT may be anything, a shell even: it is passed by. NVIDIA's, which sets up
+# the image's libraries, is called by its path. Put in front of the engine.
+ENTRY = r"""
+entry=/opt/nvidia/nvidia_entrypoint.sh
+if [ -x "$entry" ]; then exec "$entry" "$@"; fi
+exec "$@"
+"""
+
 # A container ends with its standard input, which is that of the order: so it does though the order
 # and docker's client are killed, or nothing reaches the node or its daemon for a while. A `cat`
 # that is killed is no end.
-ATTENDED = r"""
+ATTENDED = (
+    r"""
 exec 3<&0 </dev/null
 ({ until cat; do sleep 1; done; kill -TERM $$; sleep 5; kill -KILL $$; } <&3 >/dev/null 2>&1 &)
 exec 3<&-
-exec "$@"
 """
+    + ENTRY
+)
 
 # A container for ranks to run in: it says that it is up, by the node's name, and waits likewise.
 UP = r"""
 printf '{"node": "%s", "Up": {}}\n' "$1"
 until cat >/dev/null; do sleep 1; done
-"""
-
-# `docker exec` passes by NVIDIA's entry point, which sets up NCCL for EFA: it is put in front.
-ENTRY = r"""
-entry=/opt/nvidia/nvidia_entrypoint.sh
-if [ -x "$entry" ]; then exec "$entry" "$@"; fi
-exec "$@"
 """
 
 # Every open file of every process, to find the owner of a socket.

@@ -19,6 +19,8 @@ class Facts:
     engine: str = ""  # where the program is, for runtime bare
     docker: str = ""  # its version
     no_docker: str = ""  # why it does not answer
+    podman: str = ""  # what `docker` is there instead, by its own word
+    toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
     store: str = ""  # how Docker stores images, which decides what an image's id is
     image: str = ""  # the id of what our tag names
     layers: str = ""  # its diff ids, as Docker prints them

@@ -16,6 +16,7 @@ from launch.order import Command
 from launch.plan import Plan, Replica
 
 HAS_IMAGE = True
+LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
 
 
@@ -71,7 +72,7 @@ def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[s
         launcher=launcher(),
         gpus=replica.gpus,
         shares={node: share.ids for node, share in shares.items() if not share.is_whole},
-        cache=plan.cache,
+        caches=[path for _, path in plan.caches],
         options=docker_options(plan, environ),
         image=plan.tag,
         engine=list(replica.command),
@@ -98,8 +99,8 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
         *map(mount_flag, plan.mounts),
         *([f"--workdir={plan.cwd}"] if plan.cwd else []),
-        *([f"--env=HF_HOME={plan.cache}"] if plan.cache else []),
-        *(f"--env={name}" for name in names),
+        *(f"--env={name}={path}" for name, path in plan.caches),
+        *(f"--env={name}" for name in names if name not in dict(plan.caches)),
     ]  # fmt: skip
 
 
@@ -118,11 +119,19 @@ def passed_on(environ: Mapping[str, str]) -> list[str]:
 
 # --- its part of the preflight --------------------------------------------------------------------
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
+    if node.facts.podman:
+        hint = f"install Docker's own engine there, or {LEAVE_OUT}"
+        return [node.bad("docker", f"`docker` is podman there ({node.facts.podman})", hint)]
     if why := node.facts.no_docker:
-        start = "start it there (systemctl start docker), or leave the node out (salloc --exclude)"
+        start = f"start it there (systemctl start docker), or {LEAVE_OUT}"
         hint = f'{start}; for "permission denied", join the group docker there'
         return [node.bad("docker", f"Docker does not answer: {why}", hint)]
-    return [node.ok("docker", node.facts.docker), *judge_image(node, wanted.image)]
+    found = [node.ok("docker", node.facts.docker)]
+    if not (node.facts.toolkit or wanted.gpus == "none"):
+        install = "install it there (nvidia-ctk runtime configure, then restart Docker)"
+        lacks = "Docker has no NVIDIA container toolkit"
+        found.append(node.bad("toolkit", lacks, f"{install}, or {LEAVE_OUT}"))
+    return [*found, *judge_image(node, wanted.image)]
 
 
 def judge_image(node: Node, image: Image) -> list[Finding]:
@@ -132,6 +141,11 @@ def judge_image(node: Node, image: Image) -> list[Finding]:
         return [node.bad("image", f"image {image.tag} is not on this node", GET_ONE)]
     free, how = node.facts.free, "pull" if image.registry else "load"
     text = f"{how} (another {image.tag} is there)" if node.facts.image else how
+    if str(image.tarball) in node.facts.unseen:
+        hint = "put it on a file system that the nodes share, or there by this very path"
+        return [
+            node.bad("image", f"the tarball {image.tarball} is not there, or not readable", hint)
+        ]
     row = Finding(node.name, "image", "note", text)
     if free < image.room:
         text = f"{giga(free)} free for Docker, {giga(image.room)} needed to load {image.tag}"

@@ -31,6 +31,7 @@ from tests.cluster.launches import (
     QUICK,
     REPO,
     SLOW,
+    TAG,
     TARBALL,
     WHOLE,
     Launch,
@@ -124,11 +125,16 @@ def in_preflight(scene: Scene, fault: Fault) -> None:
 
 
 def in_image_load(scene: Scene, fault: Fault) -> None:
-    """One that would not end: its unpacker on n2 stands still."""
+    """One that would not end: its unpacker on n2 stands still, for a model over both nodes."""
     forget_image(scene.cluster)
-    scene.start(fault, SLOW)
+    scene.start(fault, SLOW, "--pp_size", "2")
     wait_until(lambda: is_unpacking(scene.n2), f"a load on n2\n{scene.launch.output}")
     scene.freeze(scene.n2, "pigz")
+    wait_until(lambda: is_unpacking(scene.n1) or has_image(scene.n1), "n1's load, begun or over")
+
+
+def has_image(node: Machine) -> bool:
+    return node.run("docker", "image", "inspect", TAG, check=False).returncode == 0
 
 
 def is_unpacking(node: Machine) -> bool:
@@ -506,7 +512,8 @@ FAULTS: tuple[Fault, ...] = (
     # Slurm's daemon of a node.
     Fault("slurmd stopped on the 2nd node", stop_slurmd("n2"), (
         Expect(("before the launch",), ("n2",), (1,), 30),
-        Expect(("image load", "serving"), (), (130,), 30, serves=True),
+        Expect(("image load",), ("n2",), (1,), 70),
+        Expect(("serving",), (), (130,), 30, serves=True),
         Expect(("serving on 2 nodes",), ("n2 (ranks 8-15): its slurmd",), (1,), 30)),
         env=QUICK, ci=("before the launch", "serving")),
     Fault("slurmd stopped", stop_slurmd("n1"), (
