@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from common.settings import load_env_files, setting
-from common.signals import SIGNALS, Stopped, obey
+from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, say
 from launch import image, manage, preflight, provide, supervise
 from launch.address import url_of
@@ -29,6 +29,7 @@ ENGINE = "trtllm"  # the one there is
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     obey()
+    outlive_warnings()
     keep_ours()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names that are not UTF-8, as they are

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.identity import launcher
+from launch.node.base import WARNINGS
 from launch.node.containers import AskOwner
 from launch.node.messages import Left, Owner
 from launch.order import Command, parse
@@ -199,6 +200,7 @@ def test_a_signal_removes_the_container(
     held.process.send_signal(signum)
     held.process.send_signal(signum)  # impatience changes nothing
     assert held.code() == 143
+    assert f"tensorrt-llm-serve: local: stopped by {signal.Signals(signum).name}" in held.output
     ready.nothing_is_left()
 
 
@@ -237,6 +239,37 @@ def test_a_container_that_is_created_late_is_removed_too(
     held.close()
     assert held.code() in (143, -signal.SIGTERM)  # the latter before anything was started
     ready.nothing_is_left()
+
+
+def test_a_signal_to_all_while_the_container_is_created_leaves_nothing(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    """Docker's client would end at once, and the daemon complete the creation after that."""
+    ready.set(create_delay=1)
+    held = hold(script, plan(*SLEEPER))
+    held.until(lambda: ready.calls("docker", "run"))
+    os.killpg(held.process.pid, signal.SIGTERM)
+    assert held.code() == 143
+    ready.nothing_is_left()
+
+
+@pytest.mark.parametrize("runtime", ["docker", "bare"])
+def test_a_signal_that_only_warns_ends_nothing(
+    ready: Fakes, script: Callable[..., Script], runtime: str
+) -> None:
+    """As --signal=USR1@300 has it: Slurm sends it to every process of the step."""
+    held = hold(script, plan("bash", "-c", "echo up; sleep 100; sleep 100", runtime=runtime))
+    held.until_said("up")
+    container = ready.containers()
+    reached = [held.process.pid, *(ready.processes() if runtime == "bare" else [])]
+    for signum in WARNINGS:
+        os.killpg(held.process.pid, signum)
+        for pid in reached:
+            os.kill(pid, signum)
+    assert ready.containers() == container
+    held.close()
+    assert held.code() == 143
+    assert "stopped by" not in held.output
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 139, 143, 255])
@@ -358,7 +391,7 @@ def test_a_bare_engine_gets_the_chance_to_end_by_itself(
     else:
         held.process.send_signal(signum)
     assert held.code() == 143
-    assert held.output == "up\nbye\n"
+    assert held.output.startswith("up\n") and held.output.endswith("bye\n")
     held.close()
     fakes.nothing_is_left()
 

@@ -357,6 +357,15 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     assert len(fakes.calls("docker", "load")) == 2
 
 
+def test_a_signal_that_only_warns_is_told_and_ends_nothing(launch: Launcher) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    for name in ("USR1", "USR2", "ALRM", "XCPU"):
+        started.process.send_signal(signal.Signals[f"SIG{name}"])
+        started.until(f"SIG{name} came, as Slurm sends it before the time limit (--signal)")
+    assert started.stop() == 130
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_it_with_its_own_code(
     fakes: Fakes, launch: Launcher, signum: int, code: int

@@ -90,6 +90,7 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
+SIGNALLED = FIRST.replace("3", "143")
 CANCEL = "slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 ***\n"
 LIMIT = CANCEL.replace(" ***\n", " DUE TO TIME LIMIT ***\n")
 REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
@@ -98,6 +99,11 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
 @pytest.mark.parametrize(
     ("said", "words", "path"),
     [
+        (
+            SIGNALLED,
+            "n2: rank 9 stopped while serving: SIGTERM was sent to its step$",
+            "_rank9",
+        ),
         (
             FIRST + CANCEL + REST,
             r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
@@ -131,6 +137,7 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
     for rank in ("0", "9"):
         with (tmp_path / f"x_rank{rank}.log").open("a") as file:
             file.write(f"OSError: rank {rank}'s words\n")
+            file.write("tensorrt-llm-serve: n2: stopped by SIGTERM\n" * said.startswith(SIGNALLED))
     made = replace(plan(), place=Place("77", 2, ("srun",)))
     spread = replace(made.replicas[0], spread=Spread(2, 8, "pmix"))
     url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]

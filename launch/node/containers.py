@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, tell
+from launch.node.base import LABEL, NODE, STOPPED, STOPS, WARNINGS, Ends, ask, listening, tell
 from launch.node.inside import ATTENDED, OPEN_FILES
 from launch.node.messages import Left, Owner
 
@@ -72,12 +73,19 @@ class Serve:
 
 
 def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """A client that is not there, or not to be run, is 127, as a shell tells it."""
+    """A client that is not there, or not to be run, is 127, as a shell tells it.
+
+    Slurm signals every process of a step. A client of Docker would hand that on to the engine; or
+    end at once, and the container that it was creating would be there a moment later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, *WARNINGS))
     try:
         return subprocess.Popen(command, pass_fds=files)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         return subprocess.Popen(["sh", "-c", "exit 127"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def set_interfaces() -> None:
