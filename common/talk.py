@@ -17,6 +17,7 @@ from typing import IO, Any, ClassVar, NoReturn
 
 from common.live import Live, colour
 
+HEARTBEAT = 30.0  # seconds between two lines while something takes long
 WIDTH = 120  # columns of a terminal that are used
 
 

@@ -36,9 +36,7 @@ class Log:
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Return what is new, and show it. A flood is skipped on screen, not in the file."""
         size = os.fstat(self.reader.fileno()).st_size
-        if (
-            size < self.reader.tell()
-        ):  # truncated in place: it begins anew, as for tail -F
+        if size < self.reader.tell():  # truncated in place: it begins anew, as for tail -F
             self.start = self.reader.seek(0)
         behind = size - self.reader.tell()
         if behind > 8 * limit:

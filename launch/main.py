@@ -88,7 +88,7 @@ def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> P
 def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:
     """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
-    nodes = preflight.ask_nodes(wanted, plan.place)
+    nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout)
     if args.check:
         print(preflight.table(preflight.judge(nodes, wanted)))
     elif preflight.reap(nodes, plan.place, plan.user):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.settings import setting
 from common.talk import die, say
+from launch.arguments import value_of
 from launch.engines import Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
@@ -29,6 +30,10 @@ class Replica:
     @property
     def model(self) -> str:
         return self.command[1]
+
+    @property
+    def host(self) -> str:
+        return value_of(self.command, "--host") or ""
 
     @property
     def nodes(self) -> int:

@@ -192,7 +192,7 @@ def run(name, rest):
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
             "--workdir=", "--env=", "--entrypoint=")) and word not in (
-            "--rm", "--init", "--interactive", "--privileged", "--pull=never"):
+            "--rm", "--init", "--interactive", "--sig-proxy=false", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
         fail('"docker run" requires at least 1 argument.', 125)
@@ -215,6 +215,9 @@ def run(name, rest):
         at = engine.index("trtllm-serve")
         engine[at:at + 1] = [sys.executable, os.environ["FAKE_SIMULATOR"]]
     create(name, labels)
+    if "--sig-proxy=false" not in flags:  # then it asks for every signal, ignored or not
+        for signum in (10, 12, 14):
+            signal.signal(signum, signal.SIG_DFL)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     with locked():
@@ -249,7 +252,6 @@ def create(name, labels):
 def as_the_daemon_would():
     for signum in (1, 2, 10, 12, 15):
         signal.signal(signum, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 def standard_input(attached):
     # The daemon's: it gets what the client reads, and ends when the client does.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +24,7 @@ from launch.log import Log
 from launch.nodes import Place, Step
 from launch.order import Command
 from launch.spread import Spread
-from tests.conftest import ONE_NODE, Fakes, plan, wait_until
+from tests.conftest import ONE_NODE, PATIENCE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -234,6 +236,98 @@ def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Serv
     with pytest.raises(Failure, match=words) as failure:
         watch.await_ready([running], 60)
     assert not failure.value.passing
+
+
+@pytest.fixture
+def serving() -> Iterator[int]:
+    """The port of a server that is well, on the node."""
+
+    class Well(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Well) as engine:
+        threading.Thread(target=engine.serve_forever, args=(0.01,)).start()
+        yield engine.server_port
+        engine.shutdown()
+
+
+def unreached(server: server.Server, port: int) -> None:
+    """From here nothing is heard of it."""
+    command = (*server.replica.command, "--host", "0.0.0.0")
+    server.replica = replace(server.replica, port=port, command=command)
+
+
+@pytest.mark.parametrize("says", ["Uvicorn running on", "nothing, its log was lost"])
+def test_a_server_that_only_we_cannot_reach_is_told_as_that(
+    run_plan: Callable[..., server.Server],
+    serving: int,
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+) -> None:
+    monkeypatch.setattr(server, "UNREACHED", 0.1)
+    running = run_plan("bash", "-c", f"echo {says}; sleep 100")
+    unreached(running, serving)
+    words = (
+        rf"^n1 serves on port {serving}, but http://127.0.0.1:1 cannot be reached from .*refused"
+    )
+    with pytest.raises(Failure, match=words) as failure:
+        watch.await_ready([running], PATIENCE if says.startswith("Uvicorn") else 0.1)
+    assert not failure.value.passing
+    assert "firewall" in failure.value.hint and "more time" not in failure.value.hint
+
+
+def test_a_server_that_is_no_longer_reached_from_here_goes_on_for_others(
+    run_plan: Callable[..., server.Server],
+    serving: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    running = run_plan("bash", "-c", "sleep 100")
+    unreached(running, serving)
+    for _ in range(2):
+        running.health.misses = running.probe.misses = 6
+        watch.judge(running, running.health.fault())
+        assert not running.health.fault() and not running.probe.fault()
+    assert capfd.readouterr().err.count("cannot be reached from") == 1
+    running.replica = replace(running.replica, port=1)
+    with pytest.raises(Failure, match="no longer serves"):
+        watch.judge(running, "fault")
+
+
+def test_a_failure_of_a_suspended_job_is_waited_out(
+    fakes: Fakes,
+    run_plan: Callable[..., server.Server],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.1)
+    running = run_plan("bash", "-c", "sleep 100", place=Place("77", 1, ONE_NODE))
+    fakes.set(state="SUSPENDED")
+    resume = threading.Timer(1, lambda: fakes.set(state="RUNNING"))
+    resume.start()
+    running.health.misses = running.probe.misses = 6
+    with watch.patience([running]):
+        raise Failure("no sign of life", passing=True)
+    resume.join()
+    assert not running.health.fault() and not running.probe.fault()
+    assert 0 < running.excused < running.age
+    said = capfd.readouterr().err
+    assert said.count("job 77 is suspended") == said.count("job 77 is resumed") == 1
+    with pytest.raises(Failure, match="no sign of life"), watch.patience([running]):
+        raise Failure("no sign of life", passing=True)
+
+
+def test_who_stood_still_does_not_count_that_time(run_plan: Callable[..., server.Server]) -> None:
+    running = run_plan("bash", "-c", "sleep 100")
+    running.started -= 1000
+    running.looked -= 1000
+    running.probe.asked = running.probe.traffic = time.monotonic() - 5000
+    watch.tick([running])
+    assert running.age - running.excused < 900 and not running.probe.fault()
 
 
 @pytest.mark.parametrize(

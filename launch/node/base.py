@@ -28,8 +28,8 @@ STOPPED = 143
 ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has them
 # What Slurm sends as a warning where the job asks for it (--signal=USR1@300); who does not expect
 # it dies of it.
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU, signal.SIGQUIT)
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
 ).split()
