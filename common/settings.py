@@ -27,7 +27,7 @@ ROWS = (
     ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
     ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
     ("RUNTIME", "docker", "docker; or bare, for the trtllm-serve in the node's PATH"),
-    ("READY_TIMEOUT", "3600", "seconds a server may take to become ready"),
+    ("READY_TIMEOUT", "3600", "seconds a server may take to be ready, and its nodes to answer"),
     ("RESTART", "0", "how many times a server that fails is restarted"),
     ("PROBE_SECONDS", "60", "seconds without an answer until the server is probed; 0: never"),
     ("PROBE_TIMEOUT", "60", "seconds an idle server may take for one token; 0: half an hour"),

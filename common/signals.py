@@ -2,10 +2,15 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from common.talk import say
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What Slurm sends before the time limit where the job asks for it: --signal=B:USR1@300.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
 
 class Stopped(BaseException):
@@ -17,6 +22,19 @@ def obey() -> None:
     for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, on_signal)
+
+
+def outlive_warnings() -> None:
+    """From now on they are told, and end nothing."""
+    for each in WARNINGS:
+        signal.signal(each, on_warning)
+
+
+def on_warning(signum: int, _: FrameType | None) -> None:
+    name = signal.Signals(signum).name
+    words = f"{name} came, as Slurm sends it before the time limit (--signal): the server goes on"
+    # In a thread: who is interrupted may be in the middle of a line.
+    threading.Thread(target=say, args=(words,)).start()
 
 
 def on_signal(signum: int, _: FrameType | None) -> None:

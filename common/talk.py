@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import IO, Any, ClassVar, NoReturn
 
 from common.live import Live, colour
 
+HEARTBEAT = 30.0  # seconds between two lines while something takes long
 WIDTH = 120  # columns of a terminal that are used
 
 
@@ -126,6 +128,12 @@ def plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("plain", plain)
+
+
+def print_plainly() -> None:
+    """No character stops us: a log may be ASCII, after hours. Who captures stdout is left alone."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="plain")
 
 
 def folded(text: str) -> str:

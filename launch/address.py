@@ -1,11 +1,11 @@
 """Where a server can be reached, from where the launcher runs."""
 
-import socket
 from collections.abc import Sequence
 
 from common.talk import die
 from launch.arguments import value_of
 from launch.findings import Node
+from launch.node.facts import network
 from launch.nodes import Place
 
 
@@ -15,8 +15,9 @@ def url_of(head: Node, place: Place, serve_args: Sequence[str]) -> str:
     port = value_of(serve_args, "--port")
     if host in ("0.0.0.0", "::"):
         host = address_of(head) if place.slurm else "127.0.0.1"
-    elif place.slurm and is_loopback(host) and head.name != socket.gethostname().split(".")[0]:
-        die(f"--host {host} cannot be reached from here: the server runs on {head.name}")
+    elif place.slurm and is_loopback(host) and head.facts.network != network():
+        hint = "leave --host out, or run the launcher on the node itself (sbatch)"
+        die(f"--host {host} cannot be reached from here: the server runs on {head.name}", hint=hint)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
@@ -25,10 +26,9 @@ def is_loopback(host: str) -> bool:
 
 
 def address_of(head: Node) -> str:
-    """The node's IPv4 address as its name resolves here; its own first address where that fails."""
-    try:
-        address = socket.gethostbyname(head.name)
-    except OSError:
-        address = "127."
-    own = [each for each in head.facts.addresses if "." in each]
-    return address if not address.startswith("127.") else (own or ["127.0.0.1"])[0]
+    """The node's IPv4 address by its own word, which has the one of the way to us first.
+
+    What its name resolves to here may be of another network, or of another machine.
+    """
+    own = [each for each in head.facts.addresses if "." in each and not is_loopback(each)]
+    return own[0] if own else head.name

@@ -10,11 +10,16 @@ from common.talk import die, say
 from launch import slurm, world
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
-from launch.node.base import shell_code
+from launch.node.base import LABEL, STOPPED, shell_code
 from launch.node.containers import CLIENT_FAILED
 from launch.server import TICK, Server, die_of_a_node
 
+STOPPED_BY = re.compile(rf"^{LABEL}: \S+: stopped by (SIG\w+)$", re.M)  # as `Ends` says it
 NO_CAUSE = "its log names no cause"
+ASKED_FOR = (
+    "Slurm sends signals to a step for the job's --signal (SBATCH_SIGNAL, SALLOC_SIGNAL) and for "
+    "scancel --signal"
+)
 KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
@@ -37,6 +42,7 @@ def report_death(server: Server, code: int) -> NoReturn:
         die_of_slurm(server, said, cancelled)
     await_holders(server)
     who, code, path = culprit(server, code, death)
+    die_of_signal(server, who, code, path)
     other = "" if death else not_the_engine(server, code, said)
     code = shell_code(code)
     tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
@@ -62,6 +68,13 @@ def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> 
     if lost := slurm.lost_nodes(said):
         hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
         die(f"{lost}, {server.when}", hint=hint, passing=True)
+
+
+def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
+    """Failure where our own program on the node was told to stop: the engine has not failed."""
+    if found := STOPPED_BY.search(end_since_start(server, path)) if code == STOPPED else None:
+        hint = f"{ASKED_FOR}; its log: {path}"
+        die(f"{who} stopped {server.when}: {found[1]} was sent to its step", hint=hint)
 
 
 def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:

@@ -14,8 +14,8 @@ TRIES = 600  # a second apart, should the file system be read-only just then
 
 
 def main(launcher: str, *files: str) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
+    for name in "TERM INT HUP USR1 USR2 ALRM XCPU".split():  # Slurm signals all that a job runs
+        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)
     while os.read(0, 4096):
         pass
     for file in map(Path, files):

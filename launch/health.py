@@ -176,6 +176,10 @@ class Probe(threading.Thread):
         elif self.traffic < self.asked:
             self.misses += 1
 
+    def forgive(self) -> None:
+        """What has gone wrong so far was not the engine's fault."""
+        self.misses, self.traffic = 0, time.monotonic()
+
     def fault(self) -> str:
         """Why the engine is taken to hang, in words; '' while it is not."""
         now, asked, busy = time.monotonic(), self.asked, self.busy  # they change at any moment

@@ -27,7 +27,7 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.sink = path.open("ab")
-        self.reader = path.open("rb")
+        self.reader = path.open("rb", buffering=0)
         self.start = self.reader.seek(0, os.SEEK_END)
         self.last_line = ""
         self.shown = Record.verbose
@@ -35,7 +35,10 @@ class Log:
 
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Return what is new, and show it. A flood is skipped on screen, not in the file."""
-        behind = os.fstat(self.reader.fileno()).st_size - self.reader.tell()
+        size = os.fstat(self.reader.fileno()).st_size
+        if size < self.reader.tell():  # truncated in place: it begins anew, as for tail -F
+            self.start = self.reader.seek(0)
+        behind = size - self.reader.tell()
         if behind > 8 * limit:
             where = f"all of it is in {self.path}"
             say(f"log: {behind / 1e6:.0f} MB behind, skipped on screen; {where}")
@@ -77,11 +80,14 @@ class Log:
 
 
 def end_of(path: Path, start: int = 0, size: int = 1 << 16) -> str:
-    """The last bytes of a file, none of them from before `start`; '' where there is no file."""
+    """The last bytes of a file, none of them from before `start`; '' where there is no file.
+
+    One that is shorter than that has been truncated: all of it is newer.
+    """
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(start, end - size))
+            file.seek(max(start if start <= end else 0, end - size))
             return file.read().decode(errors="replace")
     except OSError:
         return ""

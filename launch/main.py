@@ -1,7 +1,6 @@
 """run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
 
 import argparse
-import io
 import os
 import signal
 import sys
@@ -10,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 from common.settings import load_env_files, setting
-from common.signals import SIGNALS, Stopped, obey
-from common.talk import Failure, Record, complain, die, keep_ours, say
+from common.signals import SIGNALS, Stopped, obey, outlive_warnings
+from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
 from launch import allocation, image, manage, preflight, provide, supervise
 from launch.address import url_of
 from launch.cli import parse
@@ -30,9 +29,9 @@ ENGINE = "trtllm"  # the one there is
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     obey()
+    outlive_warnings()
     keep_ours()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="plain")  # whatever the terminal's encoding
+    print_plainly()
     try:
         load_env_files()
         return go(*parse(argv, description))
@@ -106,7 +105,7 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
     with preflight.probe(args.workspace, plan.place) as probe:
         wanted = replace(wanted, probe=probe)
-        nodes = preflight.ask_nodes(wanted, plan.place)
+        nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout)
         if args.check:
             print(preflight.table(preflight.judge(nodes, wanted)))
         elif preflight.reap(nodes, plan.place, plan.user):

@@ -147,7 +147,8 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
     try:
         process.wait()
     except sh.TimeoutException:
-        die(f"{what} did not end within {timeout:g} s")
+        hint = slurm.SEE_NODES if "srun" in argv else ""
+        die(f"{what} did not end within {timeout:g} s", hint=hint)
     except sh.ErrorReturnCode as error:
         die_of_exit(what, error.exit_code, error.stderr.decode(errors="replace"))
     except BaseException:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.settings import PASSED_ON, setting
 from common.talk import die, misused, say
-from launch.arguments import from_home
+from launch.arguments import from_home, value_of
 from launch.engines import Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
@@ -33,6 +33,10 @@ class Replica:
     @property
     def model(self) -> str:
         return self.command[1]
+
+    @property
+    def host(self) -> str:
+        return value_of(self.command, "--host") or ""
 
     @property
     def nodes(self) -> int:

@@ -5,13 +5,16 @@ import os
 import re
 import socket
 import tempfile
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common.talk import Failure, counted, die, say
+from common.talk import HEARTBEAT, Failure, counted, die, say
+from launch import slurm
 from launch.findings import Finding, Node, Wanted
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
@@ -33,9 +36,18 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     return Command(place.every, Survey(wanted.runtime, wanted.port, tag, wanted.program, paths))
 
 
-def ask_nodes(wanted: Wanted, place: Place) -> list[Node]:
-    """Ask every node; the head node comes first. Failure when one does not answer."""
-    nodes = gather(ask(survey_command(wanted, place), "asking the nodes", PATIENCE))
+def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
+    """Ask every node; the head node comes first. Failure when one does not answer.
+
+    A node that boots or runs a Prolog answers after minutes: Slurm's have `patience` seconds.
+    """
+    patience = max(PATIENCE, patience if place.slurm else 0)
+    over = threading.Event()
+    threading.Thread(target=say_waiting, args=(patience, over), daemon=True).start()
+    try:
+        nodes = gather(ask_until(survey_command(wanted, place), time.monotonic() + patience))
+    finally:
+        over.set()
     for node in nodes:
         node.share = place.allocation.shares.get(node.name)
     if len(nodes) < place.size:
@@ -43,6 +55,25 @@ def ask_nodes(wanted: Wanted, place: Place) -> list[Node]:
         hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"
         die(f"{missing} of {place.size} nodes did not answer; these did: {names}", hint=hint)
     return nodes
+
+
+def ask_until(command: Command, deadline: float) -> list[Told]:
+    """Ask again where srun has given up on a node that Slurm still holds to be well."""
+    while True:
+        begun = time.monotonic()
+        try:
+            return ask(command, "asking the nodes", max(round(deadline - begun, 1), 0.1))
+        except Failure as failure:
+            if slurm.TIMED_OUT not in failure.message or time.monotonic() > deadline:
+                raise
+        time.sleep(2)
+
+
+def say_waiting(patience: float, over: threading.Event) -> None:
+    begun, names = time.monotonic(), os.environ.get("SLURM_JOB_NODELIST", "the nodes")
+    while not over.wait(HEARTBEAT):
+        waited = f"after {time.monotonic() - begun:.0f} s of at most {patience:.0f}"
+        say(f"no answer yet from {names} {waited} (--ready-timeout): booting, or in a Prolog?")
 
 
 def gather(told: Iterable[Told]) -> list[Node]:

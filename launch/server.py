@@ -1,5 +1,6 @@
 """A server: its steps on the nodes, how they start, and how they are ended."""
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
 
 TICK = 0.05  # seconds between two looks at the processes and their logs
+UNREACHED = 4.0  # seconds without an answer from an engine that says that it listens
 STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
 
 
@@ -42,6 +44,10 @@ class Server:
     starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
     ready_at: float | None = None
     loading: Loading = field(default_factory=Loading)
+    ask_at: float = math.inf  # when the node is to be asked why nobody gets an answer
+    looked: float = field(default_factory=time.monotonic)  # when its processes were looked at
+    walled: bool = False  # it has been told that only we cannot reach it
+    excused: float = 0.0  # seconds in which the job was suspended, or we stood still
 
     @property
     def node(self) -> str:
@@ -69,6 +75,14 @@ class Server:
         """Where the engine itself speaks."""
         return self.rank0 or self.log
 
+    def forgive(self, seconds: float) -> None:
+        """Silence of so many seconds that is no fault."""
+        self.excused += seconds
+        self.health.misses = 0
+        self.probe.forgive()
+        if self.holders:
+            self.holders.forgive()
+
     def pump(self) -> bytes:
         """Show what is new in the logs, and note what it means."""
         new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
@@ -76,6 +90,7 @@ class Server:
             self.loading.read(new)
         if self.plan.engine.READY_WORDS in new:
             self.health.listening = True
+            self.ask_at = time.monotonic() + UNREACHED
             self.health.hurry.set()
         if self.plan.engine.WORK_WORDS.search(new):
             self.probe.traffic = time.monotonic()

@@ -11,6 +11,7 @@ from launch.order import TOO_OLD
 
 SEE_NODES = "ask Slurm why: `sinfo -R`, `squeue`; leave a node out with salloc --exclude"
 
+TIMED_OUT = "Socket timed out on send/recv operation"  # a Prolog takes longer than MessageTimeout
 # The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
 CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
 CANCEL_WORDS = {

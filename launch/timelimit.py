@@ -102,6 +102,13 @@ class TimeLimit(threading.Thread):
             self.asking.kill()
 
 
+def is_suspended(place: Place) -> bool:
+    """Whether Slurm has stopped the job's processes for a while."""
+    if not place.slurm or not (done := squeue(*of_job(place.job, "%A %T %L"))):
+        return False
+    return answer(place.job, done.stdout).split(" ")[0] in ("SUSPENDED", "STOPPED")
+
+
 def of_job(job: str, what: str) -> list[str]:
     every = "--states=all"  # one that has ended is not listed otherwise
     return [every, f"--jobs={job}", f"--format={what}"]

@@ -1,19 +1,24 @@
 """All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
 
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from common.live import Live, at_terminal
-from common.talk import die, note, say, visible
+from common.talk import HEARTBEAT, Failure, die, note, say, visible
 from launch.death import report_death
 from launch.log_lines import clean
 from launch.node.messages import Owner
 from launch.nodes import ask
 from launch.server import TICK, Server, die_of_a_node
+from launch.timelimit import is_suspended
+from launch.world import ABSENCE
 
-HEARTBEAT = 30.0  # seconds between two lines while the engine loads
-LIVE = 0.5  # the same where one line of the terminal is written over
+LIVE = 0.5  # seconds between two looks of a line of the terminal that is written over
+LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
 
@@ -22,11 +27,13 @@ def await_ready(servers: Sequence[Server], timeout: float) -> None:
     """Return when all answer; Failure when one ends first, or at the deadline."""
     told = Told(servers[0])
     while not all(server.health.ready.is_set() for server in servers):
-        tick(servers)
-        for server in servers:
-            die_if_strange(server)
-            if server.age > timeout:
-                die_of_slowness(server, timeout)
+        with patience(servers):
+            tick(servers)
+            for server in servers:
+                die_if_strange(server)
+                die_if_unreached(server)
+                if server.age - server.excused > timeout:
+                    die_of_slowness(server, timeout)
         told.now_and_then()
     Live.clear()
     for server in servers:
@@ -57,11 +64,63 @@ class Told:
         return f"still loading after {age:.0f} s; the log's last line: {last}"
 
 
+@contextlib.contextmanager
+def patience(servers: Sequence[Server]) -> Iterator[None]:
+    """A failure while Slurm has the job suspended is none: wait, and judge anew."""
+    place = servers[0].plan.place
+    try:
+        yield
+    except Failure as failure:
+        if not (failure.passing and is_suspended(place)):
+            raise
+        begun = time.monotonic()
+        say(f"job {place.job} is suspended (scontrol suspend, or another job's turn): waiting")
+        while is_suspended(place):
+            time.sleep(LOOK_EVERY)
+        for server in servers:
+            server.forgive(time.monotonic() - begun)
+        say(f"job {place.job} is resumed")
+
+
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:
+    die_if_walled(server)
     end = server.main_log.last_line or "(empty)"
     late = f"{server.node}: the server was not ready within {timeout:g} s: {server.health.answer}"
     hint = f"give it more time with --ready-timeout; the whole log: {server.log.path}"
     die(f"{late}; its log ends: {end}", hint=hint, passing=True)
+
+
+def die_if_unreached(server: Server) -> None:
+    """Its log says that it listens: what stands between us will not go away by itself."""
+    if time.monotonic() > server.ask_at and not server.health.ready.is_set():
+        die_if_walled(server)
+        server.ask_at = time.monotonic() + HEARTBEAT
+
+
+def die_if_walled(server: Server) -> None:
+    wall = walled(server)
+    if wall and not server.health.ready.wait(1):  # a slow machine is no wall
+        hint = "is a firewall between them? Run the launcher on the node itself, with sbatch"
+        die(wall, hint=f"{hint}; its log: {server.main_log.path}")
+
+
+def walled(server: Server) -> str:
+    """That our engine answers on its node and not here, in words; '' where that is not so."""
+    if (owner := ask_owner(server)).answer != "200" or not (owner.own or owner.why):
+        return ""
+    here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    serves = f"{server.node} serves on port {server.replica.port}"
+    return f"{serves}, but {server.url} cannot be reached from {here}: {server.health.answer}"
+
+
+def ask_owner(server: Server) -> Owner:
+    """The node's own word on our port; of one that says nothing, that it is not known."""
+    command = server.runtime.ask_owner(server.plan, server.replica)
+    with contextlib.suppress(Failure):
+        for told in ask(command, "asking whose the port is", timeout=10):
+            if isinstance(told.message, Owner):
+                return told.message
+    return Owner(False, why="no answer")
 
 
 def check_owner(server: Server) -> None:
@@ -71,10 +130,9 @@ def check_owner(server: Server) -> None:
         tick([server])
     if server.health.listening:
         return
-    command = server.runtime.ask_owner(server.plan, server.replica)
-    for told in ask(command, "asking whose the port is", timeout=10):
-        if isinstance(told.message, Owner) and not (told.message.own or told.message.why):
-            die_of_stranger(server, server.health.model)
+    owner = ask_owner(server)
+    if not (owner.own or owner.why):
+        die_of_stranger(server, server.health.model)
 
 
 def die_if_strange(server: Server) -> None:
@@ -94,18 +152,33 @@ def hold(servers: Sequence[Server]) -> NoReturn:
     for server in servers:
         server.probe.begin(server.health.model)
     while True:
-        tick(servers)
-        for server in servers:
-            unwell = server.health.fault()
-            if fault := unwell or server.probe.fault():
-                words = f"{server.node}: the server is up but no longer serves: {fault}"
-                hint = HANGS if unwell else f"{HANGS}{SLOW}"
-                die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
+        with patience(servers):
+            tick(servers)
+            for server in servers:
+                server.walled = server.walled and server.health.misses > 0
+                unwell = server.health.fault()
+                if fault := unwell or server.probe.fault():
+                    judge(server, fault, HANGS if unwell else f"{HANGS}{SLOW}")
+
+
+def judge(server: Server, fault: str, hint: str = HANGS) -> None:
+    """Failure, unless it is only we who cannot reach it: then it goes on for those who can."""
+    if server.health.misses and (wall := walled(server)):
+        if not server.walled:
+            say(f"{wall}; it goes on")
+        server.forgive(0)
+        server.walled, server.health.misses = True, 1
+        return
+    words = f"{server.node}: the server is up but no longer serves: {fault}"
+    die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
 
 
 def tick(servers: Sequence[Server]) -> None:
-    """One look at the logs and the processes."""
+    """One look at the logs and the processes. While we stood still (^Z), nobody was heard."""
     for server in servers:
+        away, server.looked = time.monotonic() - server.looked, time.monotonic()
+        if away > ABSENCE:
+            server.forgive(away)
         check_end(server)
     time.sleep(TICK)
 

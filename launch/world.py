@@ -84,9 +84,14 @@ class Holders(threading.Thread):
         """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
         now = time.monotonic()
         if now - self.looked > ABSENCE:
-            self.seen = dict.fromkeys(self.seen, now)
-            self.slurmd = dict.fromkeys(self.slurmd, now)
+            self.forgive()
         self.looked = now
+
+    def forgive(self) -> None:
+        """As if every node had just given a sign of life."""
+        now = time.monotonic()
+        self.seen = dict.fromkeys(self.seen, now)
+        self.slurmd = dict.fromkeys(self.slurmd, now)
 
     def trouble(self, name: str) -> str:
         if name in self.ended:

@@ -6,7 +6,6 @@ command, never a branch.
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 import shutil
@@ -21,7 +20,7 @@ from typing import IO
 
 from common.settings import load_env_files, setting
 from common.signals import Stopped, obey
-from common.talk import Failure, complain, die, keep_ours, say
+from common.talk import Failure, complain, die, keep_ours, print_plainly, say
 from launch import nodes
 from launch.nodes import Place, find_place
 from launch.slurm import last_words
@@ -37,8 +36,7 @@ def exit_code(work: Callable[[], int]) -> int:
     """Do a script's work; whatever stops it is one sentence and an exit code."""
     obey()
     keep_ours()
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="plain")  # a log may be ASCII, after hours of measuring
+    print_plainly()
     try:
         return work()
     except Stopped as stopped:

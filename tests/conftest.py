@@ -192,7 +192,7 @@ def run(name, rest):
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
             "--workdir=", "--env=", "--entrypoint=")) and word not in (
-            "--rm", "--init", "--interactive", "--privileged", "--pull=never"):
+            "--rm", "--init", "--interactive", "--sig-proxy=false", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
         fail('"docker run" requires at least 1 argument.', 125)
@@ -214,13 +214,18 @@ def run(name, rest):
     if "trtllm-serve" in engine[:5]:
         at = engine.index("trtllm-serve")
         engine[at:at + 1] = [sys.executable, os.environ["FAKE_SIMULATOR"]]
+    create(name, labels)
+    if "--sig-proxy=false" not in flags:  # then it asks for every signal, ignored or not
+        for signum in (10, 12, 14):
+            signal.signal(signum, signal.SIG_DFL)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    time.sleep(faults.get("create_delay", 0))
     with locked():
+        if faults.get("create_delay") and not container(name).exists():
+            fail("docker: Error response from daemon: No such container: " + name, 125)
         process = subprocess.Popen(
             engine, stdin=standard_input("--interactive" in flags), start_new_session=True,
-            env=seen, preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
+            env=seen, preexec_fn=as_the_daemon_would)
         container(name).write_text(json.dumps({
             "pid": process.pid, "name": name, "labels": labels, "flags": flags,
             "environment": seen}))
@@ -231,6 +236,22 @@ def run(name, rest):
                 os.killpg(leader, signal.SIGKILL)
         container(name).unlink(missing_ok=True)
     raise SystemExit(code if code >= 0 else 128 - code)
+
+def create(name, labels):
+    # The daemon completes it though its client is gone; then nobody starts it.
+    if delay := faults.get("create_delay"):
+        if daemon := os.fork():
+            os.waitpid(daemon, 0)
+            return
+        os.setsid()
+        os.closerange(0, 3)
+        time.sleep(delay)
+        container(name).write_text(json.dumps({"pid": None, "name": name, "labels": labels}))
+        os._exit(0)
+
+def as_the_daemon_would():
+    for signum in (1, 2, 10, 12, 15):
+        signal.signal(signum, signal.SIG_DFL)
 
 def standard_input(attached):
     # The daemon's: it gets what the client reads, and ends when the client does.
@@ -272,8 +293,7 @@ def execute(file, cwd, name, command):
         known = json.loads(container(name).read_text())
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**known["environment"], **env},
-            preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (1, 2, 15)])
+            env={**known["environment"], **env}, preexec_fn=as_the_daemon_would)
         known["ranks"] = [*known.get("ranks", []), process.pid]
         known["variables"] = [*known.get("variables", []), env]
         container(name).write_text(json.dumps(known))

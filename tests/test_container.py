@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.identity import launcher
+from launch.node.base import WARNINGS
 from launch.node.containers import AskOwner
 from launch.node.messages import Left, Owner
 from launch.order import Command, parse
@@ -96,6 +97,7 @@ def test_the_docker_options_are_these() -> None:
         "--rm",
         "--pull=never",
         "--interactive",
+        "--sig-proxy=false",
         "--init",
         "--label=tensorrt-llm-serve.job=local1",
         f"--label=tensorrt-llm-serve.launcher={launcher()}",
@@ -199,6 +201,7 @@ def test_a_signal_removes_the_container(
     held.process.send_signal(signum)
     held.process.send_signal(signum)  # impatience changes nothing
     assert held.code() == 143
+    assert f"tensorrt-llm-serve: local: stopped by {signal.Signals(signum).name}" in held.output
     ready.nothing_is_left()
 
 
@@ -237,6 +240,37 @@ def test_a_container_that_is_created_late_is_removed_too(
     held.close()
     assert held.code() in (143, -signal.SIGTERM)  # the latter before anything was started
     ready.nothing_is_left()
+
+
+def test_a_signal_to_all_while_the_container_is_created_leaves_nothing(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    """Docker's client would end at once, and the daemon complete the creation after that."""
+    ready.set(create_delay=1)
+    held = hold(script, plan(*SLEEPER))
+    held.until(lambda: ready.calls("docker", "run"))
+    os.killpg(held.process.pid, signal.SIGTERM)
+    assert held.code() == 143
+    ready.nothing_is_left()
+
+
+@pytest.mark.parametrize("runtime", ["docker", "bare"])
+def test_a_signal_that_only_warns_ends_nothing(
+    ready: Fakes, script: Callable[..., Script], runtime: str
+) -> None:
+    """As --signal=USR1@300 has it: Slurm sends it to every process of the step."""
+    held = hold(script, plan("bash", "-c", "echo up; sleep 100; sleep 100", runtime=runtime))
+    held.until_said("up")
+    container = ready.containers()
+    reached = [held.process.pid, *(ready.processes() if runtime == "bare" else [])]
+    for signum in WARNINGS:
+        os.killpg(held.process.pid, signum)
+        for pid in reached:
+            os.kill(pid, signum)
+    assert ready.containers() == container
+    held.close()
+    assert held.code() == 143
+    assert "stopped by" not in held.output
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 42, 139, 143, 255])
@@ -380,7 +414,7 @@ def test_a_bare_engine_gets_the_chance_to_end_by_itself(
     else:
         held.process.send_signal(signum)
     assert held.code() == 143
-    assert held.output == "up\nbye\n"
+    assert held.output.startswith("up\n") and held.output.endswith("bye\n")
     held.close()
     fakes.nothing_is_left()
 
@@ -430,7 +464,7 @@ def test_a_container_that_could_not_be_removed_is_told(
 
 def owner(container: str, port: int, fakes: Fakes) -> Owner:
     """What a node says of a port."""
-    command = Command([], AskOwner(port, container))
+    command = Command([], AskOwner("0.0.0.0", port, container))
     env, one = fakes.environment(), subprocess.PIPE
     done = subprocess.run(command.argv, input=command.text, env=env, text=True, stdout=one)
     message = parse(done.stdout).message
@@ -442,8 +476,8 @@ def owner(container: str, port: int, fakes: Fakes) -> Owner:
 def test_a_port_belongs_to_who_listens_on_it(fakes: Fakes, container: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert owner(container, port, fakes) == Owner(True)
-    assert owner(container, port, fakes) == Owner(False)
+        assert owner(container, port, fakes) == Owner(True, answer="timed out")
+    assert owner(container, port, fakes) == Owner(False, answer="[Errno 111] Connection refused")
 
 
 def test_whose_a_port_is_may_stay_unknown(fakes: Fakes) -> None:

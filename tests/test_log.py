@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.log import Log
+from launch.log import Log, end_of
 
 
 @pytest.fixture
@@ -38,6 +38,20 @@ def test_the_log_is_copied_to_stdout_byte_by_byte(
             assert log.pump() == piece
         assert log.pump() == b""
     assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\x00\xfe\n\xc3\xbc"
+
+
+def test_a_log_that_is_truncated_in_place_is_read_from_its_beginning(log: Log) -> None:
+    """By logrotate's copytruncate, or by `: >LOG` on a full disk."""
+    write(log, b"before, a long line\n")
+    assert log.pump()
+    os.truncate(log.path, 0)
+    assert log.tail() == ""
+    write(log, b"after\n")
+    assert log.pump() == b"after\n"
+    write(log, b"more\n")
+    assert log.pump() == b"more\n"
+    assert log.tail() == "after\nmore"
+    assert end_of(log.path, start=1000) == "after\nmore\n"
 
 
 @pytest.mark.parametrize(

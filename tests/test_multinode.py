@@ -88,6 +88,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--rm",
         "--pull=never",
         "--interactive",
+        "--sig-proxy=false",
         "--init",
         "--label=tensorrt-llm-serve.job=77",
         f"--label=tensorrt-llm-serve.launcher={launcher()}",

@@ -62,7 +62,7 @@ ORDERS = [
     Rank("1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve"),
     Remove("host/boot/1:5:6"),
     Reap(["abc"]),
-    AskOwner(8000, "trtllm-1"),
+    AskOwner("0.0.0.0", 8000, "trtllm-1"),
     WatchClients(8000, 10),
     Run(["trtllm-serve", "m"]),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 from dataclasses import replace
@@ -18,6 +19,7 @@ from launch.findings import Finding, Node, Wanted
 from launch.identity import here, launcher
 from launch.image import NONE, Image
 from launch.node import facts as survey
+from launch.node.facts import network
 from launch.node.messages import Container, Facts
 from launch.nodes import Place
 from launch.order import parse
@@ -398,7 +400,8 @@ def test_a_node_tells_what_it_has(fakes: Fakes) -> None:
     assert found.name == "local"
     assert (facts.image, facts.layers) == ("sha256:c", '["sha256:1","sha256:2"]')
     assert (facts.docker, facts.no_docker) == ("27.0.1", "")
-    assert facts.addresses == ["127.0.0.1", "fe80::1"]
+    assert facts.addresses[-2:] == ["127.0.0.1", "fe80::1"]
+    assert facts.network == network()
     assert facts.rank == 3
     assert facts.free > 0
     assert found.containers == [
@@ -549,6 +552,30 @@ def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
     monkeypatch.setattr(preflight, "PATIENCE", 0.3)
     with pytest.raises(Failure, match=r"^asking the nodes did not end within 0\.3 s"):
         preflight.ask_nodes(wanted(), slow())
+
+
+def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
+    fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """For as long as a server may take to be ready; srun itself may give up before that."""
+    gives_up = "srun: error: Task launch for StepId=77.0 failed on node n2: Socket timed out on"
+    first = f"mkdir {tmp_path}/once && echo '{gives_up} send/recv operation' >&2 && exit 1"
+    monkeypatch.setattr(preflight, "PATIENCE", 0.1)
+    monkeypatch.setattr(preflight, "HEARTBEAT", 0.1)
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]"))
+    script = f'{first}; sleep 1; exec "$@"'
+    [node] = preflight.ask_nodes(
+        wanted(), Place("77", 1, ("bash", "-c", WITHOUT + script, "srun")), 60
+    )
+    assert node.name == "local"
+    line = r"no answer yet from n\[1-2\] after 0 s of at most 60 \(--ready-timeout\)"
+    assert len(re.findall(line, capfd.readouterr().err)) > 1
+    with pytest.raises(Failure, match="asking the nodes did not end within") as failure:
+        preflight.ask_nodes(wanted(), slow(), 0.3)
+    assert "sinfo -R" in failure.value.hint
+
+
+WITHOUT = "while [[ $1 = --* ]]; do shift; done; "  # srun's flags
 
 
 def slow() -> Place:

@@ -22,9 +22,12 @@ from typing import Any
 import pytest
 
 from common import settings
+from common.talk import Failure
 from launch import address, allocation, announce, cli
 from launch import main as run_sbatch
 from launch.findings import Node
+from launch.node import facts
+from launch.node.facts import network
 from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.plan import user_name
@@ -185,30 +188,33 @@ def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
     ],
 )
 def test_the_url_is_the_address_that_was_asked_for(place: Place, args: list[str], url: str) -> None:
-    head = Node("localhost", Facts(addresses=["fe80::9", "10.0.0.5", "10.0.0.6"]))
+    addresses = ["fe80::9", "127.0.1.1", "10.0.0.5", "10.0.0.6"]
+    head = Node("localhost", Facts(addresses=addresses, network=network()))
     assert address.url_of(head, place, args) == url
 
 
-@pytest.mark.parametrize(
-    ("resolved", "addresses", "expected"),
-    [
-        ("10.1.1.1", "10.0.0.5", "10.1.1.1"),
-        ("127.0.1.1", "10.0.0.5 10.0.0.6", "10.0.0.5"),
-        (None, "fe80::1 10.0.0.5", "10.0.0.5"),
-        (None, "fe80::1", "127.0.0.1"),
-        (None, "", "127.0.0.1"),
-    ],
-)
-def test_a_name_that_resolves_to_the_node_itself_is_not_its_address(
-    monkeypatch: pytest.MonkeyPatch, resolved: str | None, addresses: str, expected: str
-) -> None:
-    def lookup(name: str) -> str:
-        if resolved is None:
-            raise OSError
-        return resolved
+def test_a_node_that_tells_no_address_goes_by_its_name() -> None:
+    args = ["--host", "0.0.0.0", "--port", "1"]
+    assert address.url_of(Node("n1", Facts(addresses=["fe80::1"])), SLURM, args) == "http://n1:1"
 
-    monkeypatch.setattr("socket.gethostbyname", lookup)
-    assert address.address_of(Node("n1", Facts(addresses=addresses.split()))) == expected
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_loopback_is_reached_from_its_own_network_whatever_the_hosts_are_called(
+    host: str,
+) -> None:
+    args = ["--host", host, "--port", "1"]
+    address.url_of(Node("another-name", Facts(network=network())), SLURM, args)
+    with pytest.raises(Failure, match="cannot be reached from here: the server runs on "):
+        address.url_of(Node(socket.gethostname(), Facts(network="boot/1")), SLURM, args)
+
+
+def test_a_nodes_first_address_is_that_of_the_way_to_the_launcher(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.environ.update(fakes.environment(SLURM_LAUNCH_NODE_IPADDR="127.7.7.7"))
+    assert facts.addresses()[0] == facts.source_towards("127.7.7.7") == "127.0.0.1"
+    monkeypatch.setattr(facts, "source_towards", {"127.7.7.7": "10.0.0.5", facts.ELSEWHERE: ""}.get)
+    assert facts.addresses() == ["10.0.0.5", "127.0.0.1", "fe80::1"]
 
 
 def test_the_curl_line_passes_by_a_proxy(
@@ -393,6 +399,15 @@ def test_a_cold_start_on_two_nodes_serves_until_interrupted(
     # That srun tells how a step has ended that we have ended is for the log alone.
     assert "task 0: Exited" in log and "task 0: Exited" not in started.output
     assert len(fakes.calls("docker", "load")) == 1
+
+
+def test_a_signal_that_only_warns_is_told_and_ends_nothing(launch: Launcher) -> None:
+    started = launch("m")
+    started.until("stop it with")
+    for name in ("USR1", "USR2", "ALRM", "XCPU"):
+        started.process.send_signal(signal.Signals[f"SIG{name}"])
+        started.until(f"SIG{name} came, as Slurm sends it before the time limit (--signal)")
+    assert started.stop() == 130
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +24,7 @@ from launch.log import Log
 from launch.nodes import Place, Step
 from launch.order import Command
 from launch.spread import Spread
-from tests.conftest import ONE_NODE, Fakes, plan, wait_until
+from tests.conftest import ONE_NODE, PATIENCE, Fakes, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -148,6 +150,7 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
+SIGNALLED = FIRST.replace("3", "143")
 CANCEL = "slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 ***\n"
 LIMIT = CANCEL.replace(" ***\n", " DUE TO TIME LIMIT ***\n")
 REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
@@ -156,6 +159,11 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
 @pytest.mark.parametrize(
     ("said", "words", "path"),
     [
+        (
+            SIGNALLED,
+            "n2: rank 9 stopped while serving: SIGTERM was sent to its step$",
+            "_rank9",
+        ),
         (
             FIRST + CANCEL + REST,
             r"n2: rank 9 ended with exit code 3 .*: OSError: rank 9's words$",
@@ -189,6 +197,7 @@ def test_the_end_of_a_world_is_told_by_the_rank_that_failed_first(
     for rank in ("0", "9"):
         with (tmp_path / f"x_rank{rank}.log").open("a") as file:
             file.write(f"OSError: rank {rank}'s words\n")
+            file.write("tensorrt-llm-serve: n2: stopped by SIGTERM\n" * said.startswith(SIGNALLED))
     made = replace(plan(), place=Place("77", 2, ("srun",)))
     spread = replace(made.replicas[0], spread=Spread(2, 8, "pmix"))
     url, step, nodes = "http://127.0.0.1:1", cast(Step, None), [Node("n1"), Node("n2")]
@@ -285,6 +294,98 @@ def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Serv
     with pytest.raises(Failure, match=words) as failure:
         watch.await_ready([running], 60)
     assert not failure.value.passing
+
+
+@pytest.fixture
+def serving() -> Iterator[int]:
+    """The port of a server that is well, on the node."""
+
+    class Well(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Well) as engine:
+        threading.Thread(target=engine.serve_forever, args=(0.01,)).start()
+        yield engine.server_port
+        engine.shutdown()
+
+
+def unreached(server: server.Server, port: int) -> None:
+    """From here nothing is heard of it."""
+    command = (*server.replica.command, "--host", "0.0.0.0")
+    server.replica = replace(server.replica, port=port, command=command)
+
+
+@pytest.mark.parametrize("says", ["Uvicorn running on", "nothing, its log was lost"])
+def test_a_server_that_only_we_cannot_reach_is_told_as_that(
+    run_plan: Callable[..., server.Server],
+    serving: int,
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+) -> None:
+    monkeypatch.setattr(server, "UNREACHED", 0.1)
+    running = run_plan("bash", "-c", f"echo {says}; sleep 100")
+    unreached(running, serving)
+    words = (
+        rf"^n1 serves on port {serving}, but http://127.0.0.1:1 cannot be reached from .*refused"
+    )
+    with pytest.raises(Failure, match=words) as failure:
+        watch.await_ready([running], PATIENCE if says.startswith("Uvicorn") else 0.1)
+    assert not failure.value.passing
+    assert "firewall" in failure.value.hint and "more time" not in failure.value.hint
+
+
+def test_a_server_that_is_no_longer_reached_from_here_goes_on_for_others(
+    run_plan: Callable[..., server.Server],
+    serving: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    running = run_plan("bash", "-c", "sleep 100")
+    unreached(running, serving)
+    for _ in range(2):
+        running.health.misses = running.probe.misses = 6
+        watch.judge(running, running.health.fault())
+        assert not running.health.fault() and not running.probe.fault()
+    assert capfd.readouterr().err.count("cannot be reached from") == 1
+    running.replica = replace(running.replica, port=1)
+    with pytest.raises(Failure, match="no longer serves"):
+        watch.judge(running, "fault")
+
+
+def test_a_failure_of_a_suspended_job_is_waited_out(
+    fakes: Fakes,
+    run_plan: Callable[..., server.Server],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(watch, "LOOK_EVERY", 0.1)
+    running = run_plan("bash", "-c", "sleep 100", place=Place("77", 1, ONE_NODE))
+    fakes.set(state="SUSPENDED")
+    resume = threading.Timer(1, lambda: fakes.set(state="RUNNING"))
+    resume.start()
+    running.health.misses = running.probe.misses = 6
+    with watch.patience([running]):
+        raise Failure("no sign of life", passing=True)
+    resume.join()
+    assert not running.health.fault() and not running.probe.fault()
+    assert 0 < running.excused < running.age
+    said = capfd.readouterr().err
+    assert said.count("job 77 is suspended") == said.count("job 77 is resumed") == 1
+    with pytest.raises(Failure, match="no sign of life"), watch.patience([running]):
+        raise Failure("no sign of life", passing=True)
+
+
+def test_who_stood_still_does_not_count_that_time(run_plan: Callable[..., server.Server]) -> None:
+    running = run_plan("bash", "-c", "sleep 100")
+    running.started -= 1000
+    running.looked -= 1000
+    running.probe.asked = running.probe.traffic = time.monotonic() - 5000
+    watch.tick([running])
+    assert running.age - running.excused < 900 and not running.probe.fault()
 
 
 @pytest.mark.parametrize(

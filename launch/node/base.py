@@ -26,6 +26,10 @@ LABEL = "tensorrt-llm-serve"
 TIMED_OUT, NOT_FOUND = 124, 127  # the exit codes that a shell would give
 STOPPED = 143
 ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has them
+# What Slurm sends as a warning where the job asks for it (--signal=USR1@300); who does not expect
+# it dies of it.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
 ).split()
@@ -69,9 +73,15 @@ class Ends:
         With `ask_every` seconds Slurm is asked, too, whether the job is over: a node that was out
         of reach may never hear of the end.
         """
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(signum, lambda *_: self.events.put(self.STOP))
+        for signum in STOPS:
+            signal.signal(signum, self._stop)
         threading.Thread(target=self._watch, args=(ask_every,), daemon=True).start()
+
+    def _stop(self, signum: int, _: Any) -> None:  # noqa: ANN401
+        """It may be the job's --signal: our log says so, that nobody takes it for a failure."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{LABEL}: {NODE}: stopped by {signal.Signals(signum).name}\n".encode())
+        self.events.put(self.STOP)
 
     def _watch(self, ask_every: float) -> None:
         job = Job(os.environ.get("SLURM_JOB_ID", "") if ask_every else "")
@@ -164,6 +174,8 @@ def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
 
 def main() -> NoReturn:
     """Do what the launcher sent. Threads that still wait for something do not hold up the end."""
+    for signum in WARNINGS:
+        signal.signal(signum, signal.SIG_IGN)  # and so do all that we start
     take_parts(sys.argv[2:])
     try:
         code = read_order()()

@@ -1,5 +1,7 @@
 """An engine in a container of its own, and how nothing of it is left."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -15,6 +17,8 @@ from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, tell
 from launch.node.inside import ATTENDED, OPEN_FILES
 from launch.node.messages import Left, Owner
 
+CREATES_WITHIN = 5  # seconds for a daemon to complete what its client no longer waits for
+GAVE_UP = (125, 130, 143)  # a client's exit codes that do not say that there was a container
 CLIENT_FAILED = 125  # docker's own client: where the daemon went away, its container may live on
 
 
@@ -38,7 +42,7 @@ class Serve:
         attended = [self.image, "-c", ATTENDED, "container", *self.engine]
         client = self.start(attended, "--entrypoint=sh")
         code = ends.code_of(client)
-        if code is None:
+        if code is None or ends.stop_within(0.1):  # one signal may be for the client and for us
             return stop(client, self.launcher)
         if client.returncode < 0:
             killed = f"its client was killed (signal {-client.returncode})"
@@ -92,8 +96,8 @@ def set_interfaces() -> None:
             os.environ[name] = os.environ.get(name) or found[1]
 
 
-def remove(launcher: str) -> str:
-    """Remove this launch's containers; why one may be there still, or ''.
+def remove(launcher: str) -> str | None:
+    """Remove this launch's containers; why one may be there still, or ''. None where there is none.
 
     Another launch of the job may have a container of the same name: ours has our label.
     """
@@ -103,7 +107,7 @@ def remove(launcher: str) -> str:
         return said or "Docker does not answer"
     ids = [word for word in said.split() if re.fullmatch(r"[\w.-]+", word)]
     if not ids:
-        return ""
+        return None
     code, said = ask("docker", "rm", "--force", *ids, timeout=4)
     return (said or "Docker does not answer") if code else ""
 
@@ -113,17 +117,23 @@ def keep_removing(launcher: str, seconds: float, pause: float) -> str:
     deadline = time.monotonic() + seconds
     while (why := remove(launcher)) and time.monotonic() < deadline:
         time.sleep(pause)
-    return why
+    return why or ""
 
 
 def stop(client: subprocess.Popen[bytes], launcher: str) -> int:
     """The container ends with its order, whoever asks: the launcher's end, scancel, a signal.
 
-    It is removed until the client has gone, too: before that a container may yet be created.
+    It is removed until the client has gone, too: before that a container may yet be created. After
+    that as well where none was seen: Slurm's signals end the client in the middle of a creation,
+    and the daemon completes it.
     """
-    deadline = time.monotonic() + 12
-    while client.poll() is None and time.monotonic() < deadline:
-        remove(launcher)
+    deadline, seen = time.monotonic() + 12, False
+    while time.monotonic() < deadline:
+        seen = remove(launcher) is not None or seen
+        if (code := client.poll()) is not None:
+            if seen or (code >= 0 and code not in GAVE_UP):
+                break
+            deadline = min(deadline, time.monotonic() + CREATES_WITHIN)
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError):
         client.kill()
@@ -157,8 +167,12 @@ class Reap:
 
 @dataclass
 class AskOwner:
-    """Tell whether our own engine listens on a port: one of its processes has that socket open."""
+    """Tell whether our own engine listens on a port: one of its processes has that socket open.
 
+    And what it answers here, whatever is between us and the launcher.
+    """
+
+    host: str  # the engine's --host
     port: int
     container: str  # '': no container, any process of the node
 
@@ -168,8 +182,22 @@ class AskOwner:
         code, files = ask(*inside, timeout=5) if self.container else (0, open_files())
         owned = any(f"socket:[{inode}]" in files for inode in listening(self.port))
         known = not self.container or "/fd:" in files  # as ls heads each list
-        tell(Owner(owned, "" if known else f"docker exec: {code} {files[-200:]}"))
+        why = "" if known else f"docker exec: {code} {files[-200:]}"
+        tell(Owner(owned, why, health(self.host, self.port)))
         return 0
+
+
+def health(host: str, port: int) -> str:
+    """What /health answers to us: its status, or why there is none."""
+    from http.client import HTTPConnection, HTTPException  # late: no other order needs it
+
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        asked = HTTPConnection(here, port, timeout=3)
+        asked.request("GET", "/health")
+        return str(asked.getresponse().status)
+    except (OSError, HTTPException) as error:
+        return str(error)
 
 
 def open_files() -> str:

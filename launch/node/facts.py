@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass, field
 from glob import glob
+from pathlib import Path
 
 from launch.node.base import LABEL, ask, listening, tell
 from launch.node.messages import Container, Facts
@@ -20,6 +23,8 @@ IMAGE = ("docker", "image", "inspect", "--format", "{{.Id}} {{json .RootFS.Layer
 LABELS = " ".join('{{.Label "%s.%s"}}' % (LABEL, name) for name in ("job", "launcher", "user"))  # noqa: UP031
 OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
         "{{.ID}} {{.Names}} " + LABELS)  # fmt: skip
+
+ELSEWHERE = "198.51.100.1"  # of a network that is nowhere (TEST-NET-2): the way out
 
 
 @dataclass
@@ -35,7 +40,8 @@ class Survey:
     def __call__(self) -> int:
         facts = Facts(
             rank=int(os.environ.get("SLURM_NODEID", "0")),
-            addresses=ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split(),
+            addresses=addresses(),
+            network=network(),
             gpus=count_gpus(),
             efa=len(glob("/dev/infiniband/uverbs*")),
             gdrdrv=os.path.exists("/dev/gdrdrv"),
@@ -48,6 +54,28 @@ class Survey:
             ask_docker(facts, self.tag)
         tell(facts)
         return 0
+
+
+def addresses() -> list[str]:
+    """Ours: that of the way to the launcher, that of the way out, then all of them in any order."""
+    launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    routed = (source_towards(there) for there in (launcher, ELSEWHERE) if there)
+    every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
+    return list(dict.fromkeys([*filter(None, routed), *every]))
+
+
+def source_towards(address: str) -> str:
+    """Our address where we talk to that one; '' where no way leads there. Nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def network() -> str:
+    """This network, by the kernel's word: what listens on a loopback is reached within it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def count_gpus() -> int:

@@ -10,7 +10,8 @@ class Facts:
     """What a node has. Sizes in bytes; `taken`: who listens on our port, None where nobody does."""
 
     rank: int = 0
-    addresses: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)  # first that of the way to the launcher
+    network: str = ""  # which loopback is ours
     gpus: int = 0
     efa: int = 0
     gdrdrv: bool = False
@@ -93,10 +94,14 @@ class Left(Error):
 
 @dataclass
 class Owner:
-    """Whether our own engine listens on the port; `why`: it could not be found out."""
+    """Whether our own engine listens on the port; `why`: it could not be found out.
+
+    `answer`: what its /health says on the node itself, `200` where all is well.
+    """
 
     own: bool
     why: str = ""
+    answer: str = ""
 
 
 @dataclass

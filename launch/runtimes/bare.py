@@ -37,7 +37,8 @@ def remove(plan: Plan) -> Command | None:
 
 
 def ask_owner(plan: Plan, replica: Replica) -> Command:
-    return Command(plan.place.on(1, first=replica.first), AskOwner(replica.port, ""))
+    order = AskOwner(replica.host, replica.port, "")
+    return Command(plan.place.on(1, first=replica.first), order)
 
 
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:

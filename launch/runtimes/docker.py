@@ -61,7 +61,7 @@ def remove(plan: Plan) -> Command | None:
 
 def ask_owner(plan: Plan, replica: Replica) -> Command:
     """Whether the port is served from within this launch's container."""
-    order = AskOwner(replica.port, f"trtllm-{plan.place.job}")
+    order = AskOwner(replica.host, replica.port, f"trtllm-{plan.place.job}")
     return Command(plan.place.on(1, first=replica.first), order)
 
 
@@ -86,6 +86,7 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         "--rm",
         "--pull=never",                             # a tag nobody has is an error, not a download
         "--interactive",                            # its standard input ends with its launcher
+        "--sig-proxy=false",                        # Slurm's warnings (SIGUSR1) are not for it
         "--init",                                   # forwards signals, whatever the engine ignores
         f"--label={LABEL}.job={plan.place.job}",
         f"--label={LABEL}.launcher={launcher()}",

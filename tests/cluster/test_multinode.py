@@ -210,6 +210,21 @@ def test_however_a_world_is_stopped_nothing_is_left(
     wait_until(lambda: traces(cluster, workspace) == [], nothing)
 
 
+def test_a_warning_of_slurm_and_a_suspended_job_end_no_world(
+    cluster: Cluster, launch: Launcher
+) -> None:
+    started = launch(*WORLD, env=QUICK)
+    started.until("stop it with")
+    for name in ("USR1", "USR2"):
+        cluster.ctl.run("scancel", f"--signal={name}", started.job)
+    cluster.ctl.run("scontrol", "suspend", started.job)
+    started.until(f"job {started.job} is suspended")
+    cluster.ctl.run("scontrol", "resume", started.job)
+    started.until(f"job {started.job} is resumed")
+    assert "8/8" in smoke(cluster, started.url())
+    assert started.stop() == 130
+
+
 def test_slurm_without_pmix_is_told(launch: Launcher) -> None:
     started = launch(*WORLD, env={**QUICK, "MPI": "pmix_v9"})
     assert started.code() == 1
