@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
