@@ -28,7 +28,7 @@ import bench
 from common import talk
 from common.live import LiveLine
 from common.talk import Failure
-from launch import provide
+from launch import nodes, provide, slurm
 from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
@@ -999,7 +999,17 @@ def test_its_command_line() -> None:
     ]  # fmt: skip
 
 
-def test_in_a_container_here_and_on_the_first_node_of_an_allocation() -> None:
+@pytest.fixture
+def allocation(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A job of four nodes, as Slurm tells it."""
+    job = slurm.Allocation("7", nodes=("n1", "n2", "n3", "n4"))
+    monkeypatch.setattr(nodes, "ask_slurm", {"7": job}.__getitem__)
+    return {"SLURM_JOB_ID": "7"}
+
+
+def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
+    allocation: dict[str, str],
+) -> None:
     environ = {"HF_HOME": "/cache", "HF_TOKEN": "secret", "OPENAI_API_KEY": "key", "OTHER": "x"}
     here = bench_place.prefix("image:1", [Path("/a b")], environ)
     assert here == [
@@ -1009,19 +1019,18 @@ def test_in_a_container_here_and_on_the_first_node_of_an_allocation() -> None:
         "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
     ]  # fmt: skip
-    there = bench_place.prefix("image:1", [Path("/a b")], {**environ, "SLURM_JOB_ID": "7"})
-    assert there[0] == "srun"
+    there = bench_place.prefix("image:1", [Path("/a b")], {**environ, **allocation})
+    assert "srun" in there and "--nodes=1" in there
     assert there[there.index("bash") :] == here
 
 
 def test_the_image_is_brought_to_where_it_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, allocation: dict[str, str]
 ) -> None:
     brought: list[tuple[str, int]] = []
     monkeypatch.setattr(bench_place, "image_id", lambda *_: None)
     monkeypatch.setattr(bench_place, "find_tag", lambda *_: None)
     monkeypatch.setattr(provide, "provide", lambda i, place: brought.append((i.tag, place.size)))
-    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}
     assert bench_place.provide_image("nvcr.io/x/y:1", allocation) == "nvcr.io/x/y:1"
     assert bench_place.provide_image("local:1", allocation) == "local:1"
     assert (
