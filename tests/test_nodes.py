@@ -88,8 +88,16 @@ def test_a_node_tells_any_value_on_one_line(fakes: Fakes, value: str) -> None:
 
 
 def run_order(command: Command, fakes: Fakes) -> subprocess.CompletedProcess[str]:
-    env = fakes.environment()
-    return subprocess.run(command.argv, input=command.text, env=env, capture_output=True, text=True)
+    """Its input stays open until it has answered: another load on this machine is waited for."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command.argv, stdin=pipe, stdout=pipe, stderr=pipe, env=fakes.environment(), text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(command.text)
+        process.stdin.flush()
+        out, err = process.stdout.read(), process.stderr.read()
+    return subprocess.CompletedProcess(command.argv, process.returncode, out, err)
 
 
 def test_without_slurm_commands_run_here() -> None:
