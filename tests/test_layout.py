@@ -30,7 +30,9 @@ STANDALONE: dict[str, set[str]] = {
     "launch/image_check.py": set(),  # inside an image
     **{str(p.relative_to(ROOT)): {"launch.node"} for p in (ROOT / "launch/node").glob("*.py")},
 }
-INNER = {"launch/engines": {"common", "launch.arguments", "launch.engines", "yaml"}}
+INNER = {
+    "launch/engines": {"common", "launch.arguments", "launch.engines", "launch.options", "yaml"}
+}
 
 
 def room(path: str) -> str:

@@ -1,6 +1,6 @@
 """Engines: a file each, with the names of `Engine`. `ls` says which there are.
 
-Imports common/ and launch/arguments.py.
+Imports common/, launch/arguments.py and launch/options.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +29,7 @@ class World:
 class Engine(Protocol):
     """What the launcher knows of an engine."""
 
+    TITLE: str  # its name for people
     PROGRAM: str  # what serves
     LEADER: str  # what a rank of several is started by
     LEADER_MARK: str  # and known by among the processes
@@ -41,7 +42,8 @@ class Engine(Protocol):
     def command(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def names_of(self, command: Sequence[str]) -> tuple[str, ...]: ...
     def config_of(self, args: Sequence[str]) -> str | None: ...
-    def check(self, args: Sequence[str], version: str) -> tuple[str, World]: ...
+    def check(self, args: Sequence[str]) -> tuple[str, World]: ...
+    def settle(self, args: Sequence[str], version: str) -> list[str]: ...
 
 
 def engine(name: str) -> Engine:
