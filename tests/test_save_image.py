@@ -63,6 +63,10 @@ match sys.argv[1:]:
             (home / "state.json").write_text(json.dumps(state))
         if "cut" in state:
             fail("write unix @->docker.sock: broken layer")
+    case ["run", "--rm", "--pull=never", "--net=none", "--env=NVIDIA_VISIBLE_DEVICES=void",
+          "--entrypoint=python3", name, "-c", code, *engines] if "importlib.metadata" in code:
+        assert name.startswith("sha256:")
+        print(state["asked"]) if "asked" in state else fail("exec: python3: not found", 127)
     case ["load", "--quiet"]:
         (home / "load.pid").write_text(str(os.getpid()))
         time.sleep(state.get("delay", 0))

@@ -30,6 +30,7 @@ class Engine(Protocol):
     """What the launcher knows of an engine."""
 
     TITLE: str  # its name for people
+    PACKAGE: str  # and among Python's packages, by which an image is known to have it
     PROGRAM: str  # what serves
     LEADER: str  # what a rank of several is started by
     LEADER_MARK: str  # and known by among the processes

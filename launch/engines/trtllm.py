@@ -11,7 +11,7 @@ from launch.arguments import flags_of, is_count, split_models, value_of, without
 from launch.engines import World
 from launch.options import Check, first_name, union, versions
 
-TITLE, PROGRAM = "TensorRT-LLM", "trtllm-serve"
+TITLE, PACKAGE, PROGRAM = "TensorRT-LLM", "tensorrt_llm", "trtllm-serve"
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
 READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
