@@ -34,8 +34,8 @@ def release_of(image: str) -> str:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = os.path.join(cache, "tensorrt-llm-serve", "releases", image.replace("/", "-"))
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        if (said := file.read(200)) == first_release(said):
-            return said if said != NO_ENGINE else ""
+        if (said := file.read(200)) and said == first_release(said):
+            return "" if said == NO_ENGINE else said
     name = f"tensorrt-llm-serve-asks-{os.getpid()}-{time.time_ns()}"
     code, said = ask_python("docker", "run", "--name", name, *ASK, image)
     if code == TIMED_OUT:
