@@ -69,7 +69,15 @@ class Plan:
     @property
     def title(self) -> str:
         """The engine for people, with its version where that is known: `TensorRT-LLM 1.2.1`."""
-        return f"{self.engine.TITLE} {(self.release or '').partition(' ')[2]}".strip()
+        return f"{self.engine.TITLE} {self.version}".strip()
+
+    @property
+    def version(self) -> str:
+        return (self.release or "").partition(" ")[2]
+
+    @property
+    def ready_words(self) -> bytes:
+        return self.engine.ready_words(self.version)
 
     @property
     def nodes(self) -> int:

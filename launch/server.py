@@ -88,7 +88,7 @@ class Server:
         new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
         if new and not self.ready_at:
             self.loading.read(new)
-        if self.plan.engine.READY_WORDS in new:
+        if self.plan.ready_words in new:
             self.health.listening = True
             self.ask_at = time.monotonic() + UNREACHED
             self.health.hurry.set()

@@ -108,7 +108,7 @@ class Launch:
         for running in self.running:
             self.keeper.announced = announce(running, self.nodes, self.endpoint)
             say_how_to_use(self.keeper.announced, self.how_to_stop)
-            running.main_log.show(self.plan.engine.READY_WORDS)
+            running.main_log.show(self.plan.ready_words)
         watch.hold(self.running)
 
     def prepare_restart(self, failure: Failure) -> None:

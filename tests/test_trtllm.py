@@ -152,6 +152,11 @@ def test_config_gets_the_name_that_every_version_knows(
     assert trtllm.rename_config(given) == renamed
 
 
+@pytest.mark.parametrize(("version", "words"), [("1.1.0", b"Uvicorn"), ("1.2.1", b"Application")])
+def test_it_is_known_when_it_listens(version: str, words: bytes) -> None:
+    assert trtllm.ready_words(version).startswith(words)
+
+
 @pytest.mark.parametrize("version", ["1.2.1", "1.2.0rc1", "1.3.0rc2", "2.0", "1.10", "1.1.0", ""])
 def test_config_is_passed_as_it_is_from_1_2_on(tmp_path: Path, version: str) -> None:
     (tmp_path / "c.yaml").write_text("{}")

@@ -34,12 +34,12 @@ class Engine(Protocol):
     PROGRAM: str  # what serves
     LEADER: str  # what a rank of several is started by
     LEADER_MARK: str  # and known by among the processes
-    READY_WORDS: bytes  # the log, once it listens
     WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
     MEANINGS: Mapping[int, str]  # of its exit codes
     FINAL: Collection[int]  # exit codes that another start would end with, too
 
     def read(self, words: Sequence[str], port: str) -> tuple[str | None, list[str], int]: ...
+    def ready_words(self, version: str) -> bytes: ...  # the log, once it listens
     def command(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def names_of(self, command: Sequence[str]) -> tuple[str, ...]: ...
     def config_of(self, args: Sequence[str]) -> str | None: ...

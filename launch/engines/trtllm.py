@@ -14,7 +14,6 @@ from launch.options import Check, first_name, union, versions
 TITLE, PACKAGE, PROGRAM = "TensorRT-LLM", "tensorrt_llm", "trtllm-serve"
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
-READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
     rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
 )
@@ -65,6 +64,19 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     if value_of(args, "--port") is None:
         args += ["--port", port]
     return next(iter(models), None), args, int(port)
+
+
+def ready_words(version: str) -> bytes:
+    """What its log says once it listens; asking at once saves the poll's interval.
+
+    From 1.2 on uvicorn is given a socket, and says nothing of it.
+    """
+    return b"Application startup complete" if is_since_1_2(version) else b"Uvicorn running on"
+
+
+def is_since_1_2(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) >= (1, 2)
 
 
 def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
@@ -185,9 +197,7 @@ def settle(args: Sequence[str], version: str) -> list[str]:
 
     Of a version whose options are not known, '' included, nothing is refused.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    since_1_2 = found is not None and tuple(map(int, found.groups())) >= (1, 2)
-    args = list(args) if since_1_2 else rename_config(args)
+    args = list(args) if is_since_1_2(version) else rename_config(args)
     if value_of(args, *CLUSTER_FLAGS):
         instead = "the YAML's moe_cluster_parallel_size has"
         say(f"{CLUSTER_FLAGS[0]} has no effect in {PROGRAM}; {instead}")
@@ -202,7 +212,7 @@ def settle(args: Sequence[str], version: str) -> list[str]:
     if (path := config_of(args)) is not None:
         config = check_config(path, version)
         check.keys(config, path)
-        say_who_wins(args, config, path, since_1_2)
+        say_who_wins(args, config, path, deep=is_since_1_2(version))
     return args
 
 
