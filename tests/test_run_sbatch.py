@@ -511,6 +511,22 @@ def test_a_port_that_is_taken_after_all_ends_1_2_1_at_once(fakes: Fakes, launch:
     started.path.write_text(started.output.replace("Traceback", ""))  # the engine's, not ours
 
 
+def test_1_2_1_waits_for_the_port_of_a_server_that_has_just_ended(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    """Its connections hold the port for a minute, and 1.2.1 does not ask to reuse it."""
+    fakes.hold_image(labels=labelled("1.2.1"))
+    with socket.create_server(("127.0.0.1", 0)) as last:
+        port = last.getsockname()[1]
+        with socket.create_connection(last.getsockname()), last.accept()[0] as connection:
+            connection.shutdown(socket.SHUT_RDWR)  # we close first: TIME-WAIT is ours
+    started = launch("m", "--port", str(port), TRTLLM_SIM_VERSION="1.2.1")
+    started.until(f"local: connections of a server that has ended still hold port {port}")
+    assert fakes.calls("docker", "run") == []
+    assert started.stop() == 130
+    assert left() == set()
+
+
 def test_an_image_that_does_not_say_its_version_is_served_unchecked(
     fakes: Fakes, launch: Launcher
 ) -> None:

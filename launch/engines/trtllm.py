@@ -74,6 +74,11 @@ def ready_words(version: str) -> bytes:
     return b"Application startup complete" if is_since_1_2(version) else b"Uvicorn running on"
 
 
+def binds_first(version: str) -> bool:
+    """Whether it takes its port before it loads; then it is one that it does not ask to reuse."""
+    return is_since_1_2(version)
+
+
 def is_since_1_2(version: str) -> bool:
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and tuple(map(int, found.groups())) >= (1, 2)

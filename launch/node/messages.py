@@ -117,3 +117,8 @@ class Clients:
     """The other ends of the connections to a port that are open."""
 
     connections: list[str]
+
+
+@dataclass
+class Lingers:
+    """Connections of a server that has ended hold our port still."""
