@@ -2,8 +2,8 @@
 """Save a Docker image as one compressed tarball, with a sidecar that says what
 is inside.
 
-The sidecar (FILE.json: tags, ids, sizes, sha256) is there so that a node need
-not decompress gigabytes to know which image it is.
+The sidecar (FILE.json: tags, ids, sizes, sha256, the engine and its version) is
+there so that a node need not decompress gigabytes to know which image it is.
 
 Examples:
   save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
@@ -11,8 +11,7 @@ Examples:
   save_image.py --verify /fsx/x.tar.zst    # is this copy whole?
   save_image.py --load /fsx/x.tar.zst      # into this Docker, checked
 
-stdout is the tarball's path, or with --load the loaded tags; everything else
-goes to stderr.
+stdout is the tarball's path, or the loaded tags; all else goes to stderr.
 """
 
 from __future__ import annotations
@@ -35,11 +34,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from functools import partial
-from itertools import takewhile
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, BinaryIO, NoReturn, cast
 
 IMAGE = "tensorrt-llm-serve:latest"
@@ -51,6 +47,12 @@ SIDECAR: dict[str, tuple[type, ...]] = {
     "manifest_digest": (str, type(None)),  # its Id in a containerd store
     **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the tarball
 }
+ENGINES = ("tensorrt_llm", "sglang", "vllm")  # their packages; SGLang's image may have vLLM's, too
+QUESTION = "import sys, importlib.metadata as m; " + (
+    "[print(n, d.version) for n in sys.argv[1:] for d in m.distributions(name=n)]"
+)
+# No GPU, no network. `void`: where NVIDIA's runtime is Docker's default, it looks for a driver.
+ASK = "--rm --pull=never --net=none --env=NVIDIA_VISIBLE_DEVICES=void --entrypoint=python3".split()
 CHUNK = 1 << 20
 SMALL = 16 << 20  # a larger manifest or sidecar is none
 Json = Any  # whatever a document may turn out to hold
@@ -110,10 +112,9 @@ def manifest_digest(index: Json, image_id: str, config: str) -> str | None:
     return image_id if image_id != config else None
 
 
-# ---- talk ----------------------------------------------------------------------------------------
 def say(text: str, end: str = "\n") -> None:
-    live = sys.stderr.isatty()  # there, write over the progress line that may stand here
-    print(f"\r{text:<79}" if live else text, end=end, file=sys.stderr, flush=True)
+    line = f"\r{text:<79}" if sys.stderr.isatty() else text  # over a progress line
+    print(line, end=end, file=sys.stderr, flush=True)
 
 
 def die(message: str, *, hint: str | None = None) -> NoReturn:
@@ -146,7 +147,7 @@ class Stopped(Exception):
     """INT, TERM or HUP as an exception, so that every `finally` runs."""
 
 
-def stop(signum: int, frame: FrameType | None) -> None:
+def stop(signum: int, frame: object) -> None:
     for each in STOPS:  # a second signal must not break the cleaning up
         signal.signal(each, signal.SIG_IGN)
     raise Stopped(signum)
@@ -155,10 +156,18 @@ def stop(signum: int, frame: FrameType | None) -> None:
 class Child:
     """A program at work, its pipes and its last words."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], stderr: BinaryIO) -> None:
-        self.name, self.process, self.stderr = name, process, stderr
-        self.stdin: Any = process.stdin
-        self.stdout: Any = process.stdout
+    def __init__(self, *cmd: str, stdin: int | None = None, stdout: int | None = None) -> None:
+        say(f"$ {shlex.join(cmd)}")
+        if not shutil.which(cmd[0]):
+            die(f"{cmd[0]} is not in PATH")
+        self.name = shlex.join(cmd).partition(" -")[0]
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe could fill up and block)
+        # A session of its own: ^C reaches us alone, and we end it.
+        self.process = subprocess.Popen(
+            cmd, stdin=stdin, stdout=stdout, stderr=self.stderr, start_new_session=True
+        )
+        self.stdin: Any = self.process.stdin
+        self.stdout: Any = self.process.stdout
         for pipe in filter(None, (self.stdin, self.stdout)):
             with suppress(OSError):  # the user may have his fill of large pipes
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CHUNK)
@@ -174,32 +183,17 @@ class Child:
             how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
             die(f"{self.name} failed ({how}): {self.words() or 'it said nothing'}")
 
-    def close(self) -> None:
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         # First end it, then close its pipes: a thread blocked in one of them holds that one's lock.
         self.process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for pipe in filter(None, (self.stdin, self.stdout)):
-            with suppress(BrokenPipeError):
-                pipe.close()
-
-
-@contextmanager
-def running(*cmd: str, stdin: int | None = None, stdout: int | None = None) -> Iterator[Child]:
-    say(f"$ {shlex.join(cmd)}")
-    if not shutil.which(cmd[0]):
-        die(f"{cmd[0]} is not in PATH")
-    with tempfile.TemporaryFile() as stderr:  # a pipe that nobody reads could fill up and block
-        # A session of its own: ^C reaches us alone, and we end it.
-        process = subprocess.Popen(
-            cmd, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
-        )
-        name = " ".join(takewhile(lambda word: not word.startswith("-"), cmd))
-        with closing(Child(name, process, stderr)) as child:
-            yield child
+        self.process.kill()
+        with suppress(BrokenPipeError), self.process:
+            self.stderr.close()
 
 
 class Tap:
@@ -225,9 +219,7 @@ Side = tuple[Callable[..., object], ...]  # who reads the stream there, and who 
 def through(program: Sequence[str], source: io.BufferedReader, left: Side, right: Side) -> None:
     """Pass `source` through a program, looking at the bytes on both sides of it.
 
-    One thread a side and blocking pipes: whoever dies, its neighbours see an end of file or a
-    broken pipe, so nothing can wait for ever. Python only hands over whole chunks; hashing,
-    compressing, reading and writing overlap.
+    One thread a side and blocking pipes: whoever dies, its neighbours notice, and none waits on.
     """
     failures: list[OSError] = []
 
@@ -243,7 +235,7 @@ def through(program: Sequence[str], source: io.BufferedReader, left: Side, right
             with suppress(BrokenPipeError):
                 middle.stdin.close()
 
-    with running(*program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as middle:
+    with Child(*program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as middle:
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
         reader, *sinks = right
@@ -260,17 +252,23 @@ def packer(codec: str) -> list[str]:
     return {"gz": [gz, "-c"], "zst": ["zstd", "-q", "-c", "-T0", "-3"], "none": ["cat"]}[codec]
 
 
-def unpacker(tarball: Path) -> tuple[str, list[str]]:
+def unpack(tarball: Path, verb: str, left: Side, right: Side) -> str:
+    """Pass a tarball through what unpacks it; how it was packed."""
     with tarball.open("rb") as file:
         codec = codec_of_bytes(file.read(512))  # the bytes decide: names lie
-    if codec is None:
-        die(f"{tarball} is not a tar, gzip or zstd file")
-    return codec, ["cat"] if codec == "none" else [packer(codec)[0], "-d", "-c"]
+        file.seek(0)
+        if codec is None:
+            die(f"{tarball} is not a tar, gzip or zstd file")
+        progress = Progress(verb, tarball.stat().st_size)
+        program = ["cat"] if codec == "none" else [packer(codec)[0], "-d", "-c"]
+        through(program, file, (Tap.drain, progress.add, *left), right)
+    say(str(progress))
+    return codec
 
 
 # ---- Docker --------------------------------------------------------------------------------------
 def inspect(image: str) -> dict[str, Any]:
-    with running("docker", "image", "inspect", "--", image, stdout=subprocess.PIPE) as docker:
+    with Child("docker", "image", "inspect", "--", image, stdout=subprocess.PIPE) as docker:
         answer = docker.stdout.read()
         if docker.process.wait() and "no such image" in docker.words().lower():
             hint = "build it with `make docker`, or `docker pull` it"
@@ -278,9 +276,25 @@ def inspect(image: str) -> dict[str, Any]:
         docker.finish()
     try:
         (found,) = json.loads(answer)
-        return {"id": found["Id"], "layers": found["RootFS"]["Layers"], "size": found["Size"]}
-    except (TypeError, ValueError, LookupError):
+        labels = (found.get("Config") or {}).get("Labels") or {}
+        title, version = (labels.get(f"org.opencontainers.image.{x}") for x in ("title", "version"))
+        known = {"id": found["Id"], "layers": found["RootFS"]["Layers"], "size": found["Size"]}
+        return {**known, "version": version if title == IMAGE.partition(":")[0] else None}
+    except (TypeError, ValueError, LookupError, AttributeError):
         die(f"docker image inspect {image} gave an answer that cannot be read")
+
+
+def engine_of(found: dict[str, Any]) -> dict[str, str]:
+    """The engine that an image holds, and its version: our label says so, else it is asked."""
+    if found["version"]:
+        return {"engine": ENGINES[0], "version": found["version"]}
+    command = ("docker", "run", *ASK, found["id"], "-c", QUESTION, *ENGINES)
+    with Child(*command, stdout=subprocess.PIPE) as docker:
+        words = docker.stdout.read().decode(errors="replace")
+        if docker.process.wait() == 0 and (said := re.search(r"^(\w+) (\d\S*)$", words, re.M)):
+            return {"engine": said[1], "version": said[2]}
+        say(f"note: which engine the image holds could not be found out: {docker.words()}")
+    return {}
 
 
 class Archive:
@@ -291,19 +305,16 @@ class Archive:
         self.warned = False
 
     def read(self, stream: Tap) -> None:
-        # Errors are not raised here: an archive cut short is explained by whoever cut it, and one
-        # that is no archive by `identity`, which then finds nothing.
+        # No error here: who cut an archive short explains it; what is none has no manifest.
         with (
             suppress(tarfile.TarError, ValueError, RecursionError),
             tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar,  # type: ignore[call-overload]
         ):
-            for member in tar:
+            for member in filter(tarfile.TarInfo.isreg, tar):  # old Dockers store links, too
                 self.look(tar, member)
         stream.drain()  # a tar's end mark comes before the end
 
     def look(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        if not member.isreg():  # old Dockers store a layer that occurs twice as a link
-            return
         file = cast(IO[bytes], tar.extractfile(member))
         if member.name in ("manifest.json", "index.json") and member.size < SMALL:
             self.documents[member.name] = json.load(file)
@@ -311,9 +322,6 @@ class Archive:
             self.warned = codec_of_bytes(file.read(512)) in ("gz", "zst")
             if self.warned:  # a containerd store keeps them as they were pulled
                 say("note: this image's layers are compressed already; --compress none is faster")
-
-    def identity(self) -> tuple[list[str], str]:
-        return tags_and_config(self.documents.get("manifest.json"))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -327,9 +335,8 @@ def read_sidecar(tarball: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        if path.stat().st_size > SMALL:
-            raise ValueError("is far too large")
-        sidecar = parse_sidecar(path.read_bytes())
+        with path.open("rb") as file:
+            sidecar = parse_sidecar(file.read(SMALL))  # what is larger is no JSON then
     except ValueError as error:
         die(f"the sidecar {path} {error}")
     if size != sidecar["packed_bytes"]:
@@ -343,18 +350,16 @@ def sync(folder: Path) -> None:
     os.close(descriptor)
 
 
-def claim(part: BinaryIO, target: Path) -> None:
-    """Lock TARGET.part, so that two saves cannot mix; a leftover of a crash is reused."""
+def is_ours(part: BinaryIO) -> bool:
+    """Lock TARGET.part, so that two saves cannot mix."""
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        alone = os.path.samestat(os.fstat(part.fileno()), Path(part.name).stat())
+        # Else it was renamed or removed between our open and our lock.
+        return os.path.samestat(os.fstat(part.fileno()), Path(part.name).stat())
     except (BlockingIOError, FileNotFoundError):
-        alone = False
+        return False
     except OSError:  # a file system without locks: Lustre mounted without -o flock
-        alone = True
-    if not alone:  # it is locked, or was renamed or removed between our open and our lock
-        die(f"another save to {target} is at work", hint="wait for it, or give another --output")
-    part.truncate(0)
+        return True
 
 
 @contextmanager
@@ -363,9 +368,11 @@ def part_of(target: Path) -> Iterator[BinaryIO]:
     if target.exists() and not target.is_file():
         die(f"{target} is not a file")  # the rename would replace it, even if it is /dev/null
     path = target.with_name(f"{target.name}.part")
-    part = path.open("ab")  # not "wb": until it is claimed it may be another save's
+    part = path.open("ab")  # not "wb": until it is locked it may be another save's
     try:
-        claim(part, target)
+        if not is_ours(part):
+            die(f"another save to {target} is at work", hint="or give another --output")
+        part.truncate(0)  # a leftover of a crash is reused
         try:
             yield part
         except BaseException as error:
@@ -403,7 +410,7 @@ def save(image: str, target: Path, codec: str) -> str:
     found = inspect(image)
     archive, digest, progress = Archive(), hashlib.sha256(), Progress("saved", found["size"])
     with part_of(target) as part:
-        with running("docker", "save", "--", image, stdout=subprocess.PIPE) as docker:
+        with Child("docker", "save", "--", image, stdout=subprocess.PIPE) as docker:
             left, right = (archive.read, progress.add), (Tap.drain, digest.update, part.write)
             through(packer(codec), docker.stdout, left, right)
             docker.finish()
@@ -417,31 +424,22 @@ def save(image: str, target: Path, codec: str) -> str:
 
 
 def describe(archive: Archive, found: dict[str, Any]) -> dict[str, Any]:
-    tags, config = archive.identity()
+    tags, config = tags_and_config(archive.documents.get("manifest.json"))
     if not tags:
         die("the image is saved without a tag", hint="name it as repository:tag")
-    index = archive.documents.get("index.json")
-    return {
-        "schema": 1,
-        "tags": tags,
-        "config_digest": config,
-        "manifest_digest": manifest_digest(index, found["id"], config),
-        "diff_ids": found["layers"],
-        "unpacked_bytes": found["size"],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    digest = manifest_digest(archive.documents.get("index.json"), found["id"], config)
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"schema": 1, "tags": tags, "config_digest": config, "manifest_digest": digest,
+            "diff_ids": found["layers"], "unpacked_bytes": found["size"], "created": created,
+            **engine_of(found)}  # fmt: skip
 
 
 def verify(tarball: Path) -> str:
     if (sidecar := read_sidecar(tarball)) is None:
         die(f"{tarball} has no sidecar {sidecar_path(tarball)} to be checked against")
-    codec, program = unpacker(tarball)
     digest, archive = hashlib.sha256(), Archive()
-    progress = Progress("checked", sidecar["packed_bytes"])
-    with tarball.open("rb") as file:
-        through(program, file, (Tap.drain, digest.update, progress.add), (archive.read,))
-    say(str(progress))
-    tags, config = archive.identity()
+    codec = unpack(tarball, "checked", (digest.update,), (archive.read,))
+    tags, config = tags_and_config(archive.documents.get("manifest.json"))
     inside = {"sha256": digest.hexdigest(), "codec": codec, "tags": tags, "config_digest": config}
     for key, value in inside.items():
         if sidecar[key] not in (value, None):
@@ -451,12 +449,8 @@ def verify(tarball: Path) -> str:
 
 def load(tarball: Path) -> str:
     sidecar = read_sidecar(tarball)
-    _, program = unpacker(tarball)
-    progress, pipe = Progress("loaded", tarball.stat().st_size), subprocess.PIPE
-    with (
-        tarball.open("rb") as file,
-        running("docker", "load", "--quiet", stdin=pipe, stdout=pipe) as docker,
-    ):
+    pipe = subprocess.PIPE
+    with Child("docker", "load", "--quiet", stdin=pipe, stdout=pipe) as docker:
 
         def give(chunk: bytes) -> None:
             try:
@@ -465,50 +459,35 @@ def load(tarball: Path) -> str:
                 docker.finish()  # no failure: it had all, what is left is padding after the tar
 
         # A failing decompressor ends `docker load` before it sees an end of file it could believe.
-        through(program, file, (Tap.drain, progress.add), (Tap.drain, give))
+        unpack(tarball, "loaded", (), (Tap.drain, give))
         with suppress(BrokenPipeError):
             docker.stdin.close()
         docker.finish()
         answer = docker.stdout.read().decode()
-    say(str(progress))
     if sidecar is None:
         say(f"note: no {sidecar_path(tarball)}, so what was loaded is not checked")
         return "\n".join(re.findall(r"^Loaded image(?: ID)?: (.+)$", answer, re.MULTILINE))
+    # The Id is one digest or the other, depending on Docker's store. A containerd store makes up a
+    # manifest for an archive that has none: then the layers tell.
+    config, manifest = sidecar["config_digest"], sidecar["manifest_digest"]
     for tag in sidecar["tags"]:
-        check_loaded(tag, sidecar)
+        found = inspect(tag)
+        same_layers = manifest is None and found["layers"] == sidecar["diff_ids"]
+        if found["id"] not in (config, manifest) and not same_layers:
+            die(f"{tag} is {found['id']} after loading, the sidecar says {config} or {manifest}")
     return "\n".join(sidecar["tags"])
-
-
-def check_loaded(tag: str, sidecar: dict[str, Any]) -> None:
-    """Compare with what Docker has now: the Id is one digest or the other, depending on its store.
-
-    A containerd store makes up its own manifest for an archive that has none: then the layers tell.
-    """
-    found, known = inspect(tag), (sidecar["config_digest"], sidecar["manifest_digest"])
-    same_layers = known[1] is None and found["layers"] == sidecar["diff_ids"]
-    if found["id"] not in known and not same_layers:
-        die(f"{tag} is {found['id']} after loading, the sidecar says {known[0]} or {known[1]}")
 
 
 # ---- command line --------------------------------------------------------------------------------
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    head, _, examples = (__doc__ or "").partition("Examples:")
-    parser = argparse.ArgumentParser(
-        description=head,
-        epilog=f"Examples:{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [IMAGE] [-o FILE] [--compress CODEC]\n"
-        "       %(prog)s --verify FILE | --load FILE",
-        allow_abbrev=False,
-    )
-    option = parser.add_argument_group("save").add_argument
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
+    option, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     option("image", metavar="IMAGE", nargs="?", help=f"default: $IMAGE, else {IMAGE}")
     option("-o", "--output", metavar="FILE", help="default: named after IMAGE, in this directory")
     option("--compress", choices=[*SUFFIX], help="default: by the suffix of --output, else gz")
-    other = parser.add_argument_group("instead of saving").add_mutually_exclusive_group()
-    option = partial(other.add_argument, metavar="FILE", type=Path)
-    option("--verify", help="check FILE against its sidecar")
-    option("--load", help="load FILE into Docker, and check")
+    one("--verify", metavar="FILE", type=Path, help="instead: check FILE against its sidecar")
+    one("--load", metavar="FILE", type=Path, help="instead: load FILE into Docker, and check")
     args = parser.parse_args(argv)
     if (args.verify or args.load) and (args.image or args.output or args.compress):
         parser.error("--verify and --load take a FILE and nothing else")
@@ -520,37 +499,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_env() -> None:
+    """Read .env, unless others may have written it: all that we start gets its variables."""
     try:
         from dotenv import load_dotenv
     except ImportError:
         die("python-dotenv is not installed", hint="`make setup`, or `pip install python-dotenv`")
+    ours = {os.geteuid(), 0, Path(__file__).stat().st_uid}
     for path in (Path.cwd() / ".env", Path(__file__).resolve().with_name(".env")):
         try:
             with suppress(FileNotFoundError):
-                check_env(path)
+                state = path.stat()
+                if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
+                    die(f"{path} belongs to another user, or everybody may write it")
                 load_dotenv(path)
         except (OSError, ValueError) as error:
             die(f"cannot read {path}: {error}")
 
 
-def check_env(path: Path) -> None:
-    """Die where others may have written it: its variables are those of every program we start."""
-    state = path.stat()
-    ours = {os.geteuid(), 0, Path(__file__).stat().st_uid}
-    if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
-        die(f"{path} belongs to another user, or everybody may write it", hint="make it your own")
-
-
-def image_setting() -> str:
-    """$IMAGE where it names an image; the launcher takes a tarball by that name, too."""
-    name = os.environ.get("IMAGE", "")
-    return "" if codec_of_name(name) or name.startswith(("/", "./", "../", "~")) else name
-
-
 def work(args: argparse.Namespace) -> str:
     if given := args.verify or args.load:
         return verify(given) if args.verify else load(given)
-    image = with_tag(args.image or image_setting() or IMAGE)
+    name = os.environ.get("IMAGE", "")
+    if codec_of_name(name) or name.startswith(("/", "./", "../", "~")):
+        name = ""  # the launcher takes a tarball by that variable, too
+    image = with_tag(args.image or name or IMAGE)
     return save(image, Path(args.output or tarball_name(image, args.compress)), args.compress)
 
 

@@ -34,7 +34,7 @@ ROWS = (
     ("PORT", "8000", "port of the server"),
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
-    ("TRTLLM_VERSION", "1.1.0", "version in the image; only 1.1.0's options are checked"),
+    ("TRTLLM_VERSION", "", "version of TensorRT-LLM whose options count (default: the image's)"),
     ("PRIVILEGED", "0", "1 runs the container with docker's --privileged"),
     ("HF_HOME", "", "Hugging Face cache, which the containers see (~/.cache/huggingface)"),
     ("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),

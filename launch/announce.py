@@ -36,7 +36,8 @@ def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, obj
         write_json(path, endpoint)
     except OSError as error:  # a full disk is no reason to throw away what took so long to load
         say(f"{error.filename} could not be written: {error.strerror}; test and bench need HOST=")
-    say(f"READY after {server.age:.1f} s: {server.url} serves {server.health.model}")
+    what = f"{server.health.model}, {server.plan.title}"
+    say(f"READY after {server.age:.1f} s: {server.url} serves {what}")
     return endpoint
 
 

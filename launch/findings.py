@@ -54,3 +54,4 @@ class Wanted:
     paths: tuple[str, ...]
     world: int = 0  # the GPUs that the server needs; 0: not known, all nodes have to serve
     probe: str = ""  # a file of the launcher's in the workspace
+    ask_release: bool = False  # whether they have to tell which engine and version they have

@@ -26,6 +26,7 @@ GET_ONE = (
 # More than Docker takes, but nothing that it would read as an option.
 REFERENCE = re.compile(r"[\w\[][\w.:/@+\[\]-]{0,1000}", re.ASCII)
 DIGEST = re.compile(r"\w+:[\w.-]{1,200}", re.ASCII)
+RELEASE = re.compile(r"[a-z]\w* \d[\w.+!-]{0,98}", re.ASCII)
 SLOWEST = 10e6  # bytes a second that a file system has to give
 SMALL = 16 << 20  # bytes; a larger manifest or sidecar is none
 ECR = re.compile(r"^\d+\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?$")
@@ -46,6 +47,7 @@ class Image:
     sha256: str = ""  # of the tarball, as its sidecar says
     # As JSON: what a containerd store has just loaded is known by them, too.
     diff_ids: str = field(default="", compare=False)
+    release: str = ""  # engine and version, `tensorrt_llm 1.2.1`; '': not known
 
     @property
     def room(self) -> int:
@@ -137,7 +139,9 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
         raise ValueError("a negative size")
     packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])
     sha256, strict = str(data.get("sha256", "")), "" if manifest else layers
-    sums = {"sha256": sha256, "diff_ids": layers}
+    words = f"{data.get('engine')} {data.get('version')}"  # None in those of an older save_image.py
+    release = words if RELEASE.fullmatch(words) else ""
+    sums = {"sha256": sha256, "diff_ids": layers, "release": release}
     return Image(tag, tarball, codec, ids, strict, packed, unpacked, **sums)
 
 

@@ -18,7 +18,15 @@ from launch.engines import engine
 from launch.findings import Node, Wanted
 from launch.node.facts import count_gpus
 from launch.nodes import find_place
-from launch.plan import Plan, Replica, find_model, make_plan, wanted_of
+from launch.plan import (
+    Plan,
+    Replica,
+    find_model,
+    make_plan,
+    release_known,
+    settled,
+    wanted_of,
+)
 from launch.runtimes import runtime
 from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
 from launch.timelimit import TimeLimit
@@ -52,7 +60,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     kind, served = runtime(args.runtime), engine(ENGINE)
     model, serve_args, port = served.read(rest, setting("PORT"))
     replica = Replica(served.command(find_model(model), serve_args), port, setting("GPUS"))
-    shape, world = served.check(serve_args, setting("TRTLLM_VERSION"))
+    shape, world = served.check(serve_args)
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(world.size)
     found = image.find_image(args.image, args.workspace) if kind.HAS_IMAGE else image.NONE
@@ -61,9 +69,12 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.verify:
         provide.check_verifiable(found)
     plan = make_plan(args, place, found, ENGINE, replica)
+    if release := release_known(found, ENGINE):
+        plan = settled(plan, {"": release})
     wanted = wanted_of(plan, found, world.size)
     log = supervise.log_path(plan, args.workspace)
     if args.dry_run:
+        plan = plan if release else settled(plan, {})
         plan = spread_out(plan, expect_spread(world, place, kind.OVER_NODES), args)
         dry_run(plan, found, wanted, log, force=args.force, verify=args.verify)
         return 0
@@ -72,13 +83,18 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     nodes = prepare_nodes(plan, wanted, args)
     url = url_of(nodes[0], place, serve_args)
     plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES, place.clean), args)
-    say(f"{shape}: {describe(plan.replicas[0].spread, world, nodes)}")
+    put = kind.HAS_IMAGE and (args.force or preflight.must_provide(nodes[: plan.nodes], found))
+    if plan.release is None and not put:
+        plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
+    say(f"{plan.title}, {shape}: {describe(plan.replicas[0].spread, world, nodes)}")
+    if plan.release is None:
+        say(f"its version is asked, and its options are checked, once the nodes have {found.tag}")
     if args.check:
         return 0
 
     Record.open(log.with_name(f"launch_{place.job}.log"))
-    put = partial(put_image, plan, found, nodes, args.force, args.verify)
-    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put)
+    put_it = partial(put_image, plan, found, args) if put else lambda: plan
+    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put_it)
     return 0
 
 
@@ -122,14 +138,15 @@ def check_force(found: image.Image) -> None:
         die(f"--force would remove {found.tag}, {nothing}", hint=hint)
 
 
-def put_image(
-    plan: Plan, found: image.Image, nodes: Sequence[Node], force: bool, verify: bool
-) -> None:
-    """The image on every node that serves and lacks it; with --force on all of them, afresh."""
-    if not (force or preflight.must_provide(nodes[: plan.nodes], found)):
-        return
-    if verify:
+def put_image(plan: Plan, found: image.Image, args: argparse.Namespace) -> Plan:
+    """The image on every node that serves and lacks it, with --force on all of them, afresh.
+
+    Returns the plan for it: one that no sidecar describes says only now which version it holds.
+    """
+    if args.verify:
         provide.verify(found)
-    if force:
+    if args.force:
         provide.forget(found, plan.place, plan.nodes)
-    provide.provide(found, plan.place, plan.nodes)
+    ask = plan.release is None
+    releases = provide.provide(found, plan.place, plan.nodes, ask_release=ask)
+    return settled(plan, releases) if ask else plan

@@ -58,10 +58,26 @@ class Plan:
     privileged: bool
     user: str
     replicas: tuple[Replica, ...]
+    release: str | None = (
+        None  # engine and version, `tensorrt_llm 1.2.1`; '' unknown; None not asked yet
+    )
 
     @property
     def engine(self) -> Engine:
         return engine(self.engine_name)
+
+    @property
+    def title(self) -> str:
+        """The engine for people, with its version where that is known: `TensorRT-LLM 1.2.1`."""
+        return f"{self.engine.TITLE} {self.version}".strip()
+
+    @property
+    def version(self) -> str:
+        return (self.release or "").partition(" ")[2]
+
+    @property
+    def ready_words(self) -> bytes:
+        return self.engine.ready_words(self.version)
 
     @property
     def nodes(self) -> int:
@@ -182,6 +198,30 @@ def make_plan(
     return replace(whole, privileged=privileged)
 
 
+def release_known(found: Image, engine_name: str) -> str:
+    """Engine and version without asking a node: TRTLLM_VERSION, else what the sidecar says."""
+    given = setting("TRTLLM_VERSION")
+    return f"{engine(engine_name).PACKAGE} {given}" if given else found.release
+
+
+def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
+    """The plan for the engine that its nodes hold, by node; Failure where that would refuse it."""
+    held = {release: node for node, release in releases.items() if release}
+    if len(held) > 1:
+        each = ", ".join(f"{node} {release}" for release, node in held.items())
+        die(f"the nodes hold different engines: {each}", hint="--force, with a tarball or registry")
+    release = next(iter(held), "")
+    name, _, version = release.partition(" ")
+    if release and name != plan.engine.PACKAGE:
+        die(f"the image holds {release}, not {plan.engine.TITLE}", hint="give another --image")
+    replicas = (
+        replace(each, command=plan.engine.command(each.model, args))
+        for each in plan.replicas
+        for args in [plan.engine.settle(each.command[2:], version)]
+    )
+    return replace(plan, release=release, replicas=tuple(replicas))
+
+
 def paths_of(replica: Replica, engine: Engine) -> list[Path]:
     return local_paths(replica.model, engine.config_of(replica.command[2:]))
 
@@ -191,4 +231,5 @@ def wanted_of(plan: Plan, found: Image, world: int = 0) -> Wanted:
     made = [path for _, path in plan.caches]  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(head, plan.engine)))
-    return Wanted(plan.runtime, found, head.port, head.gpus, program, paths, world)
+    ask = plan.release is None
+    return Wanted(plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask)

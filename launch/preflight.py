@@ -33,7 +33,8 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     tag, tarball = wanted.image.tag, wanted.image.tarball
     paths = [*wanted.paths, *([str(tarball)] if tarball else [])]
     paths += [wanted.probe] if wanted.probe else []
-    return Command(place.every, Survey(wanted.runtime, wanted.port, tag, wanted.program, paths))
+    what = wanted.runtime, wanted.port, tag, wanted.program, paths
+    return Command(place.every, Survey(*what, ask_release=wanted.ask_release))
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:

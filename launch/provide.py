@@ -15,14 +15,16 @@ from launch.order import Command
 LOADING = " while the image was being loaded"
 
 
-def provide_command(image: Image, place: Place, nodes: int = 0) -> Command:
+def provide_command(
+    image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
+) -> Command:
     """For the first `nodes` nodes, those that serve; 0: all."""
     where = place.on(nodes or place.size)
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
-        return Command(where, Pull(image.tag, login))
+        return Command(where, Pull(image.tag, login, ask_release))
     what = str(image.tarball), image.tag, list(image.ids), image.layers, image.codec
-    return Command(where, Load(*what, image.packed, image.diff_ids))
+    return Command(where, Load(*what, image.packed, image.diff_ids, ask_release))
 
 
 def forget_command(image: Image, place: Place, nodes: int = 0) -> Command:
@@ -71,18 +73,26 @@ def verify(image: Image) -> None:
     say(f"image: sha256 {found[:12]}... matches the sidecar")
 
 
-def provide(image: Image, place: Place, nodes: int = 0) -> None:
-    """Bring the image to the nodes at once; Failure naming those where it did not work."""
+def provide(
+    image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
+) -> dict[str, str]:
+    """Bring the image to the nodes at once; Failure naming those where it did not work.
+
+    With `ask_release` each node says which engine and version it holds.
+    """
     nodes = nodes or place.size
     login = password_command(image)
     secret = run(login).strip() + "\n" if login else ""
     progress, errors, have, words = Progress(image.packed), {}, {}, []
-    with held(provide_command(image, place, nodes), secret=secret) as step:
+    releases: dict[str, str] = {}
+    with held(provide_command(image, place, nodes, ask_release=ask_release), secret=secret) as step:
         for told in step.told():
             message = told.message
             if isinstance(message, messages.Present):
                 have[told.node] = message.id
                 progress.done(told.node)
+            elif isinstance(message, messages.Holds):
+                releases[told.node] = message.release
             elif isinstance(message, messages.Error):
                 errors[told.node] = message.why
             elif message:
@@ -101,6 +111,7 @@ def provide(image: Image, place: Place, nodes: int = 0) -> None:
     # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
     if image.registry and len(set(have.values())) > 1:
         die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
+    return releases
 
 
 def advice(image: Image) -> str:

@@ -15,8 +15,9 @@ from launch.health import Health, Probe
 from launch.loading import Loading
 from launch.log import Log
 from launch.node.clients import WatchClients
-from launch.node.messages import Left
-from launch.nodes import Step, ask
+from launch.node.messages import Left, Lingers
+from launch.node.port import AwaitPort
+from launch.nodes import Step, ask, held
 from launch.order import Command
 from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
@@ -88,7 +89,7 @@ class Server:
         new = self.log.pump() + (self.rank0.pump() if self.rank0 else b"")
         if new and not self.ready_at:
             self.loading.read(new)
-        if self.plan.engine.READY_WORDS in new:
+        if self.plan.ready_words in new:
             self.health.listening = True
             self.ask_at = time.monotonic() + UNREACHED
             self.health.hurry.set()
@@ -110,6 +111,8 @@ def launch(
     What has been started by then ends with a Failure in here.
     """
     own = nodes[replica.first : replica.first + replica.nodes]
+    if plan.engine.binds_first(plan.version):
+        await_port(plan, replica)
     log, started = Log(log_path), time.monotonic()
     starts = {p: p.stat().st_size for p in log_path.parent.glob(f"{log_path.stem}_rank*.log")}
     rank0: Log | None = None
@@ -131,6 +134,16 @@ def launch(
 
 def watch_clients(plan: Plan, replica: Replica, every: float) -> Command:
     return Command(plan.place.on(1, first=replica.first), WatchClients(replica.port, every))
+
+
+def await_port(plan: Plan, replica: Replica) -> None:
+    """The last server's connections hold it for a minute, and the engine would fail at once."""
+    order = Command(plan.place.on(1, first=replica.first), AwaitPort(replica.port))
+    with held(order) as step:
+        for told in step.told():
+            if isinstance(told.message, Lingers):
+                lingering = f"connections of a server that has ended still hold port {replica.port}"
+                say(f"{told.node}: {lingering}; waiting, a minute at most")
 
 
 def launch_spread(

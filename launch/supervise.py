@@ -19,28 +19,26 @@ from launch import records, server, watch
 from launch.announce import announce, iso, say_how_to_use
 from launch.findings import Node
 from launch.plan import Plan
-from launch.runtimes import runtime
 from launch.timelimit import TimeLimit
 
 LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
 FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
 
 
-def serve(launch: Launch, put_image: Callable[[], object]) -> None:
+def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
     with records.guarded(launch.record, launch.endpoint):
         supervise(launch, put_image)
 
 
-def supervise(launch: Launch, put_image: Callable[[], object]) -> None:
+def supervise(launch: Launch, put_image: Callable[[], Plan]) -> None:
     plan, limit = launch.plan, launch.limit
     try:
         records.sweep(launch.logs)
         records.write_record(launch.record, plan, launch.url, launch.log)
         launch.keeper.start()
         limit.begin()
-        if runtime(plan.runtime).HAS_IMAGE:
-            put_image()
+        launch.plan = put_image()
         if launch.log.exists():  # of an earlier launch of this job
             mark(launch.log, "launch")
         while True:
@@ -110,7 +108,7 @@ class Launch:
         for running in self.running:
             self.keeper.announced = announce(running, self.nodes, self.endpoint)
             say_how_to_use(self.keeper.announced, self.how_to_stop)
-            running.main_log.show(self.plan.engine.READY_WORDS)
+            running.main_log.show(self.plan.ready_words)
         watch.hold(self.running)
 
     def prepare_restart(self, failure: Failure) -> None:

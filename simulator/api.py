@@ -25,7 +25,6 @@ from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
 from words import continue_text, fingerprint
 
-VERSION = "1.1.0"
 QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
 OWNER = "tensorrt_llm_simulator"
 Sink = Callable[[Generation], None]
@@ -94,7 +93,7 @@ class Api:
         return Response("Generation health check failed", 500)
 
     async def version(self) -> Response:
-        return JSONResponse({"version": VERSION})
+        return JSONResponse({"version": self._settings.version})
 
     async def models(self) -> Response:
         card = {"id": self._args.served_name, "object": "model", "created": int(time.time())}

@@ -1,4 +1,4 @@
-"""The command line of `trtllm-serve` 1.1.0, for click, which parses the real one."""
+"""The command line of `trtllm-serve` 1.1.0 and 1.2.1, for click, which parses the real one."""
 
 from __future__ import annotations
 
@@ -49,6 +49,33 @@ OPTIONS = {
     "--server_role": Option("text"),
     "--fail_fast_on_attention_window_too_large": Option("flag"),
 }
+NEW_OPTIONS = {  # of 1.2.1, in which nothing of 1.1.0 is missing
+    "--cp_size": Option("integer", 1),
+    "--reasoning_parser": Option(click.Choice(["deepseek-r1", "qwen3", "nano-v3"])),
+    "--tool_parser": Option(
+        click.Choice("qwen3 qwen3_coder kimi_k2 deepseek_v3 deepseek_v31 deepseek_v32".split())
+    ),
+    "--custom_tokenizer": Option("text"),
+    "--custom_module_dirs": {
+        "type": click.Path(exists=True, file_okay=False, readable=True),
+        "multiple": True,
+    },
+    "--revision": Option("text"),
+    "--enable_chunked_prefill": Option("flag"),
+    "--media_io_kwargs": Option("text"),
+    "--chat_template": Option("text"),
+    "--otlp_traces_endpoint": Option("text"),
+    "--disagg_cluster_uri": Option("text"),
+}
+NEW_NAMES = {  # of 1.2.1, for options that keep their old one
+    "--tp_size": "--tensor_parallel_size",
+    "--pp_size": "--pipeline_parallel_size",
+    "--cp_size": "--context_parallel_size",
+    "--ep_size": "--moe_expert_parallel_size",
+    "--cluster_size": "--moe_cluster_parallel_size",
+    "--kv_cache_free_gpu_memory_fraction": "--free_gpu_memory_fraction",
+    "--extra_llm_api_options": "--config",
+}
 
 
 class DefaultGroup(click.Group):
@@ -62,8 +89,12 @@ class DefaultGroup(click.Group):
         return "serve", self.commands["serve"], args
 
 
-def command_line(serve: Callable[..., object]) -> click.Group:
-    """Return the program: `serve` gets MODEL and the options by name, without their dashes."""
-    params: list[click.Parameter] = [click.Option([name], **how) for name, how in OPTIONS.items()]
-    command = click.Command("serve", params=[click.Argument(["model"]), *params], callback=serve)
+def command_line(serve: Callable[..., object], version: str) -> click.Group:
+    """Return the program: `serve` gets MODEL and the options by their older names, undashed."""
+    new = version != "1.1.0"
+    params: list[click.Parameter] = [click.Argument(["model"])]
+    for name, how in (OPTIONS | (NEW_OPTIONS if new else {})).items():
+        names = [NEW_NAMES[name], name] if new and name in NEW_NAMES else [name]
+        params.append(click.Option([name[2:], *names], **how))
+    command = click.Command("serve", params=params, callback=serve)
     return DefaultGroup("trtllm-serve", commands={"serve": command})

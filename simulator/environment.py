@@ -27,10 +27,12 @@ FAULTS = {  # how many arguments must and may be given
     "out-of-memory": (0, 1),
 }
 LAUNCHES = ("stuck", "propagate")
+VERSIONS = ("1.1.0", "1.2.1")
 
 
 @dataclass(frozen=True)
 class Settings:
+    version: str
     gpus: int
     load_seconds: float
     ttft: float  # seconds, as all times below
@@ -42,6 +44,14 @@ class Settings:
     faults: Mapping[str, tuple[float, ...]]
 
 
+def read_version(env: Mapping[str, str]) -> str:
+    """Which version of the engine is played: the command line depends on it."""
+    version = env.get("TRTLLM_SIM_VERSION") or VERSIONS[0]
+    if version not in VERSIONS:
+        raise SystemExit(f"TRTLLM_SIM_VERSION={version}: must be one of {', '.join(VERSIONS)}")
+    return version
+
+
 def read_settings(env: Mapping[str, str]) -> Settings:
     def value(name: str, convert: Callable[[str], T], default: str) -> T:
         text = env.get(f"TRTLLM_SIM_{name}") or default
@@ -51,6 +61,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
             raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
 
     return Settings(
+        version=read_version(env),
         gpus=int(value("GPUS", _not_negative, "8")),
         load_seconds=value("LOAD_SECONDS", _not_negative, "2"),
         ttft=value("TTFT_MS", _not_negative, "20") / 1e3,

@@ -15,9 +15,11 @@ from leader_link import is_proxied
 FLAG_NAMES = {  # flags whose YAML name differs
     "tp_size": "tensor_parallel_size",
     "pp_size": "pipeline_parallel_size",
+    "cp_size": "context_parallel_size",  # of 1.2.1
     "ep_size": "moe_expert_parallel_size",
-    "cluster_size": "moe_cluster_parallel_size",
 }
+DROPPED = ("cluster_size",)  # parsed, and then forgotten
+PLAIN = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")  # never null
 INTEGERS = """
     tensor_parallel_size pipeline_parallel_size context_parallel_size gpus_per_node
     moe_cluster_parallel_size moe_tensor_parallel_size moe_expert_parallel_size
@@ -40,10 +42,29 @@ OTHERS = """
     cuda_graph_config batch_wait_timeout_ms batch_wait_max_tokens_ratio torch_compile_config
     allreduce_strategy checkpoint_loader checkpoint_format kv_connector_config
 """.split()
+NEW = """
+    custom_tokenizer pp_partition sparse_attention_config otlp_traces_endpoint orchestrator_type
+    env_overrides sampler_force_async_worker ray_worker_extension_cls ray_placement_config
+    enable_sleep disable_flashinfer_sampling max_stats_len disagg_cluster
+""".split()  # of 1.2.1
+GONE = ("build_config",)  # from 1.2.1
 SUB_KEYS = {  # sub-configurations are strict too; listed where their keys are known
     "attention_dp_config": "enable_balance timeout_iters batching_wait_iters",
-    "moe_config": "backend max_num_tokens load_balancer disable_finalize_fusion "
-    "use_low_precision_moe_combine",
+    "cache_transceiver_config": "backend max_tokens_in_buffer",
+    "cuda_graph_config": "batch_sizes max_batch_size enable_padding",
+    "kv_cache_config": "enable_block_reuse max_tokens max_attention_window sink_token_length "
+    "free_gpu_memory_fraction host_cache_size onboard_blocks cross_kv_cache_fraction "
+    "secondary_offload_min_priority event_buffer_max_size attention_dp_events_gather_period_ms "
+    "enable_partial_reuse copy_on_partial_reuse use_uvm max_gpu_total_bytes dtype "
+    "mamba_ssm_cache_dtype tokens_per_block",
+    "moe_config": "backend max_num_tokens load_balancer disable_finalize_fusion",
+    "torch_compile_config": "enable_fullgraph enable_inductor enable_piecewise_cuda_graph "
+    "capture_num_tokens enable_userbuffers max_num_streams",
+}
+NEW_SUB_KEYS = {  # of 1.2.1
+    "cache_transceiver_config": "kv_transfer_timeout_ms kv_transfer_sender_future_timeout_ms",
+    "moe_config": "use_low_precision_moe_combine",
+    "nvfp4_gemm_config": "allowed_backends",
 }
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
 MPI_VARIABLE = re.compile(r"SLURM_|PMI|OMPI_COMM_WORLD_")
@@ -74,11 +95,14 @@ class LlmArgs:
         return self.tp * self.pp * self.cp
 
 
-def build_llm_args(flags: Mapping[str, Any], gpus: int, env: Mapping[str, str]) -> LlmArgs:
+def build_llm_args(
+    flags: Mapping[str, Any], gpus: int, env: Mapping[str, str], version: str
+) -> LlmArgs:
     if flags["gpus_per_node"] is None and gpus == 0:
         raise Fatal("ValueError", "No GPU devices found on the node")
-    config = {FLAG_NAMES.get(name, name): value for name, value in flags.items()}
-    config |= _read_yaml(flags["extra_llm_api_options"])
+    given = {name: value for name, value in flags.items() if name not in DROPPED}
+    config = {FLAG_NAMES.get(name, name): value for name, value in given.items()}
+    config |= _read_yaml(flags["extra_llm_api_options"], version != "1.1.0")
     model, chunked = str(flags["model"]), config.get("enable_chunked_prefill")
     args = LlmArgs(
         model=model,
@@ -88,7 +112,9 @@ def build_llm_args(flags: Mapping[str, Any], gpus: int, env: Mapping[str, str]) 
         tp=_positive(config, "tensor_parallel_size"),
         pp=_positive(config, "pipeline_parallel_size"),
         cp=_positive(config, "context_parallel_size"),
-        gpus_per_node=max(1, gpus if (given := config["gpus_per_node"]) is None else given),
+        gpus_per_node=max(
+            1, config["gpus_per_node"] if config["gpus_per_node"] is not None else gpus
+        ),
         max_batch_size=_positive(config, "max_batch_size"),
         max_seq_len=_positive(config, "max_seq_len", MODEL_CONTEXT),
         max_num_tokens=None if chunked else _positive(config, "max_num_tokens", 8192),
@@ -106,7 +132,7 @@ def build_llm_args(flags: Mapping[str, Any], gpus: int, env: Mapping[str, str]) 
     return args
 
 
-def _read_yaml(path: str | None) -> dict[str, Any]:
+def _read_yaml(path: str | None, new: bool) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -118,15 +144,15 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
         raise Fatal(f"{type(error).__module__}.{type(error).__name__}", str(error)) from None
     if not isinstance(parsed, dict):
         raise Fatal("TypeError", f"'{type(parsed).__name__}' object is not a mapping: {path}")
-    return _checked(parsed)
+    return _checked(parsed, new)
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
+def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
     """Convert as pydantic does and refuse what it refuses, all mistakes at once."""
     from pydantic import ConfigDict, ValidationError, create_model  # a tenth of a second
 
     def model(name: str, fields: dict[str, Any]) -> Any:  # noqa: ANN401 (a class made here)
-        optional = {key: (kind | None, None) for key, kind in fields.items()}
+        optional = {k: (kind if k in PLAIN else kind | None, None) for k, kind in fields.items()}
         strict = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
         create: Any = create_model
         return create(name, __config__=strict, **optional)
@@ -136,7 +162,12 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
     fields: dict[str, Any] = dict.fromkeys(INTEGERS, int) | dict.fromkeys(BOOLEANS, bool)
     fields |= dict.fromkeys(TEXTS, str) | dict.fromkeys(OTHERS, object)
-    fields |= {key: sub_config(key, names) for key, names in SUB_KEYS.items()}
+    sub_keys = dict(SUB_KEYS)
+    if new:
+        fields = {key: kind for key, kind in (fields | dict.fromkeys(NEW, object)).items()
+                  if key not in GONE}  # fmt: skip
+        sub_keys |= {key: f"{SUB_KEYS.get(key, '')} {more}" for key, more in NEW_SUB_KEYS.items()}
+    fields |= {key: sub_config(key, names) for key, names in sub_keys.items()}
     try:
         checked = model("TorchLlmArgs", fields).model_validate(config)
     except ValidationError as error:

@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
         _prepare(size, listener.getsockname()[1])
         if rank == 0:
             return RankZero(argv, size, settings, listener).wait()
-    log("I", f"This is a SIMULATOR of TensorRT-LLM 1.1.0: rank {rank} computes nothing")
+    log(
+        "I", f"This is a SIMULATOR of TensorRT-LLM {settings.version}: rank {rank} computes nothing"
+    )
     _yellow(f"rank{rank} run mgmn worker node with mpi_world_size: {size} ...")
     return run_rank(lambda: obey(rank, size, settings))
 

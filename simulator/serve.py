@@ -1,4 +1,7 @@
-"""The life of the server, in the real one's order: check, load the model, only then bind."""
+"""The life of the server, in the real one's order: check, load the model, only then bind.
+
+1.2.1 binds the port before it loads; it listens there when it has loaded, too.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any
 
 from arguments import command_line
 from console import Fatal, crash, log
-from environment import Settings, read_settings
+from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
 from llm_args import LlmArgs, build_llm_args
@@ -31,22 +34,34 @@ class PreciseSelector(selectors.DefaultSelector):
 
 
 def main() -> None:
-    command_line(serve).main(prog_name="trtllm-serve")
+    command_line(serve, read_version(os.environ)).main(prog_name="trtllm-serve")
 
 
 def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them over)
-    log("I", "This is a SIMULATOR of TensorRT-LLM 1.1.0: no model is loaded, no GPU is used")
+    version = read_version(os.environ)
+    log("I", f"This is a SIMULATOR of TensorRT-LLM {version}: no model is loaded, no GPU is used")
     try:
         settings = read_settings(os.environ)
-        args = build_llm_args(flags, settings.gpus, os.environ)
+        args = build_llm_args(flags, settings.gpus, os.environ, version)
+        sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
         faults = Faults(settings.faults)
         faults.begin()
-        _run(args, settings, faults, _load(args, settings, faults))
+        _run(args, settings, faults, _load(args, settings, faults), sockets)
     except Fatal as error:
         crash(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """As the real one does: IPv4 only, and without SO_REUSEADDR."""
+    bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        raise Fatal("RuntimeError", f"Failed to bind socket to {host}:{port}: {error}") from None
+    return bound
 
 
 def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
@@ -75,7 +90,13 @@ def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
             import api  # noqa: F401 (its libraries take half a second of the load)
 
 
-def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None) -> None:
+def _run(
+    args: LlmArgs,
+    settings: Settings,
+    faults: Faults,
+    leader: Link | None,
+    sockets: list[socket.socket] | None,
+) -> None:
     """Serve until a signal comes and the running streams have ended, however long they take."""
     import uvicorn
     from api import Api
@@ -94,7 +115,7 @@ def _run(args: LlmArgs, settings: Settings, faults: Faults, leader: Link | None)
     async def serve_http() -> None:
         api, host, port = Api(args, settings, faults), args.host, args.port
         config = uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5)
-        await Server(config).serve()
+        await Server(config).serve(sockets)
 
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)

@@ -156,6 +156,9 @@ def locked():
     yield
     fcntl.flock(lock, fcntl.LOCK_UN)
 
+OURS = {"org.opencontainers.image.title": "tensorrt-llm-serve",
+        "org.opencontainers.image.version": "1.1.0"}
+
 def images():
     path = node / "images.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -177,7 +180,8 @@ def take_in(stream):
     digest = "sha256:" + Path(entry["Config"]).name.removesuffix(".json")
     known = images()
     for tag in entry["RepoTags"]:
-        known[tag] = {"id": faults.get("loads", digest), "layers": faults.get("layers", [])}
+        known[tag] = {"id": faults.get("loads", digest), "layers": faults.get("layers", []),
+                      "labels": faults.get("labels", OURS)}
         print("Loaded image: " + tag)
     keep(known)
 
@@ -347,6 +351,9 @@ match args:
         print("27.0.1", store, home, '{"nvidia":{},"runc":{}}', sep="\n")
     case ["--version"]:
         print("Docker version 27.0.1, build 1")
+    case ["image", "inspect", "--format", "{{json .Config.Labels}}", id]:
+        found = [image for image in images().values() if image["id"] == id]
+        print(json.dumps(found[0].get("labels", OURS)) if found else unknown())
     case ["image", "inspect", "--format", form, tag]:
         if not (image := images().get(tag)):
             fail("Error response from daemon: No such image: " + tag)
@@ -376,7 +383,8 @@ match args:
         time.sleep(faults.get("pull_delay", 0))
         if faults.get("no_manifest"):
             fail("Error response from daemon: manifest unknown: manifest unknown")
-        keep({**images(), reference: {"id": faults.get("pulls", "sha256:abc"), "layers": []}})
+        keep({**images(), reference: {"id": faults.get("pulls", "sha256:abc"), "layers": [],
+                                      "labels": faults.get("labels", OURS)}})
         print(reference)
     case ["login", "--username", "AWS", "--password-stdin", host]:
         password = sys.stdin.read()
@@ -387,6 +395,14 @@ match args:
         if faults.get("denied"):
             fail("Error response from daemon: login attempt failed with status: 400 Bad Request")
         print("Login Succeeded")
+    case ["run", "--name", name, "--rm", "--pull=never", "--net=none",
+          "--env=NVIDIA_VISIBLE_DEVICES=void", "--entrypoint=python3", id, "-c", code, *names]:
+        assert "importlib.metadata" in code and "tensorrt_llm" in names
+        if faults.get("asked") == "hangs":
+            container(name).write_text(json.dumps({"pid": None, "name": name, "labels": {}}))
+            time.sleep(3600)
+        print(faults.get("asked", ""))
+        raise SystemExit("asked" not in faults)
     case ["run", "--name", name, *rest]:
         run(name, rest)
     case ["exec", "--env-file", file, "--workdir", cwd, name, *command] if command:

@@ -20,7 +20,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (".", "report", "load", "launch", "common")  # each may import those after it
 LONGEST = {"test.py": 550, "save_image.py": 550}  # they stand alone; all others: 400
-NOT_SPLIT_YET = ("save_image.py",)
 SHELL_INSIDE = "launch/node/inside.py"  # runs in containers whose image may have no Python
 
 # What runs where nothing of ours is, and may therefore import nothing but Python's own library.
@@ -30,7 +29,9 @@ STANDALONE: dict[str, set[str]] = {
     "launch/image_check.py": set(),  # inside an image
     **{str(p.relative_to(ROOT)): {"launch.node"} for p in (ROOT / "launch/node").glob("*.py")},
 }
-INNER = {"launch/engines": {"common", "launch.arguments", "launch.engines", "yaml"}}
+INNER = {
+    "launch/engines": {"common", "launch.arguments", "launch.engines", "launch.options", "yaml"}
+}
 
 
 def room(path: str) -> str:
@@ -119,12 +120,7 @@ def test_a_folder_says_what_it_is_for_and_what_it_imports(folder: str) -> None:
     assert "import" in said.lower() and len(said.splitlines()) <= 5, said
 
 
-def late(path: str, so: bool) -> object:
-    mark = pytest.mark.xfail(strict=True, reason="not done yet")
-    return pytest.param(path, marks=mark if so else [])
-
-
-@pytest.mark.parametrize("path", [late(p, p in NOT_SPLIT_YET) for p in PRODUCT + SIMULATOR])
+@pytest.mark.parametrize("path", PRODUCT + SIMULATOR)
 def test_a_file_is_what_a_reader_can_hold(path: str) -> None:
     lines = len((ROOT / path).read_text().splitlines())
     assert lines <= LONGEST.get(path, 400)

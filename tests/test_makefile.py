@@ -72,6 +72,16 @@ def test_values_arrive_intact_from_the_environment(checkout: Path, value: str) -
     assert make(checkout, "save", IMAGE=value, FILE=value) == ["save_image.py", "--output", value]
 
 
+def test_the_version_of_the_image_is_an_argument_of_its_build(checkout: Path) -> None:
+    """Docker takes the value of a build argument that has none from the environment."""
+    build = ["build", "--tag", "tensorrt-llm-serve:latest", "--build-arg", "TRTLLM_VERSION", "."]
+    assert make(checkout, "docker", "TRTLLM_VERSION=1.2.1") == build
+    program = checkout / "bin/docker"
+    told = "[__import__('os').environ['TRTLLM_VERSION']]"
+    program.write_text(RECORDER.replace("sys.argv[1:]", told))
+    assert make(checkout, "docker", "TRTLLM_VERSION=1.2.1") == ["1.2.1"]
+
+
 TARGETS = {
     "serve": ["run_sbatch.py"],
     "stop": ["run_sbatch.py", "--stop"],

@@ -31,6 +31,7 @@ from launch.node.containers import AskOwner, Reap, Remove, Serve
 from launch.node.facts import Survey
 from launch.node.images import Forget, Load, Pull
 from launch.node.messages import Facts
+from launch.node.port import AwaitPort
 from launch.node.world import Hold, Rank
 from launch.nodes import Place
 from launch.order import BOOT, MESSAGES, TOO_OLD, Command, Told, folded, parse, parts_of, source
@@ -64,6 +65,7 @@ ORDERS = [
     Reap(["abc"]),
     AskOwner("0.0.0.0", 8000, "trtllm-1"),
     WatchClients(8000, 10),
+    AwaitPort(8000),
     Run(["trtllm-serve", "m"]),
 ]
 each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)

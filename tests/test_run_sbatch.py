@@ -472,6 +472,119 @@ def test_the_end_of_the_engine_is_told_and_fails(
     assert left() == set()
 
 
+def labelled(version: str) -> dict[str, str]:
+    name = "org.opencontainers.image"
+    return {f"{name}.title": "tensorrt-llm-serve", f"{name}.version": version}
+
+
+def test_the_version_is_the_images(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(labels=labelled("1.2.1"))
+    Path("c.yaml").write_text("{}")
+    args = ("m", "--tensor_parallel_size", "2", "--config", "c.yaml", "--container-mount", ".")
+    checked = launch("--check", *args)
+    assert checked.code() == 0 and "TensorRT-LLM 1.2.1, TP 2: " in checked.output, checked.output
+    served = launch(*args, TRTLLM_SIM_VERSION="1.2.1")
+    served.until("stop it with")
+    assert re.search(r"READY after .* serves m, TensorRT-LLM 1\.2\.1\n", served.output)
+    [run] = fakes.calls("docker", "run")
+    assert run[run.index("--config") + 1] == "c.yaml"
+    assert served.stop() == 130
+    refused = launch(*args, TRTLLM_VERSION="1.1.0")
+    assert "1.1.0 has no option --tensor_parallel_size (1.2.1 has" in error(refused)
+    assert "did you mean --tp_size?" in refused.output
+    assert len(fakes.calls("docker", "run")) == 1
+
+
+def test_a_port_that_is_taken_after_all_ends_1_2_1_at_once(fakes: Fakes, launch: Launcher) -> None:
+    """It was free when the node was asked. 1.2.1 takes it before it loads the model."""
+    fakes.hold_image(labels=labelled("1.2.1"))
+    fakes.set(create_delay=2)
+    port = free_port()
+    slow = {"TRTLLM_SIM_VERSION": "1.2.1", "TRTLLM_SIM_LOAD_SECONDS": "600"}
+    started = launch("m", "--port", str(port), **slow)
+    wait_until(lambda: fakes.calls("docker", "run"))
+    with socket.create_server(("0.0.0.0", port)):
+        said = error(started)
+    assert f"Failed to bind socket to 0.0.0.0:{port}" in said
+    assert "had it" in said and "another --port" in said
+    assert left() == set()
+    started.path.write_text(started.output.replace("Traceback", ""))  # the engine's, not ours
+
+
+def test_1_2_1_waits_for_the_port_of_a_server_that_has_just_ended(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    """Its connections hold the port for a minute, and 1.2.1 does not ask to reuse it."""
+    fakes.hold_image(labels=labelled("1.2.1"))
+    with socket.create_server(("127.0.0.1", 0)) as last:
+        port = last.getsockname()[1]
+        with socket.create_connection(last.getsockname()), last.accept()[0] as connection:
+            connection.shutdown(socket.SHUT_RDWR)  # we close first: TIME-WAIT is ours
+    started = launch("m", "--port", str(port), TRTLLM_SIM_VERSION="1.2.1")
+    started.until(f"local: connections of a server that has ended still hold port {port}")
+    assert fakes.calls("docker", "run") == []
+    assert started.stop() == 130
+    assert left() == set()
+
+
+def test_an_image_that_does_not_say_its_version_is_served_unchecked(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    fakes.hold_image(labels={})
+    served = launch("m")
+    served.until("stop it with")
+    assert served.output.count("version of TensorRT-LLM is not known here") == 1
+    assert "serves m, TensorRT-LLM\n" in served.output
+    assert served.stop() == 130
+
+
+@pytest.mark.parametrize("asked", ["1.1.0", ""])
+def test_a_tarball_without_a_sidecar_says_its_version_when_it_is_loaded(
+    fakes: Fakes, launch: Launcher, tarball: str, asked: str
+) -> None:
+    fakes.set(labels={}, asked=f"tensorrt_llm {asked}" if asked else "")
+    words = ("m", "--tool_parser", "qwen3")
+    checked = launch("--check", *words, slurm=True)
+    assert checked.code() == 0 and "its options are checked, once the nodes" in checked.output
+    started = launch(*words, slurm=True)
+    assert started.code() == 1
+    said = started.output.partition("ERROR ")[2]
+    if asked:
+        assert said.startswith("trtllm-serve 1.1.0 has no option --tool_parser (1.2.1 has")
+    else:  # nothing is refused but by the engine
+        assert "No such option" in said
+    assert fakes.images("localhost")[TAG] == tarball
+    assert len(fakes.calls("docker", "load")) == 1
+    assert left() == set()
+
+
+def test_a_sidecar_tells_the_version_before_any_node_is_asked(
+    fakes: Fakes, launch: Launcher, tarball: str
+) -> None:
+    path = Path("tensorrt-llm-serve-latest.tar.gz")
+    sidecar = {"tags": [TAG], "config_digest": tarball, "manifest_digest": None, "diff_ids": [],
+               "unpacked_bytes": 9, "packed_bytes": path.stat().st_size, "sha256": "",
+               "engine": "tensorrt_llm", "version": "1.2.1"}  # fmt: skip
+    path.with_name(f"{path.name}.json").write_text(json.dumps(sidecar))
+    assert "1.2.1 has no option --no_such" in error(launch("m", "--no_such", "1", slurm=True))
+    assert fakes.calls("docker") == []
+    shown = launch("--dry-run", "m", "--tensor_parallel_size", "8")
+    assert shown.code() == 0 and "not known here" not in shown.output
+
+
+def test_a_program_without_a_container_is_asked_too(
+    fakes: Fakes, launch: Launcher, tmp_path: Path
+) -> None:
+    home = tmp_path / "p/tensorrt_llm-1.2.1.dist-info"
+    home.mkdir(parents=True)
+    (home / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt-llm\nVersion: 1.2.1\n")
+    (fakes.bin / "trtllm-serve").write_text(f"#!{sys.executable}\n")
+    (fakes.bin / "trtllm-serve").chmod(0o755)
+    words = ("--check", "--runtime", "bare", "m", "--cp_size", "1")
+    started = launch(*words, PYTHONPATH=str(home.parent))
+    assert started.code() == 0 and "TensorRT-LLM 1.2.1, one GPU: " in started.output, started.output
+
+
 def test_an_engine_that_refuses_its_arguments_says_so(launch: Launcher) -> None:
     started = launch("m", "--tp_sice", "8", TRTLLM_VERSION="9.9")
     assert "No such option" in error(started) and "exit code 2" in error(started)

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,10 @@ match sys.argv[1:]:
             (home / "state.json").write_text(json.dumps(state))
         if "cut" in state:
             fail("write unix @->docker.sock: broken layer")
+    case ["run", "--rm", "--pull=never", "--net=none", "--env=NVIDIA_VISIBLE_DEVICES=void",
+          "--entrypoint=python3", name, "-c", code, *engines] if "importlib.metadata" in code:
+        assert name.startswith("sha256:")
+        print(state["asked"]) if "asked" in state else fail("exec: python3: not found", 127)
     case ["load", "--quiet"]:
         (home / "load.pid").write_text(str(os.getpid()))
         time.sleep(state.get("delay", 0))
@@ -89,7 +94,9 @@ class Image(NamedTuple):
     layers: list[str]
 
     def inspected(self, image_id: str) -> dict[str, Any]:
-        return {"Id": image_id, "RootFS": {"Layers": self.layers}, "Size": 3_000_000}
+        config = {"Labels": {"org.opencontainers.image.version": "24.04"}}  # the base's
+        layers = {"Layers": self.layers}
+        return {"Id": image_id, "RootFS": layers, "Size": 3_000_000, "Config": config}
 
 
 def sha256(data: bytes) -> str:
@@ -312,6 +319,7 @@ UNPACK = {"gz": ["gzip", "-dc"], "zst": ["zstd", "-dqc"], "none": ["cat"]}
 @pytest.mark.parametrize("codec", SUFFIX)
 def test_save_writes_tarball_and_sidecar(box: Box, image: Image, codec: str) -> None:
     box.hold(image)
+    box.state["asked"] = "tensorrt_llm 1.2.1"
     result = box.run("--compress", codec)
     name = f"tensorrt-llm-serve-latest{SUFFIX[codec]}"
     assert (result.returncode, result.stdout) == (0, f"{name}\n"), result.stderr
@@ -330,6 +338,8 @@ def test_save_writes_tarball_and_sidecar(box: Box, image: Image, codec: str) -> 
         "packed_bytes": len(packed),
         "sha256": sha256(packed),
         "codec": codec,
+        "engine": "tensorrt_llm",
+        "version": "1.2.1",
     }
 
 
@@ -337,13 +347,40 @@ def test_save_shows_and_makes_exactly_these_calls(box: Box, classic: Image) -> N
     box.hold(classic)
     shown = [line for line in box.run("-o", "x.tar.zst").stderr.splitlines() if line[0] == "$"]
     inspect = ["image", "inspect", "--", TAG]
-    assert box.calls() == [inspect, ["save", "--", TAG], inspect]
+    ask = ["run", *save_image.ASK, classic.config, "-c", save_image.QUESTION, *save_image.ENGINES]
+    assert box.calls() == [inspect, ["save", "--", TAG], inspect, ask]
     assert shown == [
         f"$ docker image inspect -- {TAG}",
         f"$ docker save -- {TAG}",
         "$ zstd -q -c -T0 -3",
         f"$ docker image inspect -- {TAG}",
+        f"$ docker {shlex.join(ask)}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "asked", "found"),
+    [
+        ({"title": "tensorrt-llm-serve", "version": "1.1.0"}, None, ("tensorrt_llm", "1.1.0")),
+        ({"title": "theirs", "version": "7"}, "vllm 0.11.0+cu128", ("vllm", "0.11.0+cu128")),
+        (None, "tensorrt_llm 1.2.1\nvllm 0.11.0", ("tensorrt_llm", "1.2.1")),
+        ({}, "", (None, None)),
+        ({}, None, (None, None)),
+    ],
+)
+def test_the_sidecar_says_which_engine_it_is(
+    box: Box, classic: Image, labels: Any, asked: str | None, found: tuple[str | None, ...]
+) -> None:
+    """By our Dockerfile's labels, or asked; an image that does not say is saved all the same."""
+    box.hold(classic)
+    named = labels and {f"org.opencontainers.image.{name}": v for name, v in labels.items()}
+    box.state["images"][TAG]["Config"]["Labels"] = named
+    box.state |= {} if asked is None else {"asked": asked}
+    result = box.run("-o", "x.tar")
+    assert result.returncode == 0, result.stderr
+    sidecar = box.sidecar("x.tar")
+    assert (sidecar.get("engine"), sidecar.get("version")) == found
+    assert ("could not be found out" in result.stderr) is (found[0] is None)
 
 
 def test_gzip_serves_where_pigz_is_missing(tmp_path: Path, classic: Image) -> None:

@@ -1,6 +1,6 @@
 """Engines: a file each, with the names of `Engine`. `ls` says which there are.
 
-Imports common/ and launch/arguments.py.
+Imports common/, launch/arguments.py and launch/options.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,19 +29,23 @@ class World:
 class Engine(Protocol):
     """What the launcher knows of an engine."""
 
+    TITLE: str  # its name for people
+    PACKAGE: str  # and among Python's packages, by which an image is known to have it
     PROGRAM: str  # what serves
     LEADER: str  # what a rank of several is started by
     LEADER_MARK: str  # and known by among the processes
-    READY_WORDS: bytes  # the log, once it listens
     WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
     MEANINGS: Mapping[int, str]  # of its exit codes
     FINAL: Collection[int]  # exit codes that another start would end with, too
 
     def read(self, words: Sequence[str], port: str) -> tuple[str | None, list[str], int]: ...
+    def binds_first(self, version: str) -> bool: ...  # whether it has the port before it loads
+    def ready_words(self, version: str) -> bytes: ...  # the log, once it listens
     def command(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def names_of(self, command: Sequence[str]) -> tuple[str, ...]: ...
     def config_of(self, args: Sequence[str]) -> str | None: ...
-    def check(self, args: Sequence[str], version: str) -> tuple[str, World]: ...
+    def check(self, args: Sequence[str]) -> tuple[str, World]: ...
+    def settle(self, args: Sequence[str], version: str) -> list[str]: ...
 
 
 def engine(name: str) -> Engine:

@@ -1,22 +1,19 @@
 """TensorRT-LLM's trtllm-serve: its command, its options, its words, and what its exits mean."""
 
-import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from functools import cache
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.talk import die, misused, say
 from launch.arguments import flags_of, is_count, split_models, value_of, without_value
 from launch.engines import World
+from launch.options import Check, first_name, union, versions
 
-PROGRAM = "trtllm-serve"
+TITLE, PACKAGE, PROGRAM = "TensorRT-LLM", "tensorrt_llm", "trtllm-serve"
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
-READY_WORDS = b"Uvicorn running on"  # the engine says so; asking at once saves the poll's interval
 WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
     rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
 )
@@ -32,12 +29,9 @@ MEANINGS: Mapping[int, str] = {
 }
 FINAL: Collection[int] = {2, 126, 127}  # would be so again
 
-# Options are checked for this version; TRTLLM_VERSION says that the image holds another one. YAML
-# keys: those that the documentation uses. There are more, so one that is not here is an error only
-# where it looks like a slip of one that is.
-KNOWN_VERSION = "1.1.0"
-# `--config` is what later versions call it; 1.1.0 knows only the long name, later ones know both.
+# 1.1.0 knows only the long name; from 1.2 on `--config` is the first name, and both are known.
 CONFIG_FLAGS = ("--config", "--extra_llm_api_options")
+FRACTION = "free_gpu_memory_fraction"  # a key of kv_cache_config, and a flag
 SIZES = {
     "tensor_parallel_size": ("--tp_size", "--tensor_parallel_size"),
     "pipeline_parallel_size": ("--pp_size", "--pipeline_parallel_size"),
@@ -46,33 +40,22 @@ SIZES = {
 MOE_SIZES: dict[str, tuple[str, ...]] = {
     "moe_tensor_parallel_size": (),  # in the YAML only
     "moe_expert_parallel_size": ("--ep_size", "--moe_expert_parallel_size"),
-    "moe_cluster_parallel_size": ("--cluster_size", "--moe_cluster_parallel_size"),
+    "moe_cluster_parallel_size": (),  # in the YAML only: it has flags, without effect
 }
-# Options that take no value, of any version; after any other one comes its value.
-SWITCHES = (
-    "--trust_remote_code",
-    "--fail_fast_on_attention_window_too_large",
-    "--enable_chunked_prefill",  # of 1.2.1
-    "--help",
-)
-
-
-@cache
-def options() -> dict[str, list[str]]:
-    path = Path(__file__).with_name(f"trtllm-{KNOWN_VERSION}.json")
-    return dict(json.loads(path.read_text()))
+CLUSTER_FLAGS = ("--cluster_size", "--moe_cluster_parallel_size")
+# Of every version: which one it will be is not known yet where a command line is read.
+FLAGS, SWITCHES = union("trtllm", "flags"), union("trtllm", "switches")
 
 
 # --- the command ----------------------------------------------------------------------------------
 def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     """The model, if one was given, all other arguments, and the port it will serve on."""
-    if flag := without_value(words, {*options()["flags"], *CONFIG_FLAGS} - {*SWITCHES}):
+    if flag := without_value(words, FLAGS - SWITCHES):
         misused(f"{flag} needs a value")
     models, args = split_models(words, SWITCHES)
     if models[1:]:
         number = "two" if len(models) == 2 else len(models)
         misused(f"one MODEL, not {number}: {', '.join(models[1:])}")
-    args = rename_config(args)
     port = value_of(args, "--port") or port
     if not is_count(port) or int(port) > 65535:
         die(f"the port is {port!r}, not a number from 1 to 65535")
@@ -81,6 +64,24 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     if value_of(args, "--port") is None:
         args += ["--port", port]
     return next(iter(models), None), args, int(port)
+
+
+def ready_words(version: str) -> bytes:
+    """What its log says once it listens; asking at once saves the poll's interval.
+
+    From 1.2 on uvicorn is given a socket, and says nothing of it.
+    """
+    return b"Application startup complete" if is_since_1_2(version) else b"Uvicorn running on"
+
+
+def binds_first(version: str) -> bool:
+    """Whether it takes its port before it loads; then it is one that it does not ask to reuse."""
+    return is_since_1_2(version)
+
+
+def is_since_1_2(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) >= (1, 2)
 
 
 def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
@@ -99,14 +100,14 @@ def config_of(args: Sequence[str]) -> str | None:
 
 
 def rename_config(args: Sequence[str]) -> list[str]:
-    """`--config X` as 1.1.0 calls it."""
+    """`--config X` as 1.1.0 calls it, and every later version, too."""
     old, new = CONFIG_FLAGS
     renamed = (new + word[len(old) :] if word.split("=")[0] == old else word for word in args)
     return list(renamed)
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The engine's YAML. Failure with the parser's words where it is not a mapping."""
+def read_config(path: str) -> dict[str, Any] | None:
+    """The engine's YAML; None where it is empty. Failure where it is anything but a mapping."""
     import yaml
 
     try:
@@ -124,14 +125,14 @@ def read_config(path: str) -> dict[str, Any]:
         die(f"the config file {path} is not YAML: {' '.join(str(error).split())[:300]}")
     if not isinstance(config, dict | None):
         die(f"the config file {path} is not a mapping of settings")
-    return config or {}
+    return config
 
 
-# --- what it would refuse -------------------------------------------------------------------------
+# --- the world that it needs ----------------------------------------------------------------------
 def merged(args: Sequence[str]) -> dict[str, Any]:
     """The settings as the engine will see them: sizes given by flags, and over them the YAML."""
     path = config_of(args)
-    config = read_config(path) if path is not None else {}
+    config = (read_config(path) or {}) if path is not None else {}
     given = {key: value_of(args, *flags) for key, flags in (SIZES | MOE_SIZES).items()}
     flags = {key: size for key, size in given.items() if size}
     return flags | {k: v for k, v in config.items() if v is not None or k not in flags}
@@ -149,37 +150,6 @@ def size_of(settings: Mapping[str, Any], key: str) -> int:
 
 def find_world(settings: Mapping[str, Any]) -> World:
     return World(*(size_of(settings, key) for key in SIZES))
-
-
-def check_flags(args: Sequence[str], version: str) -> None:
-    """Failure for a flag that the engine's version does not have, with the one that was meant."""
-    if version != KNOWN_VERSION:
-        return
-    known = options()["flags"]
-    for flag in flags_of(args, SWITCHES):
-        if flag not in known:
-            near = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
-            meant = f"; did you mean {near}?" if near else ""
-            hint = "if the image has another version, set TRTLLM_VERSION"
-            die(f"{PROGRAM} {version} has no option {flag}{meant}", hint=hint)
-
-
-def check_keys(config: Mapping[str, Any], path: str, version: str) -> None:
-    """Failure for a key that looks like a slip of a known one; a notice for one nobody knows."""
-    if version != KNOWN_VERSION:
-        return
-    known = options()["yaml_keys"]
-    for key in config:
-        if key not in known:
-            if near := nearest(str(key), known):
-                hint = "the engine refuses unknown keys"
-                unknown = f"the config file {path} has the unknown key {key}"
-                die(f"{unknown}; did you mean {near}?", hint=hint)
-            say(f"{path}: unknown key {key}, passed on to the engine")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    return next(iter(get_close_matches(word, list(known), 1, 0.8)), "")
 
 
 def check_moe(settings: Mapping[str, Any]) -> None:
@@ -219,10 +189,67 @@ def name_of(settings: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def check(args: Sequence[str], version: str) -> tuple[str, World]:
-    """All that would be refused is refused here; the strategy's name and the world it needs."""
+def check(args: Sequence[str]) -> tuple[str, World]:
+    """The strategy's name and the world it needs, whichever version it is."""
     settings = merged(args)
-    check_flags(args, version)
-    check_keys(settings, config_of(args) or "", version)
     check_moe(settings)
     return name_of(settings), find_world(settings)
+
+
+# --- what a version makes of it -------------------------------------------------------------------
+def settle(args: Sequence[str], version: str) -> list[str]:
+    """The arguments for that version of the engine. Failure for what it would refuse.
+
+    Of a version whose options are not known, '' included, nothing is refused.
+    """
+    args = list(args) if is_since_1_2(version) else rename_config(args)
+    if value_of(args, *CLUSTER_FLAGS):
+        instead = "the YAML's moe_cluster_parallel_size has"
+        say(f"{CLUSTER_FLAGS[0]} has no effect in {PROGRAM}; {instead}")
+    if version not in versions("trtllm"):
+        what = (
+            f"the options of {PROGRAM} {version} are" if version else f"the version of {TITLE} is"
+        )
+        say(f"{what} not known here: the engine itself checks what it is given")
+        return args
+    check = Check("trtllm", PROGRAM, version)
+    check.flags(args)
+    if (path := config_of(args)) is not None:
+        config = check_config(path, version)
+        check.keys(config, path)
+        say_who_wins(args, config, path, deep=is_since_1_2(version))
+    return args
+
+
+def check_config(path: str, version: str) -> dict[str, Any]:
+    """The YAML, where it is not what the engine would end with a traceback for."""
+    config = read_config(path)
+    if config is None:
+        hint = "leave --config out, or write {} for no settings"
+        die(f"the config file {path} is empty, which {PROGRAM} {version} refuses", hint=hint)
+    for key in SIZES:
+        if config.get(key, 1) is None:
+            what = f"the config file {path} sets {key} to null, which {PROGRAM} {version} refuses"
+            die(what, hint="leave that line out, or give a number")
+    return config
+
+
+def say_who_wins(args: Sequence[str], config: Mapping[str, Any], path: str, deep: bool) -> None:
+    """Flags that do not count, as the YAML has the last word.
+
+    A `deep` engine merges kv_cache_config with the flag for one of its keys; others replace it.
+    """
+    cache = config.get("kv_cache_config")
+    inner = cache if isinstance(cache, dict) else {}
+    settings = {**config, **{key: inner[key] for key in (FRACTION,) if key in inner}}
+    given = {f: value_of(args, f) for f in flags_of(args, SWITCHES) if f not in CLUSTER_FLAGS}
+    for flag, value in given.items():
+        key = first_name("trtllm", flag).removeprefix("--")
+        wanted = "True" if flag in SWITCHES else value
+        if key in settings and str(settings[key]) != wanted:
+            words = flag if flag in SWITCHES else f"{flag} {value}"
+            shown = "null" if settings[key] is None else settings[key]
+            say(f"{words} does not count: {path} has {key}: {shown}")
+        elif key == FRACTION and "kv_cache_config" in config and key not in inner and not deep:
+            lost = f"kv_cache_config in {path} takes the place of all it says"
+            say(f"{flag} {value} does not count: {lost}; write {FRACTION} there")

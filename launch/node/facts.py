@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.node.base import LABEL, ask, listening, tell
 from launch.node.messages import Container, Facts
+from launch.node.release import release_here, release_of
 
 DOCKER = ("docker", "info", "--format",
           "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
@@ -36,6 +37,7 @@ class Survey:
     tag: str
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
+    ask_release: bool = False  # which engine and version there are, too
 
     def __call__(self) -> int:
         facts = Facts(
@@ -52,6 +54,9 @@ class Survey:
             facts.engine = shutil.which(self.program) or ""
         else:
             ask_docker(facts, self.tag)
+        if self.ask_release:
+            found = release_of(facts.image) if facts.image else ""
+            facts.release = release_here(facts.engine) if facts.engine else found
         tell(facts)
         return 0
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.node.base import STOPPED, Ends, ask, shell_code, tell
-from launch.node.messages import Error, Kept, Present, Progress, Waiting
+from launch.node.messages import Error, Holds, Kept, Present, Progress, Waiting
+from launch.node.release import release_of
 
 PIPE_BROKE = 128 + signal.SIGPIPE  # the unpacker's, where docker load has stopped reading
 LOCK = "/run"  # a directory that every user may lock and nobody has to make
@@ -33,6 +34,7 @@ class Load:
     codec: str
     size: int = 0  # of the tarball, as the launcher has seen it; 0: it has not
     diff_ids: str = ""  # what has just been loaded is known by these, too
+    ask_release: bool = False  # which engine and version it holds, too
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
@@ -40,8 +42,7 @@ class Load:
         if not self.get_lock():
             return STOPPED
         if identity := self.known(self.layers):
-            tell(Present(identity))
-            return 0
+            return present(identity, self.ask_release)
         try:
             source = os.open(self.tarball, os.O_RDONLY)
         except OSError as error:
@@ -105,8 +106,7 @@ class Load:
         if loaded:
             return fail(f"docker load: {said}")
         if identity := self.known(self.diff_ids or self.layers):
-            tell(Present(identity))
-            return 0
+            return present(identity, self.ask_release)
         return fail(f"the tarball was loaded, but {self.tag} is not the image that it should hold")
 
     def wait(self, source: int) -> bool:
@@ -116,6 +116,13 @@ class Load:
                 return bool(self.ends.events.get(timeout=1) != Ends.STOP)
             except queue.Empty:
                 tell(Progress(os.lseek(source, 0, os.SEEK_CUR)))
+
+
+def present(identity: str, ask_release: bool) -> int:
+    tell(Present(identity))
+    if ask_release:
+        tell(Holds(release_of(identity)))
+    return 0
 
 
 def fail(why: str) -> int:
@@ -151,6 +158,7 @@ class Pull:
 
     reference: str
     login: str = ""  # the registry to log in to, as AWS
+    ask_release: bool = False
 
     def __call__(self) -> int:
         password = sys.stdin.buffer.readline().rstrip(b"\n") if self.login else b""
@@ -170,8 +178,7 @@ class Pull:
         if code:
             return stopped_or(code, f"docker pull {self.reference}: {said}")
         inspect = ["docker", "image", "inspect", "--format", "{{.Id}}", self.reference]
-        tell(Present(ask(*inspect)[1]))
-        return 0
+        return present(ask(*inspect)[1], self.ask_release)
 
 
 def stopped_or(code: int, why: str) -> int:

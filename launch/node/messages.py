@@ -25,6 +25,7 @@ class Facts:
     store: str = ""  # how Docker stores images, which decides what an image's id is
     image: str = ""  # the id of what our tag names
     layers: str = ""  # its diff ids, as Docker prints them
+    release: str = ""  # engine and version that it holds; of runtime bare the program's
     free: int = 0
 
 
@@ -56,6 +57,13 @@ class Present:
     """The image is there, by this id."""
 
     id: str
+
+
+@dataclass
+class Holds:
+    """Engine and version that the image holds, `tensorrt_llm 1.2.1`; '' where it does not say."""
+
+    release: str
 
 
 @dataclass
@@ -109,3 +117,8 @@ class Clients:
     """The other ends of the connections to a port that are open."""
 
     connections: list[str]
+
+
+@dataclass
+class Lingers:
+    """Connections of a server that has ended hold our port still."""

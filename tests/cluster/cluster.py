@@ -572,7 +572,12 @@ def copy_repository(source: Path, target: Path) -> None:
 
 
 def build_image(
-    node: Machine, simulator: Path, tag: str, version: str = "1", ballast_mb: int = 0
+    node: Machine,
+    simulator: Path,
+    tag: str,
+    version: str = "1",
+    ballast_mb: int = 0,
+    engine: str = "1.1.0",
 ) -> None:
     """An image with the simulator in place of the engine. `version` makes one unlike the others."""
     if not node.run("docker", "image", "inspect", "base:1", check=False).stdout.strip("[]\n"):
@@ -582,9 +587,13 @@ def build_image(
         shutil.copytree(simulator, Path(context, "simulator"))
         # NVIDIA's benchmark client, in name and flags, beside the engine.
         shutil.copytree(simulator.parent / "tests/stand_in", Path(context, "simulator/stand_in"))
+        # What Python knows of a package that is installed.
+        package = Path(context, f"simulator/stand_in/tensorrt_llm-{engine}.dist-info")
+        package.mkdir()
+        (package / "METADATA").write_text(f"Name: tensorrt_llm\nVersion: {engine}\n")
         Path(context, "Dockerfile").write_text(
             f"FROM base:1\nCOPY simulator ballast* /opt/simulator/\nENV IMAGE_VERSION={version}\n"
-            "ENV PYTHONPATH=/opt/simulator/stand_in\n"
+            f"ENV PYTHONPATH=/opt/simulator/stand_in TRTLLM_SIM_VERSION={engine}\n"
         )
         if ballast_mb:
             Path(context, "ballast").write_bytes(os.urandom(ballast_mb * 1_000_000))

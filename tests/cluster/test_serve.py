@@ -99,17 +99,23 @@ def test_a_rebuilt_image_of_the_same_tag_is_loaded_and_served(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
     node, tarball = cluster.nodes["n2"], workspace / "rebuilt.tar.zst"
-    for version in ("2", "3"):
-        build_image(node, REPO / "simulator", TAG, version)
+    for version, engine in (("2", "1.1.0"), ("3", "1.2.1")):
+        build_image(node, REPO / "simulator", TAG, version, engine=engine)
         node.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(tarball))
         node.docker("rmi", TAG)
-        started = launch("--image", str(tarball), "m", env=QUICK)
+        # On a port of its own: 1.2.1 waits for one that a server has just had.
+        port = f"--port=800{version}"
+        started = launch("--image", str(tarball), "m", port, env=QUICK)
         started.until("READY")
+        assert f"serves m, TensorRT-LLM {engine}" in started.output  # as the sidecar says
         name = f"trtllm-{started.job}-n1"
         assert f"IMAGE_VERSION={version}" in cluster.nodes["n1"].docker("inspect", name)
         started.stop()
         # Without the sidecar the tarball tells as much, only slower, and once.
         Path(f"{tarball}.json").unlink()
+    # The nodes ask the image that they hold.
+    checked = launch("--check", "--image", str(tarball), "m", "--tensor_parallel_size", "8")
+    assert checked.code() == 0 and "TensorRT-LLM 1.2.1, TP 8: " in checked.output, checked.output
     forget_image(cluster)
 
 
