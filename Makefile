@@ -131,7 +131,7 @@ check: $(READY) ## Run lint, types and all tests; as root also those on a real S
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node  # a node's Python is older
 	@$(VENV)/bin/hadolint Dockerfile
-	@$(PY) -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+	@$(PY) -m pytest --numprocesses=auto --dist=loadgroup
 
 .PHONY: cluster
 cluster: $(READY) ## Open a shell on the login node of a real two-node test cluster (as root)

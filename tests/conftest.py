@@ -72,6 +72,11 @@ def pytest_configure() -> None:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, up to four: the one that has the cluster waits most of the time."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In CI a skipped test is a failed one: no ring may be missing there."""
