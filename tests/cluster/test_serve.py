@@ -246,7 +246,7 @@ def test_paths_and_models_of_any_name_arrive_intact(
         env=QUICK,
     )
     started.until("READY")
-    assert f"serves m {name}\n" in started.output
+    assert f"serves m {name}, TensorRT-LLM" in started.output
     shown = cluster.nodes["n1"].docker("ps", "--no-trunc", "--format", "{{.Command}}")
     assert "parallel config.yaml" in shown
     assert started.stop() == 130
