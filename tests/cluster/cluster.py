@@ -306,6 +306,9 @@ class Machine:
         for pid in map(int, children if "--pid" in self.namespaces else [daemon.pid]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
+        daemon.send_signal(
+            signal.SIGCONT
+        )  # nsenter stops with its child, and does not wake with it
         try:
             daemon.wait(PATIENCE)
         except subprocess.TimeoutExpired:
