@@ -306,9 +306,8 @@ class Machine:
         for pid in map(int, children if "--pid" in self.namespaces else [daemon.pid]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-        daemon.send_signal(
-            signal.SIGCONT
-        )  # nsenter stops with its child, and does not wake with it
+        # Where it was stopped, its nsenter has stopped with it, and nobody has woken that one.
+        daemon.send_signal(signal.SIGCONT)
         try:
             daemon.wait(PATIENCE)
         except subprocess.TimeoutExpired:
