@@ -14,6 +14,7 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
@@ -139,21 +140,26 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
     what = what or f"`{shlex.join(argv)}`"
     try:
         program = sh.Command(argv[0])
-        process = program(*argv[1:], _in=text, _timeout=timeout, _decode_errors="replace", **APART)
+        process = program(*argv[1:], _in=text, _decode_errors="replace", **APART)
     except sh.CommandNotFound:
         die(f"{argv[0]}: not found in PATH")
     except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
         die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
+    clock = threading.Timer(timeout, process.kill)  # sh's own looks ten times a second: 0.1 s each
+    clock.daemon = True
+    clock.start()
     try:
         process.wait()
-    except sh.TimeoutException:
-        hint = slurm.SEE_NODES if "srun" in argv else ""
-        die(f"{what} did not end within {timeout:g} s", hint=hint)
     except sh.ErrorReturnCode as error:
+        if clock.finished.is_set():
+            hint = slurm.SEE_NODES if "srun" in argv else ""
+            die(f"{what} did not end within {timeout:g} s", hint=hint)
         die_of_exit(what, error.exit_code, error.stderr.decode(errors="replace"))
     except BaseException:
         process.terminate()
         raise
+    finally:
+        clock.cancel()
     return str(process)
 
 

@@ -96,9 +96,9 @@ class Bench:
             assert process.wait() == 0
 
     def load(self) -> float:
-        started = self.launch("-v", **QUICK)
+        started = self.launch("-v", "--pp_size", "2", **QUICK)  # what does not serve is not loaded
         start = started.until('"Load": {')
-        end = started.until('"Serve": {')
+        end = started.until('"Hold": {')
         started.until("READY")
         started.stop()
         return end - start

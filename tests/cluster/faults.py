@@ -266,6 +266,23 @@ def close_terminal(scene: Scene) -> None:
     scene.launch.hang_up()
 
 
+def warn(scene: Scene) -> None:
+    """What Slurm sends some time before the limit where the job has --signal=USR1@120."""
+    scene.cluster.ctl.run("scancel", "--signal=USR1", scene.launch.job)
+
+
+def suspend(scene: Scene) -> None:
+    """For longer than a node's silence is borne."""
+    scene.cluster.ctl.run("scontrol", "suspend", scene.launch.job)
+    time.sleep(12)
+    scene.cluster.ctl.run("scontrol", "resume", scene.launch.job)
+
+
+def truncate_log(scene: Scene) -> None:
+    """As logrotate's copytruncate does it."""
+    os.truncate(scene.workspace / f"logs/trtllm_server_{scene.launch.job}.log", 0)
+
+
 def cancel(scene: Scene) -> None:
     scene.cluster.ctl.run("scancel", scene.launch.job)
 
@@ -504,7 +521,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("dockerd stopped", stop_dockerd("n1"), (
         Expect(UP, ("n1: ",), (1,), 20),), ci=()),
     Fault("dockerd hangs", lambda scene: scene.freeze(scene.n1, "dockerd"), (
-        Expect(("before the launch",), ("n1: Docker does not answer: it did not",), (1,), 25),
+        Expect(("before the launch",), ("n1: Docker does not answer: no answer within",), (1,), 25),
         Expect(("stopping",), ("may be there still (Docker does not answer)",),
                (130,), 20, left=UNTIL.format("Docker answered"))),
         holds=True, ci=()),
@@ -518,6 +535,11 @@ FAULTS: tuple[Fault, ...] = (
         env=QUICK, ci=("before the launch", "serving")),
     Fault("slurmd stopped", stop_slurmd("n1"), (
         Expect(("serving",), (), (130,), 30, serves=True),)),
+    Fault("Slurm's warning signal (USR1)", warn, (
+        Expect((*UP, "serving on 2 nodes"), (), (130,), 10, serves=True),), env=LOAD_3_S),
+    Fault("job suspended for 12 s", suspend, (
+        Expect(("serving", "serving on 2 nodes"), ("is suspended", "is resumed"), (130,), 10,
+               serves=True),), ci=()),
     # The network.
     Fault("2nd node unreachable", unplug("n2"), (
         Expect(("before the launch",), ("n2: Slurm cannot start anything there",), (1,), 20),
@@ -598,6 +620,8 @@ FAULTS: tuple[Fault, ...] = (
         env={"TRTLLM_SIM_ITL_MS": "100", "PROBE_SECONDS": "1", "PROBE_TIMEOUT": "2"},
         args=("--max_batch_size", "1"), ci=()),
     # What it writes.
+    Fault("log truncated in place", truncate_log, (
+        Expect(("serving",), (), (130,), 10, serves=True),)),
     Fault("log flood of 100 MB/s", lambda _: time.sleep(3), (
         Expect(("engine loading", "serving"), (), (130,), 10, serves=True),),
         env={"TRTLLM_SIM_FAULT": "log-flood:100", "TRTLLM_SIM_LOAD_SECONDS": "3"}),
