@@ -72,9 +72,23 @@ def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> 
 
 def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
     """Failure where our own program on the node was told to stop: the engine has not failed."""
-    if found := STOPPED_BY.search(end_since_start(server, path)) if code == STOPPED else None:
+    found = STOPPED_BY.search(end_since_start(server, path)) if code == STOPPED else None
+    if found:
+        die_of_the_job(server)
         hint = f"{ASKED_FOR}; its log: {path}"
         die(f"{who} stopped {server.when}: {found[1]} was sent to its step", hint=hint)
+
+
+def die_of_the_job(server: Server) -> None:
+    """Failure where Slurm ends the whole job: its signal may come before its word, or without."""
+    job = server.plan.place.job
+    done = slurm.squeue("--states=all", f"--jobs={job}", "--format=%T %r")
+    state = done.stdout.strip() if done and not done.returncode else ""
+    if state and not state.startswith(("RUNNING", "SUSPENDED")):
+        late = "TIMEOUT" in state or "TimeLimit" in state
+        how = slurm.CANCEL_WORDS["TIME LIMIT"] if late else "was cancelled"
+        end = f"{server.node}: Slurm ended the server {server.when}: job {job} {how}"
+        die(end, hint=f"its log: {server.log.path}")
 
 
 def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:
