@@ -147,8 +147,7 @@ def folded_line(line: str) -> str:
     if len(line) <= WIDTH or line[11:13] == "  ":
         return line
     wrap = partial(textwrap.wrap, width=WIDTH, break_long_words=False, break_on_hyphens=False)
-    folds = (wrap(each, subsequent_indent=" " * 11) for each in line.split("\n"))
-    return "\n".join("\n".join(fold) for fold in folds)  # below the first word
+    return "\n".join(wrap(line, subsequent_indent=" " * 11))  # below the first word
 
 
 def note(message: str) -> None:

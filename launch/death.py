@@ -13,6 +13,7 @@ from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
 from launch.node.containers import CLIENT_FAILED
 from launch.server import TICK, Server, die_of_a_node
+from launch.timelimit import answer, of_job
 
 STOPPED_BY = re.compile(rf"^{LABEL}: \S+: stopped by (SIG\w+)$", re.M)  # as `Ends` says it
 NO_CAUSE = "its log names no cause"
@@ -82,8 +83,8 @@ def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
 def die_of_the_job(server: Server) -> None:
     """Failure where Slurm ends the whole job: its signal may come before its word, or without."""
     job = server.plan.place.job
-    done = slurm.squeue("--states=all", f"--jobs={job}", "--format=%T %r")
-    state = done.stdout.strip() if done and not done.returncode else ""
+    done = slurm.squeue(*of_job(job, "%A %T %r"))
+    state = answer(job, done.stdout) if done else ""
     if state and not state.startswith(("RUNNING", "SUSPENDED")):
         late = "TIMEOUT" in state or "TimeLimit" in state
         how = slurm.CANCEL_WORDS["TIME LIMIT"] if late else "was cancelled"

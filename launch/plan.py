@@ -58,9 +58,8 @@ class Plan:
     privileged: bool
     user: str
     replicas: tuple[Replica, ...]
-    release: str | None = (
-        None  # engine and version, `tensorrt_llm 1.2.1`; '' unknown; None not asked yet
-    )
+    # Engine and version, `tensorrt_llm 1.2.1`; '' unknown; None not asked yet.
+    release: str | None = None
 
     @property
     def engine(self) -> Engine:

@@ -597,6 +597,8 @@ match args:
             fail("slurm_load_jobs error: Invalid job id specified")
         state, left = faults.get("state", "RUNNING"), faults.get("left", "UNLIMITED")
         print("76 TIMEOUT 0:00\n77", state, left)
+    case ["--all", "--noheader", "--states=all", "--jobs=77", "--format=%A %T %r"]:
+        print("76 TIMEOUT TimeLimit\n77", faults.get("reason", "RUNNING None"))
     case _:
         unknown()
 """

@@ -5,18 +5,20 @@ from __future__ import annotations
 import http.server
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from common.talk import Failure, complain, say
-from launch import health, server, watch
+from launch import death, health, server, slurm, watch
 from launch.death import report_death
 from launch.engines import trtllm
 from launch.findings import Node
@@ -147,6 +149,33 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
     with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
         watch.await_ready([running], 60)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("76 TIMEOUT TimeLimit\n77 RUNNING None\n", ""),
+        ("76 RUNNING None\n77 COMPLETING TimeLimit\n", "job 77 has reached its time limit"),
+        ("77 COMPLETING None\n", "job 77 was cancelled"),
+        ("77 SUSPENDED None\n", ""),
+        ("", ""),
+    ],
+)
+def test_whether_slurm_ends_the_job_is_told_by_the_jobs_own_line(
+    monkeypatch: pytest.MonkeyPatch, said: str, words: str
+) -> None:
+    """Of an array's last task squeue lists all tasks: they have its number in common."""
+    asked = subprocess.CompletedProcess([], 0, said, "")
+    monkeypatch.setattr(slurm, "squeue", lambda *_: asked)
+    log = SimpleNamespace(path=Path("x.log"))
+    job = SimpleNamespace(place=Place("77", 1, ("srun",)))
+    running = SimpleNamespace(plan=job, node="n1", when="while serving", log=log)
+    try:
+        death.die_of_the_job(cast(server.Server, running))
+        found = ""
+    except Failure as failure:
+        found = failure.message
+    assert found == (f"n1: Slurm ended the server while serving: {words}" if words else "")
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
