@@ -25,7 +25,7 @@ def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, obj
         "model_argument": model_argument(server.replica.model),
         "job": server.plan.place.job,
         "nodes": [node.name for node in nodes],
-        "container": server.runtime.container(server.plan, server.node),
+        "container": server.runtime.container(server.plan, server.replica, server.node),
         "log": str(server.main_log.path),
         "ready_seconds": round(server.age, 2),
         "started": iso(time.time() - server.age),

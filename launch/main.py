@@ -59,7 +59,7 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     place = find_place(os.environ)
     kind, served = runtime(args.runtime), engine(ENGINE)
     model, serve_args, port = served.read(rest, setting("PORT"))
-    replica = Replica(served.command(find_model(model), serve_args), port, setting("GPUS"))
+    replica = Replica(find_model(model), tuple(serve_args), port, setting("GPUS"))
     shape, world = served.check(serve_args)
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(world.size)

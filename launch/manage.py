@@ -121,5 +121,5 @@ def why(logs: Path, name: str) -> int:
 
 def newest(logs: Path) -> Path:
     """The log written last, of those in a workspace."""
-    log = max(logs.glob("trtllm_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
+    log = max(logs.glob("*_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
     return log or die(f"there is no log in {logs}")

@@ -22,21 +22,19 @@ CACHE = re.compile(r"HF_\w*CACHE")  # what Hugging Face keeps beside, or in plac
 
 @dataclass(frozen=True)
 class Replica:
-    """One server of a launch: what it is, where it runs, its GPUs and its port."""
+    """One server of a launch: what it serves, where it runs, its GPUs and its port."""
 
-    command: tuple[str, ...]  # the engine and its arguments; the second word is the model
+    model: str
+    args: tuple[str, ...]  # for the engine
     port: int
     gpus: str  # auto, none, or docker's own words
+    label: str = ""  # what tells it from the other servers of the launch; '': there is no other
     first: int = 0  # the index of its first node, which serves
     spread: Spread | None = None  # None: all of it is on that node
 
     @property
-    def model(self) -> str:
-        return self.command[1]
-
-    @property
     def host(self) -> str:
-        return value_of(self.command, "--host") or ""
+        return value_of(self.args, "--host") or ""
 
     @property
     def nodes(self) -> int:
@@ -77,6 +75,14 @@ class Plan:
     @property
     def ready_words(self) -> bytes:
         return self.engine.ready_words(self.version)
+
+    def command(self, replica: Replica) -> tuple[str, ...]:
+        """The engine and its arguments."""
+        return self.engine.command(replica.model, replica.args)
+
+    def name_of(self, replica: Replica) -> str:
+        """What its containers and logs are called by: `trtllm-41`."""
+        return "-".join(filter(None, (self.engine_name, self.place.job, replica.label)))
 
     @property
     def nodes(self) -> int:
@@ -214,15 +220,13 @@ def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
     if release and name != plan.engine.PACKAGE:
         die(f"the image holds {release}, not {plan.engine.TITLE}", hint="give another --image")
     replicas = (
-        replace(each, command=plan.engine.command(each.model, args))
-        for each in plan.replicas
-        for args in [plan.engine.settle(each.command[2:], version)]
+        replace(each, args=tuple(plan.engine.settle(each.args, version))) for each in plan.replicas
     )
     return replace(plan, release=release, replicas=tuple(replicas))
 
 
 def paths_of(replica: Replica, engine: Engine) -> list[Path]:
-    return local_paths(replica.model, engine.config_of(replica.command[2:]))
+    return local_paths(replica.model, engine.config_of(replica.args))
 
 
 def wanted_of(plan: Plan, found: Image, world: int = 0) -> Wanted:

@@ -125,7 +125,7 @@ def launch(
     except BaseException:
         log.close()
         raise
-    health = Health(url, plan.engine.names_of(replica.command))
+    health = Health(url, plan.engine.names_of(replica.model, replica.args))
     probe = Probe(url, *probing, partial(watch_clients, plan, replica))
     health.start()
     steps = step, log, health, probe, started, rank0, holders, starts
@@ -159,7 +159,7 @@ def launch_spread(
         rank0 = Log(world.rank_log(log.path, "0"))
         step = Step(kind.ranks(plan, replica, world.pattern_of_logs(log.path)), output=log.sink)
     except BaseException:
-        stop_world(plan, holders)
+        stop_world(plan, replica, holders)
         raise
     return step, rank0, holders
 
@@ -176,16 +176,16 @@ def stop(server: Server) -> None:
     server.probe.end()
     died_alone = server.step.poll() is not None
     if server.holders:
-        stop_world(server.plan, server.holders, server.step)
+        stop_world(server.plan, server.replica, server.holders, server.step)
     elif not server.step.stop(STOP_WITHIN) or died_alone:
-        remove_once_more(server.plan)
+        remove_once_more(server.plan, server.replica)
     # What it still said is in the log; on the screen it would look like a failure.
     for log in filter(None, (server.log, server.rank0)):
         log.close()
     say(f"stopped; the log is {server.main_log.path}")
 
 
-def stop_world(plan: Plan, holders: world.Holders, *ranks: Step) -> None:
+def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Step) -> None:
     """End a spread launch; a node that is out of reach does not hold up the end of the others."""
     steps = (*ranks, holders.step)
     for step in steps:
@@ -194,20 +194,20 @@ def stop_world(plan: Plan, holders: world.Holders, *ranks: Step) -> None:
     for step in steps:
         step.stop(1)
     if "" in left.values():
-        remove_once_more(plan)
+        remove_once_more(plan, replica)
     for name, why in left.items():
         if why:
-            say_left(plan, name, why)
+            say_left(plan, replica, name, why)
 
 
-def say_left(plan: Plan, node: str, why: str) -> None:
-    name = runtime(plan.runtime).container(plan, node)
+def say_left(plan: Plan, replica: Replica, node: str, why: str) -> None:
+    name = runtime(plan.runtime).container(plan, replica, node)
     then = "It should end by itself once the node and its Docker answer"
     otherwise = "else your next launch there removes it, or `docker rm --force`"
     say(f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}")
 
 
-def remove_once_more(plan: Plan) -> None:
+def remove_once_more(plan: Plan, replica: Replica) -> None:
     """Where a node's own step could not clean up, or was killed before it did."""
     if not (command := runtime(plan.runtime).remove(plan)):
         return
@@ -222,4 +222,4 @@ def remove_once_more(plan: Plan) -> None:
         return
     for each in told:
         if isinstance(each.message, Left):
-            say_left(plan, each.node, each.message.why)
+            say_left(plan, replica, each.node, each.message.why)

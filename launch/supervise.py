@@ -153,4 +153,4 @@ def mark(log: Path, what: str) -> None:
 
 
 def log_path(plan: Plan, workspace: Path) -> Path:
-    return workspace / f"logs/trtllm_server_{plan.place.job}.log"
+    return workspace / f"logs/{plan.engine_name}_server_{plan.place.job}.log"

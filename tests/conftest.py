@@ -890,8 +890,18 @@ class Watch(threading.Thread):
         self.join()
 
 
+class AnyEngine(Plan):
+    """A plan whose engine is any program."""
+
+    def command(self, replica: Replica) -> tuple[str, ...]:
+        return (replica.model, *replica.args)
+
+
 def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str = "") -> Plan:
-    return Plan(
+    program, *words = engine or ("trtllm-serve", "m")
+    known = program == "trtllm-serve"
+    model, *args = words if known else engine
+    return (Plan if known else AnyEngine)(
         Place("local1", 1, ()),
         runtime,
         "trtllm",
@@ -901,7 +911,7 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
         "/fsx/work",
         False,
         "me",
-        (Replica(engine or ("trtllm-serve", "m"), 8000, gpus),),
+        (Replica(model, tuple(args), 8000, gpus),),
     )
 
 

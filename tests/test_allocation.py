@@ -129,7 +129,7 @@ def test_without_a_container_the_step_is_given_the_jobs_gpus(fakes: Fakes) -> No
     fakes.set(gpus="0,5")
     made = plan(runtime="bare")
     for gpus, flag in (("auto", "--gpus=2"), ("none", "--gres=none")):
-        replica = Replica(("trtllm-serve", "m"), 8000, gpus)
+        replica = Replica("m", (), 8000, gpus)
         place = find_place({"SLURM_JOB_ID": "77"})
         there = bare.serve(type(made)(**{**vars(made), "place": place}), replica, {})
         assert flag in there.argv

@@ -82,7 +82,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--relative=0",
     ]
     order = command.fields["Hold"]
-    assert (order["job"], order["launcher"]) == ("77", launcher())
+    assert (order["name"], order["launcher"]) == ("trtllm-77", launcher())
     assert (order["gpus"], order["caches"], order["image"]) == ("auto", ["/home/a b"], TAG)
     assert order["options"] == [
         "--rm",
@@ -134,7 +134,7 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
         f"--output={tmp_path}/logs/trtllm_server_77_rank%t.log",
     ]
     order = command.fields["Rank"]
-    assert (order["job"], order["cwd"]) == ("77", "/fsx/work")
+    assert (order["name"], order["cwd"]) == ("trtllm-77", "/fsx/work")
     engine = ["trtllm-serve", "it's", "--tp_size", "16"]
     assert order["command"] == ["trtllm-llmapi-launch", *engine]
 

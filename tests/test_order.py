@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 
 PARTS = [module.name for module in iter_modules(node.__path__)]
 CONTAINER = (
-    "1",
+    "trtllm-1",
     "host/boot/1:5:6",
     "all",
     {"n1": "0,1"},
@@ -60,7 +60,7 @@ ORDERS = [
     Forget(TAG),
     Serve(*CONTAINER),
     Hold(*CONTAINER),
-    Rank("1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve"),
+    Rank("trtllm-1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve"),
     Remove("host/boot/1:5:6"),
     Reap(["abc"]),
     AskOwner("0.0.0.0", 8000, "trtllm-1"),

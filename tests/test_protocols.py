@@ -58,5 +58,5 @@ def test_a_runtime_has_all_that_the_launcher_asks_of_one(name: str) -> None:
 def test_a_name_that_is_missing_or_of_another_kind_is_a_gap() -> None:
     """So that the two tests above can fail."""
     assert "HAS_IMAGE: <class 'bool'>" in gaps(engines, Runtime)
-    assert "container(plan, node)" in gaps(engines, Runtime)
+    assert "container(plan, replica, node)" in gaps(engines, Runtime)
     assert "serve(plan, replica, environ)" in gaps(trtllm, Runtime)

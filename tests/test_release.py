@@ -174,8 +174,8 @@ def test_the_command_is_that_versions(releases: dict[str, str], title: str, conf
     found = settled(plan("trtllm-serve", "m", "--config", "c.yaml"), releases)
     assert found.title == f"TensorRT-LLM {title}".strip()
     [replica] = found.replicas
-    assert replica.command[:2] == ("trtllm-serve", "m")
-    assert replica.command[2].startswith(config)
+    assert found.command(replica)[:2] == ("trtllm-serve", "m")
+    assert replica.args[0].startswith(config)
 
 
 def test_nodes_that_hold_different_versions_are_told() -> None:

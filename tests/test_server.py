@@ -345,8 +345,8 @@ def serving() -> Iterator[int]:
 
 def unreached(server: server.Server, port: int) -> None:
     """From here nothing is heard of it."""
-    command = (*server.replica.command, "--host", "0.0.0.0")
-    server.replica = replace(server.replica, port=port, command=command)
+    args = (*server.replica.args, "--host", "0.0.0.0")
+    server.replica = replace(server.replica, port=port, args=args)
 
 
 @pytest.mark.parametrize("says", ["Uvicorn running on", "nothing, its log was lost"])

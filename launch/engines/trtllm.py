@@ -88,10 +88,9 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
     return (PROGRAM, model, *args)
 
 
-def names_of(command: Sequence[str]) -> tuple[str, ...]:
+def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
     """The names under which it may list the model of its command line."""
-    model, named = command[1], value_of(command[2:], "--served_model_name")
-    return tuple(filter(None, (named, model, Path(model).name)))
+    return tuple(filter(None, (value_of(args, "--served_model_name"), model, Path(model).name)))
 
 
 def config_of(args: Sequence[str]) -> str | None:

@@ -26,7 +26,7 @@ CLIENT_FAILED = 125  # docker's own client: where the daemon went away, its cont
 class Serve:
     """Run the engine in a container; its exit code is ours. Whatever ends us, it is removed."""
 
-    job: str
+    name: str  # of the container, less the node's
     launcher: str  # by which our containers are known
     gpus: str  # auto, none, or docker's own words
     shares: dict[str, str]  # the job's GPUs on nodes that it has not all of: {"n1": "0,1"}
@@ -65,8 +65,7 @@ class Serve:
         devices = [word for path in found for word in ("--device", path)]
         words = self.which_gpus()
         gpus = ["--gpus", words] if words else []
-        name = f"trtllm-{self.job}-{NODE}"
-        run = ["docker", "run", "--name", name, *gpus, *devices, *options]
+        run = ["docker", "run", "--name", f"{self.name}-{NODE}", *gpus, *devices, *options]
         return popen([*run, *self.options, *command])
 
     def which_gpus(self) -> str:

@@ -77,7 +77,7 @@ class Rank:
 
     LEFT = "left"
 
-    job: str
+    name: str  # of the container, less the node's
     cwd: str
     command: list[str]  # the leader and the engine it leads
     leader: str  # by which it is known among the container's processes
@@ -104,7 +104,7 @@ class Rank:
 
     @property
     def container(self) -> str:
-        return f"trtllm-{self.job}-{NODE}"
+        return f"{self.name}-{NODE}"
 
     def start(self) -> subprocess.Popen[bytes]:
         """The variables go by a pipe: no file is left when Slurm kills us with another rank."""

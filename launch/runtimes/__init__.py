@@ -22,7 +22,9 @@ class Runtime(Protocol):
     HAS_IMAGE: bool  # whether an image has to be on the nodes
     OVER_NODES: bool  # whether one server may lie over several nodes
 
-    def container(self, plan: Plan, node: str) -> str | None: ...  # its name, for people
+    def container(
+        self, plan: Plan, replica: Replica, node: str
+    ) -> str | None: ...  # its name, for people
     def serve(self, plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command: ...
     def hold(self, plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command: ...
     def ranks(self, plan: Plan, replica: Replica, log: Path) -> Command: ...

@@ -13,14 +13,16 @@ HAS_IMAGE = False
 OVER_NODES = False
 
 
-def container(plan: Plan, node: str) -> str | None:
+def container(plan: Plan, replica: Replica, node: str) -> str | None:
     return None
 
 
 def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     """The one order that is the server, for as long as its input is open."""
     gpus = 0 if replica.gpus == "none" else plan.place.gpus(replica.first)
-    return Command(plan.place.on(1, first=replica.first, gpus=gpus), Run(list(replica.command)))
+    return Command(
+        plan.place.on(1, first=replica.first, gpus=gpus), Run(list(plan.command(replica)))
+    )
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:

@@ -20,8 +20,8 @@ LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
 
 
-def container(plan: Plan, node: str) -> str | None:
-    return f"trtllm-{plan.place.job}-{node}"
+def container(plan: Plan, replica: Replica, node: str) -> str | None:
+    return f"{plan.name_of(replica)}-{node}"
 
 
 # --- its orders -----------------------------------------------------------------------------------
@@ -49,8 +49,8 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
         "--open-mode=append",
         f"--output={log}",
     ]
-    command = [engine.LEADER, *replica.command]
-    rank = Rank(plan.place.job, plan.cwd, command, engine.LEADER_MARK, engine.PROGRAM)
+    command = [engine.LEADER, *plan.command(replica)]
+    rank = Rank(plan.name_of(replica), plan.cwd, command, engine.LEADER_MARK, engine.PROGRAM)
     return Command(prefix, rank)
 
 
@@ -61,21 +61,21 @@ def remove(plan: Plan) -> Command | None:
 
 def ask_owner(plan: Plan, replica: Replica) -> Command:
     """Whether the port is served from within this launch's container."""
-    order = AskOwner(replica.host, replica.port, f"trtllm-{plan.place.job}")
+    order = AskOwner(replica.host, replica.port, plan.name_of(replica))
     return Command(plan.place.on(1, first=replica.first), order)
 
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
     return kind(
-        job=plan.place.job,
+        name=plan.name_of(replica),
         launcher=launcher(),
         gpus=replica.gpus,
         shares={node: share.ids for node, share in shares.items() if not share.is_whole},
         caches=[path for _, path in plan.caches],
         options=docker_options(plan, environ),
         image=plan.tag,
-        engine=list(replica.command),
+        engine=list(plan.command(replica)),
     )
 
 
