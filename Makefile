@@ -44,7 +44,7 @@ OR_SAID    := || [ $$? = 1 ]
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
-# The two values that the shell splits into words: more arguments for trtllm-serve and bench.py.
+# The two values that the shell splits into words: more arguments for the engine and for bench.py.
 EXTRA_ARGS ?=
 BENCH_ARGS ?=
 
@@ -63,7 +63,7 @@ load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
 
 .PHONY: image-check
 image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
-	docker run --rm --pull=never --volume "$$PWD/launch/image_check.py:/image_check.py:ro" \
+	docker run --rm --pull=never --volume "$$PWD/launch/engines/trtllm_image_check.py:/image_check.py:ro" \
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
@@ -72,8 +72,8 @@ sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 
 ##@ Serve
 .PHONY: serve
-serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= PORT= IMAGE= EXTRA_ARGS=)
-	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,TP,--tp_size) $(EXTRA_ARGS) $(OR_STOPPED)
+serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= EXTRA_ARGS=)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
 stop: $(READY) ## Stop what was started from this workspace, or only one of it (JOB=)
@@ -109,8 +109,8 @@ report: $(READY) ## Write the report of a result folder again (RESULTS=)
 	$(PY) -m report "$${RESULTS:?RESULTS= names the folder}"
 
 .PHONY: compare
-compare: $(READY) ## Compare two result folders (BEFORE= AFTER=)
-	$(PY) -m report compare "$${BEFORE:?BEFORE= and AFTER= name the folders}" "$${AFTER:?AFTER= names the other folder}"
+compare: $(READY) ## Compare result folders, each with the first (BEFORE= AFTER=folder,folder...)
+	IFS=, read -ra after <<<"$${AFTER:?BEFORE= and AFTER= name the folders}"; $(PY) -m report compare "$${BEFORE:?BEFORE= names the first folder}" "$${after[@]}"
 
 .PHONY: static-bench
 static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)

@@ -1,4 +1,4 @@
-"""Two folders of results side by side: what became better or worse, and is it the same thing?"""
+"""Folders of results side by side: what became better or worse, and is it the same thing?"""
 
 from __future__ import annotations
 
@@ -92,6 +92,27 @@ def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
     changes = compare(before, after)
     rows = [HEAD, *(change.row for change in changes)]
     return "\n".join([*columns_of(rows), *outcome(changes), *remarks(before, after)])
+
+
+def several(names: Sequence[str], folders: Sequence[Sequence[Record]]) -> str:
+    """A row a figure: what the first folder has, and each other one with its change from that."""
+    first, *others = folders
+    rows = [("load", "", *names), *rows_of([compare(first, other) for other in others])]
+    lines = columns_of(rows) if rows[1:] else []
+    for name, other in zip(names[1:], others, strict=True):
+        said = [*outcome(compare(first, other)), *remarks(first, other)]
+        lines += [f"{names[0]} before, {name} after:", *(f"  {line}" for line in said)]
+    return "\n".join(lines)
+
+
+def rows_of(changes: Sequence[Sequence[Change]]) -> Iterator[tuple[str, ...]]:
+    sides = [{(each.label, each.column): each for each in side} for side in changes]
+    for key in dict.fromkeys(key for side in sides for key in side):
+        found = [side.get(key) for side in sides]
+        before = next(each.row[2] for each in found if each)
+        cells = (" ".join(filter(None, (*each.row[3:5], each.row[6]))) if each else "-"
+                 for each in found)  # fmt: skip
+        yield key[0], key[1].title, before, *cells
 
 
 def outcome(changes: Sequence[Change]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page of two folders: what became better or worse, by how much, and by more than chance?"""
+"""The page of several folders: what is better or worse, by how much, and by more than chance?"""
 
 from __future__ import annotations
 
@@ -47,6 +47,27 @@ def html(names: tuple[str, str], before: Found, after: Found) -> str:
         *(section(f"How it was measured {side}", measured(found)) for side, found in sides),
     ]
     return document(f"{names[0]} against {names[1]}", parts)
+
+
+def write_several(names: Sequence[str], folders: Sequence[Found], path: Path) -> None:
+    with whole_file(path) as file:
+        file.write(html_of_several(names, folders))
+
+
+def html_of_several(names: Sequence[str], folders: Sequence[Found]) -> str:
+    """A section for each folder against the first one, then the curves of all."""
+    sides = list(zip(names, folders, strict=True))
+    (first, before), *others = sides
+    parts = [f"<p>{escape(first)} is before, each of the others after. {KEY}</p>"]
+    for name, after in others:
+        changes = compare(before.records, after.records)
+        said = [*outcome(changes), *remarks(before.records, after.records)]
+        told = listed(said) + (matrix(changes) if changes else "")
+        parts.append(section(f"{name} against {first}", told))
+    parts.append(section("What was left out", listed([w for f in folders for w in f.left_out])))
+    parts.append(charts(draw(all_charts([(name, groups(f.records)) for name, f in sides]))))
+    parts += [section(f"How {name} was measured", measured(groups(f.records))) for name, f in sides]
+    return document(" against ".join(names), parts)
 
 
 def matrix(changes: Sequence[Change]) -> str:

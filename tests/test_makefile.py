@@ -56,8 +56,7 @@ def make(checkout: Path, *words: str, **environ: str) -> list[str]:
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_values_arrive_intact_from_the_command_line(checkout: Path, value: str) -> None:
-    assert make(checkout, "serve", f"MODEL={value}", f"TP={value}") == [
-        "run_sbatch.py", value, "--tp_size", value]  # fmt: skip
+    assert make(checkout, "serve", f"MODEL={value}") == ["run_sbatch.py", value]
     assert make(checkout, "test", f"HOST={value}") == ["test.py", "--host", value]
     assert make(checkout, "docker", f"IMAGE={value}") == ["build", "--tag", value, "."]
     assert make(checkout, "why", f"LOG={value}") == ["run_sbatch.py", "--why", value]
@@ -80,6 +79,12 @@ def test_the_version_of_the_image_is_an_argument_of_its_build(checkout: Path) ->
     told = "[__import__('os').environ['TRTLLM_VERSION']]"
     program.write_text(RECORDER.replace("sys.argv[1:]", told))
     assert make(checkout, "docker", "TRTLLM_VERSION=1.2.1") == ["1.2.1"]
+
+
+def test_several_folders_are_compared(checkout: Path) -> None:
+    words = make(checkout, "compare", "BEFORE=a b", "AFTER=c $(x),d'e")
+    assert words == ["-m", "report", "compare", "a b", "c $(x)", "d'e"]
+    assert make(checkout, "compare", "BEFORE=a", "AFTER=b")[3:] == ["a", "b"]
 
 
 TARGETS = {
@@ -115,9 +120,10 @@ def test_what_was_not_given_is_left_to_the_script(checkout: Path, target: str) -
 
 def test_settings_without_a_flag_reach_the_script_through_the_environment(checkout: Path) -> None:
     (checkout / ".venv/bin/python").write_text(
-        '#!/bin/sh\nprintf \'["%s","%s","%s"]\' "$GPUS" "$PORT" "$IMAGE"\n'
+        '#!/bin/sh\nprintf \'["%s","%s","%s","%s"]\' "$GPUS" "$TP" "$ENGINE" "$IMAGE"\n'
     )
-    assert make(checkout, "serve", "GPUS=none", "PORT=81", "IMAGE=$(x)") == ["none", "81", "$(x)"]
+    assert make(checkout, "serve", "GPUS=none", "TP=8", "ENGINE=b c", "IMAGE=$(x)") == [
+        "none", "8", "b c", "$(x)"]  # fmt: skip
 
 
 def test_only_an_image_on_the_command_line_asks_for_the_other_benchmark_client(

@@ -409,6 +409,34 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
 
 
+def test_more_than_two_are_each_compared_with_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = put(tmp_path / "a", *twice(10.0, 10.02))
+    b = put(tmp_path / "b", *twice(12.0, 12.0), *everything())
+    c = put(tmp_path / "c", *twice(8.0, 8.0), bad(Case("prefill", 1, 1, 1, 1)))
+    assert command.main(["compare", str(a), str(b), str(c)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "load a b c"
+    assert "latency-in128-out128-c1 TTFT ms 10.0 12.0 +19.9% WORSE 8.0 -20.1% better" in lines
+    assert lines.index("a before, b after:") < lines.index("a before, c after:")
+    assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
+    text = (c / "compare-a-b.html").read_text()
+    assert "b against a" in text
+    assert "c against a" in text
+    assert {"mean, a", "mean, b", "mean, c"} <= set(re.findall(r"mean, \w", text))
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    folders = [str(put(tmp_path / f"{name}/x", *twice(1.0, 1.0))) for name in "abc"]
+    assert command.main(["compare", *folders]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["load", *folders]
+
+
 def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
     return [record(LATENCY, first, **facts), record(SECOND, second, **facts)]
 
