@@ -52,7 +52,7 @@ def test_an_engine_that_dies_says_why_and_leaves_nothing(tmp_path: Path) -> None
     script = tmp_path / "engine"
     script.write_text(f"#!/bin/sh\nsleep 300 &\necho $! >{tmp_path}/pid\necho no memory\nexit 3\n")
     script.chmod(0o755)
-    dying = replace(VLLM, serve=str(script))
+    dying = replace(VLLM, serve=str(script), inner="")
     with (
         pytest.raises(SystemExit, match="exit code 3:\nno memory"),
         serving(dying, tmp_path, tmp_path),

@@ -4,8 +4,10 @@
     make check-engines ENGINE=vllm,sglang FOLDER=/var/tmp/engines      # kept for the next time
     make check-engines ENGINE=llamacpp,transformers
 
-The engines come through pip (vLLM 3.5 GB, SGLang 11 GB, llama.cpp 0.2 GB, transformers 1 GB); the
-model is made on the spot, its weights by chance. One load is also measured by the engine's own
+vLLM and SGLang are served by run_sbatch.py, without a container, and ended in three ways: by ^C,
+and by what may happen to the process that does the work. The engines come through pip (vLLM 3.5 GB,
+SGLang 11 GB, llama.cpp 0.2 GB, transformers 1 GB); the model is made on the spot, its weights by
+chance. One load is also measured by the engine's own
 client, where it has one, and compared with what the server says of itself (/metrics).
 """
 
@@ -31,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines import tiny_model
+from tests.engines.ends import ENDS, End, play
 from tests.engines.engines import ENGINES, PROMPT, REQUESTS, STREAMS, TOKENS, Engine, run
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 300
+READY_SECONDS = 900  # of a machine that has other work
 SHORT = ("--client", "builtin", "--input-len", "128", "--num-prompts")
 LOADS = (
     ["-t", "throughput,latency", "--output-len", "32"],
@@ -65,8 +68,10 @@ def check(engine: Engine, folder: Path | None) -> bool:
         venv = engine.install((folder or work).resolve())
         tiny_model.write(work / "model")
         engine.prepare(venv, work / "model")
-        with serving(engine, venv, work) as url:
-            return examine(Server(engine, venv, work, url))
+        with serving(engine, venv, work) as (_, url):
+            good = examine(Server(engine, venv, work, url))
+        ends = [ends_well(end, engine, venv, work) for end in ENDS if engine.inner]
+        return good and all(ends)
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,15 @@ class Server:
 
 
 @contextmanager
-def serving(engine: Engine, venv: Path, work: Path) -> Iterator[str]:
-    """A server on a free port; its whole process group is gone afterwards."""
+def serving(
+    engine: Engine, venv: Path, work: Path, **more: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server on a free port, and its URL; its whole process group is gone afterwards."""
     port, log = free_port(), work / "server.log"
-    command = engine.command(engine.serve, venv=venv, model=work / "model", port=port)
     with log.open("wb") as sink:
         server = subprocess.Popen(
-            command,
-            env=engine.environment(venv, work),
+            engine.serving(venv, work / "model", port),
+            env={**engine.environment(venv, work), **more},
             stdout=sink,
             stderr=sink,
             start_new_session=True,
@@ -93,7 +99,7 @@ def serving(engine: Engine, venv: Path, work: Path) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(server, url, log)
-        yield url
+        yield server, url
     finally:
         end(server)
 
@@ -129,6 +135,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def ends_well(end: End, engine: Engine, venv: Path, work: Path) -> bool:
+    """Whether a launch ends as it should, and nothing is left of it."""
+    step(f"launched again: {end.name}")
+    with serving(engine, venv, work, **end.environ) as (server, url):
+        port = int(url.rpartition(":")[2])
+        wrong = play(end, server, engine.inner, port, work / "server.log")
+    print(f"  {end.name}: {wrong or f'exit code {end.code}, and nothing is left'}", flush=True)
+    return not wrong
 
 
 # --- what has to hold -----------------------------------------------------------------------------

