@@ -5,8 +5,8 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 # fmt: on
-"""Serve a model with TensorRT-LLM: on this machine, in a Slurm allocation, or as
-a batch job.
+"""Serve a model with TensorRT-LLM, vLLM or SGLang: on this machine, in a Slurm
+allocation, or as a batch job.
 
 The image is put on every node. The server starts on the first node, or on as
 many as it needs GPUs. Its log is shown until you stop it (^C, scancel); then
@@ -19,8 +19,8 @@ Examples:
     sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
         --restart 3 nvidia/Qwen3-8B-FP8
 
-What is not an option here is passed on to trtllm-serve; `--` ends the
-options. More settings, such as PORT, are in env.example.
+What is not an option here is passed on to the engine; `--` ends the
+options. More settings, such as PORT and TP, are in env.example.
 """
 
 from __future__ import annotations

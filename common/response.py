@@ -197,7 +197,7 @@ def read_body(raw: bytearray, head: Head) -> Body:
 
 
 def error_message(body: bytes) -> str:
-    """The words of an error: flat as TensorRT-LLM's, nested as OpenAI's, a page, or any text."""
+    """The words of an error: flat, nested as OpenAI's, a page, or any text."""
     text = body.decode("utf-8", "replace").strip()
     start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
     try:

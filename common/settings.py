@@ -26,7 +26,9 @@ ROWS = (
     ("IMAGE", "", "tarball, local tag or registry reference (default: what make save wrote)"),
     ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
     ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
-    ("RUNTIME", "docker", "docker; or bare, for the trtllm-serve in the node's PATH"),
+    ("ENGINE", "trtllm", "what serves the model: trtllm, vllm or sglang"),
+    ("TP", "", "tensor parallel size, in whichever flag the engine has for it"),
+    ("RUNTIME", "docker", "docker; or bare, for the engine in the node's PATH"),
     ("READY_TIMEOUT", "3600", "seconds a server may take to be ready, and its nodes to answer"),
     ("RESTART", "0", "how many times a server that fails is restarted"),
     ("PROBE_SECONDS", "60", "seconds without an answer until the server is probed; 0: never"),
@@ -51,12 +53,10 @@ ROWS = (
 SETTINGS = tuple(Setting(*row) for row in ROWS)
 
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
-PASSED_ON = ("NCCL_", "FI_", "HF_", "TRTLLM_", "TLLM_", "UCX_")
+PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG_", "SGL_")
 
 # Of make alone: it turns them into flags.
-OF_MAKE = (
-    "TP FILE COMPRESS RESULTS BEFORE AFTER ENGINE FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS"
-).split()
+OF_MAKE = ("FILE COMPRESS RESULTS BEFORE AFTER FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS").split()
 # What the programs that we call read from their environment; the engine without a container, too.
 OTHERS = re.compile(
     "(?i:(https?|all|no|ftp)_proxy)|(GLOO|TP)_SOCKET_IFNAME|"
@@ -146,5 +146,8 @@ def load_env_files() -> list[str]:
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
     """A setting's value below its flag. An empty variable counts as not set."""
     environ = os.environ if environ is None else environ
-    default = next(s.default for s in SETTINGS if s.name == name)
-    return environ.get(name) or default
+    return environ.get(name) or default_of(name)
+
+
+def default_of(name: str) -> str:
+    return next(each.default for each in SETTINGS if each.name == name)

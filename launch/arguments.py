@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 
+from common.talk import die, misused
+
 FLAG = re.compile(r"--|-[^\d.]")  # not a number below zero
 
 
@@ -65,3 +67,49 @@ def without_value(args: Sequence[str], flags: Collection[str]) -> str:
 def is_count(text: str) -> bool:
     """Whether a text is a whole number from 1 that int() takes."""
     return text.isascii() and text.isdigit() and len(text) < 1000 and int(text) > 0
+
+
+def dashed(words: Sequence[str]) -> list[str]:
+    """Long flags with dashes in their names, for an engine that takes underscores as well."""
+    parts = (word.partition("=") if word.startswith("--") else ("", "", word) for word in words)
+    return [name.replace("_", "-") + equals + value for name, equals, value in parts]
+
+
+def given(args: Sequence[str], *flags: str) -> str | None:
+    """The value of a flag that may also be written with underscores."""
+    return value_of(dashed(args), *flags)
+
+
+def without_model(words: Sequence[str], *flags: str) -> tuple[str | None, list[str]]:
+    """The model, if there is one, and the other arguments, of an engine whose flags we do not know.
+
+    It is the first word, or the value of one of `flags`: any other may be another flag's value.
+    """
+    if words and not words[0].startswith("-"):
+        if words[1:] and not words[1].startswith("-"):
+            misused(f"one MODEL, not two: {words[1]}")
+        return words[0], list(words[1:])
+    args = list(words)
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in flags:
+            end = i + (1 if equals else 2)
+            return value if equals else "".join(words[i + 1 : end]), args[:i] + args[end:]
+    return None, args
+
+
+def with_address(args: Sequence[str], port: str) -> tuple[list[str], int]:
+    """The arguments with the host and port that are not given, and the port."""
+    port = value_of(args, "--port") or port
+    if not is_count(port) or int(port) > 65535:
+        die(f"the port is {port!r}, not a number from 1 to 65535")
+    host = [] if value_of(args, "--host") is not None else ["--host", "0.0.0.0"]
+    return [*args, *host, *([] if value_of(args, "--port") else ["--port", port])], int(port)
+
+
+def size_of(args: Sequence[str], *flags: str) -> int:
+    """A size by any of its flags; 1 where it is not given. Failure where it is no number."""
+    value = value_of(args, *flags)
+    if value is not None and not is_count(value):
+        die(f"{flags[0]} is {value!r}, not a number of GPUs")
+    return int(value or 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from common.ask import ask
 from common.response import Malformed
 from common.talk import Failure
+from launch.engines import every
 from launch.node.messages import Clients
 from launch.nodes import Step, held
 from launch.order import Command
@@ -17,9 +18,10 @@ SOON = 1.0  # seconds; an idle server has answered by then, and nobody has to lo
 LOOKS = 6  # in the time that an idle server may take
 PAUSE = 10.0  # seconds until a node that could not tell is asked again
 METRICS, METRICS_TIMEOUT = ("/metrics", "/prometheus/metrics"), 5.0
-# Tokens that vLLM, SGLang and TensorRT-LLM count as they are made. What HTTP servers count, and the
-# levels that they only repeat, move or stand still whatever the engine does.
-TOKENS = re.compile(rb"^(?:vllm|sglang|trtllm)[:_]\w*token\w*_(?:total|count|sum)\b.*", re.M)
+# Tokens that engines count as they are made. What HTTP servers count, and the levels that they only
+# repeat, move or stand still whatever the engine does.
+NAMES = "|".join(engine.COUNTERS for engine in every())
+TOKENS = re.compile(rf"^(?:{NAMES})[:_]\w*token\w*_(?:total|count|sum)\b.*".encode(), re.M)
 Order = Callable[[float], Command]  # WatchClients, so many seconds apart
 
 
@@ -80,7 +82,7 @@ class Busy(threading.Thread):
 def tokens(url: str) -> list[bytes]:
     """The lines of a page of counters that only an engine at work changes.
 
-    Of TensorRT-LLM's own list, which a reading empties: all of it, if it says anything.
+    Of an engine's own list, which a reading empties: all of it, if it says anything.
     """
     try:
         answer = ask(url, METRICS_TIMEOUT)

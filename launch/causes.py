@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launch.cause_table import Kind, Weight, known
+from launch.engines import every
 from launch.log_lines import Line, lines_of
 
 READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
@@ -102,7 +103,7 @@ NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
 OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
 RULE = re.compile(r"-{70,78}\s*\Z")
 REMARKS = any_of(r"By default, for Open MPI", "A process has executed", "No OpenFabrics")
-STARTS = any_of(r"TensorRT-LLM version: ", "vLLM API server version", r"server_args=ServerArgs")
+STARTS = any_of(*(engine.STARTS for engine in every()))
 IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 
 from common.settings import setting
 from launch.arguments import from_home, is_count
+from launch.engines import DEFAULT
+from launch.engines import NAMES as ENGINES
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 
 GPU_WORDS = re.compile(
     "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
 )
+GIVEN = "image workspace container_mount engine ready_timeout restart runtime".split()
 DEFAULT_IMAGE = "the workspace's tarball, else a local tag"
 
 
@@ -24,7 +27,7 @@ def parse(
     """Our options, and all the rest in its order."""
     parser = argparse.ArgumentParser(
         prog="run_sbatch.py",
-        usage="%(prog)s [options] MODEL [TRTLLM_SERVE_ARGS...]",
+        usage="%(prog)s [options] MODEL [ENGINE_ARGS...]",
         allow_abbrev=False,
         description=description,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
@@ -56,10 +59,11 @@ def parse(
     )
     option("--verbose", "-v", action="store_true", help="show commands, and the log while loading")
     option = parser.add_argument_group("serving").add_argument
+    option("--engine", choices=ENGINES, help=f"what serves (default: {DEFAULT})")
     option(
         "--runtime",
         choices=RUNTIMES,
-        help="bare: trtllm-serve from PATH, no container (default: docker)",
+        help="bare: the engine from PATH, no container (default: docker)",
     )
     option(
         "--ready-timeout",
@@ -92,7 +96,7 @@ def parse(
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in settings for what was not given; usage error for what cannot be."""
-    for name in ("image", "workspace", "container_mount", "ready_timeout", "restart", "runtime"):
+    for name in GIVEN:
         if getattr(args, name) == "":  # of an unset variable in somebody's script
             parser.error(f"--{name.replace('_', '-')} is empty")
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
@@ -100,6 +104,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.image = args.image or setting("IMAGE")
     args.called_workspace = args.workspace or setting("WORKSPACE") or "."
     args.workspace = real(args.called_workspace)
+    args.engine = args.engine or setting("ENGINE")
     args.runtime = args.runtime or setting("RUNTIME")
     asked = args.ready_timeout or setting("READY_TIMEOUT")
     args.ready_timeout = seconds(parser, "--ready-timeout", asked)
@@ -109,8 +114,12 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if not (restart == "0" or is_count(restart)):
         parser.error(f"--restart: {restart!r} is not a number of times")
     args.restart = int(restart)
-    if args.runtime not in RUNTIMES:
-        parser.error(f"RUNTIME is {args.runtime!r}, not {' or '.join(RUNTIMES)}")
+    for name, value, known in (
+        ("ENGINE", args.engine, ENGINES),
+        ("RUNTIME", args.runtime, RUNTIMES),
+    ):
+        if value not in known:
+            parser.error(f"{name} is {value!r}, not {' or '.join(known)}")
     if (privileged := setting("PRIVILEGED")) not in ("0", "1"):
         parser.error(f"PRIVILEGED is {privileged!r}, neither 0 nor 1")
     if not GPU_WORDS.fullmatch(gpus := setting("GPUS")):

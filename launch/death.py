@@ -9,6 +9,7 @@ from typing import NoReturn
 from common.talk import die, say
 from launch import slurm, world
 from launch.causes import cause_in, ranks_of
+from launch.engines import FINAL, meanings
 from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
 from launch.node.containers import CLIENT_FAILED
@@ -48,8 +49,8 @@ def report_death(server: Server, code: int) -> NoReturn:
     code = shell_code(code)
     tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
     say(f"the last lines of {path}:\n{tail}\n")
-    engine = server.plan.engine
-    meaning = f" ({engine.MEANINGS[code]})" if code in engine.MEANINGS and not other else ""
+    known = meanings(server.plan.command(server.replica)[0])
+    meaning = f" ({known[code]})" if code in known and not other else ""
     logs = (path, server.log.path, *ranks_of(server.log.path))
     cause = cause_in(logs, partial(evidence, server, death))
     end = f"ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s"
@@ -57,7 +58,7 @@ def report_death(server: Server, code: int) -> NoReturn:
     no_cause = words or NO_CAUSE, KILLED.get(code, "")
     why, advice = (cause.line, cause.advice) if cause else no_cause
     hint = f"{advice}; the whole log: {path}".lstrip("; ")
-    die(f"{other or who} {end}: {why}", hint=hint, passing=code not in engine.FINAL)
+    die(f"{other or who} {end}: {why}", hint=hint, passing=code not in FINAL)
 
 
 def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.talk import die, read_json, say, write_json
+from launch.engines import DEFAULT, engine
 from launch.node import images
 from launch.slurm import last_words
 
@@ -21,7 +22,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
 MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 GET_ONE = (
     "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
-    "--image nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
+    f"--image {engine(DEFAULT).IMAGE}"
 )
 # More than Docker takes, but nothing that it would read as an option.
 REFERENCE = re.compile(r"[\w\[][\w.:/@+\[\]-]{0,1000}", re.ASCII)
@@ -47,7 +48,7 @@ class Image:
     sha256: str = ""  # of the tarball, as its sidecar says
     # As JSON: what a containerd store has just loaded is known by them, too.
     diff_ids: str = field(default="", compare=False)
-    release: str = ""  # engine and version, `tensorrt_llm 1.2.1`; '': not known
+    release: str = ""  # engine and version, `package 1.2.1`; '': not known
 
     @property
     def room(self) -> int:

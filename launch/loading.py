@@ -9,7 +9,7 @@ from launch.log_lines import clean
 TABLE = Path(__file__).parent / "engines/phases.yaml"
 READ = 8192  # bytes of what is new in a log: its end, should it write more than anybody can read
 LOOKED_AT = 160  # characters of a line
-BAR = re.compile(  # tqdm's: `label:  33%|### | 1.74G/4.98G [...`, vLLM's `33% Completed | 2/6 [...`
+BAR = re.compile(  # tqdm's: `label:  33%|### | 1.74G/4.98G [...`, or `33% Completed | 2/6 [...`
     r"(?P<label>.*?):? +\d+%[^|]*\|(?:[^|]*\|)? *"
     r"(?P<done>[\d.]+)(?P<of>[kMGT]?)B?/(?P<total>[\d.]+)(?P<unit>[kMGT]?)B?\b"
 )

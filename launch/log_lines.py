@@ -3,28 +3,24 @@
 import re
 from dataclasses import dataclass
 
+from launch.engines import DATE, LEVEL, every
+
 LONGEST = 4000  # characters of a line that are looked at
 MARK = re.compile(r"^===== run_sbatch\.py: .* =====$", re.M)  # another server writes on
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()].)")
 TIME = re.compile(r"\d\d:\d\d:\d\d")
-LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|TRACE|SUCCESS)"
-DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
 PREFIXES = [
     re.compile(pattern)
     for pattern in (
+        *(pattern for engine in every() for pattern in engine.PREFIXES),
         r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
         r"(?P<speaker>\[(?:rank|default)\d+\]): ?(?!$)",
-        r"(?P<speaker>\([\w.-]+(?: [\w.=-]+)* pid=\d+[^)]*\)) ?",  # vLLM, Ray
         r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
         r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
         r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
-        rf"\[{DATE}(?: [A-Z]+\d+)*\] ?",  # SGLang, NCCL
         rf"\[{DATE} (?P<level>[DIWEF]) \d+ \d+\] ",  # Ray
         r"\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ",
-        r"\[TRT-LLM\] (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?",
-        rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
-        rf"{LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[\w.]+(?:\.py)?:\d+\] ?",  # vLLM
         r"\[?(?P<level>[IWEF])\d{3,4} \d\d:\d\d:\d\d\.\d+ +(?:\d+ )?[\w./]+:\d+\] ?",  # glog
         rf"\[{LEVEL}\|[^\]]*\] {DATE} >> ",  # transformers
         rf"{DATE} (?:stdout|stderr) [FP] ",  # containerd

@@ -12,9 +12,10 @@ from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
 from launch import allocation, image, manage, preflight, provide, supervise
 from launch.address import url_of
+from launch.arguments import value_of
 from launch.cli import parse
 from launch.dry_run import dry_run
-from launch.engines import engine
+from launch.engines import DEFAULT, Engine, engine
 from launch.findings import Node, Wanted
 from launch.node.facts import count_gpus
 from launch.nodes import find_place
@@ -30,8 +31,6 @@ from launch.plan import (
 from launch.runtimes import runtime
 from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
 from launch.timelimit import TimeLimit
-
-ENGINE = "trtllm"  # the one there is
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
@@ -57,32 +56,37 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.status or args.logs or args.stop is not None or args.why is not None:
         return manage.act(args)
     place = find_place(os.environ)
-    kind, served = runtime(args.runtime), engine(ENGINE)
+    kind, served = runtime(args.runtime), engine(args.engine)
     model, serve_args, port = served.read(rest, setting("PORT"))
+    serve_args = with_tp(serve_args, served)
     replica = Replica(find_model(model), tuple(serve_args), port, setting("GPUS"))
     shape, world = served.check(serve_args)
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(world.size)
-    found = image.find_image(args.image, args.workspace) if kind.HAS_IMAGE else image.NONE
+    asked = args.image or (served.IMAGE if args.engine != DEFAULT else "")
+    found = image.find_image(asked, args.workspace) if kind.HAS_IMAGE else image.NONE
     if not kind.HAS_IMAGE and (useless := of_containers(args)):
         say(f"without a container, {', '.join(useless)} does nothing")
     if args.verify:
         provide.check_verifiable(found)
-    plan = make_plan(args, place, found, ENGINE, replica)
-    if release := release_known(found, ENGINE):
+    plan = make_plan(args, place, found, args.engine, replica)
+    if release := release_known(found, args.engine):
         plan = settled(plan, {"": release})
     wanted = wanted_of(plan, found, world.size)
     log = supervise.log_path(plan, args.workspace)
     if args.dry_run:
         plan = plan if release else settled(plan, {})
-        plan = spread_out(plan, expect_spread(world, place, kind.OVER_NODES), args)
+        spread = expect_spread(world, place, kind.OVER_NODES, mpi=bool(served.LEADER))
+        plan = spread_out(plan, spread, args)
         dry_run(plan, found, wanted, log, force=args.force, verify=args.verify)
         return 0
     if args.force:
         check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
     url = url_of(nodes[0], place, serve_args)
-    plan = spread_out(plan, find_spread(world, nodes, kind.OVER_NODES, place.clean), args)
+    mpi = bool(served.LEADER)
+    spread = find_spread(world, nodes, kind.OVER_NODES, place.clean, mpi=mpi)
+    plan = spread_out(plan, spread, args)
     put = kind.HAS_IMAGE and (args.force or preflight.must_provide(nodes[: plan.nodes], found))
     if plan.release is None and not put:
         plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
@@ -96,6 +100,12 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     put_it = partial(put_image, plan, found, args) if put else lambda: plan
     supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put_it)
     return 0
+
+
+def with_tp(args: list[str], served: Engine) -> list[str]:
+    """The arguments with the tensor parallel size of TP, where they do not say it."""
+    tp = setting("TP")
+    return [served.TP[0], tp, *args] if tp and value_of(args, *served.TP) is None else args
 
 
 def of_containers(args: argparse.Namespace) -> list[str]:

@@ -58,13 +58,14 @@ def first_name(engine: str, flag: str) -> str:
 class Check:
     """What a version of an engine would refuse is a Failure here, with what was meant."""
 
-    def __init__(self, engine: str, program: str, version: str) -> None:
+    def __init__(self, engine: str, program: str, version: str, setting: str) -> None:
+        self.setting = setting  # which names another version
         self.engine, self.known = engine, versions(engine)[version]
         self.name = f"{program} {version}"
         self.others = [each for each in versions(engine).values() if each is not self.known]
 
     def flags(self, args: Sequence[str]) -> None:
-        hint = "the version is the image's; TRTLLM_VERSION= names another one"
+        hint = f"the version is the image's; {self.setting}= names another one"
         for flag in flags_of(args, union(self.engine, "switches")):
             if flag not in self.known.flags:
                 die(f"{self.name} has no option {flag}{self.meant_by(flag)}", hint=hint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.settings import PASSED_ON, setting
 from common.talk import die, misused, say
 from launch.arguments import from_home, value_of
-from launch.engines import Engine, engine
+from launch.engines import NAMES, Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
 from launch.nodes import Place
@@ -51,12 +51,12 @@ class Plan:
     engine_name: str
     tag: str  # the image's; '' where the runtime needs none
     mounts: tuple[str, ...]
-    caches: tuple[tuple[str, str], ...]  # Hugging Face's: variable and directory, which is mounted
+    caches: tuple[tuple[str, str], ...]  # variable and directory, which is mounted
     cwd: str  # the container's working directory; '': the image's own
     privileged: bool
     user: str
     replicas: tuple[Replica, ...]
-    # Engine and version, `tensorrt_llm 1.2.1`; '' unknown; None not asked yet.
+    # Engine and version, `package 1.2.1`; '' unknown; None not asked yet.
     release: str | None = None
 
     @property
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The engine for people, with its version where that is known: `TensorRT-LLM 1.2.1`."""
+        """The engine for people, with its version where that is known: `TITLE 1.2.1`."""
         return f"{self.engine.TITLE} {self.version}".strip()
 
     @property
@@ -81,7 +81,7 @@ class Plan:
         return self.engine.command(replica.model, replica.args)
 
     def name_of(self, replica: Replica) -> str:
-        """What its containers and logs are called by: `trtllm-41`."""
+        """What its containers and logs are called by: `ENGINE-41`."""
         return "-".join(filter(None, (self.engine_name, self.place.job, replica.label)))
 
     @property
@@ -125,11 +125,12 @@ def called_otherwise(path: str, where: Path) -> list[Path]:
     return [Path(called)] if real(called) == where else []
 
 
-def find_caches(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Hugging Face's caches, HF_HOME first: each variable that names one, and its directory."""
+def find_caches(environ: Mapping[str, str], engine: Engine) -> tuple[tuple[str, str], ...]:
+    """Hugging Face's caches, HF_HOME first, then the engine's: variables, and their directories."""
     names = sorted(n for n in environ if CACHE.fullmatch(n) and environ[n])
     given = {"HF_HOME": setting("HF_HOME") or "~/.cache/huggingface"}
     given |= {name: environ[name] for name in names}
+    given |= {name: environ.get(name) or path for name, path in engine.CACHES.items()}
     return tuple((n, os.path.abspath(os.path.expanduser(p))) for n, p in given.items())  # noqa: PTH100, PTH111
 
 
@@ -190,7 +191,7 @@ def make_plan(
     none = Plan(place, args.runtime, engine_name, "", (), (), "", False, user, (replica,))
     if not found.tag:  # the runtime has no image
         return none
-    caches = find_caches(os.environ)
+    caches = find_caches(os.environ, engine(engine_name))
     paths = paths_of(replica, engine(engine_name))
     elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
     mounts = find_mounts(args, [Path(path) for _, path in caches], paths, elsewhere=elsewhere)
@@ -204,9 +205,10 @@ def make_plan(
 
 
 def release_known(found: Image, engine_name: str) -> str:
-    """Engine and version without asking a node: TRTLLM_VERSION, else what the sidecar says."""
-    given = setting("TRTLLM_VERSION")
-    return f"{engine(engine_name).PACKAGE} {given}" if given else found.release
+    """Engine and version without asking a node: the engine's setting, else the sidecar's word."""
+    served = engine(engine_name)
+    given = setting(served.VERSION) if served.VERSION else ""
+    return f"{served.PACKAGE} {given}" if given else found.release
 
 
 def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
@@ -218,7 +220,11 @@ def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
     release = next(iter(held), "")
     name, _, version = release.partition(" ")
     if release and name != plan.engine.PACKAGE:
-        die(f"the image holds {release}, not {plan.engine.TITLE}", hint="give another --image")
+        where = "the image holds" if plan.tag else "the nodes have"
+        other = "give another --image" if plan.tag else "put another one into their PATH"
+        named = [f"--engine {each}, or" for each in NAMES if name == engine(each).PACKAGE]
+        what = f"{where} {release}, not {plan.engine.TITLE}"
+        die(what, hint=" ".join([*named, other]))
     replicas = (
         replace(each, args=tuple(plan.engine.settle(each.args, version))) for each in plan.replicas
     )
@@ -230,7 +236,8 @@ def paths_of(replica: Replica, engine: Engine) -> list[Path]:
 
 
 def wanted_of(plan: Plan, found: Image, world: int = 0) -> Wanted:
-    head, program = plan.replicas[0], plan.engine.PROGRAM
+    head = plan.replicas[0]
+    program = plan.command(head)[0]
     made = [path for _, path in plan.caches]  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(head, plan.engine)))

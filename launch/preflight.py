@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.talk import HEARTBEAT, Failure, counted, die, say
 from launch import slurm
+from launch.engines import packages
 from launch.findings import Finding, Node, Wanted
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
@@ -34,7 +35,7 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     paths = [*wanted.paths, *([str(tarball)] if tarball else [])]
     paths += [wanted.probe] if wanted.probe else []
     what = wanted.runtime, wanted.port, tag, wanted.program, paths
-    return Command(place.every, Survey(*what, ask_release=wanted.ask_release))
+    return Command(place.every, Survey(*what, packages() if wanted.ask_release else []))
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:

@@ -5,6 +5,7 @@ import time
 
 from common.talk import die, say
 from launch import slurm
+from launch.engines import packages
 from launch.image import ECR, SLOWEST, Image
 from launch.node import messages
 from launch.node.images import Forget, Load, Pull
@@ -19,12 +20,12 @@ def provide_command(
     image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
 ) -> Command:
     """For the first `nodes` nodes, those that serve; 0: all."""
-    where = place.on(nodes or place.size)
+    where, asked = place.on(nodes or place.size), packages() if ask_release else []
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
-        return Command(where, Pull(image.tag, login, ask_release))
+        return Command(where, Pull(image.tag, login, asked))
     what = str(image.tarball), image.tag, list(image.ids), image.layers, image.codec
-    return Command(where, Load(*what, image.packed, image.diff_ids, ask_release))
+    return Command(where, Load(*what, image.packed, image.diff_ids, asked))
 
 
 def forget_command(image: Image, place: Place, nodes: int = 0) -> Command:

@@ -2,26 +2,31 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.settings import setting
 from common.talk import counted, die, say
+from launch.address import address_of
 from launch.engines import World
 from launch.findings import Node
 from launch.nodes import Place, run
 
+NO_MPI = "none"  # srun's word
+
 
 @dataclass(frozen=True)
 class Spread:
-    """The shape of an MPI world: `ranks` on each of `nodes` nodes, wired up by `mpi`."""
+    """`ranks` processes on each of `nodes` nodes, wired up by `mpi`; by the engine where none."""
 
     nodes: int
     ranks: int
     mpi: str
+    head: str = field(default="", compare=False)  # the first node's address, for the others
 
     def ranks_of(self, index: int) -> str:
-        return f"ranks {index * self.ranks}-{(index + 1) * self.ranks - 1}"
+        first, last = index * self.ranks, (index + 1) * self.ranks - 1
+        return f"ranks {first}-{last}" if first < last else f"rank {first}"
 
 
 def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) -> bool:
@@ -30,7 +35,7 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
         return False
     wants = f"the world size is {world}, but"
     if world.size > sum(gpus):
-        hint = "allocate more, or lower --tp_size/--pp_size (the YAML of --config wins)"
+        hint = "allocate more, or lower the tensor or pipeline parallel size (also in the YAML)"
         whole = f"the {len(gpus)} nodes of the job have" if gpus[1:] else f"{head} has"
         die(f"{wants} {whole} only {counted(sum(gpus), 'GPU')}", hint=hint)
     if world.size <= gpus[0]:
@@ -42,13 +47,19 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
 
 
 def find_spread(
-    world: World, nodes: Sequence[Node], over_nodes: bool, prefix: Sequence[str] = ()
+    world: World,
+    nodes: Sequence[Node],
+    over_nodes: bool,
+    prefix: Sequence[str] = (),
+    *,
+    mpi: bool = True,
 ) -> Spread | None:
     """How the world lies over the nodes; None where the first node holds it all."""
     gpus = [node.gpus for node in nodes]
     if not is_spread(world, gpus, nodes[0].name, over_nodes):
         return None
-    return spread_over(world, gpus, choose_mpi(setting("MPI"), prefix))
+    kind = choose_mpi(setting("MPI"), prefix) if mpi else NO_MPI
+    return replace(spread_over(world, gpus, kind), head=address_of(nodes[0]))
 
 
 def check_logs(spread: Spread | None, workspace: Path) -> None:
@@ -67,7 +78,7 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
     each, why = gpus[0], f"which does not fill nodes of {gpus[0]} GPUs evenly"
     if world.size % each:
         die(f"the world size is {world}, {why}", hint=f"choose a multiple of {each}")
-    return Spread(world.size // each, each, mpi)
+    return Spread(world.size // each, 1 if mpi == NO_MPI else each, mpi)
 
 
 def choose_mpi(asked: str, prefix: Sequence[str] = ()) -> str:
@@ -104,7 +115,9 @@ def pick_mpi(offered: str) -> str:
     die(f"this Slurm has no PMIx plug-in {quoted(offered)}", hint=hint)
 
 
-def expect_spread(world: World, place: Place, over_nodes: bool) -> Spread | None:
+def expect_spread(
+    world: World, place: Place, over_nodes: bool, *, mpi: bool = True
+) -> Spread | None:
     """The spread by what Slurm says of the job, for --dry-run, which asks no node."""
     shares = place.allocation.shares
     if not place.slurm:
@@ -116,9 +129,11 @@ def expect_spread(world: World, place: Place, over_nodes: bool) -> Spread | None
     gpus = [share.count for share in shares.values()]
     if not is_spread(world, gpus, "each node", over_nodes):
         return None
-    mpi = setting("MPI")
-    refuse_others(mpi)
-    return spread_over(world, gpus, "pmix" if mpi == "auto" else mpi)
+    kind = setting("MPI") if mpi else NO_MPI
+    if mpi:
+        refuse_others(kind)
+    spread = spread_over(world, gpus, "pmix" if kind == "auto" else kind)
+    return replace(spread, head=place.allocation.nodes[0])
 
 
 def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
@@ -126,5 +141,6 @@ def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
     if not spread:
         return f"world size {world}: all ranks on {nodes[0].name}"
     names = ", ".join(node.name for node in nodes[: spread.nodes])
-    where = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
+    ranks = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
+    where = f"a process on each of {names}" if spread.mpi == NO_MPI else ranks
     return f"world size {world}: {where}; {nodes[0].name} serves"

@@ -483,14 +483,14 @@ words = iter(words)
 if count < len(faults["nodes"]):
     flag(words, "--relative=0")
 output, command = "", list(words)
-if mpi != "none":
+if mpi != "none" or command[:1] == ["--overcommit"]:  # processes of a server
     if next(words := iter(command), "") != "--overcommit":
         fail("srun: error: Unable to create step: More processors requested than permitted", 64)
     flag(words, "--distribution=block")
     flag(words, "--kill-on-bad-exit=1")
     flag(words, "--open-mode=append")
     output, command = flag(words, "--output"), list(words)
-    if mpi not in ("pmix", "pmix_v4"):
+    if mpi not in ("pmix", "pmix_v4", "none"):
         fail(f"srun: error: Couldn't find the specified plugin name for mpi/{mpi}")
 elif per_node != 1:
     unknown()
@@ -505,10 +505,10 @@ for rank in range(total):
     node = nodes[rank // per_node]
     if node not in faults.get("mute", []):
         there = {"SLURMD_NODENAME": node, "SLURM_NODEID": str(rank // per_node),
+                 "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(total),
                  "SLURM_STEP_GPUS": "" if given == "--gres=none" else faults.get("gpus", "0")}
         if mpi != "none":
-            there |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(total),
-                      "PMIX_RANK": str(rank), "PMIX_SERVER_URI4": "pmix-server;tcp4://x"}
+            there |= {"PMIX_RANK": str(rank), "PMIX_SERVER_URI4": "pmix-server;tcp4://x"}
         else:
             there |= {"PMI_RANK": str(rank)}
         sink = Path(output.replace("%t", str(rank))).open("ab") if output else None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import image_check
-from launch.image_check import Check
+from launch.engines import trtllm_image_check as image_check
+from launch.engines.trtllm_image_check import Check
 
 
 def program(directory: Path, name: str, text: str) -> None:

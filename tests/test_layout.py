@@ -26,11 +26,17 @@ SHELL_INSIDE = "launch/node/inside.py"  # runs in containers whose image may hav
 STANDALONE: dict[str, set[str]] = {
     "test.py": {"requests", "dotenv"},
     "save_image.py": {"dotenv"},
-    "launch/image_check.py": set(),  # inside an image
+    "launch/engines/trtllm_image_check.py": set(),  # inside an image
     **{str(p.relative_to(ROOT)): {"launch.node"} for p in (ROOT / "launch/node").glob("*.py")},
 }
 INNER = {
-    "launch/engines": {"common", "launch.arguments", "launch.engines", "launch.options", "yaml"}
+    "launch/engines": {
+        "common",
+        "launch.arguments",
+        "launch.config_file",
+        "launch.engines",
+        "launch.options",
+    }
 }
 
 

@@ -32,7 +32,7 @@ from launch.node.facts import Survey
 from launch.node.images import Forget, Load, Pull
 from launch.node.messages import Facts
 from launch.node.port import AwaitPort
-from launch.node.world import Hold, Rank
+from launch.node.world import Hold, Part, Rank
 from launch.nodes import Place
 from launch.order import BOOT, MESSAGES, TOO_OLD, Command, Told, folded, parse, parts_of, source
 from launch.runtimes import bare, docker
@@ -61,6 +61,7 @@ ORDERS = [
     Serve(*CONTAINER),
     Hold(*CONTAINER),
     Rank("trtllm-1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve"),
+    Part("vllm-1", "/fsx", ["vllm", "serve", "m"], parts=[["--node-rank", "0"]]),
     Remove("host/boot/1:5:6"),
     Reap(["abc"]),
     AskOwner("0.0.0.0", 8000, "trtllm-1"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.talk import Failure
+from launch.engines import engine
 from launch.engines.trtllm import config_of
 from launch.plan import (
     check_mounted,
@@ -164,7 +165,8 @@ def test_every_cache_of_hugging_face_is_a_directory_to_mount(
     monkeypatch.setenv("HOME", "/h")
     monkeypatch.delenv("HF_HOME", raising=False)
     environ = {"HF_HUB_CACHE": "/scratch/hub", "HF_XET_CACHE": "~/x", "HF_DATASETS_CACHE": ""}
-    assert find_caches({**environ, "HF_TOKEN": "x", "HF_HUB_OFFLINE": "1"}) == (
+    environ |= {"HF_TOKEN": "x", "HF_HUB_OFFLINE": "1"}
+    assert find_caches(environ, engine("trtllm")) == (
         ("HF_HOME", "/h/.cache/huggingface"),
         ("HF_HUB_CACHE", "/scratch/hub"),
         ("HF_XET_CACHE", "/h/x"),

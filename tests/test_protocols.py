@@ -9,11 +9,11 @@ from typing import Any, get_origin, get_type_hints
 import pytest
 
 from launch import engines, runtimes
-from launch.engines import Engine, engine, trtllm
+from launch.engines import Engine, engine, every, sglang, trtllm, vllm
 from launch.runtimes import NAMES, Runtime, bare, docker, runtime
 
 # mypy holds these against the protocols, types and all.
-ENGINES: dict[str, Engine] = {"trtllm": trtllm}
+ENGINES: dict[str, Engine] = {"sglang": sglang, "trtllm": trtllm, "vllm": vllm}
 RUNTIMES: dict[str, Runtime] = {"bare": bare, "docker": docker}
 
 
@@ -38,7 +38,8 @@ def gaps(module: object, protocol: type) -> list[str]:
 
 
 def test_every_file_of_the_folders_is_one() -> None:
-    assert {module.name for module in iter_modules(engines.__path__)} == ENGINES.keys()
+    assert sorted(ENGINES) == engines.NAMES
+    assert every() == [trtllm, sglang, vllm]
     assert {module.name for module in iter_modules(runtimes.__path__)} == RUNTIMES.keys()
     assert sorted(RUNTIMES) == NAMES
 

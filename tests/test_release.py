@@ -15,6 +15,7 @@ import pytest
 
 import save_image
 from common.talk import Failure
+from launch.engines import packages
 from launch.image import Image, read_tarball
 from launch.node import release
 from launch.order import PARTS, needed
@@ -37,13 +38,17 @@ def node(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return fakes
 
 
+def release_of(image: str) -> str:
+    return release.release_of(image, packages())
+
+
 def asked(node: Fakes) -> int:
     return len(node.calls("docker", "run"))
 
 
 def test_our_label_tells_it(node: Fakes) -> None:
     node.hold_image(labels=OURS)
-    assert release.release_of(ID) == "tensorrt_llm 1.2.1"
+    assert release_of(ID) == "tensorrt_llm 1.2.1"
     assert asked(node) == 0
 
 
@@ -51,31 +56,31 @@ def test_our_label_tells_it(node: Fakes) -> None:
 def test_an_image_without_our_label_is_asked_once(node: Fakes, labels: Any) -> None:
     node.hold_image(labels=labels)
     node.set(asked="tensorrt_llm 1.1.0\nvllm 0.11.0")
-    assert [release.release_of(ID) for _ in "12"] == ["tensorrt_llm 1.1.0"] * 2
+    assert [release_of(ID) for _ in "12"] == ["tensorrt_llm 1.1.0"] * 2
     assert asked(node) == 1
     node.hold_image(identity="sha256:new", labels=labels)
     node.set(asked="tensorrt_llm 1.2.1")
-    assert release.release_of("sha256:new") == "tensorrt_llm 1.2.1"
+    assert release_of("sha256:new") == "tensorrt_llm 1.2.1"
 
 
 def test_that_an_image_has_none_is_remembered_too(node: Fakes) -> None:
     node.set(asked="")
-    assert [release.release_of(ID) for _ in "12"] == ["", ""]
+    assert [release_of(ID) for _ in "12"] == ["", ""]
     assert asked(node) == 1
 
 
 def test_a_question_that_fails_is_asked_again(node: Fakes) -> None:
-    assert [release.release_of(ID) for _ in "12"] == ["", ""]
+    assert [release_of(ID) for _ in "12"] == ["", ""]
     assert asked(node) == 2
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff", b"tensorrt_llm", b"tensorrt_llm 1.1.0\nmore"])
 def test_a_spoiled_memory_is_none(node: Fakes, text: bytes) -> None:
     node.set(asked="tensorrt_llm 1.1.0")
-    release.release_of(ID)
+    release_of(ID)
     [path] = node.home.glob(".cache/tensorrt-llm-serve/releases/*")
     path.write_bytes(text)
-    assert release.release_of(ID) == "tensorrt_llm 1.1.0"
+    assert release_of(ID) == "tensorrt_llm 1.1.0"
     assert asked(node) == 2
 
 
@@ -84,7 +89,7 @@ def test_without_a_home_it_is_asked_all_the_same(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
     node.set(asked="tensorrt_llm 1.1.0")
-    assert release.release_of(ID) == "tensorrt_llm 1.1.0"
+    assert release_of(ID) == "tensorrt_llm 1.1.0"
 
 
 def test_an_image_that_does_not_answer_leaves_no_container(
@@ -92,11 +97,11 @@ def test_an_image_that_does_not_answer_leaves_no_container(
 ) -> None:
     monkeypatch.setattr(release, "ASK_PATIENCE", 3)
     node.set(asked="hangs")
-    assert release.release_of(ID) == ""
+    assert release_of(ID) == ""
     assert node.calls("docker", "rm", "--force") and node.containers() == []
 
 
-def packages(where: Path, **versions: str) -> Path:
+def installed(where: Path, **versions: str) -> Path:
     """A directory in which Python finds these packages."""
     for name, version in versions.items():
         (where / f"{name}-{version}.dist-info").mkdir(parents=True)
@@ -108,7 +113,7 @@ def packages(where: Path, **versions: str) -> Path:
 def test_a_program_of_the_node_is_asked_through_its_own_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = packages(tmp_path / "p", vllm="0.11.0", tensorrt_llm="1.2.1")
+    here = installed(tmp_path / "p", vllm="0.11.0", tensorrt_llm="1.2.1")
     monkeypatch.setenv("PYTHONPATH", str(here))
     program = tmp_path / "trtllm-serve"
     for text, found in {
@@ -120,18 +125,18 @@ def test_a_program_of_the_node_is_asked_through_its_own_python(
         "": "",
     }.items():
         program.write_text(text)
-        assert release.release_here(str(program)) == found, text
-    assert release.release_here(str(tmp_path / "none")) == ""
+        assert release.release_here(str(program), packages()) == found, text
+    assert release.release_here(str(tmp_path / "none"), packages()) == ""
 
 
 def test_save_image_asks_as_the_nodes_do() -> None:
-    assert (save_image.QUESTION, save_image.ENGINES) == (release.QUESTION, release.PACKAGES)
+    assert (save_image.QUESTION, list(save_image.ENGINES)) == (release.QUESTION, packages())
     assert save_image.ASK == release.ASK
 
 
 def test_the_question_is_answered_in_a_line_a_package(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(packages(tmp_path, sglang="0.5.3", vllm="0.11.0"))}
-    command = [sys.executable, "-c", release.QUESTION, *release.PACKAGES]
+    env = {"PYTHONPATH": str(installed(tmp_path, sglang="0.5.3", vllm="0.11.0"))}
+    command = [sys.executable, "-c", release.QUESTION, *packages()]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert release.first_release(done.stdout) == "sglang 0.5.3"
 

@@ -1167,6 +1167,67 @@ def test_runtime_bare_serves_without_docker(fakes: Fakes, launch: Launcher) -> N
     assert started.stop() == 130
 
 
+# A small stand-in for other engines: what it was told is kept, and the simulator serves.
+OTHER_ENGINE = """
+import json, os, sys, time
+rank, words = os.environ.get("SLURM_PROCID", ""), sys.argv[1:]
+with open(os.path.join(os.environ["FAKE_HOME"], f"told{rank}.json"), "w") as file:
+    json.dump(words, file)
+if "--headless" in words:
+    time.sleep(600)
+port = words[words.index("--port") + 1]
+serve = [os.environ["FAKE_SIMULATOR"], "org/m", "--host", "0.0.0.0", "--port", port]
+os.execv(sys.executable, ["python3", *serve])
+"""
+
+
+def told(fakes: Fakes, rank: str = "") -> list[str]:
+    return list(json.loads((fakes.home / f"told{rank}.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("engine", "program", "words"),
+    [
+        ("vllm", "vllm", "serve org/m --tensor-parallel-size 2 --x y"),
+        ("sglang", "python3", "-m sglang.launch_server --model-path org/m --tp-size 2 --x y"),
+    ],
+)
+def test_another_engine_without_docker(
+    fakes: Fakes, launch: Launcher, engine: str, program: str, words: str
+) -> None:
+    fakes.without("docker")
+    fakes.program(program, OTHER_ENGINE)
+    started = launch("org/m", "--x", "y", ENGINE=engine, RUNTIME="bare", TP="2")
+    started.until("stop it with")
+    assert " ".join(told(fakes)).startswith(f"{words} --host 0.0.0.0 --port ")
+    title = {"vllm": "vLLM", "sglang": "SGLang"}[engine]
+    assert f"serves org/m, {title}\n" in started.output
+    assert f"{title}, TP 2: world size 2 (tp 2 x pp 1 x cp 1): all ranks on" in started.output
+    assert "not known here" not in started.output
+    assert started.stop() == 130
+
+
+def test_another_engines_own_image_is_what_is_served_from(fakes: Fakes, launch: Launcher) -> None:
+    fakes.program("vllm", OTHER_ENGINE)
+    image = "docker.io/vllm/vllm-openai:latest"
+    fakes.set(asked="vllm 0.32.0+cpu", labels=None, pulls="sha256:vllm")
+    started = launch("org/m", "--engine", "vllm", VLLM_LOGGING_LEVEL="DEBUG")
+    started.until("stop it with")
+    [run] = (each for each in fakes.calls("docker", "run") if "--label" in str(each))
+    assert image in run and "--env=VLLM_LOGGING_LEVEL" in run
+    assert f"--env=VLLM_CACHE_ROOT={fakes.home}/.cache/vllm" in run
+    assert "serves org/m, vLLM 0.32.0+cpu\n" in started.output
+    assert started.stop() == 130
+
+
+def test_an_image_of_another_engine_says_how_it_is_served(fakes: Fakes, launch: Launcher) -> None:
+    fakes.hold_image(labels=None)
+    fakes.set(asked="vllm 0.32.0")
+    words = error(launch("m"))
+    assert words.startswith("the image holds vllm 0.32.0, not TensorRT-LLM\n")
+    assert "next: --engine vllm, or give another --image" in words
+
+
 def test_status_shows_and_stop_stops_what_runs(fakes: Fakes, launch: Launcher) -> None:
     none = launch("--status")
     assert none.code() == 1 and "nothing runs from" in none.output
@@ -1336,6 +1397,25 @@ def spread(fakes: Fakes, launch: Launcher) -> Iterator[Launcher]:
     with socket.create_server(("0.0.0.0", 0)) as slurmd:
         yield start
     assert list(fakes.temporary.iterdir()) == []
+
+
+def test_an_engine_that_spreads_by_itself_gets_a_process_a_node(
+    fakes: Fakes, spread: Launcher
+) -> None:
+    fakes.program("vllm", OTHER_ENGINE)
+    for node in ("localhost", "127.0.0.2"):
+        fakes.hold_image(node=node, labels=None)
+    words = ("org/m", "-tp", "4", "--engine", "vllm", "--image", TAG)
+    started = spread(*words, asked="vllm 0.32.0")
+    started.until("stop it with ^C or make stop JOB=77\n")
+    said = "world size 4 (tp 4 x pp 1 x cp 1): a process on each of localhost, 127.0.0.2; localhost"
+    assert said in started.output
+    common, head = "--nnodes 2 --node-rank", "--master-addr"
+    assert f"{common} 0 {head}" in " ".join(told(fakes, "0"))
+    assert f"{common} 1 {head}" in " ".join(told(fakes, "1"))
+    assert told(fakes, "1")[-1] == "--headless" != told(fakes, "0")[-1]
+    assert fakes.calls("srun", "--mpi=list") == []
+    assert started.stop() == 130
 
 
 def test_a_world_of_two_nodes_serves_until_interrupted(fakes: Fakes, spread: Launcher) -> None:

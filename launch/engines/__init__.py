@@ -1,29 +1,49 @@
 """Engines: a file each, with the names of `Engine`. `ls` says which there are.
 
-Imports common/, launch/arguments.py and launch/options.py.
+Imports common/ and launch's arguments.py, config_file.py and options.py. A file with a _ in its
+name is no engine: it belongs to one.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from pkgutil import iter_modules
 from re import Pattern
 from typing import Protocol, cast
+
+from common.settings import default_of
+
+NAMES = sorted(each.name for each in iter_modules(__path__) if "_" not in each.name)
+DEFAULT = default_of("ENGINE")
+FINAL = frozenset({2, 126, 127})  # exit codes that another start would end with, too
+# Parts of what loggers put before a line.
+LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|TRACE|SUCCESS)"
+DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
 
 
 @dataclass(frozen=True)
 class World:
-    """Tensor, pipeline and context parallel size; their product is the number of ranks."""
+    """Tensor, pipeline, context and data parallel size; their product is how many GPUs it needs."""
 
     tp: int
     pp: int
-    cp: int
+    cp: int = 1
+    dp: int = 1
 
     @property
     def size(self) -> int:
-        return self.tp * self.pp * self.cp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def shape(self) -> str:
+        """In the words of the field: `TP 8 x PP 2`."""
+        sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "DP": self.dp}
+        return " x ".join(f"{k} {v}" for k, v in sizes.items() if v > 1) or "one GPU"
 
     def __str__(self) -> str:
-        return f"{self.size} (tp {self.tp} x pp {self.pp} x cp {self.cp})"
+        dp = f" x dp {self.dp}" if self.dp > 1 else ""
+        return f"{self.size} (tp {self.tp} x pp {self.pp} x cp {self.cp}{dp})"
 
 
 class Engine(Protocol):
@@ -31,15 +51,20 @@ class Engine(Protocol):
 
     TITLE: str  # its name for people
     PACKAGE: str  # and among Python's packages, by which an image is known to have it
-    PROGRAM: str  # what serves
-    LEADER: str  # what a rank of several is started by
+    PROGRAM: str  # what serves, for people
+    IMAGE: str  # its makers', which is served from where none is asked for and we build none
+    VERSION: str  # the setting that says which version it is; '': there is none
+    CACHES: Mapping[str, str]  # variables that name its caches, which are mounted, and defaults
+    TP: Sequence[str]  # the flags for the tensor parallel size
+    LEADER: str  # what a rank of an MPI world is started by; '': it is one process a node
     LEADER_MARK: str  # and known by among the processes
+    STARTS: str  # a line of its log with which a server begins
+    PREFIXES: Sequence[str]  # what its loggers put before a line
+    COUNTERS: str  # what the names of its counters on /metrics begin with
     WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
-    MEANINGS: Mapping[int, str]  # of its exit codes
-    FINAL: Collection[int]  # exit codes that another start would end with, too
 
     def read(self, words: Sequence[str], port: str) -> tuple[str | None, list[str], int]: ...
-    def binds_first(self, version: str) -> bool: ...  # whether it has the port before it loads
+    def binds_first(self, version: str) -> bool: ...  # whether a port still in use ends it at once
     def ready_words(self, version: str) -> bytes: ...  # the log, once it listens
     def command(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def names_of(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
@@ -47,6 +72,37 @@ class Engine(Protocol):
     def check(self, args: Sequence[str]) -> tuple[str, World]: ...
     def settle(self, args: Sequence[str], version: str) -> list[str]: ...
 
+    # What one of `nodes` processes is given besides, where there is no LEADER.
+    def part(self, args: Sequence[str], index: int, nodes: int, head: str) -> list[str]: ...
+
 
 def engine(name: str) -> Engine:
     return cast(Engine, import_module(f"{__name__}.{name}"))
+
+
+@cache
+def every() -> Sequence[Engine]:
+    """All that there are, the default one first."""
+    return [engine(name) for name in sorted(NAMES, key=lambda name: (name != DEFAULT, name))]
+
+
+def packages() -> list[str]:
+    """By which a node knows what an image holds: the first one there is it.
+
+    That of our own image comes first, and SGLang's before vLLM's, which its image may have, too.
+    """
+    return [each.PACKAGE for each in every()]
+
+
+def meanings(program: str) -> dict[int, str]:
+    """What its exit codes mean, most of them those of a shell or a container's runtime."""
+    return {
+        0: "though nobody stopped it",
+        2: "it refused its arguments",
+        125: "docker itself failed",
+        126: f"{program} cannot be executed",
+        127: f"{program} was not found",
+        137: "killed",
+        139: "segmentation fault",
+        143: "terminated",
+    }

@@ -2,32 +2,36 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.talk import die, misused, say
-from launch.arguments import flags_of, is_count, split_models, value_of, without_value
-from launch.engines import World
+from launch.arguments import (
+    flags_of,
+    is_count,
+    split_models,
+    value_of,
+    with_address,
+    without_value,
+)
+from launch.config_file import read_config
+from launch.engines import LEVEL, World
 from launch.options import Check, first_name, union, versions
 
 TITLE, PACKAGE, PROGRAM = "TensorRT-LLM", "tensorrt_llm", "trtllm-serve"
+IMAGE, VERSION = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0", "TRTLLM_VERSION"
+CACHES: Mapping[str, str] = {}
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
 WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
     rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
 )
-MEANINGS: Mapping[int, str] = {
-    0: "though nobody stopped it",
-    2: "it refused its arguments",
-    125: "docker itself failed",
-    126: f"{PROGRAM} cannot be executed",
-    127: f"{PROGRAM} was not found",
-    137: "killed",
-    139: "segmentation fault",
-    143: "terminated",
-}
-FINAL: Collection[int] = {2, 126, 127}  # would be so again
+STARTS, COUNTERS = "TensorRT-LLM version: ", "trtllm"
+PREFIXES: Sequence[str] = (
+    r"\[TRT-LLM\] (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?",
+    rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
+)
 
 # 1.1.0 knows only the long name; from 1.2 on `--config` is the first name, and both are known.
 CONFIG_FLAGS = ("--config", "--extra_llm_api_options")
@@ -42,6 +46,7 @@ MOE_SIZES: dict[str, tuple[str, ...]] = {
     "moe_expert_parallel_size": ("--ep_size", "--moe_expert_parallel_size"),
     "moe_cluster_parallel_size": (),  # in the YAML only: it has flags, without effect
 }
+TP: Sequence[str] = SIZES["tensor_parallel_size"]
 CLUSTER_FLAGS = ("--cluster_size", "--moe_cluster_parallel_size")
 # Of every version: which one it will be is not known yet where a command line is read.
 FLAGS, SWITCHES = union("trtllm", "flags"), union("trtllm", "switches")
@@ -56,14 +61,7 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
     if models[1:]:
         number = "two" if len(models) == 2 else len(models)
         misused(f"one MODEL, not {number}: {', '.join(models[1:])}")
-    port = value_of(args, "--port") or port
-    if not is_count(port) or int(port) > 65535:
-        die(f"the port is {port!r}, not a number from 1 to 65535")
-    if value_of(args, "--host") is None:
-        args += ["--host", "0.0.0.0"]
-    if value_of(args, "--port") is None:
-        args += ["--port", port]
-    return next(iter(models), None), args, int(port)
+    return next(iter(models), None), *with_address(args, port)
 
 
 def ready_words(version: str) -> bytes:
@@ -105,26 +103,8 @@ def rename_config(args: Sequence[str]) -> list[str]:
     return list(renamed)
 
 
-def read_config(path: str) -> dict[str, Any] | None:
-    """The engine's YAML; None where it is empty. Failure where it is anything but a mapping."""
-    import yaml
-
-    try:
-        config = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        die(f"cannot read the config file {path}: {error.strerror}")
-    except RecursionError:
-        die(f"the config file {path} is not YAML: nested too deeply")
-    except (
-        yaml.YAMLError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # a date that is none
-        die(f"the config file {path} is not YAML: {' '.join(str(error).split())[:300]}")
-    if not isinstance(config, dict | None):
-        die(f"the config file {path} is not a mapping of settings")
-    return config
+def part(args: Sequence[str], index: int, nodes: int, head: str) -> list[str]:
+    raise NotImplementedError("its LEADER tells each rank")
 
 
 # --- the world that it needs ----------------------------------------------------------------------
@@ -172,11 +152,7 @@ def check_moe(settings: Mapping[str, Any]) -> None:
 
 def name_of(settings: Mapping[str, Any]) -> str:
     """The strategy in the words of the field: `TP 8 x PP 2, attention DP, EP 8`."""
-    shape = {
-        short: size_of(settings, f"{long}_parallel_size")
-        for short, long in (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"))
-    }
-    words = [" x ".join(f"{k} {v}" for k, v in shape.items() if v > 1) or "one GPU"]
+    words = [find_world(settings).shape]
     words += ["attention DP"] if settings.get("enable_attention_dp") else []
     ep = size_of(settings, "moe_expert_parallel_size")
     moe_tp = size_of(settings, "moe_tensor_parallel_size")
@@ -211,7 +187,7 @@ def settle(args: Sequence[str], version: str) -> list[str]:
         )
         say(f"{what} not known here: the engine itself checks what it is given")
         return args
-    check = Check("trtllm", PROGRAM, version)
+    check = Check("trtllm", PROGRAM, version, VERSION)
     check.flags(args)
     if (path := config_of(args)) is not None:
         config = check_config(path, version)

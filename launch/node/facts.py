@@ -37,7 +37,7 @@ class Survey:
     tag: str
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
-    ask_release: bool = False  # which engine and version there are, too
+    packages: list[str] = field(default_factory=list)  # of engines: which is there, and its version
 
     def __call__(self) -> int:
         facts = Facts(
@@ -54,9 +54,10 @@ class Survey:
             facts.engine = shutil.which(self.program) or ""
         else:
             ask_docker(facts, self.tag)
-        if self.ask_release:
-            found = release_of(facts.image) if facts.image else ""
-            facts.release = release_here(facts.engine) if facts.engine else found
+        if self.packages and facts.engine:
+            facts.release = release_here(facts.engine, self.packages)
+        elif self.packages and facts.image:
+            facts.release = release_of(facts.image, self.packages)
         tell(facts)
         return 0
 

@@ -34,7 +34,7 @@ class Load:
     codec: str
     size: int = 0  # of the tarball, as the launcher has seen it; 0: it has not
     diff_ids: str = ""  # what has just been loaded is known by these, too
-    ask_release: bool = False  # which engine and version it holds, too
+    packages: list[str] = field(default_factory=list)  # of engines: which one it holds, too
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
@@ -42,7 +42,7 @@ class Load:
         if not self.get_lock():
             return STOPPED
         if identity := self.known(self.layers):
-            return present(identity, self.ask_release)
+            return present(identity, self.packages)
         try:
             source = os.open(self.tarball, os.O_RDONLY)
         except OSError as error:
@@ -106,7 +106,7 @@ class Load:
         if loaded:
             return fail(f"docker load: {said}")
         if identity := self.known(self.diff_ids or self.layers):
-            return present(identity, self.ask_release)
+            return present(identity, self.packages)
         return fail(f"the tarball was loaded, but {self.tag} is not the image that it should hold")
 
     def wait(self, source: int) -> bool:
@@ -118,10 +118,10 @@ class Load:
                 tell(Progress(os.lseek(source, 0, os.SEEK_CUR)))
 
 
-def present(identity: str, ask_release: bool) -> int:
+def present(identity: str, packages: list[str]) -> int:
     tell(Present(identity))
-    if ask_release:
-        tell(Holds(release_of(identity)))
+    if packages:
+        tell(Holds(release_of(identity, packages)))
     return 0
 
 
@@ -158,7 +158,7 @@ class Pull:
 
     reference: str
     login: str = ""  # the registry to log in to, as AWS
-    ask_release: bool = False
+    packages: list[str] = field(default_factory=list)
 
     def __call__(self) -> int:
         password = sys.stdin.buffer.readline().rstrip(b"\n") if self.login else b""
@@ -178,7 +178,7 @@ class Pull:
         if code:
             return stopped_or(code, f"docker pull {self.reference}: {said}")
         inspect = ["docker", "image", "inspect", "--format", "{{.Id}}", self.reference]
-        return present(ask(*inspect)[1], self.ask_release)
+        return present(ask(*inspect)[1], self.packages)
 
 
 def stopped_or(code: int, why: str) -> int:

@@ -61,7 +61,7 @@ class Present:
 
 @dataclass
 class Holds:
-    """Engine and version that the image holds, `tensorrt_llm 1.2.1`; '' where it does not say."""
+    """Engine and version that the image holds, `package 1.2.1`; '' where it does not say."""
 
     release: str
 

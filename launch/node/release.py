@@ -11,7 +11,6 @@ import time
 
 from launch.node.base import TIMED_OUT, ask
 
-PACKAGES = ("tensorrt_llm", "sglang", "vllm")  # of the engines; SGLang's image may have vLLM's, too
 TITLE_LABEL, OUR_TITLE = "org.opencontainers.image.title", "tensorrt-llm-serve"  # our Dockerfile's
 VERSION_LABEL = "org.opencontainers.image.version"  # which a base image has, too: Ubuntu's
 QUESTION = "import sys, importlib.metadata as m; " + (
@@ -24,20 +23,23 @@ NO_ENGINE = "none 0"  # remembered of an image that has none
 ASK_PATIENCE = 20.0  # seconds; a cold disk may take some of them
 
 
-def release_of(image: str) -> str:
-    """Engine and version, `tensorrt_llm 1.2.1`, of the image with this id; '': it does not say."""
+def release_of(image: str, packages: list[str]) -> str:
+    """Engine and version, `package 1.2.1`, of the image with this id; '': it does not say.
+
+    `packages` are those of the engines, that of our own image first.
+    """
     inspect = ("docker", "image", "inspect", "--format", "{{json .Config.Labels}}", image)
     with contextlib.suppress(ValueError, AttributeError):
         labels = json.loads(ask(*inspect)[1])
         if labels.get(TITLE_LABEL) == OUR_TITLE and labels.get(VERSION_LABEL):
-            return f"{PACKAGES[0]} {labels[VERSION_LABEL]}"
+            return f"{packages[0]} {labels[VERSION_LABEL]}"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = os.path.join(cache, "tensorrt-llm-serve", "releases", image.replace("/", "-"))
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
         if (said := file.read(200)) and said == first_release(said):
             return "" if said == NO_ENGINE else said
     name = f"tensorrt-llm-serve-asks-{os.getpid()}-{time.time_ns()}"
-    code, said = ask_python("docker", "run", "--name", name, *ASK, image)
+    code, said = ask_python(packages, "docker", "run", "--name", name, *ASK, image)
     if code == TIMED_OUT:
         ask("docker", "rm", "--force", name)
     found = "" if code else first_release(said)
@@ -46,18 +48,20 @@ def release_of(image: str) -> str:
     return found
 
 
-def release_here(program: str) -> str:
-    """The same of a program of this node: its first line names the Python it runs with."""
+def release_here(program: str, packages: list[str]) -> str:
+    """The same of a program of this node: a Python, or one whose first line names its Python."""
+    if os.path.basename(program).startswith("python"):
+        return first_release(ask_python(packages, program)[1])
     with contextlib.suppress(OSError, ValueError), open(program, encoding="utf-8") as file:
         line = file.readline(1000)
         if line.startswith("#!") and "python" in line:
-            return first_release(ask_python(*line[2:].split())[1])
+            return first_release(ask_python(packages, *line[2:].split())[1])
     return ""
 
 
-def ask_python(*command: str) -> tuple[int, str]:
+def ask_python(packages: list[str], *command: str) -> tuple[int, str]:
     null = subprocess.DEVNULL
-    return ask(*command, "-c", QUESTION, *PACKAGES, timeout=ASK_PATIENCE, stderr=null)
+    return ask(*command, "-c", QUESTION, *packages, timeout=ASK_PATIENCE, stderr=null)
 
 
 def first_release(said: str) -> str:

@@ -80,8 +80,8 @@ class Rank:
     name: str  # of the container, less the node's
     cwd: str
     command: list[str]  # the leader and the engine it leads
-    leader: str  # by which it is known among the container's processes
-    engine: str
+    leader: str = ""  # by which it is known among the container's processes
+    engine: str = ""
     look_every: float = 1
     ends: Ends = field(default_factory=Ends)
 
@@ -134,6 +134,20 @@ class Rank:
             return None
         lines = [line for line in processes.splitlines() if self.leader not in line]
         return any(self.engine in line for line in lines)
+
+
+@dataclass
+class Part(Rank):
+    """Run the one process of a server in the node's container; what is its own, it is told."""
+
+    parts: list[list[str]] = field(default_factory=list)  # a list of arguments a node
+
+    def __call__(self) -> int:
+        self.command += self.parts[int(os.environ["SLURM_PROCID"])]
+        return super().__call__()
+
+    def look(self) -> None:
+        """It has no leader that could outlive it."""
 
 
 def fill(pipe: int, text: str) -> None:

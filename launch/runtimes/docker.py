@@ -5,13 +5,13 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.settings import PASSED_ON
+from common.settings import PASSED_ON, SETTINGS
 from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
 from launch.image import GET_ONE, Image
 from launch.node.base import LABEL
 from launch.node.containers import AskOwner, Remove, Serve
-from launch.node.world import Hold, Rank
+from launch.node.world import Hold, Part, Rank
 from launch.order import Command
 from launch.plan import Plan, Replica
 
@@ -38,7 +38,10 @@ def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
 
 
 def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
-    """All ranks, in blocks, each with a log of its own. The death of one ends all."""
+    """All ranks, in blocks, each with a log of its own. The death of one ends all.
+
+    Of an engine that wires itself up there is one a node, and each is told its own place.
+    """
     assert replica.spread
     spread, engine = replica.spread, plan.engine
     prefix = [
@@ -49,9 +52,13 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
         "--open-mode=append",
         f"--output={log}",
     ]
-    command = [engine.LEADER, *plan.command(replica)]
-    rank = Rank(plan.name_of(replica), plan.cwd, command, engine.LEADER_MARK, engine.PROGRAM)
-    return Command(prefix, rank)
+    name, command = plan.name_of(replica), list(plan.command(replica))
+    if engine.LEADER:
+        whole = [engine.LEADER, *command]
+        return Command(prefix, Rank(name, plan.cwd, whole, engine.LEADER_MARK, engine.PROGRAM))
+    numbers = range(spread.nodes)
+    parts = [engine.part(replica.args, each, spread.nodes, spread.head) for each in numbers]
+    return Command(prefix, Part(name, plan.cwd, command, parts=parts))
 
 
 def remove(plan: Plan) -> Command | None:
@@ -114,7 +121,7 @@ def mount_flag(path: str) -> str:
 
 def passed_on(environ: Mapping[str, str]) -> list[str]:
     """Names of variables for the engine; a value in an argv would be there for all to read."""
-    ours = {"HF_HOME", "NCCL_SOCKET_IFNAME", "TRTLLM_VERSION"}
+    ours = {each.name for each in SETTINGS} - {"HF_TOKEN"} | {"NCCL_SOCKET_IFNAME"}
     return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
 
 

@@ -1,0 +1,70 @@
+"""SGLang's launch_server: its command, its sizes, its words, and how it spreads over nodes."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from launch.arguments import given, size_of, with_address, without_model
+from launch.config_file import merged
+from launch.engines import DATE, World
+
+TITLE, PACKAGE, PROGRAM = "SGLang", "sglang", "sglang.launch_server"
+IMAGE, VERSION = "docker.io/lmsysorg/sglang:latest", ""
+# What it compiles, minutes of a start.
+CACHES: Mapping[str, str] = {"SGLANG_CACHE_DIR": "~/.cache/sglang"}
+LEADER = LEADER_MARK = ""
+STARTS, COUNTERS = "server_args=ServerArgs", "sglang"
+PREFIXES: Sequence[str] = (rf"\[{DATE}(?: [A-Z]+\d+)*\] ?",)  # NCCL's, too
+WORK_WORDS = re.compile(rb'"POST /(?:v1/[^"]*|generate [^"]*)" 200|Decode batch')
+
+TP: Sequence[str] = ("--tp-size", "--tp", "--tensor-parallel-size")
+PP = ("--pp-size", "--pp", "--pipeline-parallel-size")
+DP = ("--dp-size", "--dp", "--data-parallel-size")
+WITHIN_TP = "--enable-dp-attention"  # then the data parallel groups are of the tensor parallel GPUs
+HEAD = ("--dist-init-addr", "--nccl-init-addr")
+MEETING_PORT = 20000  # of the first node, where the processes of a server find each other
+
+
+def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
+    """The model, if one was given, all other arguments, and the port it will serve on."""
+    model, args = without_model(words, "--model-path", "--model")
+    return model, *with_address(args, port)
+
+
+def ready_words(version: str) -> bytes:
+    """It listens before, but answers /health only once it has warmed up."""
+    return b"The server is fired up and ready to roll"
+
+
+def binds_first(version: str) -> bool:
+    return False
+
+
+def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
+    return ("python3", "-m", "sglang.launch_server", "--model-path", model, *args)
+
+
+def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, (given(args, "--served-model-name"), model)))
+
+
+def config_of(args: Sequence[str]) -> str | None:
+    return given(args, "--config")
+
+
+def check(args: Sequence[str]) -> tuple[str, World]:
+    """What the sizes are called, and the world that they make."""
+    words = merged(args)
+    dp = 1 if WITHIN_TP in words else size_of(words, *DP)
+    world = World(size_of(words, *TP), size_of(words, *PP), dp=dp)
+    return world.shape, world
+
+
+def settle(args: Sequence[str], version: str) -> list[str]:
+    """As they are: the engine itself checks what it is given."""
+    return list(args)
+
+
+def part(args: Sequence[str], index: int, nodes: int, head: str) -> list[str]:
+    """One process a node; the first one serves."""
+    where = [] if given(args, *HEAD) else [HEAD[0], f"{head}:{MEETING_PORT}"]
+    return ["--nnodes", str(nodes), "--node-rank", str(index), *where]

@@ -1,0 +1,76 @@
+"""vLLM's `vllm serve`: its command, its sizes, its words, and how it spreads over nodes."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from launch.arguments import given, size_of, with_address, without_model
+from launch.config_file import merged
+from launch.engines import LEVEL, World
+
+TITLE, PACKAGE, PROGRAM = "vLLM", "vllm", "vllm serve"
+IMAGE, VERSION = "docker.io/vllm/vllm-openai:latest", ""
+# What it compiles, minutes of a start.
+CACHES: Mapping[str, str] = {"VLLM_CACHE_ROOT": "~/.cache/vllm"}
+LEADER = LEADER_MARK = ""
+STARTS, COUNTERS = "vLLM API server version", "vllm"
+PREFIXES: Sequence[str] = (
+    r"(?P<speaker>\([\w.-]+(?: [\w.=-]+)* pid=\d+[^)]*\)) ?",  # Ray's, too
+    rf"{LEVEL} \d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)? \[?[\w.]+(?:\.py)?:\d+\] ?",
+)
+WORK_WORDS = re.compile(  # it has answered somebody, or has made tokens lately
+    rb'"POST /v1/[^"]*" 200|generation throughput: (?!0\.0 )\d'
+)
+
+TP: Sequence[str] = ("--tensor-parallel-size", "-tp")
+PP = ("--pipeline-parallel-size", "-pp")
+CP = ("--prefill-context-parallel-size", "-pcp")
+DP = ("--data-parallel-size", "-dp")
+# The groups of a data parallel deployment that the user spreads over launches; ours are here.
+LOCAL = ("--data-parallel-size-local", "-dpl")
+
+
+def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
+    """The model, if one was given, all other arguments, and the port it will serve on."""
+    model, args = without_model(words, "--model")
+    return model, *with_address(args, port)
+
+
+def ready_words(version: str) -> bytes:
+    return b"Application startup complete"
+
+
+def binds_first(version: str) -> bool:
+    """It does, but asks to reuse the port."""
+    return False
+
+
+def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
+    return ("vllm", "serve", model, *args)
+
+
+def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, (given(args, "--served-model-name"), model)))
+
+
+def config_of(args: Sequence[str]) -> str | None:
+    return given(args, "--config")
+
+
+def check(args: Sequence[str]) -> tuple[str, World]:
+    """What the sizes are called, and the world that they make."""
+    words = merged(args)
+    tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
+    world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
+    return world.shape, world
+
+
+def settle(args: Sequence[str], version: str) -> list[str]:
+    """As they are: the engine itself checks what it is given."""
+    return list(args)
+
+
+def part(args: Sequence[str], index: int, nodes: int, head: str) -> list[str]:
+    """One process a node; the first one serves, the others have no server."""
+    where = [] if given(args, "--master-addr") else ["--master-addr", head]
+    own = ["--nnodes", str(nodes), "--node-rank", str(index)]
+    return [*own, *where, *(["--headless"] if index else [])]
