@@ -157,6 +157,10 @@ bench-peers: $(READY) ## Measure the clients of vLLM or SGLang in the same way (
 bench-nodes: $(READY) ## Measure how a launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
+.PHONY: bench-fleet
+bench-fleet: $(READY) ## Measure a fleet: its throughput, what its front adds, what a death costs (as root)
+	$(PY) -m tests.cluster.bench_fleet
+
 .PHONY: pictures
 pictures: $(READY) ## Take the README's pictures again (as root)
 	$(PY) -m tests.cluster.pictures

@@ -23,7 +23,7 @@ from pathlib import Path
 from common.settings import setting
 from common.signals import Stopped
 from common.talk import Failure, clean, read_json, say, write_json
-from load import bench_place, check, endpoint, sharegpt
+from load import bench_place, check, endpoint, same, sharegpt
 from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
 from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
@@ -34,7 +34,9 @@ from report import render as report
 from report.results import Found, load, without_details
 
 RESULTS = "results"
-SAME = ("client", "image_id", "backend", "url", "server_version", "goodput", "burstiness")
+SAME = (
+    "client", "image_id", "backend", "url", "replicas", "server_version", "goodput", "burstiness",
+)  # fmt: skip
 
 
 class Bench:
@@ -119,13 +121,16 @@ class Bench:
 
     def watched(self, case: Case) -> Record:
         """The client's record, with what became of the server meanwhile."""
-        before, witness = endpoint.identity(self.server), endpoint.Witness(self.server)
+        before = same.identity(self.server)
+        witnesses = list(map(same.Witness, self.server.each))
         try:
             found = self.client(case, self.folder)
         finally:
-            notes = witness.notes()
+            closed = {witness.name: witness.notes() for witness in witnesses}
+        notes = closed.get("", [])
+        ended = [name for name, said in closed.items() if name and said]
         stopped = bool(found.get("stopped"))
-        changed, seen = ([], []) if stopped else endpoint.changes(self.server, before)
+        changed, seen = ([], []) if stopped else same.changes(self.server, before, ended)
         problems = [*found["problems"], *changed]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
@@ -308,6 +313,7 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
           argv: Iterable[str]) -> Record:  # fmt: skip
     return {
         "url": server.url,
+        "replicas": len(server.replicas) or None,
         "served_model": server.model,
         "server_version": endpoint.version(server),
         "client": client.name,
@@ -334,7 +340,12 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
 
 def world_size(server: Endpoint, gpus: list[str]) -> int | None:
     """GPUs that the server uses: by the launcher's record, or of a machine with one."""
-    said = endpoint.read_record(server.record).get("world_size")
+    record = endpoint.read_record(server.record)
+    fleet = [each.get("gpus") for each in endpoint.fleet(record)]
+    counts = [len(ids) for ids in fleet if isinstance(ids, list)]
+    if counts and len(counts) == len(fleet) and all(counts):
+        return sum(counts)
+    said = record.get("world_size")
     return said if type(said) is int and said > 0 else 1 if len(gpus) == 1 else None
 
 

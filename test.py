@@ -64,8 +64,6 @@ class Answer:
     ms: float = 0.0
 
 
-# Predicates take an answer and its request, and return facts or raise Wrong.
-
 HINTS = {401: ": set OPENAI_API_KEY", 404: ": not there", 503: ": loading, or dead"}
 # Fields that a strict server may refuse by name, and what is sent instead.
 SPARE = {"top_k": "", "stream_options": "", "temperature": "",
@@ -73,10 +71,9 @@ SPARE = {"top_k": "", "stream_options": "", "temperature": "",
 
 
 def is_ok(answer: Answer, ask: Facts) -> Facts:
-    if answer.broken:
-        raise Wrong(answer.broken)
-    if answer.status != 200:
-        raise Wrong(f"status {answer.status} instead of 200{HINTS.get(answer.status, '')}")
+    if answer.broken or answer.status != 200:
+        status = f"status {answer.status} instead of 200{HINTS.get(answer.status, '')}"
+        raise Wrong(answer.broken or status)
     return {"detail": ""}  # trtllm-serve's /health has an empty body, others' do not
 
 
@@ -207,14 +204,13 @@ class Check(NamedTuple):
     name: str
     path: str
     body: Facts  # empty: GET; the model's name is added when it is sent
-    predicate: Callable[[Answer, Facts], Facts]
+    predicate: Callable[[Answer, Facts], Facts]  # of an answer and its request; or raises Wrong
 
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 COUNT = "Count on: 1, 2, 3, 4, 5,"  # any model goes on with a number and a comma
 ASK = [{"role": "user", "content": "Count from one to twenty in words."}]
 
-# fmt: off
 CHECKS = (
     Check("health", "/health", {}, is_ok),
     Check("list models", "/v1/models", {}, lists_model),
@@ -229,14 +225,14 @@ CHECKS = (
           {"prompt": COUNT, "max_tokens": 32, "temperature": 0, "stop": ","}, generates),
     Check("batch", TEXT, {"prompt": ["The capital of France is", "The capital of Japan is"],
           "max_tokens": 8, "temperature": 0}, generates),
-)
-# fmt: on
+)  # fmt: skip
 
 
 class Target(NamedTuple):
     url: str
     model: str = ""  # empty: whatever the server lists first
     file: str = ""  # that named it
+    replicas: Sequence[tuple[str, str]] = ()  # name and URL of those behind a fleet's address
 
 
 def settings() -> dict[str, str]:
@@ -289,17 +285,16 @@ def left_by_launcher(workspace: str) -> Target | None:
     for path in (Path(workspace, "logs/endpoint.json"), Path("logs/endpoint.json")):
         try:
             if path.is_file():
-                match json.loads(path.read_text(encoding="utf-8")):
-                    case {"url": str(url), **rest}:
-                        return Target(base_url(url, 0), str(rest.get("model") or ""), str(path))
-                raise Trouble("there is no url in it")
-        except (OSError, ValueError, RecursionError, Trouble) as e:
-            advice = "remove it, or name the server with -H and -p"
-            raise Trouble(f"{path} does not name a server ({e}): {advice}", 1) from e
+                left = json.loads(path.read_text(encoding="utf-8"))
+                each = [(str(r["name"]), base_url(r["url"])) for r in left.get("replicas") or ()]
+                return Target(base_url(left["url"]), str(left.get("model") or ""), str(path), each)
+        except Exception as e:  # it may be anybody's, and hold anything
+            wrong = f"{path} does not name a server ({e})"
+            raise Trouble(f"{wrong}: remove it, or name the server with -H and -p", 1) from e
     return None
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int = 0) -> str:
     """What to put /v1/... behind, from a name, an address, HOST:PORT or a whole URL."""
     complete = "://" in host
     if host.count(":") > 1 and not complete and "[" not in host:
@@ -335,9 +330,8 @@ def cause(error: BaseException) -> str:
     """The innermost error: http.client wraps some in one of its own."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
-    name = type(error).__name__
-    if str(error).endswith(" b''"):  # no chunk size, as nothing came
-        name = "IncompleteRead"
+    empty = str(error).endswith(" b''")  # no chunk size, as nothing came
+    name = "IncompleteRead" if empty else type(error).__name__
     return CAUSES.get(name, str(error) if name == "Wrong" else f"{name}: {error}")
 
 
@@ -453,16 +447,17 @@ def refused(answer: Answer, ask: Facts) -> str:
     return next((n for n, other in SPARE.items() if n in ask and n in said and other in said), "")
 
 
-def show(result: Facts, out: TextIO) -> None:
+def show(result: Facts, out: TextIO) -> Facts:
     word, code = {True: ("ok", 32), False: ("FAIL", 31), None: ("-", 2)}[result["ok"]]
     colour = out.isatty() and not os.environ.get("NO_COLOR")
     mark = f"\033[{code}m{word:<4}\033[0m" if colour else f"{word:<4}"
     ms = "" if result["ms"] is None else f"{result['ms']:.1f} ms"
     line = f"  {mark}  {result['name']:<19} {ms:>11}  {printable(result['detail'])[:SHOWN]}"
     print(line.rstrip(), file=out, flush=True)
-    if result["ok"] is False:
+    if result["ok"] is False and "curl" in result:
         answered = f"\n        {result['status']} {printable(result['answer'])}".rstrip()
         print(f"        $ {result['curl']}{answered if result['status'] else ''}", file=out)
+    return result
 
 
 def printable(text: str) -> str:
@@ -472,8 +467,7 @@ def printable(text: str) -> str:
 
 def smoke(args: argparse.Namespace) -> int:
     env = settings()
-    target = find_target(args, env)
-    key = env.get("OPENAI_API_KEY", "")
+    target, key = find_target(args, env), env.get("OPENAI_API_KEY", "")
     if not re.fullmatch("[!-~]*", key):  # http.client's complaint would print it
         raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
     if bundle := env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
@@ -483,46 +477,51 @@ def smoke(args: argparse.Namespace) -> int:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     if key and target.file:
         check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
-    server = Server(target.url, key, args.timeout, tls)
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
         out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale
-    source = f", from {printable(target.file)}" if target.file else ""
-    print(f"Testing {target.url}{source}", file=out)
-    results = []
-    for result in run_all(server, target):
-        show(result, out)
-        results.append(result)
-    passed = sum(result["ok"] is True for result in results)
-    failed = any(result["ok"] is False for result in results)
-    written = any(result["ok"] and result["name"] in ("completions", "chat") for result in results)
-    rest = "" if failed or passed == len(results) else f", {len(results) - passed} not served"
-    print(f"{passed}/{len(results)} passed{rest}", file=out)
+    print("Testing", target.url + f", from {printable(target.file)}" * bool(target.file), file=out)
+    if args.each and not target.replicas:
+        raise Trouble(f"--each: {target.file or target.url} names no replicas")
+    servers = (("front", target.url), *target.replicas) if args.each else (("", target.url),)
+    found = [check_all(n, Server(url, key, args.timeout, tls), target, out) for n, url in servers]
+    good = sum(one["ok"] for one in found)
+    print(f"{good}/{len(found)} servers passed" if args.each else found[0]["detail"], file=out)
     if args.json:
-        print(json.dumps({"url": target.url, "passed": passed, "checks": results}, indent=2))
+        print(json.dumps({"servers": found} if args.each else found[0], indent=2))
     sys.stdout.flush()
-    return 1 if failed or not written else 0
+    return 0 if good == len(found) else 1
+
+
+def check_all(name: str, server: Server, target: Target, out: TextIO) -> Facts:
+    """A line a check; of a server with a name, one for all of them and those that failed."""
+    results = [r if name else show(r, out) for r in run_all(server, target)]
+    passed, failed = ([r for r in results if r["ok"] is ok] for ok in (True, False))
+    ok = any(r["name"] in ("completions", "chat") for r in passed) and not failed
+    rest = "" if failed or passed == results else f", {len(results) - len(passed)} not served"
+    words = f"{len(passed)}/{len(results)} passed{rest}" + f"  {server.url}" * bool(name)
+    whole = {"name": name, "ok": ok, "ms": sum(r["ms"] or 0 for r in results), "detail": words}
+    for each in (whole, *failed) if name else ():
+        show(each, out)
+    return {"url": server.url, "passed": len(passed), **whole, "checks": results}
 
 
 def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 86400:
+    if not 0 < (value := float(text)) <= 86400:
         raise argparse.ArgumentTypeError("more than 0, at most 86400")
     return value
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = (__doc__ or "").partition("\n\nexamples:\n")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about, _, examples = (__doc__ or "").partition("examples:")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=raw, allow_abbrev=False)
+    parser.epilog = f"examples:{examples}"
     add = parser.add_argument
     add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
     add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first that is)")
+    add("--each", action="store_true", help="each replica of logs/endpoint.json, and their front")
     add("--insecure", action="store_true", help="take any https certificate")
     add("--timeout", type=seconds, default=60.0, help="seconds a request may take (default: 60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")

@@ -37,6 +37,7 @@ ROWS = (
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
     ("TRTLLM_VERSION", "", "version of TensorRT-LLM whose options count (default: the image's)"),
+    ("HAPROXY", "", "the front of --replicas: HAProxy's path on the head node (default: .venv's)"),
     ("PRIVILEGED", "0", "1 runs the container with docker's --privileged"),
     ("HF_HOME", "", "Hugging Face cache, which the containers see (~/.cache/huggingface)"),
     ("HF_TOKEN", "", "Hugging Face token for gated models; never printed"),

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from load import endpoint
+from load import endpoint, same
 from load.clients import Options, warm_up_count
-from load.endpoint import LOOKS, Endpoint
+from load.endpoint import Endpoint
 from load.matrix import SWEEP, Case, Overrides, cases, surprises
 from load.probe import Found, explore
 
@@ -26,7 +26,8 @@ def check(
         "model": server.asked,
         "answers_name": found.model,
         "server_version": endpoint.version(server),
-        "processes": 0 if server.trtllm else len(endpoint.starts(server, LOOKS)),
+        "replicas": dict(server.replicas),
+        "processes": len(server.replicas) or processes(server),
         "probes": found.probes,
         "client": client,
         **understood(found),
@@ -40,6 +41,10 @@ def check(
     print("\n".join([*about_the_server(facts), *would_send(facts)]))
     print(json.dumps(facts))
     return 1 if found.error else 0
+
+
+def processes(server: Endpoint) -> int:
+    return 0 if server.trtllm else len(same.starts(server, same.LOOKS))
 
 
 def missing(planned: Sequence[Case], options: Options) -> Iterator[str]:
@@ -71,7 +76,10 @@ def about_the_server(facts: dict[str, Any]) -> Iterator[str]:
     several = "s" if facts["probes"] > 1 else ""
     yield (f"{facts['probes']} short request{several} found out how to ask it: {facts['path']}, "
            f"{facts['prompts']} as prompts, {', '.join(sent)}")  # fmt: skip
-    if facts["processes"] > 1:
+    if each := facts["replicas"]:
+        named = ", ".join(f"{name} {url}" for name, url in each.items())
+        yield f"a fleet of {len(each)} behind one address: {named}"
+    elif facts["processes"] > 1:
         yield f"{facts['processes']} processes or more share this address"
 
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import starmap
 from statistics import fmean
 from typing import Any
 
@@ -72,18 +73,19 @@ class Counters:
     """A server's counters over one run after the other; `extra` requests of each are no result."""
 
     def __init__(self, endpoint: Endpoint, extra: int = 0) -> None:
-        self.endpoint, self.extra = endpoint, extra
-        self.paths: tuple[str, ...] = PATHS
+        self.extra = extra
+        # A fleet's own address would answer with the page of one replica, by chance.
+        self.sources = [(each, path) for each in endpoint.each for path in PATHS]
         self.before: Raw = []
         self.during: list[tuple[float, Raw]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        if self.paths:
+        if self.sources:
             time.sleep(SETTLES)
-        pages = {path: self.read(path) for path in self.paths}
-        self.paths = tuple(path for path in self.paths if tells(pages[path]))
-        self.before, self.during = [pages[path] for path in self.paths], []
+        told = [(source, body) for source in self.sources if tells(body := read(*source))]
+        self.sources, self.before = [source for source, _ in told], [body for _, body in told]
+        self.during = []
         over = threading.Event()
         watcher = threading.Thread(target=self.look, args=(over,), daemon=True)
         watcher.start()
@@ -95,23 +97,17 @@ class Counters:
 
     def look(self, over: threading.Event) -> None:
         pause = FIRST
-        while self.paths and not over.wait(pause):
+        while self.sources and not over.wait(pause):
             self.during.append((pause, self.read_all()))
             pause = min(2 * pause, EVERY)
 
     def read_all(self) -> Raw:
-        return [self.read(path) for path in self.paths]
-
-    def read(self, path: str) -> bytes:
-        try:
-            return fetch(self.endpoint, path).body
-        except Failure:  # not there, or too busy this time
-            return b""
+        return [read(*source) for source in self.sources]
 
     def add_to(self, record: Record, name: str) -> None:
         """The server's figures beside the client's; notes on what is odd in the run."""
         notes: list[str] = []
-        if self.paths and not record.get("stopped"):
+        if self.sources and not record.get("stopped"):
             time.sleep(SETTLES)
             told, notes = self.told(record, self.read_all())
             said = record.get("cached_share")
@@ -122,10 +118,20 @@ class Counters:
 
     def told(self, record: Record, after: Raw) -> tuple[Record, list[str]]:
         looks = [(seconds, page(raw)) for seconds, raw in self.during]
-        steps = iterations(*(raw for _, raw in self.during), after)
-        own = of_iterations(iterations(self.before), steps)
+        raws = [*(raw for _, raw in self.during), after]
+        own = of_iterations([
+            (iterations(self.before[i : i + 1]), iterations(*(raw[i : i + 1] for raw in raws)))
+            for i in range(len(after))
+        ])  # fmt: skip
         facts, notes = compare(record, page(self.before), looks, page(after), self.extra)
         return facts | own, notes
+
+
+def read(endpoint: Endpoint, path: str) -> bytes:
+    try:
+        return fetch(endpoint, path).body
+    except Failure:  # not there, or too busy this time
+        return b""
 
 
 def tells(body: bytes) -> bool:
@@ -217,25 +223,45 @@ def from_cache(hits: float, total: float) -> Record:
     return {"cached_share": hits / total, "cached_source": "the server's counters"}
 
 
-def of_iterations(before: Sequence[Record], steps: Sequence[Record]) -> Record:
-    """Of TensorRT-LLM's iterations during a run: the same, as far as its list has them."""
-    stats = [kv for step in steps if isinstance(kv := step.get("kvCacheStats"), dict)]
+def of_iterations(servers: Sequence[tuple[Sequence[Record], Sequence[Record]]]) -> Record:
+    """Of TensorRT-LLM's iterations before and during a run: the same, as far as its list has them.
+
+    Several servers are a fleet's replicas, taken together as in `levels`.
+    """
+    each = [levels_of(steps) for _, steps in servers]
+    facts: Record = {}
+    for key in ("running", "waiting", "kv_use"):
+        if means := [fmean(levels[key]) for levels in each if levels[key]]:
+            facts[f"server_mean_{key}"] = fmean(means) if key == "kv_use" else sum(means)
+    hits, misses = (sum(counts) for counts in zip((0, 0), *starmap(reuse, servers), strict=True))
+    return facts | (from_cache(hits, hits + misses) if hits + misses else {})
+
+
+def levels_of(steps: Sequence[Record]) -> dict[str, list[float]]:
+    """Of one server's iterations: what ran, what waited, and its share of KV cache in use."""
+    stats = stats_of(steps)
     used, most = (numbers(kv.get(key) for kv in stats) for key in ("usedNumBlocks", "maxNumBlocks"))
-    levels = {
+    return {
         "running": numbers(step.get("numActiveRequests") for step in steps),
         "waiting": numbers(step.get("numQueuedRequests") for step in steps),
         "kv_use": [a / b for a, b in zip(used, most, strict=False) if b],
     }
-    facts = {f"server_mean_{key}": fmean(values) for key, values in levels.items() if values}
-    stats = [kv for step in before[-1:] if isinstance(kv := step.get("kvCacheStats"), dict)] + stats
+
+
+def reuse(before: Sequence[Record], steps: Sequence[Record]) -> tuple[float, float]:
+    """Blocks of prompts that one server's cache had and had not; both count from its start."""
+    stats = stats_of([*before[-1:], *steps])
     reused, missed = (
         numbers(kv.get(f"{key}Blocks") for kv in stats) for key in ("reused", "missed")
     )
-    if reused and missed:  # both count from the engine's start
-        hits, misses = reused[-1] - reused[0], missed[-1] - missed[0]
-        if min(hits, misses) >= 0 < hits + misses:
-            facts |= from_cache(hits, hits + misses)
-    return facts
+    if not (reused and missed):
+        return 0, 0
+    hits, misses = reused[-1] - reused[0], missed[-1] - missed[0]
+    return (hits, misses) if min(hits, misses) >= 0 else (0, 0)
+
+
+def stats_of(steps: Sequence[Record]) -> list[Record]:
+    return [kv for step in steps if isinstance(kv := step.get("kvCacheStats"), dict)]
 
 
 def numbers(values: Iterable[Any]) -> list[float]:

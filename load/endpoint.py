@@ -6,8 +6,7 @@ import json
 import re
 import socket
 import ssl
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,14 +23,6 @@ from load.target import Target
 TIMEOUT = 10.0
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
 LACKING = (403, 404, 405, 500, 501, 502, 503)  # what gateways say that have no such list
-LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
-LOOKS_AFTER = 8  # until a process shows that was there before
-LISTINGS, PAUSE = 3, 0.3  # a replica may be a moment behind with its models
-
-STARTED = re.compile(
-    r"^process_start_time_seconds(?:\{.*\})? (\d+(?:\.\d+)?(?:e\+?\d+)?)\s*$", re.MULTILINE
-)
-RESTARTED = "the server was restarted during the run"
 
 
 class Unanswered(Failure):
@@ -54,6 +45,8 @@ class Endpoint:
     record: Path | None = None  # the launcher's endpoint.json, when it is about this server
     trtllm: bool = False  # by its own word
     unlisted: str = ""  # why -m is taken at its word: the server lists no such model
+    name: str = ""  # of one replica of a fleet
+    replicas: tuple[tuple[str, str], ...] = ()  # of a fleet, behind this address: name and URL
 
     @property
     def target(self) -> Target:
@@ -66,6 +59,13 @@ class Endpoint:
     @property
     def prefix(self) -> str:
         return urlsplit(self.url).path
+
+    @property
+    def each(self) -> tuple[Endpoint, ...]:
+        """Every server by itself: what it counts is lost where they answer in turn."""
+        return tuple(
+            replace(self, url=url, name=name, replicas=()) for name, url in self.replicas
+        ) or (self,)
 
 
 # --- which server ---------------------------------------------------------------------------------
@@ -85,7 +85,8 @@ def find_endpoint(
         if not (url and same_server(asked, url)):
             record, left = None, {}
         url = asked
-    endpoint = Endpoint(url, "", "", api_key(environ, record), verify, record)
+    key, replicas = api_key(environ, record), replicas_of(left) if record else ()
+    endpoint = Endpoint(url, "", "", key, verify, record, replicas=replicas)
     # MODEL is what the launcher is to serve: the record of what it does serve is better.
     model = model or ("" if left else environ.get("MODEL", ""))
     endpoint = with_model(endpoint, model)
@@ -143,6 +144,16 @@ def read_record(record: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         found = {}
     return found if isinstance(found, dict) else {}
+
+
+def fleet(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the launcher wrote of each replica; nothing where there is one server."""
+    found = record.get("replicas")
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def replicas_of(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((str(each.get("name")), url) for each in fleet(record) if (url := left_url(each)))
 
 
 def base_url(host: str, port: int | None, default: int) -> str:
@@ -283,103 +294,3 @@ def version(endpoint: Endpoint) -> str | None:
         return str(get(endpoint, "/version")["version"])[:ERROR_LENGTH]
     except (Failure, KeyError, TypeError):
         return None
-
-
-# --- is it still the same one? --------------------------------------------------------------------
-
-
-def identity(endpoint: Endpoint) -> dict[str, Any]:
-    """What must not change while it is measured."""
-    launched = read_record(endpoint.record).get("started")
-    # TensorRT-LLM's /metrics is no Prometheus page, and to read it empties it.
-    told = endpoint.trtllm or launched
-    return {"launched": launched, "started": set() if told else starts(endpoint, LOOKS)}
-
-
-def starts(endpoint: Endpoint, looks: int, known: Collection[str] = ()) -> set[str]:
-    """When its processes started, of those met in so many looks, or up to one that is known.
-
-    By the Prometheus metrics, which vLLM has. `created` in a list of models is no start.
-    """
-    found: set[str] = set()
-    for _ in range(looks):
-        new = set(process_starts(endpoint))
-        found |= new
-        if not new or new & set(known):
-            break
-    return found
-
-
-def process_starts(endpoint: Endpoint) -> Iterator[str]:
-    with suppress(Failure):
-        page = fetch(endpoint, "/metrics").body.decode(errors="replace")
-        yield from re.findall(
-            r"^process_start_time_seconds(?:\{.*\})? (\d+(?:\.\d+)?(?:e\+?\d+)?)\s*$", page, re.M
-        )
-
-
-def changes(endpoint: Endpoint, before: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Why a run that began with this server did not end with it; and what else is worth a note."""
-    problems, notes = served_now(endpoint)
-    known = before.get("started", set())
-    now = starts(endpoint, LOOKS_AFTER, known) if known and not problems else set()
-    if len(known | now) > 1 and not restarted(known, now):
-        notes.append("several processes answer at this address (by their start times): the figures "
-                     "are of all of them")  # fmt: skip
-    launched = read_record(endpoint.record).get("started")
-    if not problems and (launched != before.get("launched") or restarted(known, now)):
-        problems = [RESTARTED]
-    return problems, notes
-
-
-def restarted(before: Collection[str], now: Collection[str]) -> bool:
-    """One process was there, and now it is another, younger one. Two at a time are replicas."""
-    return len(before) == len(now) == 1 and float(*now) > float(*before)
-
-
-def served_now(endpoint: Endpoint) -> tuple[list[str], list[str]]:
-    """A problem where the model, or the server, is gone; only a note where it does not say."""
-    problem = ""
-    for attempt in range(0 if endpoint.unlisted else LISTINGS):
-        time.sleep(PAUSE if attempt else 0)
-        try:
-            names = models(endpoint)
-        except Unanswered as e:
-            return [], [f"after the run the server did not list its models: {e.message}"]
-        except Failure as e:
-            problem = f"the server is gone: {e.message}"
-            continue
-        if endpoint.model in names:
-            return [], []
-        problem = f"the server now serves {', '.join(names)[:ERROR_LENGTH]}, not {endpoint.model}"
-    return [problem] if problem else [], []
-
-
-class Witness:
-    """A connection on which nothing is said, for as long as a run lasts.
-
-    Only at uvicorn (TensorRT-LLM, vLLM, SGLang), which keeps it while it lives, and which it costs
-    nothing: a server with a worker for each connection would have one less for the load.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        target, self.sock = endpoint.target, None
-        if not target.tls:  # a server waits for a handshake for so long only
-            with suppress(OSError, Failure):
-                if fetch(endpoint, "/v1/models").server == "uvicorn":
-                    self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
-
-    def notes(self) -> list[str]:
-        """To be asked once, at the end."""
-        if self.sock is None:
-            return []
-        with self.sock:
-            self.sock.setblocking(False)
-            try:
-                self.sock.recv(1)
-            except BlockingIOError:
-                return []
-            except OSError:
-                pass
-        return ["an idle connection was closed during the run: by a proxy, or because the server "
-                "was restarted"]  # fmt: skip

@@ -160,6 +160,7 @@ def conditions(group: Group) -> Record:
         "API": known.get("backend"),
         "model": known.get("served_model") or record["model_id"],
         "GPUs": known.get("world_size"),
+        "replicas": known.get("replicas"),
         "burstiness": known.get("burstiness"),
         "goodput limits": known.get("goodput"),
         "data set": data_set.get("sha256") if isinstance(data_set, dict) else None,

@@ -1,4 +1,4 @@
-"""endpoint.py: which server is measured, and whether it is the same one afterwards."""
+"""endpoint.py and same.py: which server is measured, and whether it is the same one afterwards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from common.talk import Failure
-from load import endpoint
-from load.endpoint import Endpoint, Witness, base_url, choose, find_endpoint
+from load import endpoint, same
+from load.endpoint import Endpoint, base_url, choose, find_endpoint
+from load.same import Witness
 from tests.loopback import MODEL, Answer, Request, Server, model_server, obedient, serving
 from tests.servers import MODELS, Kind
 
@@ -174,10 +175,10 @@ def test_a_restart_that_the_launchers_record_tells() -> None:
     with serving(model_server(obedient)) as server:
         write_record(server.port)
         named = find_endpoint("localhost", server.port, "", {})
-        before = endpoint.identity(named)
-        assert endpoint.changes(named, before) == SAME
+        before = same.identity(named)
+        assert same.changes(named, before) == SAME
         write_record(server.port, started="9:05")
-        assert endpoint.changes(named, before) == RESTARTED
+        assert same.changes(named, before) == RESTARTED
 
 
 def test_a_restart_that_prometheus_metrics_tell() -> None:
@@ -193,10 +194,10 @@ def test_a_restart_that_prometheus_metrics_tell() -> None:
             model_server(obedient)(request)
 
     with serving(answer) as server:
-        before = endpoint.identity(at(server))
-        assert endpoint.changes(at(server), before) == SAME
+        before = same.identity(at(server))
+        assert same.changes(at(server), before) == SAME
         started = 1234.5
-        assert endpoint.changes(at(server), before) == RESTARTED
+        assert same.changes(at(server), before) == RESTARTED
 
 
 def replicas(*starts: float) -> Answer:
@@ -214,14 +215,14 @@ def replicas(*starts: float) -> Answer:
 @pytest.mark.parametrize("starts", [(1e9, 2e9), (3e9, 1e9, 2e9), range(1, 9)])
 def test_replicas_behind_one_address_are_no_restart(starts: tuple[float, ...]) -> None:
     with serving(replicas(*starts)) as server:
-        problems, (note,) = endpoint.changes(at(server), endpoint.identity(at(server)))
+        problems, (note,) = same.changes(at(server), same.identity(at(server)))
     assert problems == []
     assert "several processes answer at this address" in note
 
 
 def test_an_older_process_is_another_replica_and_no_restart() -> None:
     with serving(replicas(1e9)) as server:
-        assert endpoint.changes(at(server), {"started": {"2e9"}})[0] == []
+        assert same.changes(at(server), {"started": {"2e9"}})[0] == []
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_an_older_process_is_another_replica_and_no_restart() -> None:
 def test_a_list_that_is_reordered_or_not_given_is_no_restart(models: Any, note: str) -> None:
     with serving(Kind(models=models)) as server:
         ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
-        problems, notes = endpoint.changes(ours, endpoint.identity(ours))
+        problems, notes = same.changes(ours, same.identity(ours))
     assert problems == []
     assert note in "".join(notes)
     assert bool(note) == bool(notes)
@@ -245,7 +246,7 @@ def test_a_list_that_is_slow_is_no_restart(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(endpoint, "TIMEOUT", 0.2)
     with serving(Kind(models=lambda _: time.sleep(1))) as server:
         ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
-        problems, (note,) = endpoint.changes(ours, endpoint.identity(ours))
+        problems, (note,) = same.changes(ours, same.identity(ours))
     assert problems == []
     assert "no whole answer within 0.2 s" in note
 
@@ -254,19 +255,19 @@ def test_a_replica_that_is_a_moment_behind_is_asked_again() -> None:
     lists = itertools.chain([{"data": [{"id": "old"}]}], itertools.repeat(MODELS))
     with serving(Kind(models=lambda request: request.document(next(lists)))) as server:
         ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
-        assert endpoint.changes(ours, endpoint.identity(ours)) == SAME
+        assert same.changes(ours, same.identity(ours)) == SAME
 
 
 def test_a_server_that_is_gone_after_the_run() -> None:
     ours = Endpoint("http://127.0.0.1:1", MODEL, MODEL)
-    ((problem,), _) = endpoint.changes(ours, {})
+    ((problem,), _) = same.changes(ours, {})
     assert problem == "the server is gone: no server answers at http://127.0.0.1:1"
 
 
 def test_a_page_that_cannot_be_read_once_is_no_restart() -> None:
     with serving(model_server(obedient)) as server:  # it has no /metrics
-        before = {**endpoint.identity(at(server)), "started": {"1000.5"}}
-        assert endpoint.changes(at(server), before) == SAME
+        before = {**same.identity(at(server)), "started": {"1000.5"}}
+        assert same.changes(at(server), before) == SAME
 
 
 def test_the_launchers_model_is_not_the_one_to_ask_for() -> None:
@@ -293,13 +294,13 @@ def test_metrics_that_reading_empties_are_left_alone() -> None:
         request.document({"data": [{"id": MODEL, "owned_by": "tensorrt_llm"}]})
 
     with serving(answer) as server:
-        assert endpoint.changes(at(server), endpoint.identity(at(server))) == SAME
+        assert same.changes(at(server), same.identity(at(server))) == SAME
 
 
 def test_a_server_with_another_model_after_the_run() -> None:
     with serving(model_server(obedient, "another")) as server:
         ours = Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL)
-        ((problem,), _) = endpoint.changes(ours, {})
+        ((problem,), _) = same.changes(ours, {})
     assert problem == f"the server now serves another, not {MODEL}"
 
 

@@ -494,7 +494,7 @@ def test_an_odd_timeout_is_a_usage_error(timeout: str) -> None:
 
 
 def target(*argv: str) -> tuple[str, str, str]:
-    url, model, file = smoke.find_target(smoke.parse_arguments(argv), smoke.settings())
+    url, model, file, _ = smoke.find_target(smoke.parse_arguments(argv), smoke.settings())
     return url, model, file
 
 

