@@ -15,7 +15,8 @@ READY  := $(VENV)/.ready
 # shell does not either: MODEL='it'\''s a "test"; $(x)' arrives as it is. A variable that is not
 # given is not passed on: its default is the script's, below .env.
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
-GIVEN += MPI TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
+GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
+GIVEN += CONFIGS GOODPUT
 GIVEN += HOST RESTART PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
@@ -44,7 +45,8 @@ OR_SAID    := || [ $$? = 1 ]
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
-# The two values that the shell splits into words: more arguments for the engine and for bench.py.
+# The values that the shell splits into words: more arguments for the engine and for bench.py; and
+# CONFIGS and GOODPUT of `make tune`.
 EXTRA_ARGS ?=
 BENCH_ARGS ?=
 
@@ -111,6 +113,10 @@ report: $(READY) ## Write the report of a result folder again (RESULTS=)
 .PHONY: compare
 compare: $(READY) ## Compare result folders, each with the first (BEFORE= AFTER=folder,folder...)
 	IFS=, read -ra after <<<"$${AFTER:?BEFORE= and AFTER= name the folders}"; $(PY) -m report compare "$${BEFORE:?BEFORE= names the first folder}" "$${after[@]}"
+
+.PHONY: tune
+tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
+	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: static-bench
 static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)

@@ -35,6 +35,7 @@ ROWS = (
     ("PROBE_TIMEOUT", "60", "seconds an idle server may take for one token; 0: half an hour"),
     ("PORT", "8000", "port of the server"),
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
+    ("NODELIST", "", "which of the job's nodes to use: n2 or n2,n3 (default: all)"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
     ("TRTLLM_VERSION", "", "version of TensorRT-LLM whose options count (default: the image's)"),
     ("HAPROXY", "", "the front of --replicas: HAProxy's path on the head node (default: .venv's)"),
@@ -57,7 +58,9 @@ SETTINGS = tuple(Setting(*row) for row in ROWS)
 PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG_", "SGL_")
 
 # Of make alone: it turns them into flags.
-OF_MAKE = ("FILE COMPRESS RESULTS BEFORE AFTER FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS").split()
+OF_MAKE = (
+    "CONFIGS GOODPUT FILE COMPRESS RESULTS BEFORE AFTER FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS"
+).split()
 # What the programs that we call read from their environment; the engine without a container, too.
 OTHERS = re.compile(
     "(?i:(https?|all|no|ftp)_proxy)|(GLOO|TP)_SOCKET_IFNAME|"

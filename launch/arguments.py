@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 
 from common.talk import die, misused
@@ -113,3 +113,27 @@ def size_of(args: Sequence[str], *flags: str) -> int:
     if value is not None and not is_count(value):
         die(f"{flags[0]} is {value!r}, not a number of GPUs")
     return int(value or 1)
+
+
+def as_flags(
+    known: Mapping[str, str],
+    sizes: Mapping[str, int],
+    config: str,
+    settings: Mapping[str, str],
+    no: str = "",
+) -> list[str]:
+    """A candidate of a search in flags; `known` are those of its sizes, `no` makes one a refusal.
+
+    Failure for a size that the engine does not have.
+    """
+    if missing := [name for name in sizes if name not in known]:
+        die(f"the engine has no flag for a size {missing[0]}")
+    args = [word for name, size in sizes.items() for word in (known[name], str(size))]
+    args += ["--config", os.path.abspath(config)] if config else []  # noqa: PTH100
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if value.lower() not in ("true", "false"):
+            args += [f"--{name}", value]
+        elif value.lower() == "true" or no:
+            args.append(f"--{'' if value.lower() == 'true' else no}{name}")
+    return args

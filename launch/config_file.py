@@ -1,6 +1,6 @@
 """An engine's configuration file: YAML, of which a mapping of settings is expected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +46,22 @@ def flag_of(key: str, value: Any) -> list[str]:  # noqa: ANN401 (whatever YAML h
     if value is None or isinstance(value, bool):
         return [f"--{key}"] if value else []
     return [f"--{key}={value}"]
+
+
+def write_with(path: str, settings: Mapping[str, str], file: Path) -> None:
+    """The YAML at `path` ('': an empty one) with settings, values as YAML writes them, as `file`.
+
+    `a.b` is a key of the mapping a.
+    """
+    import yaml
+
+    config = (read_config(path) or {}) if path else {}
+    for key, value in settings.items():
+        *outer, last = key.split(".")
+        inner = config
+        for name in outer:
+            if not isinstance(inner.setdefault(name, {}), dict):
+                die(f"{key}: {name} is not a mapping in {path}")
+            inner = inner[name]
+        inner[last] = yaml.safe_load(value)
+    file.write_text(yaml.safe_dump(config))

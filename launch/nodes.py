@@ -16,9 +16,10 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, NoReturn
 
+from common.settings import setting
 from common.talk import Failure, die, note
 from launch import slurm
 from launch.node.base import NOT_FOUND, OVER
@@ -43,6 +44,8 @@ class Place:
     size: int
     srun: tuple[str, ...]  # () without Slurm
     allocation: slurm.Allocation = slurm.NONE
+    before: int = 0  # nodes of the job that come before ours
+    after: int = 0  # and after them, where NODELIST names a part of the job
 
     @property
     def slurm(self) -> bool:
@@ -63,6 +66,7 @@ class Place:
         """
         if not self.srun:
             return []
+        spare = self.before + self.after
         return [
             *self.srun,
             f"--mpi={mpi}",
@@ -74,7 +78,7 @@ class Place:
             f"--nodes={nodes}",
             f"--ntasks={nodes * ranks}",
             *([f"--gpus={gpus}" if gpus else "--gres=none"] if self.allocation.shares else []),
-            *([f"--relative={first}"] if nodes < self.size else []),
+            *([f"--relative={self.before + first}"] if nodes < self.size + spare else []),
         ]
 
     @property
@@ -102,7 +106,28 @@ def find_place(environ: Mapping[str, str]) -> Place:
     leaks = [word for name in sorted(bend) for word in ("-u", name)]
     # --overlap: a step without it waits for the other steps to end.
     srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
-    return Place(job, len(allocation.nodes), srun, allocation)
+    return part_of(
+        Place(job, len(allocation.nodes), srun, allocation), setting("NODELIST", environ)
+    )
+
+
+def part_of(place: Place, asked: str) -> Place:
+    """The place on those of the job's nodes that NODELIST names; all of it where it names none.
+
+    Failure for others, and for nodes that are not next to each other in the job.
+    """
+    if not asked:
+        return place
+    there, wanted = place.allocation.nodes, set(expand(asked))
+    names = [name for name in there if name in wanted]
+    begin = there.index(names[0]) if names else 0
+    end = begin + len(names)
+    if len(names) != len(wanted) or list(there[begin:end]) != names:
+        has = f"job {place.job} has {', '.join(there)}"
+        die(f"NODELIST={asked}: {has}", hint="name some of these that follow each other")
+    shares = {name: share for name, share in place.allocation.shares.items() if name in wanted}
+    part = replace(place.allocation, nodes=there[begin:end], shares=shares)
+    return replace(place, size=len(names), allocation=part, before=begin, after=len(there) - end)
 
 
 def ask_slurm(job: str) -> slurm.Allocation:

@@ -27,6 +27,8 @@ class Chart:
     x: str
     y: str
     series: dict[str, list[Point]] = field(default_factory=dict)
+    pale: frozenset[str] = frozenset()  # series that do not matter so much
+    within: tuple[float | None, float | None] | None = None  # the part of the x axis that is marked
 
 
 class Band(NamedTuple):

@@ -60,12 +60,18 @@ def draw_lines(chart: Chart, figure: Any) -> list[str]:  # noqa: ANN401
     points = [point for found in chart.series.values() for point in found]
     axes, tips = figure.subplots(), list[str]()
     for colour, (label, found) in zip(colours(), chart.series.items(), strict=False):
-        axes.plot([p.x for p in found], [p.y for p in found], color=colour, label=label)
+        alpha = 0.3 if label in chart.pale else 1.0
+        line = [p.x for p in found], [p.y for p in found]
+        axes.plot(*line, color=colour, label=label, alpha=alpha)
         for point in found:  # each a group of its own in the SVG, to hold its title
-            axes.plot(point.x, point.y, "o", color=colour, gid=f"tip-{len(tips)}")
+            axes.plot(point.x, point.y, "o", color=colour, alpha=alpha, gid=f"tip-{len(tips)}")
             tips.append(point.tip)
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
     scale(axes, [p.x for p in points])
+    if chart.within:
+        ends = (given if given is not None else end
+                for given, end in zip(chart.within, axes.get_xlim(), strict=True))  # fmt: skip
+        axes.axvspan(*ends, color="#10b981", alpha=0.12, linewidth=0)
     axes.set_ylim(0, 1.15 * max(p.y for p in points) or 1)
     axes.grid(alpha=0.25)
     if len(chart.series) > 1:

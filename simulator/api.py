@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import answers
 from console import log
+from cost import cost_of
 from engine import Engine, Generation, stops_of
 from environment import Settings
 from fastapi import Body, FastAPI, Request
@@ -51,7 +52,7 @@ class Api:
     def __init__(self, args: LlmArgs, settings: Settings, faults: Faults) -> None:
         self._args = args
         self._settings = settings
-        self._engine = Engine(settings, faults, args.max_batch_size)
+        self._engine = Engine(settings, faults, args.max_batch_size, cost_of(settings.cost, args))
         self._faults = faults
         self._zero_token_requests = 0
         self._serial = count()  # makes sampled answers differ

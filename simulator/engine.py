@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from cost import Cost
 from environment import Settings
 from faults import Faults
 from prompts import Prompt
@@ -80,13 +81,17 @@ def stops_of(texts: Sequence[str], ids: Sequence[int]) -> list[Stop]:
 
 
 class Engine:
-    def __init__(self, settings: Settings, faults: Faults, max_batch_size: int) -> None:
+    def __init__(
+        self, settings: Settings, faults: Faults, max_batch_size: int, cost: Cost | None
+    ) -> None:
         self.submitted = 0
         self.iterations: deque[dict[str, int]] = deque(maxlen=1000)  # since somebody read them
         self._faults = faults
         self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._max_batch_size = max_batch_size
+        self._cost = cost
+        self._prefilled = 0.0  # when the last prompt admitted is through, of those that cost
         self._waiting: deque[Generation] = deque()
         self._due: list[tuple[float, int, Generation]] = []  # heap; the number breaks ties
         self._running: set[Generation] = set()
@@ -106,13 +111,38 @@ class Engine:
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_batch_size:
+        while self._waiting and self._has_room():
             generation = self._waiting.popleft()
             if not generation.cancelled:
                 self._running.add(generation)
-                prefill = generation.prompt.tokens * self._settings.prefill_per_token
-                self._schedule(self._loop.time() + self._settings.ttft + prefill, generation)
+                self._schedule(self._first_token(generation), generation)
         self._arm()
+
+    def _has_room(self) -> bool:
+        if self._cost and self._running and self._cached() > self._cost.room:
+            return False
+        return len(self._running) < self._max_batch_size
+
+    def _cached(self) -> int:
+        """Tokens whose keys and values are kept, or will be."""
+        return sum(each.prompt.tokens + each.max_tokens for each in self._running)
+
+    def _first_token(self, generation: Generation) -> float:
+        """When it comes. Prompts that cost go one after the other, a stage apart."""
+        now, tokens = self._loop.time(), generation.prompt.tokens
+        if not self._cost:
+            return now + self._settings.ttft + tokens * self._settings.prefill_per_token
+        takes = self._cost.prefill(tokens)
+        begins = max(now, self._prefilled)
+        self._prefilled = begins + takes / self._cost.pp
+        return begins + takes + self._cost.step(1, tokens)
+
+    def _itl(self) -> float:
+        running = len(self._running)
+        if not self._cost:
+            return self._settings.itl + self._settings.itl_per_running * running
+        context = sum(each.prompt.tokens + len(each.pieces) for each in self._running)
+        return self._cost.step(running, context / max(1, running))
 
     def _schedule(self, due: float, generation: Generation) -> None:
         self._serial += 1
@@ -129,7 +159,7 @@ class Engine:
         """Advance everything that is due. The next due time follows from the last, not from now,
         so a late tick delays tokens but never stretches the timetable."""
         now = self._loop.time()
-        itl = self._settings.itl + self._settings.itl_per_running * len(self._running)
+        itl = self._itl()
         while self._due and self._due[0][0] <= now and not self._faults.dead_engine:
             due, _, generation = heappop(self._due)
             if generation.cancelled:

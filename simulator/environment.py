@@ -39,6 +39,7 @@ class Settings:
     prefill_per_token: float
     itl: float
     itl_per_running: float
+    cost: str  # the model whose costs count, in place of the four times above; '': none
     output_tokens: tuple[int, int]
     launch: str  # how trtllm-llmapi-launch meets the end of trtllm-serve
     faults: Mapping[str, tuple[float, ...]]
@@ -68,6 +69,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         prefill_per_token=value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6,
         itl=value("ITL_MS", _not_negative, "5") / 1e3,
         itl_per_running=value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6,
+        cost=env.get("TRTLLM_SIM_COST") or "",
         output_tokens=value("OUTPUT_TOKENS", _token_range, "32-256"),
         launch=value("LAUNCH", _launch, "stuck"),
         faults=value("FAULT", _faults, ""),

@@ -86,6 +86,7 @@ class LlmArgs:
     max_seq_len: int
     max_num_tokens: int | None  # of a prompt; None with chunked prefill
     stream_interval: int
+    attention_dp: bool
     has_transceiver: bool
     prometheus: bool
     iter_stats: bool
@@ -119,6 +120,7 @@ def build_llm_args(
         max_seq_len=_positive(config, "max_seq_len", MODEL_CONTEXT),
         max_num_tokens=None if chunked else _positive(config, "max_num_tokens", 8192),
         stream_interval=_positive(config, "stream_interval"),
+        attention_dp=bool(config.get("enable_attention_dp")),
         has_transceiver=config.get("cache_transceiver_config") is not None,
         prometheus=bool(config.get("return_perf_metrics")),
         iter_stats=bool(config.get("enable_iter_perf_stats")),

@@ -17,6 +17,7 @@ from typing import Any
 
 from arguments import command_line
 from console import Fatal, crash, log
+from cost import cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
@@ -43,6 +44,7 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
     try:
         settings = read_settings(os.environ)
         args = build_llm_args(flags, settings.gpus, os.environ, version)
+        cost_of(settings.cost, args)  # whether the model fits
         sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
         faults = Faults(settings.faults)
         faults.begin()

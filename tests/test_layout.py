@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = (".", "report", "load", "launch", "common")  # each may import those after it
+ROOMS = (".", "search", "report", "load", "launch", "common")  # each may import those after it
 LONGEST = {"test.py": 550, "save_image.py": 550}  # they stand alone; all others: 400
 SHELL_INSIDE = "launch/node/inside.py"  # runs in containers whose image may have no Python
 

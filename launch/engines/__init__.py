@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from re import Pattern
 from typing import Protocol, cast
@@ -71,6 +72,12 @@ class Engine(Protocol):
     def config_of(self, args: Sequence[str]) -> str | None: ...
     def check(self, args: Sequence[str]) -> tuple[str, World]: ...
     def settle(self, args: Sequence[str], version: str) -> list[str]: ...
+    # Of a search (tune.py): arguments for sizes (tp, pp, ep) and settings, which may need a file;
+    # and what makes two configurations the same.
+    def tuned(
+        self, config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
+    ) -> list[str]: ...
+    def effective(self, args: Sequence[str]) -> object: ...
 
     # What one of `nodes` processes is given besides, where there is no LEADER.
     def part(self, args: Sequence[str], index: int, nodes: int, head: str) -> list[str]: ...

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from launch.arguments import given, size_of, with_address, without_model
+from launch.arguments import as_flags, given, size_of, with_address, without_model
 from launch.config_file import merged
 from launch.engines import DATE, World
 
@@ -19,6 +20,7 @@ WORK_WORDS = re.compile(rb'"POST /(?:v1/[^"]*|generate [^"]*)" 200|Decode batch'
 TP: Sequence[str] = ("--tp-size", "--tp", "--tensor-parallel-size")
 PP = ("--pp-size", "--pp", "--pipeline-parallel-size")
 DP = ("--dp-size", "--dp", "--data-parallel-size")
+EP = "--ep-size"
 WITHIN_TP = "--enable-dp-attention"  # then the data parallel groups are of the tensor parallel GPUs
 HEAD = ("--dist-init-addr", "--nccl-init-addr")
 MEETING_PORT = 20000  # of the first node, where the processes of a server find each other
@@ -57,6 +59,16 @@ def check(args: Sequence[str]) -> tuple[str, World]:
     dp = 1 if WITHIN_TP in words else size_of(words, *DP)
     world = World(size_of(words, *TP), size_of(words, *PP), dp=dp)
     return world.shape, world
+
+
+def tuned(
+    config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
+) -> list[str]:
+    return as_flags({"tp": TP[0], "pp": PP[0], "ep": EP}, sizes, config, settings)
+
+
+def effective(args: Sequence[str]) -> object:
+    return list(merged(args))
 
 
 def settle(args: Sequence[str], version: str) -> list[str]:

@@ -15,7 +15,7 @@ from launch.arguments import (
     with_address,
     without_value,
 )
-from launch.config_file import read_config
+from launch.config_file import read_config, write_with
 from launch.engines import LEVEL, World
 from launch.options import Check, first_name, union, versions
 
@@ -169,6 +169,28 @@ def check(args: Sequence[str]) -> tuple[str, World]:
     settings = merged(args)
     check_moe(settings)
     return name_of(settings), find_world(settings)
+
+
+# --- for a search ---------------------------------------------------------------------------------
+def tuned(
+    config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
+) -> list[str]:
+    """The arguments of a candidate. Settings are keys of the YAML, `a.b` those within another.
+
+    They go into `file`, over those of the config, where there are any.
+    """
+    flags = {"tp": "--tp_size", "pp": "--pp_size", "ep": "--ep_size"}
+    args = [word for name, size in sizes.items() for word in (flags[name], str(size))]
+    if not settings:
+        return [*args, *([CONFIG_FLAGS[0], str(Path(config).absolute())] if config else [])]
+    write_with(config, settings, file)
+    return [*args, CONFIG_FLAGS[0], str(file)]
+
+
+def effective(args: Sequence[str]) -> object:
+    """What two configurations have to have in common to be the same."""
+    found = {key: str(value) for key, value in merged(args).items()}
+    return {key: value for key, value in found.items() if not (key in SIZES and value == "1")}
 
 
 # --- what a version makes of it -------------------------------------------------------------------

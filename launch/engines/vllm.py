@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from launch.arguments import given, size_of, with_address, without_model
+from launch.arguments import as_flags, given, size_of, with_address, without_model
 from launch.config_file import merged
 from launch.engines import LEVEL, World
 
@@ -62,6 +63,16 @@ def check(args: Sequence[str]) -> tuple[str, World]:
     tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
     world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
     return world.shape, world
+
+
+def tuned(
+    config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
+) -> list[str]:
+    return as_flags({"tp": TP[0], "pp": PP[0]}, sizes, config, settings, no="no-")
+
+
+def effective(args: Sequence[str]) -> object:
+    return list(merged(args))
 
 
 def settle(args: Sequence[str], version: str) -> list[str]:

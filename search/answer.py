@@ -1,0 +1,270 @@
+"""The answer: table, tune.json and page. Which is best, by how much, and how to serve it."""
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from common.talk import counted, whole_file, write_json
+from report import page
+from report.charts import Chart
+from report.charts import Point as Dot
+from report.draw import draw
+from report.results import Group, columns_of
+from search import race
+from search.candidates import Candidate, LeftOut
+
+Record = dict[str, Any]
+NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
+
+
+@dataclass
+class Outcome:
+    """All that is known so far of the candidates."""
+
+    model: str
+    command: Sequence[str]  # the launcher's, that all have; MODEL and the engine's arguments in it
+    limits: Mapping[str, float]  # ms, which 99 % of the requests have to keep
+    candidates: Sequence[Candidate]
+    left_out: Sequence[LeftOut]
+    groups: dict[str, dict[int, Group]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # why a candidate did not serve
+    unfinished: str = ""  # why the search has ended early
+
+    @property
+    def measured(self) -> dict[str, dict[int, race.Point]]:
+        return {
+            name: {load: point_of(group) for load, group in found.items()}
+            for name, found in self.groups.items()
+        }
+
+    def command_of(self, name: str) -> str:
+        found = next(c for c in self.candidates if c.name == name)
+        return shlex.join([".venv/bin/python", "run_sbatch.py", *self.command, *found.words])
+
+
+def point_of(group: Group) -> race.Point:
+    def value(key: str) -> float:
+        return group.value(key) or 0.0
+
+    p99 = {name: value(f"p99_{name}_ms") for name in NAMES}
+    return race.Point(value("user_throughput"), value("gpu_throughput"), p99, group.valid)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best one within some limits; `name` '' where nothing keeps them."""
+
+    limits: Mapping[str, float]
+    name: str = ""
+    load: int = 0
+    ties: tuple[str, ...] = ()  # others that are no worse, as far as the repeats can tell
+    margin: Mapping[str, float] = field(default_factory=dict)  # what is left of each limit
+
+
+def answers(outcome: Outcome) -> list[Best]:
+    """The best for each limit, and for all of them; without limits for the most throughput."""
+    return [best_of(outcome, limits) for limits in race.objectives(outcome.limits) or [{}]]
+
+
+def best_of(outcome: Outcome, limits: Mapping[str, float]) -> Best:
+    measured = outcome.measured
+    found = race.best(measured, limits)
+    if not found:
+        return Best(limits)
+    name, load = found
+    point, around = measured[name][load], spread(outcome, name, load)
+    ties = []
+    for other in measured:
+        rival = race.best({other: measured[other]}, limits) if other != name else None
+        if rival:
+            apart = 1 - measured[other][rival[1]].gpu / point.gpu
+            if apart <= max(around, spread(outcome, *rival)):
+                ties.append(other)
+    margin = {each: 1 - point.p99[each] / most for each, most in limits.items()}
+    return Best(limits, name, load, tuple(ties), margin)
+
+
+def spread(outcome: Outcome, name: str, load: int) -> float:
+    """Between the repeats, as a share; 0 where there was one run."""
+    return outcome.groups[name][load].spread("gpu_throughput")
+
+
+def number(value: float) -> str:
+    """Three digits at least of what a GPU does: 2.31 of a large model, 12,345 of a small one."""
+    return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
+
+
+def in_words(limits: Mapping[str, float]) -> str:
+    """`TTFT <= 500 ms, TPOT <= 30 ms`"""
+    return ", ".join(f"{NAMES[name]} <= {most:g} ms" for name, most in limits.items())
+
+
+# --- the terminal ---------------------------------------------------------------------------------
+
+
+def text(outcome: Outcome) -> str:
+    lines = [
+        *table(outcome),
+        "",
+        *(line for best in answers(outcome) for line in say(outcome, best)),
+    ]
+    lines += [f"left out: {each.name}: {each.why}" for each in outcome.left_out]
+    if outcome.unfinished:
+        lines.append(f"not finished: {outcome.unfinished}")
+    return "\n".join(lines)
+
+
+def table(outcome: Outcome) -> list[str]:
+    """A row for each point of the front, then one for each other candidate at its best."""
+    front = race.front(outcome.measured)
+    others = [c.name for c in outcome.candidates if c.name not in {name for name, _ in front}]
+    heads = ["", "GPUs", "streams", "tok/s per GPU", "tok/s per user", "TTFT p99", "TPOT p99", ""]
+    rows = [row(outcome, name, load, "on the front") for name, load in front]
+    for name in others:
+        at = race.best({name: outcome.measured.get(name, {})}, {})
+        if at:
+            rows.append(row(outcome, name, at[1], ""))
+        else:
+            gpus = next(c.gpus for c in outcome.candidates if c.name == name)
+            rows.append([name, str(gpus), *["-"] * 5, "failed" if name in outcome.failed else "-"])
+    reasons = [f"{name}: {why}" for name, why in outcome.failed.items()]
+    return [*columns_of([heads, *rows]), *reasons]
+
+
+def row(outcome: Outcome, name: str, load: int, mark: str) -> list[str]:
+    point, group = outcome.measured[name][load], outcome.groups[name][load]
+    around = group.spread("gpu_throughput")
+    gpus = next(c.gpus for c in outcome.candidates if c.name == name)
+    per_gpu = number(point.gpu) + (f" ±{around:.1%}" if len(group.records) > 1 else "")
+    latencies = [f"{point.p99[metric]:,.1f}" for metric in ("ttft", "tpot")]
+    return [name, str(gpus), str(load), per_gpu, f"{point.user:,.1f}", *latencies, mark]
+
+
+def say(outcome: Outcome, best: Best) -> list[str]:
+    """What is best, by how much, and the command line for it."""
+    goal = f"within {in_words(best.limits)}" if best.limits else "most throughput a GPU"
+    if not best.name:
+        return [f"{goal}: no candidate keeps that, at any load"]
+    point = outcome.measured[best.name][best.load]
+    left = ", ".join(f"{share:.0%} of {NAMES[name]} left" for name, share in best.margin.items())
+    words = [f"{number(point.gpu)} tokens/s per GPU at {counted(best.load, 'stream')}", left]
+    lines = [f"{goal}: {best.name}, {', '.join(filter(None, words))}"]
+    if best.ties:
+        others = ", ".join(best.ties)
+        lines.append(f"  a tie with {others}: the repeats differ by more than they do")
+    return [*lines, f"  serve it: {outcome.command_of(best.name)}"]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write(outcome: Outcome, folder: Path) -> None:
+    """tune.json for programs, tune.html for people."""
+    write_json(folder / "tune.json", document(outcome))
+    with whole_file(folder / "tune.html") as file:
+        file.write(html(outcome))
+
+
+def document(outcome: Outcome) -> Record:
+    measured, front = outcome.measured, race.front(outcome.measured)
+    return {
+        "model": outcome.model,
+        "limits_ms": dict(outcome.limits),
+        "unfinished": outcome.unfinished or None,
+        "best": [
+            {
+                "limits_ms": dict(best.limits),
+                "name": best.name or None,
+                "streams": best.load or None,
+                "ties": list(best.ties),
+                "margin": dict(best.margin),
+                "command": outcome.command_of(best.name) if best.name else None,
+            }
+            for best in answers(outcome)
+        ],
+        "front": [{"name": name, "streams": load} for name, load in front],
+        "candidates": [
+            {
+                "name": each.name,
+                "shape": each.shape,
+                "gpus": each.gpus,
+                "replicas": each.replicas,
+                "arguments": list(each.words),
+                "failed": outcome.failed.get(each.name),
+                "loads": [
+                    {
+                        "streams": load,
+                        "valid": point.valid,
+                        "user_throughput": point.user,
+                        "gpu_throughput": point.gpu,
+                        "spread": spread(outcome, each.name, load),
+                        **{f"p99_{metric}_ms": value for metric, value in point.p99.items()},
+                    }
+                    for load, point in sorted(measured.get(each.name, {}).items())
+                ],
+            }
+            for each in outcome.candidates
+        ],
+        "left_out": [{"name": each.name, "why": each.why} for each in outcome.left_out],
+    }
+
+
+def html(outcome: Outcome) -> str:
+    best = answers(outcome)
+    found = [line for each in best for line in say(outcome, each)]
+    rows = [[escape(cell) for cell in row(outcome, name, load, mark_of(outcome, name, load))]
+            for name, by_load in outcome.groups.items() for load in sorted(by_load)]  # fmt: skip
+    heads = ["candidate", "GPUs", "streams", "tok/s per GPU", "tok/s per user", "TTFT p99",
+             "TPOT p99", ""]  # fmt: skip
+    failed = [f"{name}: {why}" for name, why in outcome.failed.items()]
+    left_out = [f"{each.name}: {each.why}" for each in outcome.left_out]
+    parts = [
+        page.section("The answer", page.listed(found)),
+        page.section("Not finished", escape(outcome.unfinished)),
+        page.charts(draw(list(charts(outcome)))),
+        page.section("Every load", page.table(heads, rows) if rows else ""),
+        page.section("Did not serve", page.listed(failed)),
+        page.section("Left out", page.listed(left_out)),
+    ]
+    return page.document(f"Configurations of {outcome.model}", parts)
+
+
+def mark_of(outcome: Outcome, name: str, load: int) -> str:
+    if not outcome.measured[name][load].valid:
+        return "INVALID: " + "; ".join(outcome.groups[name][load].problems)
+    return "on the front" if (name, load) in race.front(outcome.measured) else ""
+
+
+def charts(outcome: Outcome) -> Iterable[Chart]:
+    """What one user gets, and how long one waits, against what a GPU does; a line a candidate."""
+    measured = {n: f for n, f in outcome.measured.items() if any(p.valid for p in f.values())}
+    if not measured:
+        return
+    shown = {name for name, _ in race.front(measured)} | {b.name for b in answers(outcome)}
+    pale = frozenset(name for name in measured if name not in shown)
+    y = "output tokens/s per GPU"
+    users = Chart("front", "For one user, and for a GPU", "output tokens/s per user", y, pale=pale)
+    waits = Chart("ttft", "Waiting for the first token", "TTFT p99, ms", y, pale=pale)
+    for name, found in measured.items():
+        valid = [(load, point) for load, point in sorted(found.items()) if point.valid]
+        tips = [f"{name}, {counted(load, 'stream')}: {number(p.gpu)} per GPU, "
+                f"{p.user:,.1f} per user, p99 of TTFT {p.p99['ttft']:,.1f} ms, "
+                f"of TPOT {p.p99['tpot']:,.2f} ms"
+                for load, p in valid]  # fmt: skip
+        ys = [point.gpu for _, point in valid]
+        for chart, xs in (
+            (users, [point.user for _, point in valid]),
+            (waits, [point.p99["ttft"] for _, point in valid]),
+        ):
+            chart.series[name] = list(map(Dot, xs, ys, tips))
+    yield with_region(users, 1000 / outcome.limits["tpot"] if "tpot" in outcome.limits else None)
+    yield with_region(waits, None, outcome.limits.get("ttft"))
+
+
+def with_region(chart: Chart, low: float | None, high: float | None = None) -> Chart:
+    """The chart with the part marked that is within the limits."""
+    return chart if low is None and high is None else replace(chart, within=(low, high))

@@ -1,0 +1,142 @@
+"""What is to be tried: the candidates that a command line spans, and why others are left out."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.talk import Failure
+from launch.engines import Engine
+
+SIZES = ("tp", "pp", "ep")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration: how it is called, what the engine is given, and the GPUs that it takes."""
+
+    name: str  # of its row and its folder
+    args: tuple[str, ...]  # for the engine, beyond those that all have
+    shape: str  # in the words of the field: `TP 8, EP 8`
+    gpus: int
+    replicas: int = 1
+
+    @property
+    def words(self) -> list[str]:
+        """What follows MODEL on the launcher's command line."""
+        return [*(["--replicas", str(self.replicas)] if self.replicas > 1 else []), *self.args]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the command line spans: each config and each mix of sizes, with each mix of the rest."""
+
+    configs: tuple[str, ...] = ()
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # tp, pp, ep
+    replicas: tuple[str, ...] = ()  # numbers, or auto
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of --set
+
+    def combinations(self) -> Iterator[tuple[str, dict[str, int], str, dict[str, str]]]:
+        """Config, sizes, replicas and settings of each; '' and {} for what is not spanned."""
+        configs: list[tuple[str, dict[str, int]]] = [(config, {}) for config in self.configs]
+        sizes = [("", each) for each in mixed(self.sizes)] if self.sizes or not configs else []
+        for (config, size), replicas, settings in itertools.product(
+            [*configs, *sizes], self.replicas or ("",), mixed(self.settings)
+        ):
+            yield config, size, replicas, settings
+
+
+def mixed(lists: Mapping[str, tuple[T, ...]]) -> list[dict[str, T]]:
+    """Every way to take one of each list."""
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    name: str
+    why: str
+
+
+def expand(
+    space: Space, engine: Engine, common: Sequence[str], model: Mapping[str, Any], gpus: int,
+    folder: Path,
+) -> tuple[list[Candidate], list[LeftOut]]:  # fmt: skip
+    """All candidates that fit `gpus` GPUs (0: not known), and why the others do not.
+
+    `common` are the arguments that all have, `model` is the model's config.json. Settings that
+    need a file get one in `folder`.
+    """
+    found: dict[str, Candidate] = {}
+    left_out: list[LeftOut] = []
+    for config, sizes, replicas, settings in space.combinations():
+        name = name_of(config, sizes, replicas, settings)
+        try:
+            args = engine.tuned(config, sizes, settings, folder / f"{name}.yaml")
+            shape, world = engine.check([*common, *args])
+            refuse_by_model(model, world.tp, world.pp)
+            count = number_of(replicas, world.size, gpus)
+            same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
+            if same in found:
+                raise Failure(f"the same as {found[same].name}")
+            candidate = Candidate(name, tuple(args), shape, world.size * count, count)
+            found[same] = candidate
+        except Failure as failure:
+            left_out.append(LeftOut(name, failure.message))
+    return list(found.values()), left_out
+
+
+def name_of(
+    config: str, sizes: Mapping[str, int], replicas: str, settings: Mapping[str, str]
+) -> str:
+    """`tp8-ep8-max_batch_size64`"""
+    words = [Path(config).stem] if config else []
+    words += [f"{name}{size}" for name, size in sizes.items()]
+    words += [f"x{replicas}"] if replicas else []
+    words += [f"{key}{value}" for key, value in settings.items()]
+    plain = "-".join(words) or "default"
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in plain)[:100]
+
+
+def number_of(replicas: str, world: int, gpus: int) -> int:
+    """How many servers. Failure where they need more GPUs than there are."""
+    if replicas == "auto":
+        if not gpus:
+            raise Failure("how many replicas are `auto` is not known: give --gpus")
+        count = gpus // world
+    else:
+        count = int(replicas or 1)
+    if gpus and (count < 1 or count * world > gpus):
+        raise Failure(f"it needs {max(count, 1) * world} GPUs, and there are {gpus}")
+    return count
+
+
+def refuse_by_model(model: Mapping[str, Any], tp: int, pp: int) -> None:
+    """Failure where the model's own numbers say that the engine cannot split it so."""
+    inner = model.get("text_config")
+    text = inner if isinstance(inner, dict) else model
+    heads, layers = text.get("num_attention_heads"), text.get("num_hidden_layers")
+    if isinstance(heads, int) and heads % tp:
+        raise Failure(f"the model's {heads} attention heads do not divide by TP {tp}")
+    if isinstance(layers, int) and layers < pp:
+        raise Failure(f"the model has {layers} layers, fewer than PP {pp}")
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """The model's config.json where it is on this machine: a directory, or in Hugging Face's cache.
+
+    {} where it is not: then nothing is left out by it.
+    """
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = cache / f"models--{model.replace('/', '--')}" / "snapshots"
+    for path in (Path(model) / "config.json", *sorted(snapshots.glob("*/config.json"))):
+        try:
+            found = json.loads(path.read_text())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            continue
+    return {}

@@ -1,0 +1,104 @@
+"""A candidate served by the launcher, a process of its own, and ended with all that it started."""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.talk import Failure, read_json, say
+from search.candidates import Candidate
+
+ROOT = Path(__file__).resolve().parents[1]
+TICK = 0.1  # seconds between two looks for the endpoint
+ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*)$", re.M)
+PR_SET_PDEATHSIG = 1  # prctl(2)
+Process = subprocess.Popen[bytes]
+
+
+@dataclass
+class Serving:
+    """The launcher of a candidate, and where its server is."""
+
+    launcher: Process
+    folder: Path  # its workspace
+    url: str = ""
+
+    @property
+    def words(self) -> Path:
+        """What it says."""
+        return self.folder / "launcher.txt"
+
+    def cause(self) -> str:
+        """Why it ended, in its own words."""
+        said = self.words.read_text(errors="replace")
+        found = ERROR.findall(said)
+        last = said.strip().splitlines()[-1:] or ["it said nothing"]
+        return found[-1] if found else f"exit code {self.launcher.returncode}: {last[0]}"
+
+
+@contextlib.contextmanager
+def serving(
+    candidate: Candidate, command: Sequence[str], nodes: Sequence[str], folder: Path,
+    started: Callable[[Process], None],
+) -> Iterator[Serving]:  # fmt: skip
+    """Serve it on these nodes for as long as the block lasts. Failure where it is not ready.
+
+    `command` is what all candidates have: the launcher's options, MODEL, the engine's arguments.
+    `started` is told of the launcher, before it is ready.
+    Its workspace is a folder of its own: several of a job would have one record between them.
+    """
+    own = ["--workspace", str(folder), *candidate.words]
+    program = [sys.executable, str(ROOT / "run_sbatch.py"), *command, *own]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "launcher.txt").open("wb") as talk:
+        launcher = subprocess.Popen(
+            program,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the engine's log, which is in logs/, too
+            stderr=talk,
+            env={**os.environ, "NODELIST": ",".join(nodes), "TP": ""},
+            start_new_session=True,  # a ^C is for us: we end it once it is safe
+            preexec_fn=die_with_parent,
+        )
+    started(launcher)
+    served = Serving(launcher, folder)
+    try:
+        served.url = await_endpoint(served, folder / "logs/endpoint.json")
+        yield served
+    finally:
+        end(launcher)
+
+
+def die_with_parent() -> None:
+    """Should our thread be killed, the launcher gets a SIGTERM, and ends what it started."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def await_endpoint(served: Serving, record: Path) -> str:
+    """The URL, once the launcher has announced it."""
+    while served.launcher.poll() is None:
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            found = read_json(record)
+            if found["launcher"].split(":")[1] == str(served.launcher.pid):
+                return str(found["url"])
+        time.sleep(TICK)
+    raise Failure(served.cause())
+
+
+def end(launcher: Process) -> None:
+    """The launcher cleans up in its own time, which is bounded."""
+    if launcher.poll() is None:
+        launcher.send_signal(signal.SIGTERM)  # SIGINT is ignored in the background of a shell
+    try:
+        launcher.wait(60)
+    except subprocess.TimeoutExpired:
+        say(f"the launcher, process {launcher.pid}, did not end within 60 s: killing it")
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()

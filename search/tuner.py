@@ -1,0 +1,205 @@
+"""The search: every candidate at a few loads, then what may still be better, until nothing is."""
+
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.talk import Failure, counted, say
+from report.results import Group, groups, load
+from search import answer, race
+from search.candidates import Candidate
+from search.nodes import Nodes, side_by_side
+from search.serving import ROOT, Process, Serving, serving
+
+PORTS_APART = 20  # a candidate never meets the port of the one before, nor a fleet's replicas
+
+
+@dataclass
+class Tuner:
+    """What is measured, where, and until when."""
+
+    outcome: answer.Outcome
+    folder: Path
+    loads: Sequence[int]
+    bench: Sequence[str]  # what bench.py is given for every load
+    port: int
+    deadline: float  # by time.monotonic()
+    nodes: Nodes
+    more: Sequence[str] = ()  # options of the launcher that a server of one's own does not need
+    served: Iterator[int] = field(default_factory=itertools.count)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    processes: list[Process] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Measure until the answer cannot change; what there is by then is written in any case."""
+        try:
+            self.read_earlier()
+            self.search()
+        except BaseException as error:
+            stopped = not isinstance(error, Exception)
+            self.outcome.unfinished = "stopped" if stopped else f"an error: {error}"
+            raise
+        finally:
+            answer.write(self.outcome, self.folder)
+
+    def search(self) -> None:
+        by_name = {candidate.name: candidate for candidate in self.outcome.candidates}
+        first = race.coarse(self.loads)
+        missing = {
+            name: [each for each in first if each not in self.found(name)]
+            for name in by_name
+            if not race.is_over(self.points(name))
+        }
+        self.round({by_name[name]: loads for name, loads in missing.items() if loads})
+        while not self.outcome.unfinished:
+            ahead = race.order(self.outcome.measured, self.loads, self.outcome.limits)
+            if not ahead:
+                break
+            # As many as fit, the most promising first: what they show may settle the others.
+            self.round({by_name[name]: [] for name in ahead[: len(self.nodes.names)]})
+
+    def round(self, loads: Mapping[Candidate, Sequence[int]]) -> None:
+        """Examine these candidates, each on nodes of its own."""
+
+        def work(candidate: Candidate, nodes: Sequence[str]) -> None:
+            if not self.is_late():
+                self.examine(candidate, loads[candidate], nodes)
+
+        side_by_side(list(loads), lambda each: each.gpus, self.nodes, work, self.end_all)
+
+    def began(self, process: Process) -> None:
+        """It is ended with us; whoever waits for it, in a thread of its own, cleans up."""
+        self.processes.append(process)
+        if self.stopping.is_set():
+            process.terminate()
+
+    def end_all(self) -> None:
+        self.stopping.set()
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+
+    def is_late(self) -> bool:
+        """Whether nothing new is to begin; says so once."""
+        if self.stopping.is_set():
+            return True
+        if time.monotonic() > self.deadline and not self.outcome.unfinished:
+            self.outcome.unfinished = "the time of --minutes was up before the search was over"
+            say(self.outcome.unfinished)
+        return bool(self.outcome.unfinished)
+
+    def found(self, name: str) -> dict[int, Group]:
+        return self.outcome.groups.get(name, {})
+
+    def points(self, name: str) -> dict[int, race.Point]:
+        return self.outcome.measured.get(name, {})
+
+    # --- one candidate ----------------------------------------------------------------------------
+
+    def examine(self, candidate: Candidate, loads: Sequence[int], nodes: Sequence[str]) -> None:
+        """Serve it and measure these loads, or all that look promising. A failure is its row."""
+        name, where = candidate.name, ", ".join(filter(None, nodes))
+        on = f" on {where}" if where else ""
+        say(f"{name}: {candidate.shape}, {counted(candidate.gpus, 'GPU')}: starting{on}")
+        try:
+            with self.serving(candidate, nodes) as served:
+                for each in loads:
+                    self.measure(candidate, served, [each])
+                    if race.is_over(self.points(name)) or self.is_late():
+                        break
+                while self.is_settling() and (more := self.promising(name)) and not self.is_late():
+                    self.measure(candidate, served, more)
+        except Failure as failure:
+            if self.stopping.is_set():
+                return
+            say(f"{name}: {failure.message}")
+            self.outcome.failed[name] = failure.message
+            self.outcome.groups[name] = {}  # what it has shown by then stays in its folder
+
+    def is_settling(self) -> bool:
+        """Whether all have been seen at their first loads."""
+        seen = {*self.outcome.failed, *(n for n, found in self.outcome.groups.items() if found)}
+        return all(candidate.name in seen for candidate in self.outcome.candidates)
+
+    def promising(self, name: str) -> list[int]:
+        return race.next_loads(self.outcome.measured, name, self.loads, self.outcome.limits)
+
+    @contextmanager
+    def serving(self, candidate: Candidate, nodes: Sequence[str]) -> Iterator[Serving]:
+        port = self.port + PORTS_APART * next(self.served)
+        command = [*self.outcome.command, *self.more, "--port", str(port)]
+        folder = self.folder / candidate.name
+        with serving(candidate, command, nodes, folder, self.began) as served:
+            yield served
+
+    def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
+        """By bench.py, as its user would. Failure where the server is gone."""
+        folder = self.folder / candidate.name
+        command = [
+            *[sys.executable, str(ROOT / "bench.py"), "--client", "builtin", "--resume"],
+            *["--host", served.url, "--type", "concurrency", "--output", str(folder)],
+            *["--concurrency", ",".join(map(str, loads)), "--gpus", str(max(candidate.gpus, 1))],
+            *self.bench,
+        ]
+        with (folder / "bench.txt").open("a") as talk:
+            null = subprocess.DEVNULL
+            bench = subprocess.Popen(
+                command, stdin=null, stdout=talk, stderr=talk, start_new_session=True
+            )
+            self.began(bench)
+            bench.wait()
+        self.read(candidate.name)
+        for each in loads:
+            self.tell(candidate.name, each)
+        if served.launcher.poll() is not None:
+            raise Failure(served.cause())
+
+    def read(self, name: str) -> None:
+        """What its folder holds: runs of bench.py, several of a load where it was repeated."""
+        with suppress(Failure):
+            records = [r for r in load(self.folder / name).records if r["case"]["concurrency"]]
+            self.outcome.groups[name] = {int(g.case["concurrency"]): g for g in groups(records)}
+
+    def read_earlier(self) -> None:
+        """With --resume: what an earlier search has measured is not measured again."""
+        for candidate in self.outcome.candidates:
+            self.read(candidate.name)
+            found = self.found(candidate.name)
+            for invalid in [each for each, group in found.items() if not group.valid]:
+                del found[invalid]
+            if found:
+                done = ", ".join(map(str, sorted(found)))
+                say(f"{candidate.name}: measured before: {done} streams")
+
+    def tell(self, name: str, streams: int) -> None:
+        group = self.found(name).get(streams)
+        if group is None:
+            why = last_line(self.folder / name / "bench.txt")
+            raise Failure(f"bench.py measured nothing at {counted(streams, 'stream')}: {why}")
+        point = self.points(name)[streams]
+        words = f"{answer.number(point.gpu)} tokens/s per GPU, {point.user:,.1f} per user"
+        latencies = ", ".join(
+            f"{answer.NAMES[m]} p99 {point.p99[m]:,.1f} ms" for m in ("ttft", "tpot")
+        )
+        wrong = "" if point.valid else f"INVALID: {'; '.join(group.problems)}"
+        say(f"{name}, {counted(streams, 'stream')}: {wrong or f'{words}, {latencies}'}")
+
+
+def last_line(path: Path) -> str:
+    """What a program said last; of bench.py not its document for other programs."""
+    said = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(said) if not is_document(line)), "no word")
+
+
+def is_document(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,309 @@
+"""The search of tune.py: what is tried, what is measured next, what is the answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.talk import Failure
+from launch.engines import engine
+from report.results import Group
+from search import race
+from search.answer import Outcome, answers, document, html, text
+from search.candidates import (
+    Candidate,
+    LeftOut,
+    Space,
+    expand,
+    model_config,
+    name_of,
+    refuse_by_model,
+)
+from search.race import LOADS, Point
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "simulator"))
+from cost import LINK, MODELS, NETWORK, Cost
+
+CONTEXT = 640  # tokens
+
+
+# --- what is tried --------------------------------------------------------------------------------
+
+
+def tried(
+    space: Space, tmp_path: Path, gpus: int = 8, model: Mapping[str, Any] | None = None
+) -> Any:
+    return expand(space, engine("trtllm"), [], model or {}, gpus, tmp_path)
+
+
+def test_every_mix_of_the_lists_is_a_candidate(tmp_path: Path) -> None:
+    space = Space((), {"tp": (1, 2), "pp": (1, 2)}, (), {"max_batch_size": ("8", "16")})
+    found, left_out = tried(space, tmp_path)
+    assert len(found) == 8 and not left_out
+    one = next(c for c in found if c.name == "tp2-pp2-max_batch_size16")
+    assert (one.gpus, one.shape) == (4, "TP 2 x PP 2")
+    assert one.args[:4] == ("--tp_size", "2", "--pp_size", "2")
+    config = one.args[one.args.index("--config") + 1]
+    assert Path(config).read_text() == "max_batch_size: 16\n"
+
+
+def test_a_config_is_a_candidate_beside_the_sizes_and_gets_the_settings(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("tensor_parallel_size: 4\nkv_cache_config:\n  enable_block_reuse: true\n")
+    settings = {"kv_cache_config.free_gpu_memory_fraction": ("0.8",)}
+    found, _ = tried(Space((str(config),), {"tp": (2,)}, (), settings), tmp_path)
+    assert [(c.name.partition("-")[0], c.gpus) for c in found] == [("mine", 4), ("tp2", 2)]
+    written = Path(found[0].args[-1]).read_text()
+    assert "enable_block_reuse: true" in written and "free_gpu_memory_fraction: 0.8" in written
+    assert "0.8" not in config.read_text()
+
+
+@pytest.mark.parametrize(
+    ("space", "model", "why"),
+    [
+        (Space((), {"tp": (8, 16)}), {}, "it needs 16 GPUs, and there are 8"),
+        (Space((), {"tp": (2,)}, ("1", "5")), {}, "it needs 10 GPUs, and there are 8"),
+        (Space((), {"tp": (4,)}, ("2", "auto")), {}, "the same as tp4-x2"),
+        (Space((), {"tp": (1,), "pp": (1, 4)}), {"num_hidden_layers": 2}, "2 layers"),
+        (Space((), {"tp": (2, 3)}), {"num_attention_heads": 32}, "32 attention heads do not"),
+        (Space((), {"tp": (2, 4), "ep": (4,)}), {}, "has to divide the tensor parallel size"),
+        (
+            Space((), {"tp": (8, 3)}),
+            {"text_config": {"num_attention_heads": 64}},
+            "64 attention heads do not divide by TP 3",
+        ),
+    ],
+)
+def test_what_cannot_be_is_left_out_with_its_reason(
+    space: Space, model: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    found, [left] = tried(space, tmp_path, model=model)
+    assert len(found) == 1 and why in left.why
+
+
+def test_auto_is_as_many_as_there_is_room_for(tmp_path: Path) -> None:
+    found, _ = tried(Space((), {"tp": (1, 2, 8)}, ("auto",)), tmp_path)
+    assert [(c.replicas, c.gpus) for c in found] == [(8, 8), (4, 8), (1, 8)]
+    assert found[0].words[:2] == ["--replicas", "8"] and "--replicas" not in found[2].words
+    assert "give --gpus" in tried(Space((), {}, ("auto",)), tmp_path, gpus=0)[1][0].why
+
+
+def test_names_are_folders() -> None:
+    assert name_of("a/b c.yaml", {"tp": 2}, "auto", {"x.y": "[1]"}) == "b_c-tp2-xauto-x.y_1_"
+    assert name_of("", {}, "", {}) == "default"
+
+
+def test_the_models_numbers_are_read_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    there = tmp_path / "hub/models--org--m/snapshots/1"
+    there.mkdir(parents=True)
+    (there / "config.json").write_text('{"num_attention_heads": 7}')
+    assert model_config("org/m") == {"num_attention_heads": 7}
+    assert model_config(str(there)) == {"num_attention_heads": 7}
+    assert model_config("org/other") == {}
+    with pytest.raises(Failure):
+        refuse_by_model(model_config("org/m"), 2, 1)
+
+
+# --- what is measured next ------------------------------------------------------------------------
+
+
+def cost(name: str, tp: int, pp: int = 1, attention_dp: bool = False) -> Cost:
+    return Cost(MODELS[name], tp, pp, attention_dp, NETWORK if tp > 8 else LINK)
+
+
+def shown(model: Cost, streams: int, batch: int) -> Point:
+    """What a load would show of a server with such costs that runs `batch` at once."""
+    running = min(streams, batch)
+    step = model.step(running, CONTEXT)
+    waits = model.prefill(512) * running + (streams / running - 1) * 256 * step
+    user = 256 / (256 * step + waits)
+    gpus = model.tp * model.pp
+    p99 = {"ttft": 1e3 * waits, "tpot": 1e3 * step, "e2el": 1e3 * (waits + 256 * step)}
+    return Point(user, user * streams / gpus, p99)
+
+
+SERVERS = {
+    f"{kind}-{batch}": (each, batch)
+    for batch in (16, 64, 256)
+    for kind, each in {
+        "tp8": cost("671b", 8),
+        "dp8": cost("671b", 8, 1, True),
+        "tp4pp2": cost("671b", 4, 2),
+        "tp16": cost("671b", 16),
+    }.items()
+}
+TRUTH = {
+    name: {load: shown(each, load, batch) for load in LOADS}
+    for name, (each, batch) in SERVERS.items()
+}
+
+
+def searched(truth: race.Measured, limits: Mapping[str, float]) -> dict[str, dict[int, Point]]:
+    """What the search measures where the truth is known."""
+    measured: dict[str, dict[int, Point]] = {name: {} for name in truth}
+    for name, found in truth.items():
+        for load in race.coarse(LOADS):
+            measured[name][load] = found[load]
+            if race.is_over(measured[name]):
+                break
+    while ahead := race.order(measured, LOADS, limits):
+        for load in race.next_loads(measured, ahead[0], LOADS, limits):
+            measured[ahead[0]][load] = truth[ahead[0]][load]
+    return measured
+
+
+@pytest.mark.parametrize(
+    "limits", [{"ttft": 500.0, "tpot": 38.0}, {"tpot": 36.5}, {"ttft": 2000.0}, {"e2el": 10_000.0}]
+)
+def test_the_best_one_is_found_in_less_than_half_of_the_runs(limits: dict[str, float]) -> None:
+    measured = searched(TRUTH, limits)
+    for these in race.objectives(limits):
+        known = race.best(TRUTH, these)
+        found = race.best(measured, these)
+        assert known and found
+        best = TRUTH[known[0]][known[1]].gpu
+        assert TRUTH[found[0]][found[1]].gpu * race.WORTH >= best
+    runs = sum(map(len, measured.values()))
+    assert runs < sum(map(len, TRUTH.values())) / 2
+
+
+def test_without_limits_no_point_is_far_from_the_front() -> None:
+    measured = searched(TRUTH, {})
+    found = [measured[name][load] for name, load in race.front(measured)]
+    for name, load in race.front(TRUTH):
+        point = TRUTH[name][load]
+        near = race.WORTH**2  # a point that is skipped, beside one that was skipped for it
+        assert any(p.user * near >= point.user and p.gpu * near >= point.gpu for p in found)
+    assert sum(map(len, measured.values())) < sum(map(len, TRUTH.values())) * 0.6
+
+
+def point(user: float, gpu: float, ttft: float = 1.0, valid: bool = True) -> Point:
+    return Point(user, gpu, {"ttft": ttft, "tpot": 1.0, "e2el": 1.0}, valid)
+
+
+def test_more_load_is_of_no_use_after_a_failure_or_a_knee() -> None:
+    assert not race.is_over({}) and not race.is_over({1: point(1, 1)})
+    assert race.is_over({1: point(9, 1), 16: point(1, 9, valid=False)})
+    assert race.is_over({1: point(9, 10), 16: point(1, 10.4)})
+    assert not race.is_over({1: point(9, 10), 16: point(1, 20)})
+
+
+def test_what_is_invalid_is_neither_best_nor_on_the_front() -> None:
+    measured = {"a": {1: point(5, 1), 2: point(9, 9, valid=False)}, "b": {1: point(4, 3)}}
+    assert race.best(measured, {}) == ("b", 1)
+    assert race.front(measured) == [("a", 1), ("b", 1)]
+    assert race.best(measured, {"ttft": 0.5}) is None
+
+
+def test_the_loads_at_first_are_far_apart_with_both_ends() -> None:
+    assert race.coarse(LOADS) == [1, 16, 256]
+    assert race.coarse([1, 2, 4, 8, 16, 32]) == [1, 16, 32]
+    assert race.coarse([3]) == [3]
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+
+def group(gpu: float, *more: float, ttft: float = 100.0, valid: bool = True) -> Group:
+    """A load's repeats, of a server with one GPU."""
+    case = {"label": "c", "concurrency": 1, "num_prompts": 1, "type": "concurrency", "rate": "inf",
+            "input_len": 1, "output_len": 1}  # fmt: skip
+    records = tuple(
+        {"case": case, "valid": valid, "problems": [] if valid else ["it broke"],
+         "user_throughput": 1000 / each, "output_throughput": each, "p99_ttft_ms": ttft,
+         "p99_tpot_ms": 10.0, "p99_e2el_ms": 500.0, "metadata": {"world_size": 1}}
+        for each in (gpu, *more)
+    )  # fmt: skip
+    return Group("c", records)
+
+
+def outcome(groups: dict[str, dict[int, Group]], **limits: float) -> Outcome:
+    names = [*groups, "dead"]
+    candidates = [
+        Candidate(name, ("--tp_size", str(n)), "TP", n) for n, name in enumerate(names, 1)
+    ]
+    found = Outcome("org/it's", ["org/it's"], limits, candidates, [LeftOut("tp3", "too odd")])
+    found.groups = {**groups, "dead": {}}
+    found.failed = {"dead": "n1: out of memory"}
+    return found
+
+
+def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> None:
+    made = outcome({"a": {1: group(100)}, "b": {1: group(50), 4: group(300, ttft=400)}},
+                   ttft=200.0, e2el=1000.0)  # fmt: skip
+    said = text(made)
+    assert "within TTFT <= 200 ms: a, 100 tokens/s per GPU at 1 stream, 50% of TTFT left" in said
+    assert "within E2EL <= 1000 ms: b, 300 tokens/s per GPU at 4 streams" in said
+    assert "within TTFT <= 200 ms, E2EL <= 1000 ms: a" in said
+    serve = """.venv/bin/python run_sbatch.py 'org/it'"'"'s' --tp_size 1"""
+    assert f"  serve it: {serve}" in said
+    assert "dead: n1: out of memory" in said and "left out: tp3: too odd" in said
+    assert document(made)["best"][0]["margin"] == {"ttft": 0.5}
+    json.dumps(document(made))
+    assert "out of memory" in html(made)
+
+
+def test_nothing_within_the_limits_is_said() -> None:
+    [best] = answers(made := outcome({"a": {1: group(100)}}, ttft=1.0))
+    assert best.name == "" and "no candidate keeps that" in text(made)
+
+
+@pytest.mark.parametrize(
+    ("other", "ties"), [((99.0, 103.0), ("b",)), ((60.0, 61.0), ()), ((99.0,), ("b",))]
+)
+def test_candidates_within_the_spread_of_the_repeats_are_a_tie(
+    other: tuple[float, ...], ties: tuple[str, ...]
+) -> None:
+    [best] = answers(made := outcome({"a": {1: group(98, 106)}, "b": {1: group(*other)}}))
+    assert (best.name, best.ties) == ("a", ties)
+    assert ("a tie with b" in text(made)) == bool(ties)
+
+
+# --- the costs that the simulator plays -----------------------------------------------------------
+
+
+def test_costs_are_as_in_life() -> None:
+    dense, latent = cost("70b", 8), cost("671b", 8)
+    assert cost("70b", 4).step(1, CONTEXT) > dense.step(1, CONTEXT)  # TP: faster for one
+    assert 4 / cost("70b", 4).step(64, CONTEXT) > 4 / cost("70b", 4).step(128, CONTEXT)
+    apart = cost("70b", 16)
+    assert apart.step(1, CONTEXT) > dense.step(1, CONTEXT)  # the network
+    spread = cost("671b", 8, 1, True)
+    assert spread.room > latent.room  # attention DP: keys and values once
+    assert spread.step(256, 8000) < latent.step(256, 8000)
+    assert cost("70b", 8, 1, True).step(1, CONTEXT) > dense.step(1, CONTEXT)  # attention is whole
+    assert cost("70b", 1).room < 1024 < cost("70b", 2).room  # it does not fit one GPU
+    assert math.isclose(dense.prefill(1024) / dense.prefill(512), 2, rel_tol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "args"),
+    [
+        (
+            "vllm",
+            {"tp": 2, "pp": 2},
+            "--tensor-parallel-size 2 --pipeline-parallel-size 2 --max-num-seqs 64 --no-x",
+        ),
+        ("sglang", {"tp": 4, "ep": 2}, "--tp-size 4 --ep-size 2 --max-num-seqs 64"),
+    ],
+)
+def test_other_engines_take_a_candidate_in_flags(
+    name: str, sizes: dict[str, int], args: str, tmp_path: Path
+) -> None:
+    served, settings = engine(name), {"max_num_seqs": "64", "x": "false"}
+    assert served.tuned("", sizes, settings, tmp_path / "x") == args.split()
+    assert served.check(args.split())[1].size == 4
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(Failure, match="no flag for a size cp"):
+        served.tuned("", {"cp": 2}, {}, tmp_path / "x")

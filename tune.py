@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Find the best configuration for a model: serve each candidate, measure it, name the best.
+
+Every combination of the lists is a candidate. All are measured at a few loads,
+then only what may still be better. What is not an option here goes to
+run_sbatch.py. Stopped at any moment, it keeps what it has; --resume goes on.
+  tune.py MODEL --config configs/tp.yaml configs/ep.yaml
+  tune.py MODEL --tp 1,2,4,8 --replicas auto --set max_batch_size=64,256 \\
+      --goodput ttft:500 tpot:30
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.settings import setting
+from common.signals import obey
+from common.talk import counted, die, misused, print_plainly, say
+from launch import cli
+from launch.arguments import from_home
+from launch.engines import engine
+from launch.image import newest_tarball
+from launch.node.facts import count_gpus
+from launch.nodes import Place, find_place
+from launch.plan import find_model, is_directory
+from launch.runtimes import runtime
+from load import bench_place
+from load.arguments import count, limit, numbers, positive
+from search import answer, race
+from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
+from search.nodes import Nodes
+from search.tuner import Tuner
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and what is for the launcher."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s MODEL [options] [RUN_SBATCH_ARGS...]",
+        description=(__doc__ or "").strip(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("what to try").add_argument
+    group(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="configurations of the engine",
+    )
+    for name, what in zip(SIZES, ("tensor", "pipeline", "expert"), strict=True):
+        group(f"--{name}", type=numbers, default=(), metavar="N,N", help=f"{what} parallel sizes")
+    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto")
+    group(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=V,V",
+        help="settings of the engine",
+    )
+    group(
+        "--gpus",
+        type=count,
+        metavar="N",
+        help="GPUs there are (those of the job, or of this machine)",
+    )
+    group = parser.add_argument_group("how to measure").add_argument
+    group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
+          help="limits in ms that 99 %% of requests have to keep: ttft:500 tpot:30")  # fmt: skip
+    group(
+        "--loads", type=numbers, default=race.LOADS, metavar="N,N", help="streams (1,2,4,...,256)"
+    )
+    group("--input-len", type=count, default=512, metavar="N", help="tokens (512)")
+    group("--output-len", type=count, default=256, metavar="N", help="tokens (256)")
+    group("--num-prompts", type=count, metavar="N", help="requests a run (5 a stream)")
+    group("--repeat", type=count, default=2, metavar="N", help="runs of each load (2)")
+    group(
+        "--minutes", type=positive, default=math.inf, metavar="M", help="begin nothing after them"
+    )
+    group("-o", "--output", type=Path, metavar="DIR", help="(results/tune-DATE-TIME)")
+    group("--resume", action="store_true", help="go on in -o")
+    group("--dry-run", action="store_true", help="list the candidates, and serve none")
+    args, rest = parser.parse_known_args(argv)
+    if args.resume and not args.output:
+        parser.error("--resume needs -o, the folder to go on in")
+    return args, rest
+
+
+def space_of(args: argparse.Namespace) -> Space:
+    settings = {}
+    for word in args.set:
+        key, equals, values = word.partition("=")
+        if not (key and equals and values):
+            misused(f"--set {word}: write KEY=VALUE,VALUE")
+        settings[key] = tuple(values.split(","))
+    replicas = tuple(filter(None, args.replicas.split(",")))
+    if wrong := [each for each in replicas if each != "auto" and not each.isdecimal()]:
+        misused(f"--replicas {wrong[0]}: neither a number nor auto")
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
+    if not args.tp and setting("TP"):
+        sizes["tp"] = numbers(setting("TP"))
+    return Space(tuple(args.config), sizes, replicas, settings)
+
+
+def gpus_there(asked: int | None, place: Place) -> int:
+    """GPUs to plan with; 0 where nobody knows."""
+    if asked or setting("GPUS") == "none":
+        return asked or 0
+    return sum(share.count for share in place.allocation.shares.values()) or count_gpus()
+
+
+def nodes_of(place: Place) -> Nodes:
+    """Where candidates are served. Nodes of several kinds are taken for the smallest of them."""
+    counts = [place.gpus(index) for index in range(place.size)]
+    return Nodes(place.allocation.nodes or [""], min(counts, default=0))
+
+
+def of_workspace(launching: argparse.Namespace) -> list[str]:
+    """What a server finds in the user's workspace, where it has one of its own: image and model."""
+    if not runtime(launching.runtime).HAS_IMAGE:
+        return []
+    tarball = None if launching.image else newest_tarball(launching.workspace)
+    mounted = launching.asked_mount or is_directory(launching.container_mount)
+    return [
+        *(["--image", str(tarball)] if tarball else []),
+        *([] if mounted else ["--container-mount", str(launching.workspace)]),
+    ]
+
+
+def result_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.output or Path(time.strftime("results/tune-%Y%m%d-%H%M%S"))
+    if not args.resume and folder.exists() and any(folder.iterdir()):
+        die(f"{folder} holds something already", hint="--resume goes on; or another -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def dry_run(candidates: Sequence[Candidate], left_out: Sequence[LeftOut], loads: Sequence[int],
+            repeat: int) -> None:  # fmt: skip
+    """What would be tried, and how many runs that is."""
+    for each in candidates:
+        servers = f", {each.replicas} servers" if each.replicas > 1 else ""
+        print(f"{each.name}: {each.shape}, {counted(each.gpus, 'GPU')}{servers}")
+    for left in left_out:
+        print(f"left out: {left.name}: {left.why}")
+    first, most = len(race.coarse(loads)), len(loads)
+    runs = [len(candidates) * number * repeat for number in (first, most)]
+    starts = counted(len(candidates), "server")
+    print(f"{starts} to start, {runs[0]} to {runs[1]} runs: at a minute a run that is {runs[0]} to "
+          f"{runs[1]} minutes besides loading; fewer where more load is of no use")  # fmt: skip
+
+
+def tune(argv: Sequence[str] | None = None) -> int:
+    bench_place.environment()
+    args, rest = parse(argv)
+    launching, words = cli.parse(rest, "")
+    kind, place = engine(launching.engine), find_place(os.environ)
+    model, common, port = kind.read(words, setting("PORT"))
+    model = find_model(model)
+    own = [word for word in map(from_home, rest) if word != model]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if args.dry_run else result_folder(args)
+        found = expand(space_of(args), kind, common, model_config(model),
+                       gpus_there(args.gpus, place), folder)  # fmt: skip
+        if args.dry_run:
+            dry_run(*found, args.loads, args.repeat)
+            return 0
+    candidates, left_out = found
+    if not candidates:
+        die("; ".join(["no candidate is left", *(f"{e.name}: {e.why}" for e in left_out)]))
+    outcome = answer.Outcome(model, [model, *own], dict(args.goodput), candidates, left_out)
+    bench = ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
+             "--repeat", str(args.repeat)]  # fmt: skip
+    bench += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
+    deadline = time.monotonic() + args.minutes * 60
+    loads = sorted(set(args.loads))
+    say(f"{counted(len(candidates), 'candidate')}; results in {folder}")
+    more = of_workspace(launching)
+    tuner = Tuner(outcome, folder, loads, bench, port, deadline, nodes_of(place), more)
+    try:
+        tuner.run()
+    finally:
+        print(answer.text(outcome))
+        print(f"{folder}/tune.html")
+    return 0 if any(best.name for best in answer.answers(outcome)) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    obey()
+    print_plainly()
+    return bench_place.exit_code(lambda: tune(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
