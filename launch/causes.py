@@ -83,6 +83,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
     r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd|salloc): error: |\*\*\* (STEP|JOB) ",
+    r".*: engine core exited unexpectedly",
     r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure

@@ -30,12 +30,13 @@ class End:
 
 
 PROBED = {"PROBE_SECONDS": "2", "PROBE_TIMEOUT": "20"}
+NAMED = r"ERROR .* ended with exit code [^\n]*: (?!its log names no cause)"
+HANGS = r"ERROR .* it is idle, and in \d+ s has not"
 ENDS = (
     End("^C", signal.SIGINT, 130, "stopped by SIGINT", inner=False),
-    End("its inner process is killed", signal.SIGKILL, 1, r"ERROR .* ended with exit code .*: \S+"),
-    End("its inner process hangs", signal.SIGSTOP, 1, r"ERROR .* it is idle, and in \d+ s has not",
-        environ=PROBED),
-)  # fmt: skip
+    End("its inner process is killed", signal.SIGKILL, 1, NAMED),
+    End("its inner process hangs", signal.SIGSTOP, 1, HANGS, environ=PROBED),
+)
 
 
 @dataclass(frozen=True)
