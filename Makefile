@@ -17,7 +17,7 @@ READY  := $(VENV)/.ready
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
 GIVEN += CONFIGS GOODPUT
-GIVEN += HOST RESTART PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
+GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
@@ -74,7 +74,7 @@ sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 
 ##@ Serve
 .PHONY: serve
-serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= EXTRA_ARGS=)
+serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= REPLICAS= EXTRA_ARGS=)
 	$(PY) run_sbatch.py $(call flag,MODEL,) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop

@@ -30,6 +30,8 @@ ROWS = (
     ("TP", "", "tensor parallel size, in whichever flag the engine has for it"),
     ("RUNTIME", "docker", "docker; or bare, for the engine in the node's PATH"),
     ("READY_TIMEOUT", "3600", "seconds a server may take to be ready, and its nodes to answer"),
+    ("REPLICAS", "1", "how many servers behind one address; auto: as many as the GPUs hold"),
+    ("LOAD_AT_ONCE", "0", "how many of them may load at a time; 0: all"),
     ("RESTART", "0", "how many times a server that fails is restarted"),
     ("PROBE_SECONDS", "60", "seconds without an answer until the server is probed; 0: never"),
     ("PROBE_TIMEOUT", "60", "seconds an idle server may take for one token; 0: half an hour"),

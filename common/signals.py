@@ -1,9 +1,7 @@
 """Signals that ask us to stop. They become an exception, so that every `finally` runs."""
 
-import contextlib
 import signal
 import threading
-from collections.abc import Iterator
 from types import FrameType
 
 from common.talk import say
@@ -14,7 +12,13 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
 
 class Stopped(BaseException):
-    """A signal asked us to stop, the first argument says which."""
+    """A signal asked us to stop, the first argument says which; or, in a thread, the main one."""
+
+
+def pause(over: threading.Event, seconds: float) -> None:
+    """Sleep in a thread; Stopped as soon as all is over."""
+    if over.wait(seconds):
+        raise Stopped
 
 
 def obey() -> None:
@@ -46,19 +50,3 @@ def on_signal(signum: int, _: FrameType | None) -> None:
 def turn_deaf() -> None:
     for each in SIGNALS:
         signal.signal(each, lambda *_: None)
-
-
-@contextlib.contextmanager
-def postponed() -> Iterator[None]:
-    """A signal that comes meanwhile is obeyed at the end: it must not break a clean-up."""
-    came: list[int] = []
-    obeyed = [each for each in SIGNALS if signal.getsignal(each) == on_signal]
-    for each in obeyed:
-        signal.signal(each, lambda signum, _: came.append(signum))
-    try:
-        yield
-    finally:
-        for each in obeyed:
-            signal.signal(each, on_signal)
-        if came:
-            on_signal(came[0], None)

@@ -45,11 +45,15 @@ def misused(message: str, *, hint: str = "") -> NoReturn:
 def complain(error: Failure | OSError) -> int:
     """Say what ended the program and what to do next; returns its exit code."""
     if isinstance(error, Failure):
-        hint = f"\n           next: {error.hint}" if error.hint else ""  # below the word ERROR
-        say(f"ERROR {error.message}{hint}")
+        say(f"ERROR {error.message}{next_line(error.hint)}")
         return error.code
     say(f"ERROR {error.strerror or error}: {error.filename or ''}".rstrip(": "))
     return 1
+
+
+def next_line(hint: str) -> str:
+    """What to do next, below the word ERROR."""
+    return f"\n           next: {hint}" if hint else ""
 
 
 class Record:
@@ -88,8 +92,8 @@ def say(message: str, code: str = "") -> None:
     Record.keep(line)
     Live.clear()
     try:
-        print(colour(folded(line), code, sys.stderr) if code else folded(line), file=sys.stderr,
-              flush=True)  # fmt: skip
+        text = colour(folded(line), code, sys.stderr) if code else folded(line)
+        print(text + "\n", end="", file=sys.stderr, flush=True)  # at once: other threads talk, too
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 

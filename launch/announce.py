@@ -18,7 +18,6 @@ PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for 
 
 def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
     """Say where the server is, on screen and in the file at `path`."""
-    server.ready_at = time.monotonic()
     endpoint: dict[str, object] = {
         "url": server.url,
         "model": server.health.model,
@@ -32,12 +31,40 @@ def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, obj
         "ready": iso(time.time()),
         "launcher": launcher(),
     }
+    what = f"{server.health.model}, {server.plan.title}"
+    say(f"READY after {server.age:.1f} s: {server.url} serves {what}")
+    return write(path, endpoint)
+
+
+def announce_fleet(
+    server: Server, nodes: Sequence[Node], url: str, log: Path, took: float, number: str
+) -> dict[str, object]:
+    """Say where the fleet is, of which `server` is one; what endpoint.json says besides replicas.
+
+    `took`: seconds since they were started; `number`: how many serve, `3 of 4`.
+    """
+    model = server.health.model
+    what = f"{model} with {number} replicas, {server.plan.title}"
+    say(f"READY after {took:.1f} s: {url} serves {what}")
+    return {
+        "url": url,
+        "model": model,
+        "model_argument": model_argument(server.replica.model),
+        "job": server.plan.place.job,
+        "nodes": [node.name for node in nodes],
+        "log": str(log),
+        "ready_seconds": round(took, 2),
+        "started": iso(time.time() - took),
+        "ready": iso(time.time()),
+        "launcher": launcher(),
+    }
+
+
+def write(path: Path, endpoint: dict[str, object]) -> dict[str, object]:
     try:
         write_json(path, endpoint)
     except OSError as error:  # a full disk is no reason to throw away what took so long to load
         say(f"{error.filename} could not be written: {error.strerror}; test and bench need HOST=")
-    what = f"{server.health.model}, {server.plan.title}"
-    say(f"READY after {server.age:.1f} s: {server.url} serves {what}")
     return endpoint
 
 

@@ -20,6 +20,18 @@ def value_of(args: Sequence[str], *flags: str) -> str | None:
     return found
 
 
+def without(args: Sequence[str], flag: str) -> list[str]:
+    """The arguments but for that flag and its value."""
+    kept, words = [], iter(args)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name != flag:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
 def split_models(words: Sequence[str], switches: Collection[str]) -> tuple[list[str], list[str]]:
     """The models, of which there should be one, and the other arguments.
 

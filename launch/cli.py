@@ -11,13 +11,15 @@ from common.settings import setting
 from launch.arguments import from_home, is_count
 from launch.engines import DEFAULT
 from launch.engines import NAMES as ENGINES
+from launch.front import AFFINITY
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 
 GPU_WORDS = re.compile(
     "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
 )
-GIVEN = "image workspace container_mount engine ready_timeout restart runtime".split()
+GIVEN = """image workspace container_mount engine ready_timeout restart runtime replicas
+    load_at_once""".split()
 DEFAULT_IMAGE = "the workspace's tarball, else a local tag"
 
 
@@ -71,14 +73,28 @@ def parse(
         help="how long it may take to get ready (default: 3600)",
     )
     option("--restart", metavar="N", help="restart a failed server, up to N times (default: 0)")
+    option = parser.add_argument_group("several servers behind one address").add_argument
+    option("--replicas", metavar="N|auto", help="so many; auto: as many as fit (default: 1)")
+    option("--load-at-once", metavar="N", help="how many may load at a time (default: all)")
+    option("--all-or-nothing", action="store_true", help="end them all when one is lost")
+    option("--no-front", action="store_true", help="no common address: each has its own")
+    choices = [name for name in AFFINITY if name]
+    option("--affinity", choices=choices, default="", help="send alike requests to one replica")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
     what.add_argument("--status", action="store_true", help="show what runs from this workspace")
+    parser.add_argument("--json", action="store_true", help="with --status: for programs")
     what.add_argument(
         "--stop", metavar="JOB", nargs="?", const="", help="stop it, or only what runs in JOB"
     )
-    what.add_argument("--logs", action="store_true", help="follow the newest log")
+    what.add_argument(
+        "--logs",
+        metavar="REPLICA",
+        nargs="?",
+        const="",
+        help="follow the newest log, or that of a replica",
+    )
     what.add_argument(
         "--why",
         metavar="LOG",
@@ -114,6 +130,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if not (restart == "0" or is_count(restart)):
         parser.error(f"--restart: {restart!r} is not a number of times")
     args.restart = int(restart)
+    check_fleet(parser, args)
     for name, value, known in (
         ("ENGINE", args.engine, ENGINES),
         ("RUNTIME", args.runtime, RUNTIMES),
@@ -126,6 +143,25 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
+
+
+def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.replicas = args.replicas or setting("REPLICAS")
+    if not (args.replicas == "auto" or is_count(args.replicas)):
+        parser.error(f"--replicas: {args.replicas!r} is neither a number nor auto")
+    at_once = args.load_at_once or setting("LOAD_AT_ONCE")
+    if not (at_once == "0" or is_count(at_once)):
+        parser.error(f"--load-at-once: {at_once!r} is not a number of servers")
+    args.load_at_once = int(at_once)
+    if args.replicas == "1":
+        return
+    gpus = setting("GPUS")
+    if args.replicas == "auto" and gpus == "none":
+        parser.error("--replicas auto counts GPUs, and GPUS is none: give a number")
+    named = "device=" in gpus and args.runtime == "docker"
+    if not (named or gpus in ("auto", "none")):
+        words = "auto, none" + (" or docker's device=..." if args.runtime == "docker" else "")
+        parser.error(f"GPUS is {gpus!r}; with --replicas it has to be {words}")
 
 
 def seconds(parser: argparse.ArgumentParser, name: str, text: str) -> float:

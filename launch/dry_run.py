@@ -1,5 +1,6 @@
 """--dry-run: every command as a shell takes it, so that it can be read and pasted; none is run."""
 
+import argparse
 import os
 import shlex
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from pathlib import Path
 
 from launch import provide
 from launch.findings import Wanted
+from launch.front import Front
 from launch.image import Image
-from launch.plan import Plan
+from launch.plan import Plan, Replica
 from launch.preflight import survey_command
 from launch.runtimes import runtime
 from launch.world import pattern_of_logs
@@ -17,12 +19,14 @@ HELD = "cat; "  # an order's input is the shell's, until it ends
 ALONE = "sleep infinity; "  # in the background there is none
 
 
-def dry_run(
-    plan: Plan, found: Image, wanted: Wanted, log: Path, *, force: bool, verify: bool
-) -> None:
+def dry_run(plan: Plan, found: Image, wanted: Wanted, args: argparse.Namespace) -> None:
     print(f"# ask every node\n{survey_command(wanted, plan.place).shown()}")
-    images = image_commands(plan, found, force=force, verify=verify) if found.tag else ()
-    for why, command in (*images, *server_commands(plan, log)):
+    if plan.is_fleet and wanted.port:
+        front = front_of(plan, wanted.port, args.affinity)
+        print(f"# the front, until its standard input ends\n{front}")
+    ask = {"force": args.force, "verify": args.verify}
+    images = image_commands(plan, found, **ask) if found.tag else ()
+    for why, command in (*images, *server_commands(plan, args.workspace / "logs")):
         print(f"# {why}\n{command}")
 
 
@@ -42,17 +46,33 @@ def image_commands(
         yield why, provide.provide_command(found, plan.place, plan.nodes).shown(more)
 
 
-def server_commands(plan: Plan, log: Path) -> Iterator[tuple[str, str]]:
-    kind = runtime(plan.runtime)
+def front_of(plan: Plan, port: int, affinity: str) -> str:
+    """Its order, with the replicas' nodes by their names: their addresses are not known yet."""
+    names, host = plan.place.allocation.nodes, plan.replicas[0].host
+    servers = {
+        each.label: f"{names[each.first] if names else '127.0.0.1'}:{each.port}"
+        for each in plan.replicas
+    }
+    return Front(plan.place, "", host, port, servers, affinity).command.shown(HELD)
+
+
+def server_commands(plan: Plan, logs: Path) -> Iterator[tuple[str, str]]:
     for replica in plan.replicas:
-        if replica.spread:
-            yield "a place for the logs", shlex.join(["mkdir", "--parents", str(log.parent)])
-            holder = kind.hold(plan, replica, os.environ).shown(ALONE)
-            yield "a container on every node, until its `sleep` is killed", f"({holder}\n) &"
-            ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)
-            yield "when every node has said `Up`: the ranks; rank 0 serves", ranks
-        else:
-            serve = kind.serve(plan, replica, os.environ).shown(HELD)
-            yield "the server, until its standard input ends", serve
-    if command := kind.remove(plan):
+        name = f"{replica.label}: " if replica.label else ""
+        for why, command in commands_of(plan, replica, logs):
+            yield f"{name}{why}", command
+
+
+def commands_of(plan: Plan, replica: Replica, logs: Path) -> Iterator[tuple[str, str]]:
+    kind, log = runtime(plan.runtime), plan.log_of(replica, logs)
+    if replica.spread:
+        yield "a place for the logs", shlex.join(["mkdir", "--parents", str(logs)])
+        holder = kind.hold(plan, replica, os.environ).shown(ALONE)
+        yield "a container on every node, until its `sleep` is killed", f"({holder}\n) &"
+        ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)
+        yield "when every node has said `Up`: the ranks; rank 0 serves", ranks
+    else:
+        serve = kind.serve(plan, replica, os.environ).shown(HELD)
+        yield "the server, until its standard input ends", serve
+    if command := kind.remove(plan, replica):
         yield "should a node not have cleaned up itself", command.shown()

@@ -1,5 +1,6 @@
 """What the nodes have to offer, what each told, and what is found wrong or right with it."""
 
+import re
 from dataclasses import dataclass, field
 
 from launch.image import Image
@@ -48,10 +49,21 @@ class Wanted:
 
     runtime: str
     image: Image
-    port: int
+    port: int  # on the first node; 0: none there
     gpus: str  # the GPUS setting: auto, none, or docker's own words
     program: str  # the engine's
     paths: tuple[str, ...]
-    world: int = 0  # the GPUs that the server needs; 0: not known, all nodes have to serve
+    world: int = 0  # the GPUs that a server needs; 0: not known, all nodes have to serve
+    replicas: str = "1"  # how many servers, or auto
+    ports: tuple[int, ...] = ()  # those that they may have, on any node
     probe: str = ""  # a file of the launcher's in the workspace
     ask_release: bool = False  # whether they have to tell which engine and version they have
+
+
+def gpus_of(node: Node, asked: str) -> list[str]:
+    """The ids of the GPUs that a fleet may use there: those asked for, the job's, or all."""
+    if named := re.search(r"device=([^\"']+)", asked):
+        return named[1].split(",")
+    if node.share:
+        return node.share.each
+    return [str(gpu) for gpu in range(node.facts.gpus)]

@@ -10,12 +10,12 @@ from functools import partial
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
-from launch import allocation, image, manage, preflight, provide, supervise
+from launch import allocation, fleet, image, manage, preflight, provide, supervise
 from launch.address import url_of
 from launch.arguments import value_of
 from launch.cli import parse
 from launch.dry_run import dry_run
-from launch.engines import DEFAULT, Engine, engine
+from launch.engines import DEFAULT, Engine, World, engine
 from launch.findings import Node, Wanted
 from launch.node.facts import count_gpus
 from launch.nodes import find_place
@@ -29,7 +29,8 @@ from launch.plan import (
     wanted_of,
 )
 from launch.runtimes import runtime
-from launch.spread import Spread, check_logs, describe, expect_spread, find_spread
+from launch.spread import check_logs, expect_spread, find_spread
+from launch.spread import describe as describe_one
 from launch.timelimit import TimeLimit
 
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     Record.verbose = args.verbose
-    if args.status or args.logs or args.stop is not None or args.why is not None:
+    if args.status or args.logs is not None or args.stop is not None or args.why is not None:
         return manage.act(args)
     place = find_place(os.environ)
     kind, served = runtime(args.runtime), engine(args.engine)
@@ -72,31 +73,28 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     plan = make_plan(args, place, found, args.engine, replica)
     if release := release_known(found, args.engine):
         plan = settled(plan, {"": release})
-    wanted = wanted_of(plan, found, world.size)
-    log = supervise.log_path(plan, args.workspace)
+    wanted = wanted_of(plan, found, world.size, args.replicas, front=not args.no_front)
     if args.dry_run:
-        plan = plan if release else settled(plan, {})
-        spread = expect_spread(world, place, kind.OVER_NODES, mpi=bool(served.LEADER))
-        plan = spread_out(plan, spread, args)
-        dry_run(plan, found, wanted, log, force=args.force, verify=args.verify)
+        plan = lay_out(plan if release else settled(plan, {}), world, None, args)
+        dry_run(plan, found, wanted, args)
         return 0
     if args.force:
         check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
-    url = url_of(nodes[0], place, serve_args)
-    mpi = bool(served.LEADER)
-    spread = find_spread(world, nodes, kind.OVER_NODES, place.clean, mpi=mpi)
-    plan = spread_out(plan, spread, args)
+    plan = lay_out(plan, world, nodes, args)
+    head = plan.replicas[0] if plan.is_fleet and args.no_front else replica
+    url = url_of(nodes[head.first], place, head.args)
+    preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
     put = kind.HAS_IMAGE and (args.force or preflight.must_provide(nodes[: plan.nodes], found))
     if plan.release is None and not put:
         plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
-    say(f"{plan.title}, {shape}: {describe(plan.replicas[0].spread, world, nodes)}")
+    say(f"{plan.title}, {shape}: {describe(plan, world, [node.name for node in nodes])}")
     if plan.release is None:
         say(f"its version is asked, and its options are checked, once the nodes have {found.tag}")
     if args.check:
         return 0
 
-    Record.open(log.with_name(f"launch_{place.job}.log"))
+    Record.open(args.workspace / f"logs/launch_{place.job}.log")
     put_it = partial(put_image, plan, found, args) if put else lambda: plan
     supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put_it)
     return 0
@@ -119,10 +117,28 @@ def of_containers(args: argparse.Namespace) -> list[str]:
     return [name for name, given in asked.items() if given]
 
 
-def spread_out(plan: Plan, spread: Spread | None, args: argparse.Namespace) -> Plan:
-    """The plan with its server laid over the nodes."""
-    check_logs(spread, args.workspace)
-    return replace(plan, replicas=(replace(plan.replicas[0], spread=spread),))
+def lay_out(
+    plan: Plan, world: World, nodes: Sequence[Node] | None, args: argparse.Namespace
+) -> Plan:
+    """The plan with its servers laid over the nodes; None: over those that are to be expected."""
+    over_nodes, place = runtime(args.runtime).OVER_NODES, plan.place
+    mpi = bool(plan.engine.LEADER)
+    if args.replicas != "1":
+        plan = fleet.lay_out(plan, world, nodes, args.replicas, over_nodes)
+    if not plan.is_fleet:
+        if nodes is None:
+            spread = expect_spread(world, place, over_nodes, mpi=mpi)
+        else:
+            spread = find_spread(world, nodes, over_nodes, place.clean, mpi=mpi)
+        plan = replace(plan, replicas=(replace(plan.replicas[0], spread=spread),))
+    check_logs(plan.replicas[0].spread, args.workspace)
+    return plan
+
+
+def describe(plan: Plan, world: World, nodes: Sequence[str]) -> str:
+    if plan.is_fleet:
+        return fleet.describe(plan, world, nodes)
+    return describe_one(plan.replicas[0].spread, world, nodes)
 
 
 def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:

@@ -8,43 +8,23 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.ask import ask
-from common.response import Malformed
-from common.talk import Failure, counted, die, say, visible
+from common.talk import Failure, counted, die, say
 from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.records import living, process_of, records, tell_to_stop
+from launch.status import status
 
-HEALTH_TIMEOUT = 5.0
+REPLICA = re.compile(r"r\d+")
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 
 def act(args: argparse.Namespace) -> int:
     logs = args.workspace / "logs"
-    if args.logs:
-        return follow_log(logs)
+    if args.logs is not None:
+        return follow_log(logs, args.logs)
     if args.why is not None:
         return why(logs, args.why)
-    return status(logs) if args.stop is None else stop(logs, args.stop)
-
-
-def status(logs: Path) -> int:
-    """A line a launch on stdout: job, state, url, model. Exit code 1 when there is none."""
-    found = records(logs)
-    for record in found:
-        words = record["job"], health(record["url"]), record["url"], record["model"]
-        print("\t".join(map(visible, words)))
-    if not found:
-        say(f"nothing runs from {logs.parent}")
-    return 0 if found else 1
-
-
-def health(url: str) -> str:
-    try:
-        code = ask(f"{url}/health", HEALTH_TIMEOUT, whole=False).status
-    except (OSError, ValueError, Malformed):
-        return "not ready"
-    return "ready" if code == 200 else f"unhealthy ({code})"
+    return status(logs, args.json) if args.stop is None else stop(logs, args.stop)
 
 
 def stop(logs: Path, job: str = "") -> int:
@@ -103,15 +83,17 @@ def tell(record: dict[str, Any]) -> None:
         die(f"{process_of(record)}: {why}; stop it there")
 
 
-def follow_log(logs: Path) -> int:
-    """Become `tail -F` of the newest log."""
-    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs))])
+def follow_log(logs: Path, replica: str) -> int:
+    """Become `tail -F` of the newest log, of that replica where one is named."""
+    os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs, replica))])
 
 
 def why(logs: Path, name: str) -> int:
     """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
-    # Of a launch's own log and its ranks', the launch's.
-    log = Path(name or re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs))))
+    if REPLICA.fullmatch(name) or not name:
+        # Of a server's own log and its ranks', the server's.
+        name = re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs, name)))
+    log = Path(name)
     if not log.is_file():
         die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
     found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
@@ -119,7 +101,9 @@ def why(logs: Path, name: str) -> int:
     return 0 if found else 1
 
 
-def newest(logs: Path) -> Path:
-    """The log written last, of those in a workspace."""
-    log = max(logs.glob("*_server_*.log"), key=lambda p: p.stat().st_mtime, default=None)
-    return log or die(f"there is no log in {logs}")
+def newest(logs: Path, replica: str = "") -> Path:
+    """The log written last, of those in a workspace, or of a replica's."""
+    names = (f"*_server_*_{replica}.log", f"*_server_*_{replica}_rank0.log") if replica else ()
+    found = [log for name in names or ("*_server_*.log",) for log in logs.glob(name)]
+    log = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return log or die(f"there is no log {f'of {replica} ' if replica else ''}in {logs}")

@@ -4,19 +4,21 @@ import argparse
 import os
 import pwd
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from common.settings import PASSED_ON, setting
 from common.talk import die, misused, say
-from launch.arguments import from_home, value_of
+from launch.arguments import from_home, value_of, without
 from launch.engines import NAMES, Engine, engine
 from launch.findings import Wanted
 from launch.image import Image
 from launch.nodes import Place
 from launch.spread import Spread
 
+MOST = 64  # replicas on a node whose ports are asked for
 CACHE = re.compile(r"HF_\w*CACHE")  # what Hugging Face keeps beside, or in place of, HF_HOME's
 
 
@@ -31,6 +33,7 @@ class Replica:
     label: str = ""  # what tells it from the other servers of the launch; '': there is no other
     first: int = 0  # the index of its first node, which serves
     spread: Spread | None = None  # None: all of it is on that node
+    devices: tuple[str, ...] = ()  # ids of its GPUs, where others of the launch have the rest
 
     @property
     def host(self) -> str:
@@ -44,7 +47,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a launch needs to know. Of servers there is a list, today of one."""
+    """All that a launch needs to know."""
 
     place: Place
     runtime: str
@@ -55,7 +58,7 @@ class Plan:
     cwd: str  # the container's working directory; '': the image's own
     privileged: bool
     user: str
-    replicas: tuple[Replica, ...]
+    replicas: tuple[Replica, ...]  # one, or those of a fleet, which have labels
     # Engine and version, `package 1.2.1`; '' unknown; None not asked yet.
     release: str | None = None
 
@@ -83,6 +86,16 @@ class Plan:
     def name_of(self, replica: Replica) -> str:
         """What its containers and logs are called by: `ENGINE-41`."""
         return "-".join(filter(None, (self.engine_name, self.place.job, replica.label)))
+
+    def log_of(self, replica: Replica, logs: Path) -> Path:
+        """Where it speaks."""
+        label = f"_{replica.label}" if replica.label else ""
+        return logs / f"{self.engine_name}_server_{self.place.job}{label}.log"
+
+    @property
+    def is_fleet(self) -> bool:
+        """Whether there are several servers, behind one address."""
+        return len(self.replicas) > 1
 
     @property
     def nodes(self) -> int:
@@ -225,21 +238,44 @@ def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
         named = [f"--engine {each}, or" for each in NAMES if name == engine(each).PACKAGE]
         what = f"{where} {release}, not {plan.engine.TITLE}"
         die(what, hint=" ".join([*named, other]))
-    replicas = (
-        replace(each, args=tuple(plan.engine.settle(each.args, version))) for each in plan.replicas
+    settle = cache(lambda args: plan.engine.settle(args, version))  # it has things to say, once
+    return replace(
+        plan, release=release, replicas=tuple(settle_one(each, settle) for each in plan.replicas)
     )
-    return replace(plan, release=release, replicas=tuple(replicas))
+
+
+def settle_one(replica: Replica, settle: Callable[[tuple[str, ...]], list[str]]) -> Replica:
+    """Replicas of a fleet differ by their ports: settled is what they have in common."""
+    if not replica.label:
+        return replace(replica, args=tuple(settle(replica.args)))
+    return on_port(replace(replica, args=tuple(settle(tuple(without(replica.args, "--port"))))))
+
+
+def on_port(replica: Replica) -> Replica:
+    """The replica with the arguments that give it its port."""
+    args = (*without(replica.args, "--port"), "--port", str(replica.port))
+    return replace(replica, args=args)
 
 
 def paths_of(replica: Replica, engine: Engine) -> list[Path]:
     return local_paths(replica.model, engine.config_of(replica.args))
 
 
-def wanted_of(plan: Plan, found: Image, world: int = 0) -> Wanted:
+def wanted_of(
+    plan: Plan, found: Image, world: int = 0, replicas: str = "1", *, front: bool = True
+) -> Wanted:
+    """What the nodes have to offer; `plan` has yet to be laid over them."""
     head = plan.replicas[0]
     program = plan.command(head)[0]
     made = [path for _, path in plan.caches]  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(head, plan.engine)))
     ask = plan.release is None
-    return Wanted(plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask)
+    whole = Wanted(
+        plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask
+    )
+    if replicas == "1":
+        return whole
+    count = MOST if replicas == "auto" else min(int(replicas), MOST)
+    ports = range(head.port + 1, head.port + 1 + count)
+    return replace(whole, port=head.port if front else 0, replicas=replicas, ports=tuple(ports))

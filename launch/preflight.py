@@ -16,7 +16,7 @@ from pathlib import Path
 from common.talk import HEARTBEAT, Failure, counted, die, say
 from launch import slurm
 from launch.engines import packages
-from launch.findings import Finding, Node, Wanted
+from launch.findings import Finding, Node, Wanted, gpus_of
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
@@ -24,6 +24,8 @@ from launch.node.facts import Survey
 from launch.node.messages import Container, Facts
 from launch.nodes import Place, ask, run
 from launch.order import Command, Told
+from launch.placement import choose
+from launch.plan import Plan
 from launch.runtimes import runtime
 from launch.slurm import Share, by_node, share_of, squeue
 
@@ -34,7 +36,7 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     tag, tarball = wanted.image.tag, wanted.image.tarball
     paths = [*wanted.paths, *([str(tarball)] if tarball else [])]
     paths += [wanted.probe] if wanted.probe else []
-    what = wanted.runtime, wanted.port, tag, wanted.program, paths
+    what = wanted.runtime, [wanted.port, *wanted.ports], tag, wanted.program, paths
     return Command(place.every, Survey(*what, packages() if wanted.ask_release else []))
 
 
@@ -91,6 +93,8 @@ def gather(told: Iterable[Told]) -> list[Node]:
 def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     """Every check of every node. The first node serves: its GPUs and its port matter.
 
+    The ports of a fleet's replicas are judged once it is known where they go.
+
     What the server has no use for, as the model or the image, may be missing on the others.
     """
     findings: list[Finding] = []
@@ -99,7 +103,7 @@ def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
         its = runtime(wanted.runtime).judge(node, wanted)
         findings += its if index < needed else map(not_needed, its)
         findings.append(judge_gpus(node, wanted, is_head=node is nodes[0]))
-        findings += [judge_port(node, wanted.port)] if node is nodes[0] else []
+        findings += [judge_port(node, wanted.port)] if wanted.port and node is nodes[0] else []
         findings += judge_paths(node, wanted, several=needed > 1) if index < needed else []
         devices = f"{node.facts.efa} EFA" + ", gdrdrv" * node.facts.gdrdrv
         findings.append(node.ok("devices", devices))
@@ -114,11 +118,22 @@ def not_needed(finding: Finding) -> Finding:
 
 
 def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:
-    """How many nodes, from the first on, the server needs, if that can be had at all."""
+    """How many nodes, from the first on, the servers need, if that can be had at all."""
     if not wanted.world or not nodes:
         return len(nodes)
+    if wanted.replicas != "1":
+        return needed_by_fleet(nodes, wanted) or len(nodes)
     one = wanted.gpus == "none" or wanted.world <= nodes[0].gpus
     return 1 if one else min(-(-wanted.world // (nodes[0].gpus or 1)), len(nodes))
+
+
+def needed_by_fleet(nodes: Sequence[Node], wanted: Wanted) -> int:
+    if wanted.gpus == "none":
+        return min(int(wanted.replicas), len(nodes))
+    with contextlib.suppress(Failure):  # it is said later
+        taken = choose(wanted.replicas, wanted.world, [gpus_of(n, wanted.gpus) for n in nodes])
+        return max(seat.first + seat.nodes for seat in taken)
+    return 0
 
 
 def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Finding]:
@@ -195,11 +210,18 @@ def judge_share(node: Node, share: Share, asked: str) -> Finding:
     return node.ok("gpus", str(share.count))
 
 
-def judge_port(node: Node, port: int) -> Finding:
-    if node.facts.taken is None:
+def judge_port(node: Node, port: int, whose: str = "") -> Finding:
+    taken = node.facts.taken.get(str(port))
+    if taken is None:
         return node.ok("port", f"{port} free")
-    by = f" by {node.facts.taken}" if node.facts.taken else ""
-    return node.bad("port", f"port {port} is taken{by}", "choose another with --port or PORT=")
+    what = f"port {port}{whose} is taken" + (f" by {taken}" if taken else "")
+    return node.bad("port", what, "choose another with --port or PORT=")
+
+
+def judge_replicas(nodes: Sequence[Node], plan: Plan) -> list[Finding]:
+    """The port of every replica of a fleet, on its node."""
+    fleet = plan.replicas if plan.is_fleet else ()
+    return [judge_port(nodes[each.first], each.port, f", {each.label}'s,") for each in fleet]
 
 
 def stop_if_bad(findings: Sequence[Finding]) -> None:

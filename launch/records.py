@@ -48,6 +48,27 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
         mine.unlink(missing_ok=True)
 
 
+def write_states(path: Path, plan: Plan, url: str, rows: list[dict[str, Any]]) -> None:
+    """How every server of a fleet is, for --status. A full disk is no reason to end."""
+    record = {"job": plan.place.job, "launcher": launcher(), "url": url}
+    with contextlib.suppress(OSError):
+        write_json(path, record | {"model": plan.replicas[0].model, "replicas": rows})
+
+
+def states_of(record: Path) -> list[dict[str, Any]]:
+    """The same, read beside a launch's record; [] of one that is no fleet."""
+    found = read_record(record.with_name(record.name.replace("run_", "fleet_", 1))) or {}
+    rows = found.get("replicas")
+    return [row for row in rows if is_row(row)] if isinstance(rows, list) else []
+
+
+def is_row(row: object) -> bool:
+    """Whether it is what `Life.row` writes."""
+    texts = ("name", "state", "url", "node", "log", "metrics")
+    kinds = {**dict.fromkeys(texts, str), "nodes": list, "gpus": list, "restarts": int}
+    return isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in kinds.items())
+
+
 def may_be_under_way(other: dict[str, Any], restarts: int) -> bool:
     """Whether another's record is of a launch that may live: not of what Slurm has requeued."""
     mine, same = other["launcher"] == launcher(), other.get("restarts", restarts) == restarts
@@ -155,7 +176,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def sweep(logs: Path) -> None:
     """Remove the records of launchers that were killed, and of jobs that have ended."""
     jobs_by_owner = functools.cache(lambda owner: jobs_of(user_name(owner)))
-    for path in (*logs.glob("run_*.json"), logs / "endpoint.json"):
+    for path in (*logs.glob("run_*.json"), *logs.glob("fleet_*.json"), logs / "endpoint.json"):
         if not (record := read_record(path)):
             continue
         if record["alive"] is None and record["job"].isdecimal():

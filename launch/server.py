@@ -1,13 +1,16 @@
 """A server: its steps on the nodes, how they start, and how they are ended."""
 
+import contextlib
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from common.signals import pause
 from common.talk import Failure, die, say
 from launch import world
 from launch.findings import Node
@@ -49,6 +52,7 @@ class Server:
     looked: float = field(default_factory=time.monotonic)  # when its processes were looked at
     walled: bool = False  # it has been told that only we cannot reach it
     excused: float = 0.0  # seconds in which the job was suspended, or we stood still
+    over: threading.Event = field(default_factory=threading.Event)  # the launch is
 
     @property
     def node(self) -> str:
@@ -105,21 +109,22 @@ def launch(
     url: str,
     log_path: Path,
     probing: tuple[float, float],
+    over: threading.Event,
 ) -> Server:
     """Start a server's steps; it will be probed every so many seconds, and given so many.
 
-    What has been started by then ends with a Failure in here.
+    What has been started by then ends with a Failure in here, or when the launch is `over`.
     """
     own = nodes[replica.first : replica.first + replica.nodes]
     if plan.engine.binds_first(plan.version):
-        await_port(plan, replica)
+        await_port(plan, replica, over)
     log, started = Log(log_path), time.monotonic()
     starts = {p: p.stat().st_size for p in log_path.parent.glob(f"{log_path.stem}_rank*.log")}
     rank0: Log | None = None
     holders: world.Holders | None = None
     try:
         if replica.spread:
-            step, rank0, holders = launch_spread(plan, replica, own, log)
+            step, rank0, holders = launch_spread(plan, replica, own, log, over)
         else:
             step = Step(runtime(plan.runtime).serve(plan, replica, os.environ), output=log.sink)
     except BaseException:
@@ -129,25 +134,34 @@ def launch(
     probe = Probe(url, *probing, partial(watch_clients, plan, replica))
     health.start()
     steps = step, log, health, probe, started, rank0, holders, starts
-    return Server(plan, replica, own, url, *steps)
+    return Server(plan, replica, own, url, *steps, over=over)
 
 
 def watch_clients(plan: Plan, replica: Replica, every: float) -> Command:
     return Command(plan.place.on(1, first=replica.first), WatchClients(replica.port, every))
 
 
-def await_port(plan: Plan, replica: Replica) -> None:
+def await_port(plan: Plan, replica: Replica, over: threading.Event) -> None:
     """The last server's connections hold it for a minute, and the engine would fail at once."""
     order = Command(plan.place.on(1, first=replica.first), AwaitPort(replica.port))
     with held(order) as step:
+        listener = threading.Thread(target=say_lingering, args=(step, replica.port), daemon=True)
+        listener.start()
+        while listener.is_alive():
+            listener.join(TICK)
+            pause(over, 0)
+
+
+def say_lingering(step: Step, port: int) -> None:
+    with contextlib.suppress(ValueError):  # the step is let go of while we read
         for told in step.told():
             if isinstance(told.message, Lingers):
-                lingering = f"connections of a server that has ended still hold port {replica.port}"
+                lingering = f"connections of a server that has ended still hold port {port}"
                 say(f"{told.node}: {lingering}; waiting, a minute at most")
 
 
 def launch_spread(
-    plan: Plan, replica: Replica, nodes: Sequence[Node], log: Log
+    plan: Plan, replica: Replica, nodes: Sequence[Node], log: Log, over: threading.Event
 ) -> tuple[Step, Log, world.Holders]:
     """A container on every node first, then the ranks in them."""
     assert replica.spread
@@ -155,7 +169,7 @@ def launch_spread(
     holders = world.Holders(Step(kind.hold(plan, replica, os.environ)), replica.spread, nodes)
     holders.start()
     try:
-        holders.await_up()
+        holders.await_up(over)
         rank0 = Log(world.rank_log(log.path, "0"))
         step = Step(kind.ranks(plan, replica, world.pattern_of_logs(log.path)), output=log.sink)
     except BaseException:
@@ -209,7 +223,7 @@ def say_left(plan: Plan, replica: Replica, node: str, why: str) -> None:
 
 def remove_once_more(plan: Plan, replica: Replica) -> None:
     """Where a node's own step could not clean up, or was killed before it did."""
-    if not (command := runtime(plan.runtime).remove(plan)):
+    if not (command := runtime(plan.runtime).remove(plan, replica)):
         return
     try:
         told = ask(command, "removing what is left", timeout=REMOVE_WITHIN)

@@ -33,6 +33,10 @@ class Share:
     ids: str  # 0,1,2; fewer than `count` where Slurm does not say which
 
     @property
+    def each(self) -> list[str]:
+        return [gpu for gpu in self.ids.split(",") if gpu]
+
+    @property
     def is_whole(self) -> bool:
         return self.count >= self.of
 

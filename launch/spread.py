@@ -136,11 +136,11 @@ def expect_spread(
     return replace(spread, head=place.allocation.nodes[0])
 
 
-def describe(spread: Spread | None, world: World, nodes: Sequence[Node]) -> str:
+def describe(spread: Spread | None, world: World, nodes: Sequence[str]) -> str:
     """`world size 16 (...): 8 ranks on each of n1, n2 (--mpi=pmix); n1 serves`"""
     if not spread:
-        return f"world size {world}: all ranks on {nodes[0].name}"
-    names = ", ".join(node.name for node in nodes[: spread.nodes])
+        return f"world size {world}: all ranks on {nodes[0]}"
+    names = ", ".join(nodes[: spread.nodes])
     ranks = f"{spread.ranks} ranks on each of {names} (--mpi={spread.mpi})"
     where = f"a process on each of {names}" if spread.mpi == NO_MPI else ranks
-    return f"world size {world}: {where}; {nodes[0].name} serves"
+    return f"world size {world}: {where}; {nodes[0]} serves"

@@ -1,33 +1,41 @@
-"""One launch, supervised: launched, ready, announced, held; after a failure, once more."""
+"""One launch, supervised: its servers started, announced, and watched until it is over."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
+import queue
 import shlex
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
+from common.live import Live
 from common.settings import setting
-from common.signals import Stopped, postponed, turn_deaf
-from common.talk import Failure, counted, die, say
-from launch import records, server, watch
-from launch.announce import announce, iso, say_how_to_use
+from common.signals import Stopped, pause, turn_deaf
+from common.talk import Failure, next_line, say
+from launch import records
+from launch.address import url_of
+from launch.announce import announce, announce_fleet, say_how_to_use, write
 from launch.findings import Node
+from launch.front import Front
+from launch.life import JobOver, Life, Terms, die_with_the_job, mark
 from launch.plan import Plan
+from launch.progress import Progress
+from launch.status import health
 from launch.timelimit import TimeLimit
 
-LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
-FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
+LOOK_EVERY = 0.1  # seconds between two looks of the main thread
+NOTICES_WITHIN = 5.0
 
 
 def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:
     """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
-    with records.guarded(launch.record, launch.endpoint):
+    with records.guarded(launch.record, launch.endpoint, launch.fleet_record):
         supervise(launch, put_image)
 
 
@@ -39,13 +47,8 @@ def supervise(launch: Launch, put_image: Callable[[], Plan]) -> None:
         launch.keeper.start()
         limit.begin()
         launch.plan = put_image()
-        if launch.log.exists():  # of an earlier launch of this job
-            mark(launch.log, "launch")
-        while True:
-            try:
-                launch.attempt()
-            except Failure as failure:
-                launch.prepare_restart(failure)
+        launch.begin()
+        launch.wait()
     except Stopped:
         if limit.is_reached():
             say(f"Slurm ended the server: job {plan.place.job} has reached its time limit")
@@ -53,22 +56,28 @@ def supervise(launch: Launch, put_image: Callable[[], Plan]) -> None:
     finally:
         turn_deaf()
         limit.end()
-        launch.clean_up()
+        launch.end()
         launch.keeper.end()
-        records.remove_records(launch.record)
+        records.remove_records(launch.record, launch.fleet_record)
 
 
 @dataclass
 class Launch:
-    """A launch, its server as long as there is one, and how often it was started anew."""
+    """A launch: the lives of its servers, and what people and programs are told of them."""
 
     plan: Plan
     nodes: Sequence[Node]
     url: str
     args: argparse.Namespace
     limit: TimeLimit
-    running: list[server.Server] = field(default_factory=list)
-    restarts: int = 0
+    lives: list[Life] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+    # Lives tell of themselves in their own threads, one at a time.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    ends: queue.SimpleQueue[BaseException] = field(default_factory=queue.SimpleQueue)
+    begun: float = field(default_factory=time.monotonic)
+    announced: dict[str, object] | None = None  # of a fleet: what stays the same
+    front: Front | None = None
 
     @property
     def logs(self) -> Path:
@@ -76,11 +85,16 @@ class Launch:
 
     @property
     def log(self) -> Path:
-        return log_path(self.plan, self.args.workspace)
+        return self.plan.log_of(self.plan.replicas[0], self.logs)
 
     @property
     def record(self) -> Path:
         return self.logs / f"run_{self.plan.place.job}.json"
+
+    @property
+    def fleet_record(self) -> Path:
+        """How each server of a fleet is."""
+        return self.logs / f"fleet_{self.plan.place.job}.json"
 
     @property
     def endpoint(self) -> Path:
@@ -98,59 +112,153 @@ class Launch:
     def keeper(self) -> records.Keeper:
         return records.Keeper(self.record, self.endpoint)
 
-    def attempt(self) -> NoReturn:
-        """Start the servers and hold them: ends only with a Failure, or by a signal."""
-        probing = self.args.probe_seconds, self.args.probe_timeout
-        for replica in self.plan.replicas:
-            started = server.launch(self.plan, replica, self.nodes, self.url, self.log, probing)
-            self.running.append(started)
-        watch.await_ready(self.running, self.args.ready_timeout)
-        for running in self.running:
-            self.keeper.announced = announce(running, self.nodes, self.endpoint)
+    @property
+    def left(self) -> list[Life]:
+        """Those that serve, or will."""
+        return [life for life in self.lives if not life.why]
+
+    def begin(self) -> None:
+        """Start every server, in a thread of its own."""
+        self.begun, plan = time.monotonic(), self.plan
+        at_once = self.args.load_at_once or len(plan.replicas)
+        turns = threading.BoundedSemaphore(at_once)
+        terms = Terms(self.args, self.limit, self.over, turns, self.ready, self.changed, self.lost)
+        for replica in plan.replicas:
+            url = url_of(self.nodes[replica.first], plan.place, replica.args)
+            log = plan.log_of(replica, self.logs)
+            if log.exists():  # of an earlier launch of this job
+                mark(log, "launch")
+            self.lives.append(Life(plan, replica, self.nodes, url, log, terms))
+        self.note_states()
+        if plan.is_fleet and not self.args.no_front:
+            self.begin_front()
+        for life in self.lives:
+            life.start()
+
+    def begin_front(self) -> None:
+        """Before the servers load: it may be what is missing."""
+        servers = {life.replica.label: urlsplit(life.url).netloc for life in self.lives}
+        host, port = self.plan.replicas[0].host, urlsplit(self.url).port or 0
+        where = self.plan.place, self.nodes[0].name, host, port
+        self.front = Front(*where, servers, self.args.affinity)
+        self.front.start()
+
+    def tend_front(self) -> None:
+        """Start it anew where it has ended, unless the job has."""
+        if self.front and self.front.step and self.front.step.poll() is not None:
+            die_with_the_job(self.plan, self.limit, self.nodes[0].name)
+            self.front.tick()
+
+    def await_front(self) -> None:
+        """Until it has noticed that the servers are well, which takes a second at most."""
+        deadline = time.monotonic() + NOTICES_WITHIN
+        while health(self.url) != "ready" and time.monotonic() < deadline:
+            pause(self.over, LOOK_EVERY)
+
+    def wait(self) -> NoReturn:
+        """Until a signal, or what ends the launch."""
+        progress = Progress(len(self.lives))
+        while True:
+            try:
+                raise self.ends.get(timeout=LOOK_EVERY)
+            except queue.Empty:
+                self.tend_front()
+            with self.lock:
+                servers = [life.server for life in self.left]
+                if loading := [one for one in servers if one and not one.ready_at]:
+                    progress.tell(loading, max(one.age for one in loading))
+
+    def end(self) -> None:
+        """No server, no container of one, and no word of an endpoint is left."""
+        with self.lock:
+            self.over.set()
+            self.keeper.take_back()
+        for life in self.lives:
+            if life.ident:
+                life.join()
+        if self.front:
+            self.front.stop()
+
+    # --- what lives tell, in their own threads ----------------------------------------------------
+
+    def ready(self, life: Life) -> None:
+        with self.lock:
+            if self.over.is_set() or not life.server:
+                return
+            life.server.ready_at = time.monotonic()
+            Live.clear()
+            if self.plan.is_fleet:
+                where = f"{life.url} on {', '.join(node.name for node in life.own_nodes)}"
+                gpus = f", GPUs {','.join(life.replica.devices)}" if life.replica.devices else ""
+                life.say(f"ready after {life.server.age:.1f} s: {where}{gpus}")
+                self.go_on()
+                return
+            self.keeper.announced = announce(life.server, self.nodes, self.endpoint)
             say_how_to_use(self.keeper.announced, self.how_to_stop)
-            running.main_log.show(self.plan.ready_words)
-        watch.hold(self.running)
+            life.server.main_log.show(self.plan.ready_words)
 
-    def prepare_restart(self, failure: Failure) -> None:
-        """Clean up and pause; the Failure again where it is final, or there were enough of them."""
-        allowed = self.args.restart
-        if not failure.passing:
-            raise failure
-        self.check_job(failure)
-        if any(running.served > FORGIVEN_AFTER for running in self.running):
-            self.restarts = 0
-        if self.restarts >= allowed:
-            after = f" (given up after {counted(allowed, 'restart')})" if allowed else ""
-            raise Failure(failure.message + after, failure.hint)
-        self.restarts += 1
-        with postponed():
-            self.clean_up()
-        seconds = min(2**self.restarts, LONGEST_PAUSE)
-        count = f"{self.restarts} of {allowed}"
-        say(f"{failure.message}; restarting ({count}) in {seconds} s")
-        time.sleep(seconds)
-        mark(self.log, f"restart {count}")
+    def changed(self, life: Life) -> None:
+        with self.lock:
+            if self.over.is_set():
+                return
+            if self.plan.is_fleet:
+                self.go_on()
+            else:
+                self.keeper.take_back()
 
-    def check_job(self, failure: Failure) -> None:
-        """The end of the job is not the server's fault, whoever was the first to notice."""
-        if how := self.limit.how_it_ended():
-            where, job = self.nodes[0].name, self.plan.place.job
-            die(f"{where}: Slurm ended the server: job {job} {how}", hint=failure.hint)
+    def lost(self, life: Life, error: BaseException) -> None:
+        """The end of the launch, if no other goes on, or if that is not enough."""
+        with self.lock:
+            if self.over.is_set():
+                return
+            life.why = str(error) or type(error).__name__
+            ends_all = not self.plan.is_fleet or not isinstance(error, Failure)
+            if ends_all or isinstance(error, JobOver):
+                self.ends.put(error)
+                return
+            assert isinstance(error, Failure)
+            message = f"{life.replica.label}: {error.message}"
+            if self.args.all_or_nothing or not self.left:
+                last = "the others are ended, too" if self.left else "no replica is left"
+                self.ends.put(Failure(f"{message}; {last}", error.hint))
+                return
+            say(f"LOST {message}" + next_line(error.hint))
+            self.go_on()
+            say(f"{len(self.left)} of {len(self.lives)} replicas go on")
 
-    def clean_up(self) -> None:
-        """No server, no container of it, and no word of an endpoint is left."""
-        self.keeper.take_back()
-        running, self.running = self.running, []
-        for each in running:
-            server.stop(each)
+    # --- what a fleet tells -----------------------------------------------------------------------
 
+    def go_on(self) -> None:
+        """The fleet's records as it is now; READY, once all that are left are."""
+        self.note_states()
+        ready = [life for life in self.left if life.is_ready]
+        if not ready:
+            self.keeper.take_back()
+        elif self.announced:
+            self.write_endpoint(ready)
+        elif len(ready) == len(self.left):
+            self.announce_all(ready)
 
-def mark(log: Path, what: str) -> None:
-    """A line in every log of the launch: what follows is another server's."""
-    for path in (log, *log.parent.glob(f"{log.stem}_rank*.log")):
-        with contextlib.suppress(OSError), path.open("a") as file:  # a full disk ends nothing
-            file.write(f"===== run_sbatch.py: {what}, {iso(time.time())} =====\n")
+    def announce_all(self, ready: Sequence[Life]) -> None:
+        server, every = ready[0].server, len(self.lives)
+        assert server
+        if self.front:
+            self.await_front()
+        number = str(every) if len(ready) == every else f"{len(ready)} of {every}"
+        nodes, took = self.nodes[: self.plan.nodes], time.monotonic() - self.begun
+        url = self.url if self.front else ready[0].url
+        self.announced = announce_fleet(server, nodes, url, self.log, took, number)
+        say_how_to_use(self.write_endpoint(ready), self.how_to_stop)
 
+    def write_endpoint(self, ready: Sequence[Life]) -> dict[str, object]:
+        assert self.announced
+        found = self.announced | {"replicas": [life.row for life in self.left]}
+        if not self.front:
+            found["url"] = ready[0].url
+        self.keeper.announced = write(self.endpoint, found)
+        return found
 
-def log_path(plan: Plan, workspace: Path) -> Path:
-    return workspace / f"logs/{plan.engine_name}_server_{plan.place.job}.log"
+    def note_states(self) -> None:
+        if self.plan.is_fleet:
+            rows = [life.row for life in self.lives]
+            records.write_states(self.fleet_record, self.plan, self.url, rows)

@@ -1,73 +1,43 @@
-"""All servers of a launch, watched: until they are ready, and until one of them ends or hangs."""
+"""A server, watched: until it is ready, and until it ends or hangs."""
 
 import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NoReturn
 
-from common.live import Live, at_terminal
-from common.talk import HEARTBEAT, Failure, die, note, say, visible
+from common.signals import pause
+from common.talk import HEARTBEAT, Failure, die, say
 from launch.death import report_death
-from launch.log_lines import clean
 from launch.node.messages import Owner
 from launch.nodes import ask
 from launch.server import TICK, Server, die_of_a_node
 from launch.timelimit import is_suspended
 from launch.world import ABSENCE
 
-LIVE = 0.5  # seconds between two looks of a line of the terminal that is written over
 LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
 
 
-def await_ready(servers: Sequence[Server], timeout: float) -> None:
-    """Return when all answer; Failure when one ends first, or at the deadline."""
-    told = Told(servers[0])
-    while not all(server.health.ready.is_set() for server in servers):
-        with patience(servers):
-            tick(servers)
-            for server in servers:
-                die_if_strange(server)
-                die_if_unreached(server)
-                if server.age - server.excused > timeout:
-                    die_of_slowness(server, timeout)
-        told.now_and_then()
-    Live.clear()
-    for server in servers:
-        check_owner(server)
-        check_end(server)  # then it was not ours that answered
-
-
-class Told:
-    """What the engine does while it loads: on one line of a terminal, else a line now and then."""
-
-    def __init__(self, server: Server) -> None:
-        self.server, self.beat, self.blink = server, HEARTBEAT, 0.0
-        self.live = at_terminal() and not server.main_log.shown  # the log would be between
-
-    def now_and_then(self) -> None:
-        age = self.server.age
-        if self.live and age > self.blink:
-            self.blink = age + LIVE
-            Live.show(self.words(age))
-        if age > self.beat:
-            self.beat += HEARTBEAT
-            (note if self.live else say)(self.words(age))
-
-    def words(self, age: float) -> str:
-        if said := self.server.loading.said:
-            return f"{said}, {age:.0f} s"
-        last = visible(clean(self.server.main_log.last_line).text[:80]) or "(empty)"
-        return f"still loading after {age:.0f} s; the log's last line: {last}"
+def await_ready(server: Server, timeout: float) -> None:
+    """Return when it answers; Failure when it ends first, or at the deadline."""
+    while not server.health.ready.is_set():
+        with patience(server):
+            tick(server)
+            die_if_strange(server)
+            die_if_unreached(server)
+            if server.age - server.excused > timeout:
+                die_of_slowness(server, timeout)
+    check_owner(server)
+    check_end(server)  # then it was not ours that answered
 
 
 @contextlib.contextmanager
-def patience(servers: Sequence[Server]) -> Iterator[None]:
+def patience(server: Server) -> Iterator[None]:
     """A failure while Slurm has the job suspended is none: wait, and judge anew."""
-    place = servers[0].plan.place
+    place = server.plan.place
     try:
         yield
     except Failure as failure:
@@ -76,9 +46,8 @@ def patience(servers: Sequence[Server]) -> Iterator[None]:
         begun = time.monotonic()
         say(f"job {place.job} is suspended (scontrol suspend, or another job's turn): waiting")
         while is_suspended(place):
-            time.sleep(LOOK_EVERY)
-        for server in servers:
-            server.forgive(time.monotonic() - begun)
+            pause(server.over, LOOK_EVERY)
+        server.forgive(time.monotonic() - begun)
         say(f"job {place.job} is resumed")
 
 
@@ -127,7 +96,7 @@ def check_owner(server: Server) -> None:
     """While ours loads, its port may be another's, of the same model even."""
     deadline = time.monotonic() + 1
     while not server.health.listening and time.monotonic() < deadline:
-        tick([server])
+        tick(server)
     if server.health.listening:
         return
     owner = ask_owner(server)
@@ -147,18 +116,16 @@ def die_of_stranger(server: Server, serves: str) -> NoReturn:
     die(f"{taken}; it serves {serves}", hint=hint)
 
 
-def hold(servers: Sequence[Server]) -> NoReturn:
-    """Watch until somebody stops us; Failure when a server ends or stops answering."""
-    for server in servers:
-        server.probe.begin(server.health.model)
+def hold(server: Server) -> NoReturn:
+    """Watch until the launch is over; Failure when the server ends or stops answering."""
+    server.probe.begin(server.health.model)
     while True:
-        with patience(servers):
-            tick(servers)
-            for server in servers:
-                server.walled = server.walled and server.health.misses > 0
-                unwell = server.health.fault()
-                if fault := unwell or server.probe.fault():
-                    judge(server, fault, HANGS if unwell else f"{HANGS}{SLOW}")
+        with patience(server):
+            tick(server)
+            server.walled = server.walled and server.health.misses > 0
+            unwell = server.health.fault()
+            if fault := unwell or server.probe.fault():
+                judge(server, fault, HANGS if unwell else f"{HANGS}{SLOW}")
 
 
 def judge(server: Server, fault: str, hint: str = HANGS) -> None:
@@ -173,14 +140,13 @@ def judge(server: Server, fault: str, hint: str = HANGS) -> None:
     die(words, hint=f"{hint}; its log: {server.main_log.path}", passing=True)
 
 
-def tick(servers: Sequence[Server]) -> None:
+def tick(server: Server) -> None:
     """One look at the logs and the processes. While we stood still (^Z), nobody was heard."""
-    for server in servers:
-        away, server.looked = time.monotonic() - server.looked, time.monotonic()
-        if away > ABSENCE:
-            server.forgive(away)
-        check_end(server)
-    time.sleep(TICK)
+    away, server.looked = time.monotonic() - server.looked, time.monotonic()
+    if away > ABSENCE:
+        server.forgive(away)
+    check_end(server)
+    pause(server.over, TICK)
 
 
 def check_end(server: Server) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.signals import pause
 from common.talk import die
 from launch import causes
 from launch.findings import Node
@@ -105,8 +106,8 @@ class Holders(threading.Thread):
             return f"its slurmd has been gone for {SLURMD_AWAY:g} s"
         return ""
 
-    def await_up(self) -> None:
-        """Return when every node's container runs."""
+    def await_up(self, over: threading.Event) -> None:
+        """Return when every node's container runs; Stopped when the launch is over first."""
         deadline = time.monotonic() + UP_WITHIN
         while len(self.up) < self.spread.nodes:
             if ended := self.step.poll() is not None:
@@ -120,7 +121,7 @@ class Holders(threading.Thread):
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 words = last_words("\n".join(self.talk)) or "no word from there"
                 die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)
-            time.sleep(0.02)
+            pause(over, 0.02)
 
     def await_farewell(self) -> dict[str, str]:
         """Wait for the nodes' word on their containers; what is not gone, and why, by node.

@@ -423,10 +423,13 @@ match args:
         if faults.get("no_top"):
             fail("Error response from daemon: context deadline exceeded")
         top(name)
-    case ["ps", "--all", "--quiet", "--filter", f] if f.startswith(f"label={LABEL}launcher="):
+    case ["ps", "--all", "--quiet", "--filter", f, *more] if f.startswith(
+            f"label={LABEL}launcher=") and (not more or (len(more) == 2 and more[0] == "--filter"
+            and more[1].startswith(f"label={LABEL}replica="))):
         time.sleep(faults.get("inspect_delay", 0))
+        wanted = dict(each.split("=", 2)[1:] for each in (f, *more[1:]))
         for path in sorted(node.glob("container-*.json")):
-            if json.loads(path.read_text())["labels"].get(LABEL + "launcher") == f.split("=", 2)[2]:
+            if wanted.items() <= json.loads(path.read_text())["labels"].items():
                 print(path.stem[-12:])
     case ["rm", "--force", *names] if names:
         for name in names:

@@ -144,7 +144,7 @@ def launch_command(made: Plan, environ: dict[str, str]) -> Command:
 
 
 def remove_command(made: Plan) -> Command:
-    command = docker.remove(made)
+    command = docker.remove(made, made.replicas[0])
     assert command
     return command
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import bench
 from common.ask import ask
 from common.response import Malformed, Reply
-from launch import health, manage
+from launch import health, status
 from launch.order import Command
 from load import endpoint
 from load.answer import Outcome, read_reply
@@ -170,7 +170,7 @@ def timeout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     seconds = 1.0 if "no whole answer" in MEASURED[kind][1] else PATIENCE
     monkeypatch.setattr(endpoint, "TIMEOUT", seconds)
     monkeypatch.setattr(health, "HEALTH_TIMEOUT", seconds)
-    monkeypatch.setattr(manage, "HEALTH_TIMEOUT", seconds)
+    monkeypatch.setattr(status, "TIMEOUT", seconds)
     monkeypatch.setattr(health, "DAY", seconds)
     return str(seconds)
 
@@ -219,7 +219,7 @@ def test_a_launcher_whose_server(kind: str) -> None:
         asked, probe = health.Health(url, [MODEL]), health.Probe(url, 1, 60, unasked)
         assert not asked._ask() and asked.misses == 1 and not asked.model
         assert "Error" not in asked.answer and len(asked.answer) < 330, asked.answer
-        assert manage.health(url).startswith(("not ready", "unhealthy", "ready"))
+        assert status.health(url).startswith(("not ready", "unhealthy", "ready"))
         probe._ask()
         assert len(probe.answer) < 300
 

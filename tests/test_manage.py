@@ -21,6 +21,7 @@ from launch import manage, records
 from launch.identity import here, launcher, process_start
 from launch.nodes import Place
 from launch.slurm import Allocation
+from launch.status import status
 from tests.conftest import PATIENCE, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -183,7 +184,7 @@ def test_a_dead_record_that_stays_keeps_nobody_waiting(
 def test_nothing_runs_from_an_empty_workspace(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert manage.status(tmp_path / "logs") == 1
+    assert status(tmp_path / "logs") == 1
     assert manage.stop(tmp_path / "logs") == 0
     out, err = capfd.readouterr()
     assert out == ""
@@ -193,13 +194,13 @@ def test_nothing_runs_from_an_empty_workspace(
 def test_a_line_a_launch(logs: Path, capfd: pytest.CaptureFixture[str]) -> None:
     record(logs, "local5", launcher(), model="a b")
     record(logs, "77", ELSEWHERE)
-    assert manage.status(logs) == 0
+    assert status(logs) == 0
     assert capfd.readouterr().out == f"77\tnot ready\t{URL}\tm\nlocal5\tnot ready\t{URL}\ta b\n"
 
 
 def test_the_record_of_a_dead_launcher_is_swept_away(logs: Path) -> None:
     path = record(logs, "local5", DEAD)
-    assert manage.status(logs) == 1
+    assert status(logs) == 1
     assert not path.exists()
 
 
@@ -212,8 +213,8 @@ def test_a_garbage_record_is_left_out(
 ) -> None:
     (logs / "run_1.json").write_bytes(text.encode(errors="surrogateescape"))
     record(logs, "local5", launcher())
-    assert manage.status(logs) == 0
-    assert manage.status(logs) == 0
+    assert status(logs) == 0
+    assert status(logs) == 0
     assert capfd.readouterr().out.count("local5\t") == 2
 
 
@@ -221,7 +222,7 @@ def test_a_garbage_record_is_left_out(
 @pytest.mark.parametrize("who", [launcher(), ELSEWHERE], ids=["here", "elsewhere"])
 def test_an_incomplete_record_is_left_out(logs: Path, key: str, who: str) -> None:
     record(logs, "77", who, **{key: ...})
-    assert manage.status(logs) == 1
+    assert status(logs) == 1
 
 
 def test_a_launcher_that_lives_here_is_told_and_waited_for(
@@ -421,10 +422,10 @@ def test_the_newest_log_is_followed(logs: Path, monkeypatch: pytest.MonkeyPatch)
         os.utime(logs / name, (1e9 - age, 1e9 - age))
     called: list[list[str]] = []
     monkeypatch.setattr(os, "execvp", lambda _, argv: called.append(argv))
-    manage.act(argparse.Namespace(workspace=logs.parent, logs=True, stop=None))
+    manage.act(argparse.Namespace(workspace=logs.parent, logs="", stop=None))
     assert called == [["tail", "-n", "100", "-F", str(logs / "trtllm_server_2.log")]]
 
 
 def test_without_a_log_there_is_nothing_to_follow(logs: Path) -> None:
     with pytest.raises(Failure, match="there is no log in"):
-        manage.follow_log(logs)
+        manage.follow_log(logs, "")

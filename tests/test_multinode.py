@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -386,7 +387,7 @@ left() { tell "$1" Left "\"why\": \"$2\""; };
 def test_all_nodes_are_waited_for(step: Callable[[str], Step]) -> None:
     guard = holders(step("{ up n1; cat; } & sleep 0.2; up n2; wait"))
     guard.start()
-    guard.await_up()
+    guard.await_up(threading.Event())
     assert guard.up == {"n1", "n2"}
     assert guard.fault() == ""
     guard.step.stop()
@@ -415,7 +416,7 @@ def test_containers_that_cannot_start_are_told_at_once(
         guard = holders(step(text))
         guard.start()
         with pytest.raises(Failure, match="^" + words):
-            guard.await_up()
+            guard.await_up(threading.Event())
 
 
 def test_a_node_without_a_container_is_not_waited_for_for_ever(
@@ -425,7 +426,7 @@ def test_a_node_without_a_container_is_not_waited_for_for_ever(
     guard = holders(step("up n1; cat"))
     guard.start()
     with pytest.raises(Failure, match=r"^n2: no container within 0\.3 s: no word from there$"):
-        guard.await_up()
+        guard.await_up(threading.Event())
 
 
 def test_letting_go_while_it_talks_is_no_error(

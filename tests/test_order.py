@@ -54,7 +54,7 @@ CONTAINER = (
     ["trtllm-serve", "m"],
 )
 ORDERS = [
-    Survey("docker", 8000, TAG, "trtllm-serve", ["/fsx"]),
+    Survey("docker", [8000], TAG, "trtllm-serve", ["/fsx"]),
     Load("/x.tar", TAG, ["sha256:c"], "", "gz"),
     Pull("r.io/x:1", "r.io"),
     Forget(TAG),
@@ -194,7 +194,7 @@ def paste(fakes: Fakes, shown: str) -> subprocess.CompletedProcess[str]:
 def test_a_shown_order_can_be_pasted(fakes: Fakes, tmp_path: Path, prefix: tuple[str, ...]) -> None:
     fakes.hold_image(identity="sha256:c")
     paths = [str(tmp_path / f"no {name}") for name in HOSTILE]
-    command = Command(prefix, Survey("docker", 8000, TAG, "trtllm-serve", paths))
+    command = Command(prefix, Survey("docker", [8000], TAG, "trtllm-serve", paths))
     done = paste(fakes, command.shown())
     assert (done.returncode, done.stderr) == (0, "")
     [told] = map(parse, done.stdout.splitlines())
@@ -245,7 +245,7 @@ def give(command: Command, env: dict[str, str], **options: Any) -> subprocess.Po
     )
 
 
-SURVEY = Command([], Survey("bare", 1, "", "trtllm-serve"))
+SURVEY = Command([], Survey("bare", [1], "", "trtllm-serve"))
 
 
 @pytest.mark.parametrize("kept", ["", "\n"])
@@ -276,7 +276,7 @@ def test_what_an_order_cannot_do_on_its_node_is_a_sentence(ready: Fakes) -> None
 # What comes back
 
 ANY = {str: st.text(), int: st.integers(), bool: st.booleans(), list[str]: st.lists(st.text())}
-ANY |= {str | None: st.none() | st.text()}  # type: ignore[dict-item]
+ANY |= {dict[str, str]: st.dictionaries(st.text(), st.text())}
 
 
 def messages() -> st.SearchStrategy[Any]:

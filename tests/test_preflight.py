@@ -144,8 +144,13 @@ def test_no_gpu_of_somebody_else_is_taken(
         ({"image": "", "free": 40_000_000_000}, "disk", "ok", "40.0 GB free"),
         ({"image": "", "free": 0}, "disk", "bad", "not enough disk space: 0.0 GB free"),
         ({"gpus": 0}, "gpus", "bad", "no GPU found"),
-        ({"taken": ""}, "port", "bad", "port 8000 is taken"),
-        ({"taken": '"nginx",pid=1'}, "port", "bad", 'port 8000 is taken by "nginx",pid=1'),
+        ({"taken": {"8000": ""}}, "port", "bad", "port 8000 is taken"),
+        (
+            {"taken": {"8000": '"nginx",pid=1'}},
+            "port",
+            "bad",
+            'port 8000 is taken by "nginx",pid=1',
+        ),
     ],
 )
 def test_every_check_of_the_head_node(
@@ -161,7 +166,7 @@ def test_a_full_disk_does_not_matter_where_the_image_is() -> None:
 
 
 def test_the_port_and_gpus_of_other_nodes_do_not_matter() -> None:
-    findings = judge([node(), node("n2", gpus=0, taken="")], wanted())
+    findings = judge([node(), node("n2", gpus=0, taken={"8000": ""})], wanted())
     assert [f for f in findings if f.state == "bad"] == []
 
 
@@ -264,7 +269,9 @@ def test_a_path_that_a_node_does_not_see_is_bad(name: str) -> None:
 
 
 def test_all_that_is_bad_is_said_at_once_and_each_hint_once() -> None:
-    findings = judge([node(image="", free=1), node("n2", image="", free=1, taken="")], wanted())
+    findings = judge(
+        [node(image="", free=1), node("n2", image="", free=1, taken={"8000": ""})], wanted()
+    )
     with pytest.raises(Failure) as failure:
         preflight.stop_if_bad(findings)
     assert failure.value.message.startswith("n1, n2: not enough disk space")
@@ -516,16 +523,17 @@ def test_a_port_that_somebody_listens_on_is_taken(fakes: Fakes, address: str) ->
         pytest.skip(f"no {address} here")
     with listener:
         port = listener.getsockname()[1]
-        assert f"pid={os.getpid()}" in (ask(fakes, bare(port)).facts.taken or "")
+        assert f"pid={os.getpid()}" in ask(fakes, bare(port)).facts.taken[str(port)]
         with socket.create_connection((address, port)):
-            assert ask(fakes, bare(free_port())).facts.taken is None
-    assert ask(fakes, bare(port)).facts.taken is None
+            assert ask(fakes, bare(free_port())).facts.taken == {}
+    assert ask(fakes, bare(port)).facts.taken == {}
 
 
 def test_a_taken_port_is_seen_without_ss(fakes: Fakes) -> None:
     (fakes.home / "tools/ss").unlink()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert ask(fakes, bare(listener.getsockname()[1])).facts.taken == ""
+        port = listener.getsockname()[1]
+        assert ask(fakes, bare(port)).facts.taken == {str(port): ""}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -24,6 +24,7 @@ from launch.findings import Node
 from launch.log import Log
 from launch.nodes import Place, Step
 from launch.order import Command
+from launch.progress import Progress
 from launch.spread import Spread
 from tests.conftest import ONE_NODE, PATIENCE, Fakes, plan, wait_until
 
@@ -52,7 +53,8 @@ def run_plan(ready: Fakes, tmp_path: Path) -> Iterator[Callable[..., server.Serv
         made = replace(made, place=place or made.place)
         url, log = "http://127.0.0.1:1", tmp_path / "x.log"
         nodes = [Node("n1"), Node("n2")]
-        launched.append(server.launch(made, made.replicas[0], nodes, url, log, (0, 0)))
+        what = made, made.replicas[0], nodes, url, log, (0, 0), threading.Event()
+        launched.append(server.launch(*what))
         return launched[-1]
 
     yield run
@@ -80,7 +82,7 @@ def test_an_engine_that_ends_is_told_with_its_code_meaning_and_words(
 ) -> None:
     running = run_plan("bash", "-c", engine)
     with pytest.raises(Failure, match="^n1: trtllm-serve ended with " + words):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 ENDED_WITH = "srun: error: n1: task 0: Exited with exit code {}"
@@ -125,7 +127,7 @@ def test_who_ended_is_named(
     here = Place("77", 1, ONE_NODE) if slurm else None
     running = run_plan("bash", "-c", script, place=here)
     with pytest.raises(Failure, match=f"^{words}"):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_what_is_killed_here_is_not_the_engine(
     wait_until(lambda: running.log.last_line or running.pump())
     running.step.process.kill()
     with pytest.raises(Failure, match=f"^{who} ended with exit code 137 before"):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 def test_the_end_of_a_job_is_not_blamed_on_the_engine(
@@ -147,7 +149,7 @@ def test_the_end_of_a_job_is_not_blamed_on_the_engine(
     text = "echo 'slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025 ***'; exit 1"
     running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
     with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 @pytest.mark.parametrize(
@@ -252,21 +254,19 @@ def test_a_rank_that_said_nothing_is_not_lent_the_words_of_others(
     running.replica = replace(running.replica, spread=Spread(2, 8, "pmix"))
     words = r"^n2: rank 9 ended with exit code 3 .*: its log names no cause$"
     with pytest.raises(Failure, match=words):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 def test_loading_is_told_now_and_then_and_has_a_deadline(
-    run_plan: Callable[..., server.Server],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    run_plan: Callable[..., server.Server], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(watch, "HEARTBEAT", 0.1)
     running = run_plan("bash", "-c", "echo Loading weightless things; sleep 100")
     wait_until(lambda: running.log.last_line or running.pump())
     running.started = time.monotonic()
     with pytest.raises(Failure, match=r"not ready within 0\.6 s: .*its log ends: Loading weight"):
-        watch.await_ready([running], 0.6)
-    said = "still loading after 0 s; the log's last line: Loading weightless things"
+        watch.await_ready(running, 0.6)
+    Progress(1).tell([running], 31)
+    said = "still loading after 31 s; the log's last line: Loading weightless things"
     assert said in capfd.readouterr().err
 
 
@@ -277,23 +277,34 @@ def test_what_the_engine_does_is_told_on_one_line_of_a_terminal_else_now_and_the
     capfd: pytest.CaptureFixture[str],
     terminal: bool,
 ) -> None:
-    monkeypatch.setattr(watch, "HEARTBEAT", 10)
-    monkeypatch.setattr(watch, "LIVE", 0.1)
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: terminal)
     running = run_plan("bash", "-c", "printf 'Loading weights:  11%%|# | 80/723 [0]'; sleep 100")
     wait_until(lambda: running.log.last_line or running.pump())
-    running.started = time.monotonic() - 10.5
-    with pytest.raises(Failure, match="not ready within 11 s"):
-        watch.await_ready([running], 11)
+    progress = Progress(1)
+    for age in (10.0, 10.1, 10.6, 30.1, 30.2):
+        progress.tell([running], age)
     say("and then")
     said = capfd.readouterr().err
     if terminal:
-        assert said.count("\r\x1b[Kloading weights 80 of 723, 1") > 1
+        assert said.count("\r\x1b[Kloading weights 80 of 723, 1") == 2
         assert "\n" not in said.rpartition("\r")[0]
     assert re.search(r"\r\x1b\[K\[[\d:]+\] and then\n$", said) if terminal else True
-    lines = re.findall(r"^\[[\d:]+\] loading weights 80 of 723, 1\d s$", said, re.M)
+    lines = re.findall(r"^\[[\d:]+\] loading weights 80 of 723, 30 s$", said, re.M)
     assert len(lines) == (0 if terminal else 1)
+
+
+def test_of_a_fleet_it_is_told_on_one_line(
+    run_plan: Callable[..., server.Server], capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = [run_plan("bash", "-c", "sleep 100") for _ in range(4)]
+    for label, each in enumerate(running):
+        each.replica = replace(each.replica, label=f"r{label}")
+        each.loading.phase, each.loading.far = "loading weights", f"{label} of 4"
+        each.started = time.monotonic() - 31
+    Progress(5).tell(running, 31)
+    told = "; ".join(f"r{label} loading weights {label} of 4, 31 s" for label in range(3))
+    assert f"4 of 5 replicas load: {told}; 1 more\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "passing"), [(1, True), (137, True), (2, False), (127, False)])
@@ -301,7 +312,7 @@ def test_what_would_fail_again_is_final(
     run_plan: Callable[..., server.Server], code: int, passing: bool
 ) -> None:
     with pytest.raises(Failure) as failure:
-        watch.await_ready([run_plan("bash", "-c", f"exit {code}")], 60)
+        watch.await_ready(run_plan("bash", "-c", f"exit {code}"), 60)
     assert failure.value.passing is passing
 
 
@@ -312,7 +323,7 @@ def test_an_answer_on_the_port_does_not_make_a_dead_server_ready(
     running.step.process.wait()
     running.health.ready.set()
     with pytest.raises(Failure, match="exit code 1 before it was ready"):
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
 
 
 def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Server]) -> None:
@@ -320,7 +331,7 @@ def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Serv
     running.health.stranger, running.health.strange = "other/model", 99
     words = "^n1: another server took http://127.0.0.1:1 .*; it serves other/model, not -c$"
     with pytest.raises(Failure, match=words) as failure:
-        watch.await_ready([running], 60)
+        watch.await_ready(running, 60)
     assert not failure.value.passing
 
 
@@ -362,7 +373,7 @@ def test_a_server_that_only_we_cannot_reach_is_told_as_that(
         rf"^n1 serves on port {serving}, but http://127.0.0.1:1 cannot be reached from .*refused"
     )
     with pytest.raises(Failure, match=words) as failure:
-        watch.await_ready([running], PATIENCE if says.startswith("Uvicorn") else 0.1)
+        watch.await_ready(running, PATIENCE if says.startswith("Uvicorn") else 0.1)
     assert not failure.value.passing
     assert "firewall" in failure.value.hint and "more time" not in failure.value.hint
 
@@ -396,14 +407,14 @@ def test_a_failure_of_a_suspended_job_is_waited_out(
     resume = threading.Timer(1, lambda: fakes.set(state="RUNNING"))
     resume.start()
     running.health.misses = running.probe.misses = 6
-    with watch.patience([running]):
+    with watch.patience(running):
         raise Failure("no sign of life", passing=True)
     resume.join()
     assert not running.health.fault() and not running.probe.fault()
     assert 0 < running.excused < running.age
     said = capfd.readouterr().err
     assert said.count("job 77 is suspended") == said.count("job 77 is resumed") == 1
-    with pytest.raises(Failure, match="no sign of life"), watch.patience([running]):
+    with pytest.raises(Failure, match="no sign of life"), watch.patience(running):
         raise Failure("no sign of life", passing=True)
 
 
@@ -412,7 +423,7 @@ def test_who_stood_still_does_not_count_that_time(run_plan: Callable[..., server
     running.started -= 1000
     running.looked -= 1000
     running.probe.asked = running.probe.traffic = time.monotonic() - 5000
-    watch.tick([running])
+    watch.tick(running)
     assert running.age - running.excused < 900 and not running.probe.fault()
 
 

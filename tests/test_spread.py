@@ -256,7 +256,7 @@ def test_a_workspace_that_srun_cannot_name_is_refused() -> None:
 
 
 def test_the_plan_is_one_sentence() -> None:
-    nodes = [Node("n1"), Node("n2"), Node("n3")]
+    nodes = ["n1", "n2", "n3"]
     assert describe(None, of(8), nodes) == ("world size 8 (tp 8 x pp 1 x cp 1): all ranks on n1")
     spread = Spread(2, 8, "pmix_v4")
     assert describe(spread, World(8, 2, 1), nodes) == (

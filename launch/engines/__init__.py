@@ -62,6 +62,7 @@ class Engine(Protocol):
     STARTS: str  # a line of its log with which a server begins
     PREFIXES: Sequence[str]  # what its loggers put before a line
     COUNTERS: str  # what the names of its counters on /metrics begin with
+    METRICS: str  # where it has counters as Prometheus has them, which reading does not empty
     WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
 
     def read(self, words: Sequence[str], port: str) -> tuple[str | None, list[str], int]: ...

@@ -13,6 +13,7 @@ IMAGE, VERSION = "docker.io/lmsysorg/sglang:latest", ""
 # What it compiles, minutes of a start.
 CACHES: Mapping[str, str] = {"SGLANG_CACHE_DIR": "~/.cache/sglang"}
 LEADER = LEADER_MARK = ""
+METRICS = "/metrics"
 STARTS, COUNTERS = "server_args=ServerArgs", "sglang"
 PREFIXES: Sequence[str] = (rf"\[{DATE}(?: [A-Z]+\d+)*\] ?",)  # NCCL's, too
 WORK_WORDS = re.compile(rb'"POST /(?:v1/[^"]*|generate [^"]*)" 200|Decode batch')

@@ -24,6 +24,7 @@ IMAGE, VERSION = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0", "TRTLLM_VERSION"
 CACHES: Mapping[str, str] = {}
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
+METRICS = "/prometheus/metrics"  # what is at /metrics is emptied by whoever reads it
 WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
     rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
 )

@@ -13,6 +13,7 @@ IMAGE, VERSION = "docker.io/vllm/vllm-openai:latest", ""
 # What it compiles, minutes of a start.
 CACHES: Mapping[str, str] = {"VLLM_CACHE_ROOT": "~/.cache/vllm"}
 LEADER = LEADER_MARK = ""
+METRICS = "/metrics"
 STARTS, COUNTERS = "vLLM API server version", "vllm"
 PREFIXES: Sequence[str] = (
     r"(?P<speaker>\([\w.-]+(?: [\w.=-]+)* pid=\d+[^)]*\)) ?",  # Ray's, too

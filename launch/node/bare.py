@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.node.base import NOT_FOUND, STOPPED, Ends
 from launch.node.containers import set_interfaces
@@ -21,6 +21,7 @@ class Run:
     """Run the engine from PATH; its exit code is ours. Nothing of its session outlives it or us."""
 
     engine: list[str]
+    gpus: list[int] = field(default_factory=list)  # which of those that we see; []: all
     ask_every: float = 60
 
     def __call__(self) -> int:
@@ -28,6 +29,8 @@ class Run:
         ends.hold(self.ask_every)
         set_interfaces()
         env = {name: value for name, value in os.environ.items() if not HIDDEN.match(name)}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = some(self.gpus, env.get("CUDA_VISIBLE_DEVICES", ""))
         null = subprocess.DEVNULL
         try:
             engine = subprocess.Popen(self.engine, stdin=null, env=env, start_new_session=True)
@@ -38,6 +41,15 @@ class Run:
             give_time(engine.pid)
         end(engine.pid, signal.SIGKILL)
         return STOPPED if code is None else code
+
+
+def some(gpus: list[int], visible: str) -> str:
+    """The first, third, ... of the GPUs that we see, in CUDA's words: Slurm has its own numbers."""
+    every = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
+    if max(gpus) >= len(every):
+        wanted = ", ".join(map(str, gpus))
+        raise OSError(f"CUDA_VISIBLE_DEVICES={visible} has too few GPUs (wanted: {wanted})")
+    return ",".join(every[gpu] for gpu in gpus)
 
 
 def give_time(session: int) -> None:

@@ -142,13 +142,17 @@ def listening(port: int) -> set[str]:
 
 def sockets(port: int, state: str) -> list[list[str]]:
     """The kernel's rows of a port of this node: [2] is the other end, [9] the socket's inode."""
-    found = []
     pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]{{4}} {state} ")
+    return [line.split() for line in tables_of_sockets() if pattern.search(line)]
+
+
+def tables_of_sockets() -> list[str]:
+    """The kernel's rows, a socket each."""
+    lines = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
-            lines = Path(table).read_text().splitlines()
-            found += [line.split() for line in lines if pattern.search(line)]
-    return found
+            lines += Path(table).read_text().splitlines()[1:]
+    return lines
 
 
 def take_parts(sizes: list[str]) -> None:

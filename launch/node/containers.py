@@ -34,6 +34,7 @@ class Serve:
     options: list[str]  # of docker run
     image: str
     engine: list[str]
+    replica: str = ""  # which of the launch's servers it is; '': there is one
     ask_every: float = 60
 
     def __call__(self) -> int:
@@ -43,13 +44,13 @@ class Serve:
         client = self.start(attended, "--entrypoint=sh")
         code = ends.code_of(client)
         if code is None or ends.stop_within(0.1):  # one signal may be for the client and for us
-            return stop(client, self.launcher)
+            return stop(client, self.launcher, self.replica)
         if client.returncode < 0:
             killed = f"its client was killed (signal {-client.returncode})"
             print(f"docker: {killed}, and with it the container", file=sys.stderr, flush=True)
             code = CLIENT_FAILED
         if code == CLIENT_FAILED:
-            remove(self.launcher)
+            remove(self.launcher, self.replica)
         return code
 
     def start(self, command: list[str], *options: str) -> subprocess.Popen[bytes]:
@@ -65,8 +66,9 @@ class Serve:
         devices = [word for path in found for word in ("--device", path)]
         words = self.which_gpus()
         gpus = ["--gpus", words] if words else []
+        label = [f"--label={LABEL}.replica={self.replica}"] if self.replica else []
         run = ["docker", "run", "--name", f"{self.name}-{NODE}", *gpus, *devices, *options]
-        return popen([*run, *self.options, *command])
+        return popen([*run, *label, *self.options, *command])
 
     def which_gpus(self) -> str:
         """The job's, where it has not all of the node's; '' for none."""
@@ -95,13 +97,14 @@ def set_interfaces() -> None:
             os.environ[name] = os.environ.get(name) or found[1]
 
 
-def remove(launcher: str) -> str | None:
-    """Remove this launch's containers; why one may be there still, or ''. None where there is none.
+def remove(launcher: str, replica: str) -> str | None:
+    """Remove this server's containers; why one may be there still, or ''. None where there is none.
 
     Another launch of the job may have a container of the same name: ours has our label.
     """
-    ours = f"label={LABEL}.launcher={launcher}"
-    code, said = ask("docker", "ps", "--all", "--quiet", "--filter", ours, timeout=3)
+    labels = [f"launcher={launcher}", *([f"replica={replica}"] if replica else [])]
+    ours = [word for label in labels for word in ("--filter", f"label={LABEL}.{label}")]
+    code, said = ask("docker", "ps", "--all", "--quiet", *ours, timeout=3)
     if code:
         return said or "Docker does not answer"
     ids = [word for word in said.split() if re.fullmatch(r"[\w.-]+", word)]
@@ -111,15 +114,15 @@ def remove(launcher: str) -> str | None:
     return (said or "Docker does not answer") if code else ""
 
 
-def keep_removing(launcher: str, seconds: float, pause: float) -> str:
+def keep_removing(launcher: str, replica: str, seconds: float, pause: float) -> str:
     """Until it works, or so long: a daemon that is only restarted is back soon."""
     deadline = time.monotonic() + seconds
-    while (why := remove(launcher)) and time.monotonic() < deadline:
+    while (why := remove(launcher, replica)) and time.monotonic() < deadline:
         time.sleep(pause)
     return why or ""
 
 
-def stop(client: subprocess.Popen[bytes], launcher: str) -> int:
+def stop(client: subprocess.Popen[bytes], launcher: str, replica: str) -> int:
     """The container ends with its order, whoever asks: the launcher's end, scancel, a signal.
 
     It is removed until the client has gone, too: before that a container may yet be created. After
@@ -128,7 +131,7 @@ def stop(client: subprocess.Popen[bytes], launcher: str) -> int:
     """
     deadline, seen = time.monotonic() + 12, False
     while time.monotonic() < deadline:
-        seen = remove(launcher) is not None or seen
+        seen = remove(launcher, replica) is not None or seen
         if (code := client.poll()) is not None:
             if seen or (code >= 0 and code not in GAVE_UP):
                 break
@@ -136,18 +139,19 @@ def stop(client: subprocess.Popen[bytes], launcher: str) -> int:
         time.sleep(0.1)
     with contextlib.suppress(ProcessLookupError):
         client.kill()
-    remove(launcher)
+    remove(launcher, replica)
     return STOPPED
 
 
 @dataclass
 class Remove:
-    """Remove this launch's containers, should its own order not have done so; tell what is left."""
+    """Remove a server's containers, should its own order not have done so; tell what is left."""
 
     launcher: str
+    replica: str = ""  # '': all of the launch
 
     def __call__(self) -> int:
-        if why := keep_removing(self.launcher, 3, 0.3):
+        if why := keep_removing(self.launcher, self.replica, 3, 0.3):
             tell(Left(why))
         return 0
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from launch.node.base import LABEL, ask, listening, tell
+from launch.node.base import LABEL, LISTENING, ask, tables_of_sockets, tell
 from launch.node.messages import Container, Facts
 from launch.node.release import release_here, release_of
 
@@ -33,7 +33,7 @@ class Survey:
     """Tell what this node has, of what a launch wants."""
 
     runtime: str
-    port: int
+    ports: list[int]
     tag: str
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Survey:
             gpus=count_gpus(),
             efa=len(glob("/dev/infiniband/uverbs*")),
             gdrdrv=os.path.exists("/dev/gdrdrv"),
-            taken=who_listens(self.port),
+            taken=who_listen(self.ports),
             unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
         )
         if self.runtime == "bare":
@@ -91,10 +91,19 @@ def count_gpus() -> int:
     return sum(line.startswith("GPU") for line in ask("nvidia-smi", "-L")[1].splitlines())
 
 
-def who_listens(port: int) -> str | None:
+def who_listen(ports: list[int]) -> dict[str, str]:
+    """The programs that listen on these ports, by port."""
+    return {str(port): who_listens(port) for port in set(ports) & ports_in_use()}
+
+
+def ports_in_use() -> set[int]:
+    """Those on which somebody listens."""
+    rows = [line.split() for line in tables_of_sockets()]
+    return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING}
+
+
+def who_listens(port: int) -> str:
     """The program that listens on the port; '' where its name is not ours to see."""
-    if not listening(port):
-        return None
     said = ask("ss", "-Hltnp", f"sport = :{port}", stderr=subprocess.DEVNULL)[1]
     return said.partition("users:((")[2].partition(")")[0]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Facts:
-    """What a node has. Sizes in bytes; `taken`: who listens on our port, None where nobody does."""
+    """What a node has. Sizes in bytes; `taken`: who listens on which of our ports."""
 
     rank: int = 0
     addresses: list[str] = field(default_factory=list)  # first that of the way to the launcher
@@ -15,7 +15,7 @@ class Facts:
     gpus: int = 0
     efa: int = 0
     gdrdrv: bool = False
-    taken: str | None = None
+    taken: dict[str, str] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     engine: str = ""  # where the program is, for runtime bare
     docker: str = ""  # its version

@@ -39,12 +39,12 @@ class Hold(Serve):
         threading.Thread(target=beat, args=beats, daemon=True).start()
         code = ends.code_of(client)
         if code is None:
-            stop(client, self.launcher)
+            stop(client, self.launcher, self.replica)
         else:
             tell(Ended(code))
         beating.set()
         # The launcher listens for a little longer to a node in trouble.
-        tell(Left(keep_removing(self.launcher, 2, 0.1)))
+        tell(Left(keep_removing(self.launcher, self.replica, 2, 0.1)))
         return STOPPED if code is None else code
 
 

@@ -20,9 +20,15 @@ def container(plan: Plan, replica: Replica, node: str) -> str | None:
 def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     """The one order that is the server, for as long as its input is open."""
     gpus = 0 if replica.gpus == "none" else plan.place.gpus(replica.first)
-    return Command(
-        plan.place.on(1, first=replica.first, gpus=gpus), Run(list(plan.command(replica)))
-    )
+    order = Run(list(plan.command(replica)), which(plan, replica))
+    return Command(plan.place.on(1, first=replica.first, gpus=gpus), order)
+
+
+def which(plan: Plan, replica: Replica) -> list[int]:
+    """Its GPUs among those that its step sees; [] for all. Slurm shows a step the job's alone."""
+    node = "".join(plan.place.allocation.nodes[replica.first : replica.first + 1])
+    share = plan.place.allocation.shares.get(node)
+    return [share.each.index(gpu) if share else int(gpu) for gpu in replica.devices]
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
@@ -33,7 +39,7 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     raise NotImplementedError("OVER_NODES is False")
 
 
-def remove(plan: Plan) -> Command | None:
+def remove(plan: Plan, replica: Replica) -> Command | None:
     """Nothing outlives its order."""
     return None
 

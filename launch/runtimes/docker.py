@@ -61,9 +61,10 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     return Command(prefix, Part(name, plan.cwd, command, parts=parts))
 
 
-def remove(plan: Plan) -> Command | None:
-    """Removes this launch's containers, and no others, should a node not have done so itself."""
-    return Command(plan.place.on(plan.nodes), Remove(launcher()))
+def remove(plan: Plan, replica: Replica) -> Command | None:
+    """Removes this server's containers, and no others, should a node not have done so itself."""
+    where = plan.place.on(replica.nodes, first=replica.first)
+    return Command(where, Remove(launcher(), replica.label))
 
 
 def ask_owner(plan: Plan, replica: Replica) -> Command:
@@ -77,12 +78,13 @@ def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[s
     return kind(
         name=plan.name_of(replica),
         launcher=launcher(),
-        gpus=replica.gpus,
+        gpus=f'"device={",".join(replica.devices)}"' if replica.devices else replica.gpus,
         shares={node: share.ids for node, share in shares.items() if not share.is_whole},
         caches=[path for _, path in plan.caches],
         options=docker_options(plan, environ),
         image=plan.tag,
         engine=list(plan.command(replica)),
+        replica=replica.label,
     )
 
 

@@ -95,6 +95,7 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
             found.append(f"{node.name}: the lock of the image's load")
     left = [
         *workspace.rglob("run_*.json"),
+        *workspace.rglob("fleet_*.json"),
         *workspace.rglob("endpoint.json"),
         *workspace.rglob("*.part"),
     ]
