@@ -164,7 +164,7 @@ bench-nodes: $(READY) ## Measure how a launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
 .PHONY: bench-fleet
-bench-fleet: $(READY) ## Measure a fleet: its throughput, what its front adds, what a death costs (as root)
+bench-fleet: $(READY) ## Measure what the front of a fleet adds to each token, and what a death costs (as root)
 	$(PY) -m tests.cluster.bench_fleet
 
 .PHONY: pictures

@@ -44,7 +44,8 @@ global
 """
 # Without no-delay tokens come in bursts, 0.2 s apart. The engine's HTTP server closes a connection
 # that was idle for 5 s: one that is used again may be lost in that moment, so each serves once.
-# A replica that refuses a connection is asked again ten times a second, and is out after 0.3 s.
+# A replica that refuses a connection is asked ten times a second, and out after 0.3 s; then it is
+# asked twice a second.
 DEFAULTS = """\
 defaults
     mode http
@@ -62,7 +63,8 @@ defaults
     timeout check 10s
     option httpchk GET /health
     http-check expect status 200
-    default-server check inter 1s fastinter 100ms fall 3 rise 1 observe layer4 error-limit 1
+    default-server check inter 1s fastinter 100ms downinter 500ms fall 3 rise 1
+    default-server observe layer4 error-limit 1
 """
 FRONTEND = """\
 frontend front

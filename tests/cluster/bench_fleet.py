@@ -1,4 +1,4 @@
-"""Measure a fleet: what its front adds to each token, and what a death costs. For docs/figures.md.
+"""Measure a fleet's front: what it adds to each token, and what the death of a server costs.
 
     make bench-fleet
 
@@ -10,10 +10,20 @@ else the machine does can only add to a figure: the best of a few runs counts.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launch.front import Front
@@ -23,19 +33,23 @@ from load.metrics import Distribution, mean
 from load.payload import RandomPrompts, Requests
 from load.target import Load, Target
 from tests.bench_client import PROMPT, TOKENS, TTFT_MS, admin, requests, server
-from tests.cluster.cluster import why_not
+from tests.cluster.cluster import PATIENCE, wait_until, why_not
+from tests.cluster.launches import ROOT
 from tests.test_front import children, free_port
 
 STREAMS = {1: 10, 16: 10, 64: 10, 256: 40}  # and their ITL in ms: a larger batch is slower
 REPEATS = 3
 TTFT_ALLOWED, ITL_ALLOWED = 0.5, 0.1  # ms
+JSON = {"Content-Type": "application/json"}
 FIRST, THEN = os.sched_param(10), os.sched_param(5)  # both before what else the machine does
 
 
 def main() -> int:
     if reason := why_not():
         raise SystemExit(f"bench-fleet: {reason}")
-    return 0 if what_the_front_adds() else 1
+    good = what_the_front_adds()
+    a_death()
+    return 0 if good else 1
 
 
 # --- what the front adds --------------------------------------------------------------------------
@@ -52,8 +66,7 @@ def what_the_front_adds() -> bool:
     print("| streams | ITL | TTFT direct | by front | added | ITL p99 direct | by front | added |")
     print("|--:" * 8 + "|")
     good = True
-    with server() as (port, pid), fronting(port) as front:
-        share_cores(pid, front)
+    with server() as (port, pid), fronting(port) as front, shared_cores(pid, front):
         for streams, itl_ms in STREAMS.items():
             direct, through = (best(port, at, streams, itl_ms) for at in (port, front.port))
             ttft, itl = through.ttft - direct.ttft, through.itl_p99 - direct.itl_p99
@@ -76,9 +89,10 @@ def fronting(*ports: int) -> Iterator[Front]:
         front.stop()
 
 
-def share_cores(server: int, front: Front) -> None:
+@contextmanager
+def shared_cores(server: int, front: Front) -> Iterator[None]:
     """The server on one; on the other the front, and when that sleeps the client."""
-    one, other, *_ = sorted(os.sched_getaffinity(0))
+    one, other, *_ = every = sorted(os.sched_getaffinity(0))
     assert front.step
     [haproxy] = children(front.step.process.pid)
     for pid, core in ((server, one), (haproxy, other)):
@@ -87,6 +101,9 @@ def share_cores(server: int, front: Front) -> None:
             os.sched_setscheduler(int(thread.name), os.SCHED_FIFO, FIRST)
     os.sched_setaffinity(0, {other})
     os.sched_setscheduler(0, os.SCHED_FIFO, THEN)
+    yield
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.sched_setaffinity(0, every)
 
 
 def best(port: int, at: int, streams: int, itl_ms: float) -> Added:
@@ -107,6 +124,82 @@ def added(port: int, at: int, streams: int, itl_ms: float) -> Added:
     ttft = mean((o.first - o.sent) / 1e6 for o in result.outcomes)
     sent = truth["ttft_ms"]["mean"], truth["itl_ms"]["p99"]
     return Added(ttft - sent[0], gaps.percentile(99) - sent[1])
+
+
+# --- a death --------------------------------------------------------------------------------------
+def a_death() -> None:
+    """One of three servers is killed under 64 streams and 20 new requests a second."""
+    ports = [free_port() for _ in range(3)]
+    running = [simulator(port) for port in ports]
+    try:
+        for port in ports:
+            wait_until(partial(answers, port, "/health"), "a server")
+        with fronting(*ports) as front, ThreadPoolExecutor(128) as pool:
+            streams = [pool.submit(ask, front.port, 300) for _ in range(64)]
+            time.sleep(2)
+            over = threading.Event()
+            running[1].kill()
+            new = pool.submit(keep_asking, front.port, over)
+            out = seconds_until(lambda: not is_up(front.port, "r1"))
+            running[1].wait()
+            running[1] = simulator(ports[1])
+            wait_until(lambda: answers(ports[1], "/health"), "the server again")
+            back = seconds_until(lambda: is_up(front.port, "r1"))
+            time.sleep(1)
+            over.set()
+            cut, asked = [each.result() for each in streams].count(False), new.result()
+    finally:
+        for each in running:
+            each.kill()
+            each.wait()
+    print("\n| streams cut | new requests | failed | out after | in again after it was ready |")
+    print("|--:" * 5 + "|")
+    print(f"| {cut} of 64 | {len(asked)} | {asked.count(False)} | {out:.2f} s | {back:.2f} s |")
+
+
+def simulator(port: int) -> subprocess.Popen[bytes]:
+    words = [sys.executable, str(ROOT / "simulator/trtllm-serve"), "m", "--port", str(port)]
+    env = {**os.environ, "TRTLLM_SIM_LOAD_SECONDS": "1", "TRTLLM_SIM_ITL_MS": "20"}
+    null = subprocess.DEVNULL
+    return subprocess.Popen(words, env=env, stdin=null, stdout=null, stderr=null)
+
+
+def ask(port: int, tokens: int) -> bool:
+    """A stream of so many tokens: whether it came whole."""
+    body = {"model": "m", "prompt": "x", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+        return b"[DONE]" in connection.getresponse().read()
+    return False
+
+
+def keep_asking(port: int, over: threading.Event) -> list[bool]:
+    """A short request each 50 ms, each on a connection of its own."""
+    with ThreadPoolExecutor(32) as pool:
+        asked = []
+        while not over.wait(0.05):
+            asked.append(pool.submit(ask, port, 1))
+        return [each.result() for each in asked]
+
+
+def answers(port: int, path: str) -> bytes:
+    url = f"http://127.0.0.1:{port}{path}"
+    with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+        return bytes(answer.read()) or b"yes"
+    return b""
+
+
+def is_up(port: int, name: str) -> bool:
+    """By the front's own word."""
+    state = rf'haproxy_server_status{{proxy="replicas",server="{name}",state="UP"}} 1'
+    return state in answers(port, "/router/metrics").decode()
+
+
+def seconds_until(condition: Callable[[], bool]) -> float:
+    begun = time.monotonic()
+    wait_until(condition, "a change of the front's mind")
+    return time.monotonic() - begun
 
 
 if __name__ == "__main__":
