@@ -10,6 +10,7 @@ from random import getrandbits
 from typing import Any
 
 from engine import Generation
+from handoff import handed_on, prompt_ids
 from prompts import chat_role
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
 from protocol import ChatCompletionRequest, CompletionRequest
@@ -47,7 +48,7 @@ def completion(request: CompletionRequest, served: str, done: Sequence[Generatio
         "model": request.model if len(done) == 1 else served,
         "choices": [_completion_choice(request, generation) for generation in done],
         "usage": usage(sum(g.prompt.tokens for g in done), sum(len(g.pieces) for g in done)),
-        "prompt_token_ids": None if len(done) == 1 else [],
+        "prompt_token_ids": _ids_handed_on(done[0]) if len(done) == 1 else [],
     }
     return body
 
@@ -62,9 +63,13 @@ def _completion_choice(request: CompletionRequest, generation: Generation) -> Js
         "context_logits": None,
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
-        "disaggregated_params": None,
+        "disaggregated_params": handed_on(generation),
         "avg_decoded_tokens_per_iter": 1.0,
     }
+
+
+def _ids_handed_on(generation: Generation) -> list[int] | None:
+    return prompt_ids(generation.prompt) if generation.state else None
 
 
 def chat(request: ChatCompletionRequest, _: str, done: Sequence[Generation]) -> Json:
@@ -76,7 +81,7 @@ def chat(request: ChatCompletionRequest, _: str, done: Sequence[Generation]) -> 
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "mm_embedding_handle": None,
-        "disaggregated_params": None,
+        "disaggregated_params": handed_on(generation),
         "avg_decoded_tokens_per_iter": 1.0,
     }
     return {
@@ -86,7 +91,7 @@ def chat(request: ChatCompletionRequest, _: str, done: Sequence[Generation]) -> 
         "model": request.model,
         "choices": [choice],
         "usage": usage(generation.prompt.tokens, len(generation.pieces)),
-        "prompt_token_ids": None,
+        "prompt_token_ids": _ids_handed_on(generation),
     }
 
 

@@ -19,6 +19,7 @@ from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
+from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
 from limits import RequestError, check_engine, check_num_tokens, check_request
 from llm_args import LlmArgs
 from prompts import Prompt, chat_prompt, completion_prompts
@@ -209,23 +210,32 @@ class Api:
 
     def _generations(self, job: Job, interval: float, sink: Sink) -> Iterator[Generation]:
         request, stop = job.request, job.request.stop or []
-        texts = [stop] if isinstance(stop, str) else stop
+        texts, kind = [stop] if isinstance(stop, str) else stop, kind_of(request)
+        limit = 1 if kind == CONTEXT else job.max_tokens
         for index, prompt in enumerate(job.prompts):
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
-            # Greedy answers follow from the prompt alone, sampled ones also from seed or chance.
-            chance = next(self._serial) if request.seed is None else request.seed
-            greedy = request.temperature == 0
-            seed = fingerprint(prompt.text if greedy else f"{chance} {prompt.text}")
+            seed = self._seed(request, prompt)
+            if kind == GENERATION:
+                _, _, seed, text, opening = taken_over(request.disaggregated_params, self._args)
+                prompt = prompt._replace(text=text, opening=opening)
             low, high = self._settings.output_tokens
             end = max(low + seed % (high - low + 1), request.min_tokens)
             yield Generation(
                 index=index,
                 prompt=prompt,
                 tokens=continue_text(prompt.text, seed, prompt.opening),
-                max_tokens=room if job.max_tokens is None else min(room, job.max_tokens),
+                max_tokens=room if limit is None else min(room, limit),
                 eos_at=None if request.ignore_eos else end,
                 interval=interval,
                 sink=sink,
                 stops=stops_of(texts, request.stop_token_ids or []),
                 keeps_stop=request.include_stop_str_in_output,
+                prefilled=kind == GENERATION,
+                state=state_of(prompt, seed, self._args).encoded() if kind == CONTEXT else "",
             )
+
+    def _seed(self, request: answers.Request, prompt: Prompt) -> int:
+        """Greedy answers follow from the prompt alone, sampled ones also from seed or chance."""
+        chance = next(self._serial) if request.seed is None else request.seed
+        greedy = request.temperature == 0
+        return fingerprint(prompt.text if greedy else f"{chance} {prompt.text}")

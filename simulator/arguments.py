@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-# The other commands exist in the real one but are not simulated.
+# The other two exist in the real one but are not simulated.
 COMMANDS = ("disaggregated", "disaggregated_mpi_worker", "mm_embedding_serve", "serve")
 LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
 KINDS = {"integer": int, "float": float, "text": str, "flag": bool}
@@ -78,18 +78,31 @@ NEW_NAMES = {  # of 1.2.1, for options that keep their old one
 }
 
 
+DISAGGREGATED = {
+    ("-c", "--config_file"): Option("text"),
+    ("-m", "--metadata_server_config_file"): Option("text"),
+    ("-t", "--server_start_timeout"): Option("integer", 180),
+    ("-r", "--request_timeout"): Option("integer", 180),
+    ("-l", "--log_level"): Option(click.Choice(LEVELS), "info"),
+    ("--metrics-log-interval",): Option("integer", 0),
+}
+
+
 class DefaultGroup(click.Group):
     """What is no command is the model of `serve`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] in COMMANDS:
-            args = args[1:] if args[0] == "serve" else ctx.fail(f"the simulator has no '{args[0]}'")
-        return "serve", self.commands["serve"], args
+        name = args[0] if args[0] in COMMANDS else "serve"
+        if name not in self.commands:
+            ctx.fail(f"the simulator has no '{name}'")
+        return name, self.commands[name], args[1:] if args[0] == name else args
 
 
-def command_line(serve: Callable[..., object], version: str) -> click.Group:
+def command_line(
+    serve: Callable[..., object], disaggregated: Callable[..., object], version: str
+) -> click.Group:
     """Return the program: `serve` gets MODEL and the options by their older names, undashed."""
     new = version != "1.1.0"
     params: list[click.Parameter] = [click.Argument(["model"])]
@@ -97,4 +110,6 @@ def command_line(serve: Callable[..., object], version: str) -> click.Group:
         names = [NEW_NAMES[name], name] if new and name in NEW_NAMES else [name]
         params.append(click.Option([name[2:], *names], **how))
     command = click.Command("serve", params=params, callback=serve)
-    return DefaultGroup("trtllm-serve", commands={"serve": command})
+    others: list[click.Parameter] = [click.Option(n, **how) for n, how in DISAGGREGATED.items()]
+    other = click.Command("disaggregated", params=others, callback=disaggregated)
+    return DefaultGroup("trtllm-serve", commands={"serve": command, "disaggregated": other})

@@ -30,6 +30,8 @@ class Generation:
     sink: Callable[[Generation], None]
     stops: Sequence[Stop] = ()
     keeps_stop: bool = False
+    prefilled: bool = False  # by a context server, whose first token is ours, too
+    state: str = ""  # a context server's, for the generation server
     text: str = ""
     pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
@@ -130,6 +132,8 @@ class Engine:
     def _first_token(self, generation: Generation) -> float:
         """When it comes. Prompts that cost go one after the other, a stage apart."""
         now, tokens = self._loop.time(), generation.prompt.tokens
+        if generation.prefilled:  # by a context server
+            return now + self._itl()
         if not self._cost:
             return now + self._settings.ttft + tokens * self._settings.prefill_per_token
         takes = self._cost.prefill(tokens)

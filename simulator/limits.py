@@ -7,6 +7,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from handoff import CONTEXT, GENERATION, KINDS, kind_of, taken_over
 from llm_args import LlmArgs
 from prompts import Prompt
 from protocol import ChatCompletionRequest, CompletionRequest, refuse
@@ -53,8 +54,10 @@ def check_request(request: Request) -> None:
         f"got best_of={best_of}. Please set to best_of=1 or set an environment variable "
         "TLLM_ALLOW_N_GREEDY_DECODING=1 to allow best_of > 1 under the greedy decoding.",
     )
-    if request.disaggregated_params:
-        b64decode(request.disaggregated_params.encoded_opaque_state or "")
+    if params := request.disaggregated_params:
+        b64decode(params.encoded_opaque_state or "")
+        words = f"Unknown request type: {params.request_type}. Must be "
+        refuse(kind_of(request) not in KINDS, words + "{}, {} or {}".format(*KINDS))
     top = getattr(request, "top_logprobs", 0) or 0
     refuse(
         top > 1,
@@ -74,8 +77,7 @@ def check_engine(
     request: Request, max_tokens: int | None, prompts: Iterable[Prompt], args: LlmArgs
 ) -> None:
     """Raise RequestError for what only a worker refuses."""
-    if request.disaggregated_params and not args.has_transceiver:
-        raise RequestError("kv_cache_transceiver is disabled, please set cache_transceiver_config")
+    check_handoff(request, args)
     for name, (rule, holds) in RANGES.items():
         value = getattr(request, name)
         if value is not None and not holds(value):
@@ -91,6 +93,24 @@ def check_engine(
                 f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
                 f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len."
             )
+
+
+def check_handoff(request: Request, args: LlmArgs) -> None:
+    """Raise RequestError where one of the two servers of an answer cannot play its part."""
+    if request.disaggregated_params and not args.transceiver:
+        raise RequestError(
+            "kv_cache_transceiver is disabled, please set 'cache_transceiver_config: "
+            "backend:<backend_type>` in config file for disaggregated serving"
+        )
+    if kind_of(request) == CONTEXT and args.overlaps:
+        raise RequestError(
+            "Context only requests are not supported in pytorch backend when overlap is enabled."
+        )
+    if kind_of(request) == GENERATION:
+        try:
+            taken_over(request.disaggregated_params, args)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
 
 
 def _int32s(request: Any) -> Iterable[int]:  # noqa: ANN401 (either request)

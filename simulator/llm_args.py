@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from console import Fatal
@@ -66,6 +66,9 @@ NEW_SUB_KEYS = {  # of 1.2.1
     "moe_config": "use_low_precision_moe_combine",
     "nvfp4_gemm_config": "allowed_backends",
 }
+BACKENDS = "DEFAULT", "UCX", "NIXL", "MPI"  # of the KV cache's transceiver
+NEW_BACKENDS = (*BACKENDS, "MOONCAKE")  # of 1.2.1
+DEFAULT_BACKEND = {"1.1.0": "UCX", "1.2.1": "NIXL"}
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
 MPI_VARIABLE = re.compile(r"SLURM_|PMI|OMPI_COMM_WORLD_")
 REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]{1,96}")
@@ -87,7 +90,8 @@ class LlmArgs:
     max_num_tokens: int | None  # of a prompt; None with chunked prefill
     stream_interval: int
     attention_dp: bool
-    has_transceiver: bool
+    transceiver: str | None  # what carries KV caches to and from other servers
+    overlaps: bool  # the scheduler, which a context server may not
     prometheus: bool
     iter_stats: bool
 
@@ -121,7 +125,8 @@ def build_llm_args(
         max_num_tokens=None if chunked else _positive(config, "max_num_tokens", 8192),
         stream_interval=_positive(config, "stream_interval"),
         attention_dp=bool(config.get("enable_attention_dp")),
-        has_transceiver=config.get("cache_transceiver_config") is not None,
+        transceiver=_transceiver(config, version),
+        overlaps=not config.get("disable_overlap_scheduler"),
         prometheus=bool(config.get("return_perf_metrics")),
         iter_stats=bool(config.get("enable_iter_perf_stats")),
     )
@@ -160,8 +165,11 @@ def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
         return create(name, __config__=strict, **optional)
 
     def sub_config(key: str, names: str) -> Any:  # noqa: ANN401
-        return model(key.title().replace("_", ""), dict.fromkeys(names.split(), object))
+        kinds = transceiver if key == "cache_transceiver_config" else {}
+        return model(key.title().replace("_", ""), dict.fromkeys(names.split(), object) | kinds)
 
+    backends: Any = NEW_BACKENDS if new else BACKENDS
+    transceiver = {"backend": Literal[backends], "max_tokens_in_buffer": int}
     fields: dict[str, Any] = dict.fromkeys(INTEGERS, int) | dict.fromkeys(BOOLEANS, bool)
     fields |= dict.fromkeys(TEXTS, str) | dict.fromkeys(OTHERS, object)
     sub_keys = dict(SUB_KEYS)
@@ -183,6 +191,12 @@ def _positive(config: Mapping[str, Any], key: str, default: int = 1) -> int:
     if value < 1:
         raise Fatal("ValueError", f"{key} must be greater than 0, but got {value}")
     return value
+
+
+def _transceiver(config: Mapping[str, Any], version: str) -> str | None:
+    """The backend; where the YAML names none, there is no transceiver either."""
+    backend = (config.get("cache_transceiver_config") or {}).get("backend")
+    return DEFAULT_BACKEND[version] if backend == "DEFAULT" else backend
 
 
 def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:

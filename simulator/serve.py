@@ -12,8 +12,9 @@ import selectors
 import signal
 import socket
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from arguments import command_line
 from console import Fatal, crash, log
@@ -22,6 +23,9 @@ from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
 from llm_args import LlmArgs, build_llm_args
+
+if TYPE_CHECKING:
+    from uvicorn import Server
 
 
 class PreciseSelector(selectors.DefaultSelector):
@@ -35,13 +39,11 @@ class PreciseSelector(selectors.DefaultSelector):
 
 
 def main() -> None:
-    command_line(serve, read_version(os.environ)).main(prog_name="trtllm-serve")
+    command_line(serve, disaggregated, read_version(os.environ)).main(prog_name="trtllm-serve")
 
 
 def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them over)
-    version = read_version(os.environ)
-    log("I", f"This is a SIMULATOR of TensorRT-LLM {version}: no model is loaded, no GPU is used")
-    try:
+    with _ending_as_the_real_one() as version:
         settings = read_settings(os.environ)
         args = build_llm_args(flags, settings.gpus, os.environ, version)
         cost_of(settings.cost, args)  # whether the model fits
@@ -49,6 +51,29 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
         faults = Faults(settings.faults)
         faults.begin()
         _run(args, settings, faults, _load(args, settings, faults), sockets)
+
+
+def disaggregated(**flags: Any) -> None:  # noqa: ANN401
+    """Serve as soon as all context and generation servers do; it needs no GPU."""
+    with _ending_as_the_real_one() as version:
+        import uvicorn
+        from disaggregated import Orchestrator, read_config
+
+        config = read_config(flags, version)
+        sockets = None if version == "1.1.0" else [_bind(config.hostname, config.port)]
+        orchestrator = Orchestrator(config, flags, version)
+        where = uvicorn.Config(orchestrator.app, config.hostname, config.port, http="h11",
+                               ws="none", timeout_keep_alive=10)  # fmt: skip
+        _until_stopped(lambda: uvicorn.Server(where), sockets)
+
+
+@contextmanager
+def _ending_as_the_real_one() -> Iterator[str]:
+    """The version that is played; what it cannot do ends it with a traceback's last line."""
+    version = read_version(os.environ)
+    log("I", f"This is a SIMULATOR of TensorRT-LLM {version}: no model is loaded, no GPU is used")
+    try:
+        yield version
     except Fatal as error:
         crash(error)
         raise SystemExit(1) from None
@@ -99,7 +124,6 @@ def _run(
     leader: Link | None,
     sockets: list[socket.socket] | None,
 ) -> None:
-    """Serve until a signal comes and the running streams have ended, however long they take."""
     import uvicorn
     from api import Api
 
@@ -114,10 +138,18 @@ def _run(
         def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
             return nullcontext() if faults.ignores_term else super().capture_signals()
 
-    async def serve_http() -> None:
+    def server() -> Server:
         api, host, port = Api(args, settings, faults), args.host, args.port
-        config = uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5)
-        await Server(config).serve(sockets)
+        return Server(uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5))
+
+    _until_stopped(server, sockets)
+
+
+def _until_stopped(server: Callable[[], Server], sockets: list[socket.socket] | None) -> None:
+    """Serve until a signal comes and the running streams have ended, however long they take."""
+
+    async def serve_http() -> None:  # what asks for the loop is made in it
+        await server().serve(sockets)
 
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)

@@ -29,6 +29,7 @@ from launch.node.bare import Run
 from launch.node.clients import WatchClients
 from launch.node.containers import AskOwner, Reap, Remove, Serve
 from launch.node.facts import Survey
+from launch.node.front import Front
 from launch.node.images import Forget, Load, Pull
 from launch.node.messages import Facts
 from launch.node.port import AwaitPort
@@ -68,6 +69,7 @@ ORDERS = [
     WatchClients(8000, 10),
     AwaitPort(8000),
     Run(["trtllm-serve", "m"]),
+    Front(["haproxy"], ["global"], 8000),
 ]
 each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)
 

@@ -124,8 +124,10 @@ def ok(response: requests.Response) -> Json:
 
 
 @contextmanager
-def serving(log: Path, *argv: str, ready: bool = True, **settings: str) -> Iterator[Server]:
-    port = free_port()
+def serving(
+    log: Path, *argv: str, ready: bool = True, port: int = 0, **settings: str
+) -> Iterator[Server]:
+    port = port or free_port()
     flags = ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -201,7 +203,7 @@ def log(tmp_path: Path) -> Path:
         ),
         ([MODEL, "--log_level", "loud"], "Invalid value for '--log_level': 'loud'"),
         ([MODEL, "--reasoning_parser", "qwen3"], "'qwen3' is not 'deepseek-r1'."),
-        (["disaggregated", "-c", "x"], "the simulator has no 'disaggregated'"),
+        (["mm_embedding_serve", "x"], "the simulator has no 'mm_embedding_serve'"),
     ],
 )
 def test_usage_error_exits_2_with_clicks_words(argv: list[str], message: str) -> None:
