@@ -31,6 +31,8 @@ NAMES = {
     "etp": ("TP 8, ETP 4 x 2", 8),
     "cp": ("TP 8 x CP 2", 16),
     "wide_ep": ("TP 16, attention DP, Wide-EP 16", 16),
+    "disaggregated/context": ("TP 4", 4),
+    "disaggregated/generation": ("TP 4", 4),
 }
 
 
@@ -121,7 +123,7 @@ def test_the_known_keys_are_those_of_the_simulator(version: str) -> None:
     """All keys of both versions at once: what the stand-in refuses, the data lacks."""
     known, every = options.versions("trtllm")[version], options.versions("trtllm").values()
     top = dict.fromkeys({"quant_config", *options.union("trtllm", "yaml_keys")} - {*trtllm.SIZES})
-    below = {key: {n: 1 for o in every for n in (*o.sub_keys.get(key, ()), "wrong")}
+    below = {key: {n: None for o in every for n in (*o.sub_keys.get(key, ()), "wrong")}
              for key in known.sub_keys}  # fmt: skip
     texts = [json.dumps(top), json.dumps(below)]
     program = [sys.executable, "-c", SHOW_REFUSED, str(ROOT / "simulator"), version]
@@ -301,7 +303,8 @@ def test_every_config_is_what_it_says(name: str, version: str) -> None:
 
 
 def test_every_config_has_a_name_here() -> None:
-    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {*NAMES, "moe_load_balancer"}
+    there = {str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml")}
+    assert there == {*NAMES, "moe_load_balancer"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
