@@ -101,8 +101,9 @@ def served_as(model: str) -> list[str]:
 
 
 def generates(answer: Answer, ask: Facts) -> Facts:
-    is_ok(answer, ask)
-    return judge(parse(answer.body), ask)
+    if b"only supports single string prompt" in answer.body:  # disaggregated TensorRT-LLM's limit
+        return {"detail": "one prompt a request, says the server"}
+    return is_ok(answer, ask) and judge(parse(answer.body), ask)
 
 
 def streams(answer: Answer, ask: Facts) -> Facts:

@@ -37,14 +37,14 @@ def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, obj
 
 
 def announce_fleet(
-    server: Server, nodes: Sequence[Node], url: str, log: Path, took: float, number: str
+    server: Server, nodes: Sequence[Node], url: str, log: Path, took: float, who: str
 ) -> dict[str, object]:
     """Say where the fleet is, of which `server` is one; what endpoint.json says besides replicas.
 
-    `took`: seconds since they were started; `number`: how many serve, `3 of 4`.
+    `took`: seconds since they were started; `who`: what serves, `3 of 4 replicas`.
     """
     model = server.health.model
-    what = f"{model} with {number} replicas, {server.plan.title}"
+    what = f"{model} with {who}, {server.plan.title}"
     say(f"READY after {took:.1f} s: {url} serves {what}")
     return {
         "url": url,

@@ -80,6 +80,11 @@ def parse(
     option("--no-front", action="store_true", help="no common address: each has its own")
     choices = [name for name in AFFINITY if name]
     option("--affinity", choices=choices, default="", help="send alike requests to one replica")
+    option = parser.add_argument_group("prefill and decode on servers of their own").add_argument
+    for name, what_it_does in (("prefill", "read prompts"), ("decode", "write answers")):
+        option(f"--{name}", metavar="N", help=f"how many servers {what_it_does} (default: none)")
+        option(f"--{name}-config", metavar="FILE", help="their config file")
+        option(f"--{name}-args", metavar="ARGS", help="further arguments of theirs, quoted")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
@@ -150,10 +155,9 @@ def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if not (args.replicas == "auto" or is_count(args.replicas)):
         parser.error(f"--replicas: {args.replicas!r} is neither a number nor auto")
     at_once = args.load_at_once or setting("LOAD_AT_ONCE")
-    if not (at_once == "0" or is_count(at_once)):
-        parser.error(f"--load-at-once: {at_once!r} is not a number of servers")
-    args.load_at_once = int(at_once)
-    if args.replicas == "1":
+    args.load_at_once = count_of(parser, "--load-at-once", at_once)
+    check_pools(parser, args)
+    if args.replicas == "1" and not args.prefill:
         return
     gpus = setting("GPUS")
     if args.replicas == "auto" and gpus == "none":
@@ -162,6 +166,25 @@ def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if not (named or gpus in ("auto", "none")):
         words = "auto, none" + (" or docker's device=..." if args.runtime == "docker" else "")
         parser.error(f"GPUS is {gpus!r}; with --replicas it has to be {words}")
+
+
+def check_pools(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Both kinds of server or neither; the loss of one is the end of the launch."""
+    names = ("prefill", "decode")
+    given = [n for n in vars(args) if n.partition("_")[0] in names and getattr(args, n) is not None]
+    for name in names:
+        setattr(args, name, count_of(parser, f"--{name}", getattr(args, name) or "0"))
+    if given and not (args.prefill and args.decode):
+        parser.error("--prefill and --decode need each other: one server of each kind at least")
+    if given and args.replicas != "1":
+        parser.error("--replicas are servers of one kind, and --prefill and --decode are two")
+    args.all_or_nothing = args.all_or_nothing or bool(args.prefill)
+
+
+def count_of(parser: argparse.ArgumentParser, name: str, text: str) -> int:
+    if not (text == "0" or is_count(text)):
+        parser.error(f"{name}: {text!r} is not a number of servers")
+    return int(text)
 
 
 def seconds(parser: argparse.ArgumentParser, name: str, text: str) -> float:

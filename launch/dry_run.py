@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch import provide
+from launch import disagg, provide
 from launch.findings import Wanted
 from launch.front import Front
 from launch.image import Image
@@ -47,17 +47,29 @@ def image_commands(
 
 
 def front_of(plan: Plan, port: int, affinity: str) -> str:
-    """Its order, with the replicas' nodes by their names: their addresses are not known yet."""
-    names, host = plan.place.allocation.nodes, plan.replicas[0].host
-    servers = {
-        each.label: f"{names[each.first] if names else '127.0.0.1'}:{each.port}"
-        for each in plan.replicas
-    }
-    return Front(plan.place, "", host, port, servers, affinity).command.shown(HELD)
+    """Its order."""
+    at = addresses(plan)
+    servers, models = (
+        {each.label: at[each.label] for each in some} for some in (plan.entrances, plan.listers)
+    )
+    where = plan.place, "", plan.replicas[0].host, port
+    return Front(*where, servers, affinity, models).command.shown(HELD)
+
+
+def addresses(plan: Plan) -> dict[str, str]:
+    """With the replicas' nodes by their names: their addresses are not known yet."""
+    names = plan.place.allocation.nodes or ["127.0.0.1"]
+    return {each.label: f"{names[each.first]}:{each.port}" for each in plan.replicas}
 
 
 def server_commands(plan: Plan, logs: Path) -> Iterator[tuple[str, str]]:
     for replica in plan.replicas:
+        if replica.words:
+            file, text = disagg.file_of(plan, logs), disagg.text_of(plan, addresses(plan))
+            yield (
+                f"the {replica.label}'s file",
+                f"cat > {shlex.quote(str(file))} <<'YAML'\n{text}YAML",
+            )
         name = f"{replica.label}: " if replica.label else ""
         for why, command in commands_of(plan, replica, logs):
             yield f"{name}{why}", command

@@ -25,8 +25,16 @@ def lay_out(
 
     Without nodes, for --dry-run, which asks none: over those that are to be expected.
     """
+    gpus, mpi, heads = room(plan, nodes, world.size, wanted, over_nodes)
+    return lay_over(plan, world, gpus, wanted, mpi, heads)
+
+
+def room(
+    plan: Plan, nodes: Sequence[Node] | None, size: int, wanted: str, over_nodes: bool
+) -> tuple[Sequence[Sequence[str]], Callable[[], str], Sequence[str]]:
+    """Each node's GPUs, by their ids; what wires up a world of several nodes; their addresses."""
     if nodes is None:
-        gpus, mpi = expected_gpus(plan, world.size, wanted), expected_mpi
+        gpus, mpi = expected_gpus(plan, size, wanted), expected_mpi
         heads: Sequence[str] = plan.place.allocation.nodes
     else:
         gpus = [gpus_of(node, plan.replicas[0].gpus) for node in nodes]
@@ -36,7 +44,7 @@ def lay_out(
         mpi = one_node_only
     elif not plan.engine.LEADER:
         mpi = lambda: NO_MPI  # noqa: E731
-    return lay_over(plan, world, gpus, wanted, mpi, heads)
+    return gpus, mpi, heads
 
 
 def lay_over(
@@ -58,24 +66,41 @@ def lay_over(
         seats = choose(wanted, world.size, gpus)
     if len(seats) == 1:
         return plan
-    if (last := server.port + 1 + max(seat.index for seat in seats)) > LAST_PORT:
-        die(f"the last replica's port would be {last}", hint="choose a lower --port")
+    return replace(plan, replicas=tuple(seat_all(server, "r", seats, world, gpus, mpi, heads)))
+
+
+def seat_all(
+    server: Replica,
+    name: str,
+    seats: Sequence[Seat],
+    world: World,
+    gpus: Sequence[Sequence[str]],
+    mpi: Callable[[], str],
+    heads: Sequence[str],
+) -> list[Replica]:
+    """The server in every seat; the first is called `name`0. The others are as in `lay_over`."""
+    check_port(server.port + 1 + max(seat.index for seat in seats))
     wired = mpi() if any(seat.nodes > 1 for seat in seats) else ""
     replicas = []
     for number, seat in enumerate(seats):
-        made = replace(seated(server, seat), label=f"r{number}")
+        made = replace(seated(server, seat), label=f"{name}{number}")
         if seat.nodes > 1:
             its = [len(ids) for ids in gpus[seat.first : seat.first + seat.nodes]]
             spread = replace(spread_over(world, its, wired), head=heads[seat.first])
             made = replace(made, spread=spread)
         replicas.append(made)
-    return replace(plan, replicas=tuple(replicas))
+    return replicas
 
 
 def seated(server: Replica, seat: Seat) -> Replica:
     """The server in its seat: node, GPUs, port."""
     port = server.port + 1 + seat.index
     return on_port(replace(server, port=port, first=seat.first, devices=seat.gpus))
+
+
+def check_port(last: int) -> None:
+    if last > LAST_PORT:
+        die(f"the last replica's port would be {last}", hint="choose a lower --port")
 
 
 def one_node_only() -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
-from launch import allocation, fleet, image, manage, preflight, provide, supervise
+from launch import allocation, disagg, fleet, image, manage, preflight, provide, supervise
 from launch.address import url_of
 from launch.arguments import value_of
 from launch.cli import parse
@@ -61,34 +61,41 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     model, serve_args, port = served.read(rest, setting("PORT"))
     serve_args = with_tp(serve_args, served)
     replica = Replica(find_model(model), tuple(serve_args), port, setting("GPUS"))
-    shape, world = served.check(serve_args)
+    pools = disagg.pools_of(args, replica, args.engine)
+    shape, world = served.check(pools[0].server.args if pools else serve_args)
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
-        allocation.refuse_login_node(world.size)
+        allocation.refuse_login_node(sum(p.count * p.world.size for p in pools) or world.size)
     asked = args.image or (served.IMAGE if args.engine != DEFAULT else "")
     found = image.find_image(asked, args.workspace) if kind.HAS_IMAGE else image.NONE
     if not kind.HAS_IMAGE and (useless := of_containers(args)):
         say(f"without a container, {', '.join(useless)} does nothing")
     if args.verify:
         provide.check_verifiable(found)
-    plan = make_plan(args, place, found, args.engine, replica)
+    plan = make_plan(args, place, found, args.engine, *([p.server for p in pools] or [replica]))
     if release := release_known(found, args.engine):
         plan = settled(plan, {"": release})
-    wanted = wanted_of(plan, found, world.size, args.replicas, front=not args.no_front)
+    count = str(sum(pool.count for pool in pools) + 1) if pools else args.replicas
+    needs = 0 if pools else world.size
+    wanted = wanted_of(plan, found, needs, count, front=not args.no_front)
     if args.dry_run:
-        plan = lay_out(plan if release else settled(plan, {}), world, None, args)
+        plan = lay_out(plan if release else settled(plan, {}), world, pools, None, args)
         dry_run(plan, found, wanted, args)
         return 0
     if args.force:
         check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
-    plan = lay_out(plan, world, nodes, args)
-    head = plan.replicas[0] if plan.is_fleet and args.no_front else replica
+    plan = lay_out(plan, world, pools, nodes, args)
+    head = plan.entrances[0] if plan.is_fleet and args.no_front else replica
     url = url_of(nodes[head.first], place, head.args)
     preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
     put = kind.HAS_IMAGE and (args.force or preflight.must_provide(nodes[: plan.nodes], found))
     if plan.release is None and not put:
         plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
-    say(f"{plan.title}, {shape}: {describe(plan, world, [node.name for node in nodes])}")
+    names = [node.name for node in nodes]
+    if pools:
+        say(f"{plan.title}, {disagg.describe(plan, pools, names)}")
+    else:
+        say(f"{plan.title}, {shape}: {describe(plan, world, names)}")
     if plan.release is None:
         say(f"its version is asked, and its options are checked, once the nodes have {found.tag}")
     if args.check:
@@ -118,12 +125,18 @@ def of_containers(args: argparse.Namespace) -> list[str]:
 
 
 def lay_out(
-    plan: Plan, world: World, nodes: Sequence[Node] | None, args: argparse.Namespace
+    plan: Plan,
+    world: World,
+    pools: Sequence[disagg.Pool],
+    nodes: Sequence[Node] | None,
+    args: argparse.Namespace,
 ) -> Plan:
     """The plan with its servers laid over the nodes; None: over those that are to be expected."""
     over_nodes, place = runtime(args.runtime).OVER_NODES, plan.place
     mpi = bool(plan.engine.LEADER)
-    if args.replicas != "1":
+    if pools:
+        plan = disagg.lay_out(plan, pools, nodes, args, over_nodes)
+    elif args.replicas != "1":
         plan = fleet.lay_out(plan, world, nodes, args.replicas, over_nodes)
     if not plan.is_fleet:
         if nodes is None:

@@ -14,7 +14,7 @@ from launch.log import end_of
 from launch.records import living, process_of, records, tell_to_stop
 from launch.status import status
 
-REPLICA = re.compile(r"r\d+")
+REPLICA = re.compile(r"(r|prefill|decode)\d+|orchestrator")
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 

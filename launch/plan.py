@@ -18,6 +18,7 @@ from launch.image import Image
 from launch.nodes import Place
 from launch.spread import Spread
 
+PREFILL, DECODE, ORCHESTRATOR = "prefill", "decode", "orchestrator"  # roles
 MOST = 64  # replicas on a node whose ports are asked for
 CACHE = re.compile(r"HF_\w*CACHE")  # what Hugging Face keeps beside, or in place of, HF_HOME's
 
@@ -34,6 +35,9 @@ class Replica:
     first: int = 0  # the index of its first node, which serves
     spread: Spread | None = None  # None: all of it is on that node
     devices: tuple[str, ...] = ()  # ids of its GPUs, where others of the launch have the rest
+    role: str = ""  # its part, where the servers of a launch are not alike
+    words: tuple[str, ...] = ()  # its whole command, where it is not a server of the engine's
+    serves: str = ""  # its model's name, where it cannot tell
 
     @property
     def host(self) -> str:
@@ -81,7 +85,7 @@ class Plan:
 
     def command(self, replica: Replica) -> tuple[str, ...]:
         """The engine and its arguments."""
-        return self.engine.command(replica.model, replica.args)
+        return replica.words or self.engine.command(replica.model, replica.args)
 
     def name_of(self, replica: Replica) -> str:
         """What its containers and logs are called by: `ENGINE-41`."""
@@ -96,6 +100,21 @@ class Plan:
     def is_fleet(self) -> bool:
         """Whether there are several servers, behind one address."""
         return len(self.replicas) > 1
+
+    @property
+    def servers(self) -> Sequence[Replica]:
+        """Those that have the model; the orchestrator, if there is one, only passes requests on."""
+        return [each for each in self.replicas if not each.words]
+
+    @property
+    def entrances(self) -> Sequence[Replica]:
+        """Those that requests go to: the orchestrator, else every server."""
+        return [each for each in self.replicas if each.words] or self.replicas
+
+    @property
+    def listers(self) -> Sequence[Replica]:
+        """Those to be asked for the list of models, where the entrance has none."""
+        return [each for each in self.servers if each.role == DECODE]
 
     @property
     def nodes(self) -> int:
@@ -198,14 +217,14 @@ def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
 
 
 def make_plan(
-    args: argparse.Namespace, place: Place, found: Image, engine_name: str, replica: Replica
+    args: argparse.Namespace, place: Place, found: Image, engine_name: str, *replicas: Replica
 ) -> Plan:
     user = user_name()
-    none = Plan(place, args.runtime, engine_name, "", (), (), "", False, user, (replica,))
+    none = Plan(place, args.runtime, engine_name, "", (), (), "", False, user, replicas)
     if not found.tag:  # the runtime has no image
         return none
     caches = find_caches(os.environ, engine(engine_name))
-    paths = paths_of(replica, engine(engine_name))
+    paths = paths_of(none)
     elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
     mounts = find_mounts(args, [Path(path) for _, path in caches], paths, elsewhere=elsewhere)
     check_mounted(paths, mounts)
@@ -257,8 +276,10 @@ def on_port(replica: Replica) -> Replica:
     return replace(replica, args=args)
 
 
-def paths_of(replica: Replica, engine: Engine) -> list[Path]:
-    return local_paths(replica.model, engine.config_of(replica.args))
+def paths_of(plan: Plan) -> list[Path]:
+    """Files that its servers read."""
+    each = (local_paths(one.model, plan.engine.config_of(one.args)) for one in plan.replicas)
+    return list(dict.fromkeys(path for paths in each for path in paths))
 
 
 def wanted_of(
@@ -269,7 +290,7 @@ def wanted_of(
     program = plan.command(head)[0]
     made = [path for _, path in plan.caches]  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
-    paths = (*seen, *map(str, paths_of(head, plan.engine)))
+    paths = (*seen, *map(str, paths_of(plan)))
     ask = plan.release is None
     whole = Wanted(
         plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask

@@ -131,6 +131,7 @@ def launch(
         log.close()
         raise
     health = Health(url, plan.engine.names_of(replica.model, replica.args))
+    health.model = replica.serves
     probe = Probe(url, *probing, partial(watch_clients, plan, replica))
     health.start()
     steps = step, log, health, probe, started, rank0, holders, starts

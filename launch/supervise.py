@@ -9,7 +9,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from common.live import Live
 from common.settings import setting
 from common.signals import Stopped, pause, turn_deaf
 from common.talk import Failure, next_line, say
-from launch import records
+from launch import disagg, records
 from launch.address import url_of
 from launch.announce import announce, announce_fleet, say_how_to_use, write
 from launch.findings import Node
@@ -117,6 +117,20 @@ class Launch:
         """Those that serve, or will."""
         return [life for life in self.lives if not life.why]
 
+    @property
+    def servers(self) -> list[Life]:
+        """All but the orchestrator, if there is one."""
+        return [life for life in self.lives if not life.replica.words]
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where each is, `host:port`."""
+        return {life.replica.label: urlsplit(life.url).netloc for life in self.lives}
+
+    @property
+    def orchestrator(self) -> Life | None:
+        return next((life for life in self.lives if life.replica.words), None)
+
     def begin(self) -> None:
         """Start every server, in a thread of its own."""
         self.begun, plan = time.monotonic(), self.plan
@@ -132,15 +146,18 @@ class Launch:
         self.note_states()
         if plan.is_fleet and not self.args.no_front:
             self.begin_front()
-        for life in self.lives:
+        for life in self.servers:
             life.start()
 
     def begin_front(self) -> None:
         """Before the servers load: it may be what is missing."""
-        servers = {life.replica.label: urlsplit(life.url).netloc for life in self.lives}
         host, port = self.plan.replicas[0].host, urlsplit(self.url).port or 0
         where = self.plan.place, self.nodes[0].name, host, port
-        self.front = Front(*where, servers, self.args.affinity)
+        servers, models = (
+            {each.label: self.addresses[each.label] for each in some}
+            for some in (self.plan.entrances, self.plan.listers)
+        )
+        self.front = Front(*where, servers, self.args.affinity, models)
         self.front.start()
 
     def tend_front(self) -> None:
@@ -164,6 +181,7 @@ class Launch:
             except queue.Empty:
                 self.tend_front()
             with self.lock:
+                self.spare_orchestrator()
                 servers = [life.server for life in self.left]
                 if loading := [one for one in servers if one and not one.ready_at]:
                     progress.tell(loading, max(one.age for one in loading))
@@ -226,11 +244,31 @@ class Launch:
             self.go_on()
             say(f"{len(self.left)} of {len(self.lives)} replicas go on")
 
+    # --- of a disaggregated launch ----------------------------------------------------------------
+
+    def start_orchestrator(self) -> None:
+        """Once every server is ready, and has said what it serves."""
+        life, servers = self.orchestrator, self.servers
+        if not life or life.ident or not all(each.is_ready for each in servers):
+            return
+        assert servers[0].server
+        text = disagg.text_of(self.plan, self.addresses)
+        disagg.file_of(self.plan, self.logs).write_text(text)
+        life.replica = replace(life.replica, serves=servers[0].server.health.model)
+        life.start()
+
+    def spare_orchestrator(self) -> None:
+        """What it passes on to a server that is being started anew fails: that is not its fault."""
+        life = self.orchestrator
+        if life and life.server and not all(each.is_ready for each in self.servers):
+            life.server.probe.forgive()
+
     # --- what a fleet tells -----------------------------------------------------------------------
 
     def go_on(self) -> None:
         """The fleet's records as it is now; READY, once all that are left are."""
         self.note_states()
+        self.start_orchestrator()
         ready = [life for life in self.left if life.is_ready]
         if not ready:
             self.keeper.take_back()
@@ -240,21 +278,33 @@ class Launch:
             self.announce_all(ready)
 
     def announce_all(self, ready: Sequence[Life]) -> None:
-        server, every = ready[0].server, len(self.lives)
+        server = ready[0].server
         assert server
         if self.front:
             self.await_front()
-        number = str(every) if len(ready) == every else f"{len(ready)} of {every}"
         nodes, took = self.nodes[: self.plan.nodes], time.monotonic() - self.begun
-        url = self.url if self.front else ready[0].url
-        self.announced = announce_fleet(server, nodes, url, self.log, took, number)
+        url = self.url if self.front else self.entrance(ready).url
+        who = self.who_serves(ready)
+        self.announced = announce_fleet(server, nodes, url, self.log, took, who)
         say_how_to_use(self.write_endpoint(ready), self.how_to_stop)
+
+    def entrance(self, ready: Sequence[Life]) -> Life:
+        """Where requests go in, without a front."""
+        return self.orchestrator or ready[0]
+
+    def who_serves(self, ready: Sequence[Life]) -> str:
+        """`4 replicas`, `3 of 4 replicas`, `2 prefill and 1 decode servers`."""
+        if self.orchestrator:
+            return disagg.count(self.plan)
+        every = len(self.lives)
+        return f"{every if len(ready) == every else f'{len(ready)} of {every}'} replicas"
 
     def write_endpoint(self, ready: Sequence[Life]) -> dict[str, object]:
         assert self.announced
-        found = self.announced | {"replicas": [life.row for life in self.left]}
+        servers = [life for life in self.left if life is not self.orchestrator]
+        found = self.announced | {"replicas": [life.row for life in servers]}
         if not self.front:
-            found["url"] = ready[0].url
+            found["url"] = self.entrance(ready).url
         self.keeper.announced = write(self.endpoint, found)
         return found
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import yaml
 
 from common.talk import Failure
+from launch import disagg
+from launch.cli import parse
 from launch.engines import trtllm_disagg
-from tests.conftest import ROOT
+from launch.main import main
+from launch.placement import Seat
+from tests.conftest import PATIENCE, ROOT, wait_until
 from tests.test_simulator import eventually, free_port
 from tests.test_simulator_disagg import orchestrating
 from tests.test_simulator_versions import can_bind
@@ -133,3 +147,220 @@ def test_the_orchestrators_file_is_one_that_it_takes(tmp_path: Path) -> None:
         waited_for = f"Waiting for {[f'http://{url}' for url in urls]}"
         eventually(lambda: waited_for in server.log)
         assert not can_bind(port)
+
+
+# Where the servers go
+
+
+EIGHT = list("01234567")
+
+
+def shown(pools: list[list[Seat]]) -> list[list[str]]:
+    """`0:45#2`: on GPUs 4 and 5 of the first node, its third server; `1+2`: two whole nodes."""
+    return [
+        [
+            f"{seat.first}:{''.join(seat.gpus)}#{seat.index}"
+            if seat.gpus
+            else f"{seat.first}+{seat.nodes}#{seat.index}"
+            for seat in pool
+        ]
+        for pool in pools
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "gpus", "expected"),
+    [
+        ((1, 4), (1, 4), [EIGHT], [["0:0123#0"], ["0:4567#1"]]),
+        ((2, 2), (1, 4), [EIGHT], [["0:01#0", "0:23#1"], ["0:4567#2"]]),
+        ((1, 8), (1, 8), [EIGHT] * 2, [["0:01234567#0"], ["1:01234567#0"]]),
+        ((1, 2), (2, 4), [EIGHT] * 2, [["0:01#0"], ["0:2345#1", "1:0123#0"]]),
+        ((1, 1), (1, 1), [["3", "6"]], [["0:3#0"], ["0:6#1"]]),
+        # A server larger than a node takes whole ones, which nobody has begun.
+        ((1, 16), (2, 8), [EIGHT] * 4, [["0+2#0"], ["2:01234567#0", "3:01234567#0"]]),
+        ((1, 4), (1, 16), [EIGHT] * 3, [["0:0123#0"], ["1+2#0"]]),
+    ],
+)
+def test_prefill_first_and_decode_in_what_it_leaves(
+    prefill: tuple[int, int],
+    decode: tuple[int, int],
+    gpus: list[list[str]],
+    expected: list[list[str]],
+) -> None:
+    assert shown(disagg.seats([("prefill", *prefill), ("decode", *decode)], gpus)) == expected
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "gpus", "said"),
+    [
+        ((2, 8), (1, 1), [EIGHT], "prefill: no room for 2 replicas of 8 GPUs each"),
+        (
+            (1, 4),
+            (2, 4),
+            [EIGHT],
+            "decode: no room for 2 replicas of 4 GPUs each: there is room for",
+        ),
+        ((1, 8), (1, 1), [EIGHT], "decode: no room for 1 replica of 1 GPU each"),
+        # Two halves of nodes are no whole node.
+        ((1, 4), (1, 16), [EIGHT] * 2, "decode: no room for 1 replica of 16 GPUs each"),
+    ],
+)
+def test_what_does_not_fit(
+    prefill: tuple[int, int], decode: tuple[int, int], gpus: list[list[str]], said: str
+) -> None:
+    with pytest.raises(Failure) as failure:
+        disagg.seats([("prefill", *prefill), ("decode", *decode)], gpus)
+    assert said in failure.value.message
+
+
+# The launch, on this machine, with the engine of the PATH
+
+
+def words(folder: Path, port: int, *more: str) -> list[str]:
+    pair = pool(folder, "c", CONTEXT)[1], pool(folder, "g", GENERATION)[1]
+    return ["--runtime", "bare", "-w", str(folder), MODEL, "--port", str(port),
+            "--prefill", "2", "--decode", "1", "--prefill-config", pair[0],
+            "--decode-config", pair[1], *more]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prefill", "1"], "--prefill and --decode need each other"),
+        (["--prefill-config", "x"], "--prefill and --decode need each other"),
+        (["--prefill", "0", "--decode", "1"], "--prefill and --decode need each other"),
+        (["--prefill", "all", "--decode", "1"], "--prefill: 'all' is not a number of servers"),
+        (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas are servers of one"),
+    ],
+)
+def test_usage(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["m", *flags])
+    assert said in capsys.readouterr().err
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 1
+    return capsys.readouterr().err
+
+
+def test_what_is_refused_before_a_node_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUS", "none")
+    good = words(tmp_path, 8000)
+    assert "is for both prefill and decode" in fails([*good, "--config", "both.yaml"], capsys)
+    quoted = ["--decode-args", "'--max_batch_size"]
+    assert "is not a list of arguments" in fails([*good, *quoted], capsys)
+    assert "which is no flag" in fails([*good, "--prefill-args", "org/other"], capsys)
+    (tmp_path / "c.yaml").write_text("{}")
+    assert "sets no cache_transceiver_config.backend" in fails(good, capsys)
+
+
+@contextmanager
+def launched(folder: Path, *more: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """With the real HAProxy in front, on this machine."""
+    port = free_ports()
+    known = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TRTLLM_"))}
+    path = f"{ROOT}/simulator:{os.environ['PATH']}"
+    quick = {"GPUS": "none", "PATH": path, "TRTLLM_SIM_LOAD_SECONDS": "0.1", **env}
+    command = [sys.executable, str(ROOT / "run_sbatch.py"), *words(folder, port, *more)]
+    with (folder / "out").open("wb") as out:
+        process = subprocess.Popen(command, env=known | quick, stdout=out, stderr=out)
+    try:
+        yield process, port
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+
+
+def free_ports() -> int:
+    """The first of five that nobody has."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as stack:
+            for each in range(port, port + 5):
+                stack.enter_context(socket.create_server(("127.0.0.1", each)))
+            return port
+
+
+def until(process: subprocess.Popen[bytes], folder: Path, text: str) -> str:
+    """What the launch has said, once this is in it."""
+    wait_until(lambda: text in said_of(folder) or process.poll() is not None, text)
+    assert text in said_of(folder)
+    return said_of(folder)
+
+
+def pids_of(port: int) -> list[int]:
+    """Whose command line has this port."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(port).encode() in words and any(b"trtllm-serve" in word for word in words):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_the_whole_passes_the_api_checks_and_is_measured(tmp_path: Path) -> None:
+    with launched(tmp_path) as (process, port):
+        said = until(process, tmp_path, "stop it with")
+        assert said.index("prefill1: ready") < said.index("orchestrator: ready after")
+        assert "serves org/model with 2 prefill and 1 decode servers" in said
+        at = ["-H", "127.0.0.1", "-p", str(port)]
+        checked = run_script("test.py", *at)
+        assert "8/8 passed" in checked.stdout, checked.stdout + checked.stderr
+        assert "one prompt a request" in checked.stdout
+        load = [
+            "-t",
+            "concurrency",
+            "--concurrency",
+            "2",
+            "--num-prompts",
+            "4",
+            "--output-len",
+            "8",
+        ]
+        measured = run_script("bench.py", *at, *load, "-o", str(tmp_path / "results"))
+        (result,) = (tmp_path / "results").glob("concurrency-*.json")
+        assert json.loads(result.read_text())["completed"] == 4, measured.stderr
+    assert process.returncode == 130
+    assert not list((tmp_path / "logs").glob("*_local*.json")) and not pids_of(port + 1)
+
+
+def run_script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / name), *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=4 * PATIENCE, check=False
+    )
+
+
+def test_the_end_of_a_server_is_the_end_of_all(tmp_path: Path) -> None:
+    with launched(tmp_path) as (process, port):
+        until(process, tmp_path, "stop it with")
+        (decode,) = pids_of(port + 3)
+        os.kill(decode, signal.SIGKILL)
+        assert process.wait(PATIENCE) == 1
+    said = (tmp_path / "out").read_text()
+    assert "ERROR decode0: " in said and "the others are ended, too" in said
+    assert not (tmp_path / "logs/endpoint.json").exists()
+    assert not any(pids_of(each) for each in range(port, port + 5))
+
+
+def test_a_server_is_started_anew_while_the_orchestrator_goes_on(tmp_path: Path) -> None:
+    with launched(tmp_path, "--restart", "1") as (process, port):
+        until(process, tmp_path, "stop it with")
+        (decode,) = pids_of(port + 3)
+        os.kill(decode, signal.SIGKILL)
+        until(process, tmp_path, "decode0: ")
+        wait_until(lambda: said_of(tmp_path).count("decode0: ready after") == 2, "decode0 again")
+        body = {"model": "m", "prompt": "Hi", "max_tokens": 4}
+        answer = requests.post(
+            f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=PATIENCE
+        )
+        assert answer.status_code == 200, answer.text
+        assert said_of(tmp_path).count("orchestrator: ready after") == 1
+
+
+def said_of(folder: Path) -> str:
+    return (folder / "out").read_text()
