@@ -23,12 +23,12 @@ class Setting:
 
 ROWS = (
     ("MODEL", "Qwen/Qwen2.5-7B-Instruct", "model to serve: a Hugging Face id or a path"),
-    ("IMAGE", "", "tarball, local tag or registry reference (default: what make save wrote)"),
+    ("IMAGE", "", "tarball, .sqsh, tag or registry reference (default: what make save wrote)"),
     ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
     ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
     ("ENGINE", "trtllm", "what serves the model: trtllm, vllm or sglang"),
     ("TP", "", "tensor parallel size, in whichever flag the engine has for it"),
-    ("RUNTIME", "docker", "docker; or bare, for the engine in the node's PATH"),
+    ("RUNTIME", "docker", "docker; pyxis; or bare, for the engine in the node's PATH"),
     ("READY_TIMEOUT", "3600", "seconds a server may take to be ready, and its nodes to answer"),
     ("REPLICAS", "1", "how many servers behind one address; auto: as many as the GPUs hold"),
     ("LOAD_AT_ONCE", "0", "how many of them may load at a time; 0: all"),

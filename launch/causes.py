@@ -82,7 +82,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
     r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with ",
-    r"(srun|slurmstepd|salloc): error: |\*\*\* (STEP|JOB) ",
+    r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
     r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
 )

@@ -14,6 +14,7 @@ from launch.engines import NAMES as ENGINES
 from launch.front import AFFINITY
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
+from launch.squash import is_squash
 
 GPU_WORDS = re.compile(
     "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
@@ -35,7 +36,7 @@ def parse(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
     )
     option = parser.add_argument_group("image and paths").add_argument
-    images = "tarball, local tag or registry reference"
+    images = "tarball, .sqsh, local tag or registry reference"
     option("--image", metavar="IMAGE", help=f"{images} (default: {DEFAULT_IMAGE})")
     option(
         "--workspace",
@@ -65,7 +66,7 @@ def parse(
     option(
         "--runtime",
         choices=RUNTIMES,
-        help="bare: the engine from PATH, no container (default: docker)",
+        help="bare: the engine from PATH, no container (default: docker, or pyxis for a .sqsh)",
     )
     option(
         "--ready-timeout",
@@ -126,7 +127,9 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args.called_workspace = args.workspace or setting("WORKSPACE") or "."
     args.workspace = real(args.called_workspace)
     args.engine = args.engine or setting("ENGINE")
-    args.runtime = args.runtime or setting("RUNTIME")
+    args.asked_runtime = args.runtime or os.environ.get("RUNTIME")
+    by_image = "pyxis" if is_squash(args.image) else setting("RUNTIME")
+    args.runtime = args.asked_runtime or by_image
     asked = args.ready_timeout or setting("READY_TIMEOUT")
     args.ready_timeout = seconds(parser, "--ready-timeout", asked)
     args.probe_seconds = seconds(parser, "PROBE_SECONDS", setting("PROBE_SECONDS"))

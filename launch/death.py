@@ -12,7 +12,6 @@ from launch.causes import cause_in, ranks_of
 from launch.engines import FINAL, meanings
 from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
-from launch.node.containers import CLIENT_FAILED
 from launch.server import TICK, Server, die_of_a_node
 from launch.timelimit import answer, of_job
 
@@ -26,9 +25,8 @@ KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
 }
-OF_SRUN, OF_DOCKER = re.compile(r"^srun: error: ", re.M), re.compile(r"^docker: ", re.M)
+OF_SRUN = re.compile(r"^srun: error: ", re.M)
 KILLED_TASK = re.compile(r"^srun: error: \S+: task 0: (Killed|Terminated|Hangup)", re.M)
-UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
 
 
 def report_death(server: Server, code: int) -> NoReturn:
@@ -103,7 +101,7 @@ def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, 
 
 
 def not_the_engine(server: Server, code: int, said: str) -> str:
-    """Who else ended, between us and the engine: srun, our program on the node, Docker's client.
+    """Who else ended, between us and the engine: srun, our program on the node, the runtime.
 
     srun tells of its task by the node's name; what else it calls an error is its own.
     """
@@ -114,8 +112,8 @@ def not_the_engine(server: Server, code: int, said: str) -> str:
         return "srun"
     if slurms and KILLED_TASK.search(said):
         return ours
-    docker = code == CLIENT_FAILED or (code in UNSTARTED and OF_DOCKER.search(said))
-    return f"{server.node}: docker run" if docker and server.runtime.HAS_IMAGE else ""
+    blamed = server.runtime.blames(code, said)
+    return f"{server.node}: {blamed}" if blamed else ""
 
 
 def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:

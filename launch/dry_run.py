@@ -77,10 +77,12 @@ def server_commands(plan: Plan, logs: Path) -> Iterator[tuple[str, str]]:
 
 def commands_of(plan: Plan, replica: Replica, logs: Path) -> Iterator[tuple[str, str]]:
     kind, log = runtime(plan.runtime), plan.log_of(replica, logs)
-    if replica.spread:
+    if replica.spread or kind.ATTENDED:
         yield "a place for the logs", shlex.join(["mkdir", "--parents", str(logs)])
         holder = kind.hold(plan, replica, os.environ).shown(ALONE)
-        yield "a container on every node, until its `sleep` is killed", f"({holder}\n) &"
+        what = "what attends the server" if kind.ATTENDED else "a container"
+        yield f"{what} on every node, until its `sleep` is killed", f"({holder}\n) &"
+    if replica.spread:
         ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)
         yield "when every node has said `Up`: the ranks; rank 0 serves", ranks
     else:

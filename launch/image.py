@@ -8,7 +8,7 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,6 +49,8 @@ class Image:
     # As JSON: what a containerd store has just loaded is known by them, too.
     diff_ids: str = field(default="", compare=False)
     release: str = ""  # engine and version, `package 1.2.1`; '': not known
+    squash: bool = False  # one file for all nodes, which pyxis unpacks; its path is the tag
+    reference: str = ""  # where that file is imported from
 
     @property
     def room(self) -> int:
@@ -142,8 +144,8 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
     sha256, strict = str(data.get("sha256", "")), "" if manifest else layers
     words = f"{data.get('engine')} {data.get('version')}"  # None in those of an older save_image.py
     release = words if RELEASE.fullmatch(words) else ""
-    sums = {"sha256": sha256, "diff_ids": layers, "release": release}
-    return Image(tag, tarball, codec, ids, strict, packed, unpacked, **sums)
+    found = Image(tag, tarball, codec, ids, strict, packed, unpacked, sha256=sha256)
+    return replace(found, diff_ids=layers, release=release)
 
 
 def recall(tarball: Path, codec: str) -> Image | None:

@@ -18,6 +18,7 @@ PREFIXES = [
         r"(?P<speaker>\[(?:rank|default)\d+\]): ?(?!$)",
         r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
         r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
+        r"slurmstepd(?:-\S+)?: (?P<level>error): pyxis: {4} *",  # what enroot has said
         r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
         rf"\[{DATE} (?P<level>[DIWEF]) \d+ \d+\] ",  # Ray
         r"\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ",
@@ -55,7 +56,7 @@ def clean(raw: str, time: str = "") -> Line:
         headed |= "speaker" not in groups
         level = groups.get("level") or level
         text = text[found.end() :]
-    loud = level[0] in "EFC" if level else None
+    loud = level[0] in "eEFC" if level else None
     return Line(text, speaker, loud, when[0] if when else time, headed)
 
 

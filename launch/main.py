@@ -28,7 +28,7 @@ from launch.plan import (
     settled,
     wanted_of,
 )
-from launch.runtimes import runtime
+from launch.runtimes import pyxis, runtime
 from launch.spread import check_logs, expect_spread, find_spread
 from launch.spread import describe as describe_one
 from launch.timelimit import TimeLimit
@@ -66,12 +66,13 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(sum(p.count * p.world.size for p in pools) or world.size)
     asked = args.image or (served.IMAGE if args.engine != DEFAULT else "")
-    found = image.find_image(asked, args.workspace) if kind.HAS_IMAGE else image.NONE
+    found = kind.find_image(asked, args.workspace)
     if not kind.HAS_IMAGE and (useless := of_containers(args)):
         say(f"without a container, {', '.join(useless)} does nothing")
     if args.verify:
         provide.check_verifiable(found)
     plan = make_plan(args, place, found, args.engine, *([p.server for p in pools] or [replica]))
+    kind.check(plan)
     if release := release_known(found, args.engine):
         plan = settled(plan, {"": release})
     count = str(sum(pool.count for pool in pools) + 1) if pools else args.replicas
@@ -84,7 +85,10 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.force:
         check_force(found)
     nodes = prepare_nodes(plan, wanted, args)
+    if args.runtime != plan.runtime:
+        return go(args, rest)
     plan = lay_out(plan, world, pools, nodes, args)
+    plan = replace(plan, device_files=device_files(nodes[: plan.nodes]))
     head = plan.entrances[0] if plan.is_fleet and args.no_front else replica
     url = url_of(nodes[head.first], place, head.args)
     preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
@@ -111,6 +115,15 @@ def with_tp(args: list[str], served: Engine) -> list[str]:
     """The arguments with the tensor parallel size of TP, where they do not say it."""
     tp = setting("TP")
     return [served.TP[0], tp, *args] if tp and value_of(args, *served.TP) is None else args
+
+
+def device_files(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """Those for EFA and GDRCopy that all of them have."""
+    has = {
+        "/dev/infiniband": all(node.facts.efa for node in nodes),
+        "/dev/gdrdrv": all(node.facts.gdrdrv for node in nodes),
+    }
+    return tuple(path for path, there in has.items() if there)
 
 
 def of_containers(args: argparse.Namespace) -> list[str]:
@@ -160,17 +173,25 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
     with preflight.probe(args.workspace, plan.place) as probe:
         wanted = replace(wanted, probe=probe)
         nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout)
+        if not args.asked_runtime and pyxis.is_instead_of_docker(nodes):
+            say("the nodes have no Docker, and Slurm has pyxis: --runtime pyxis")
+            args.runtime = "pyxis"
+            return nodes
         if args.check:
             print(preflight.table(preflight.judge(nodes, wanted)))
         elif preflight.reap(nodes, plan.place, plan.user):
             nodes = preflight.ask_nodes(wanted, plan.place)
-    preflight.stop_if_bad(preflight.judge(nodes, wanted))
+    findings = preflight.judge(nodes, wanted)
+    preflight.stop_if_bad(findings)
+    preflight.say_notes(findings)
     say(preflight.summary(nodes))
     return nodes
 
 
 def check_force(found: image.Image) -> None:
     """--force takes an image away; there has to be something to load it from again."""
+    if found.squash and not found.reference:
+        die(f"--force imports an image anew, and {found.tag} is no import", hint="leave it out")
     if found.tag and not (found.tarball or found.registry):
         hint = "give --image a tarball or a registry reference"
         nothing = "and there is nothing to reload it from"

@@ -28,6 +28,8 @@ from launch.order import Command, Told, parse
 # srun reads most of Slurm's variables, and they bend a step that did not ask: those of the
 # allocation, and what a shell has left of another job. Only these are what they seem.
 KEPT = re.compile("SLURM_(CONF|JOB_?ID|JOB_NAME|SUBMIT_.*|.*CLUSTER.*|DEBUG.*|NETWORK|PMIX.*)$")
+# So do its plug-ins: each step would be in the container that pyxis has been told of.
+BENDS = re.compile("SLURM_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
 APART: Any = {
     "_bg": True,
     "_bg_exc": False,
@@ -102,7 +104,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
         die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
     allocation = ask_slurm(job)
-    bend = (name for name in environ if name.startswith("SLURM_") and not KEPT.match(name))
+    bend = (name for name in environ if BENDS.match(name) and not KEPT.match(name))
     leaks = [word for name in sorted(bend) for word in ("-u", name)]
     # --overlap: a step without it waits for the other steps to end.
     srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")

@@ -63,6 +63,7 @@ class Plan:
     privileged: bool
     user: str
     replicas: tuple[Replica, ...]  # one, or those of a fleet, which have labels
+    device_files: tuple[str, ...] = ()  # that all nodes have, where not all of /dev may be seen
     # Engine and version, `package 1.2.1`; '' unknown; None not asked yet.
     release: str | None = None
 

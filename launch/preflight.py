@@ -20,6 +20,7 @@ from launch.findings import Finding, Node, Wanted, gpus_of
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
+from launch.node.enroot import SurveyEnroot
 from launch.node.facts import Survey
 from launch.node.messages import Container, Facts
 from launch.nodes import Place, ask, run
@@ -37,7 +38,8 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     paths = [*wanted.paths, *([str(tarball)] if tarball else [])]
     paths += [wanted.probe] if wanted.probe else []
     what = wanted.runtime, [wanted.port, *wanted.ports], tag, wanted.program, paths
-    return Command(place.every, Survey(*what, packages() if wanted.ask_release else []))
+    kind = SurveyEnroot if wanted.image.squash else Survey
+    return Command(place.every, kind(*what, packages() if wanted.ask_release else []))
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
@@ -231,6 +233,12 @@ def stop_if_bad(findings: Sequence[Finding]) -> None:
         die(by_node((f.node, f.text) for f in bad), hint="; ".join(hints))
 
 
+def say_notes(findings: Sequence[Finding]) -> None:
+    """What stops no launch, and somebody may want to change."""
+    if notes := [f for f in findings if f.state == "note" and f.hint]:
+        say(by_node((f.node, f"{f.text} ({f.hint})") for f in notes))
+
+
 def table(findings: Sequence[Finding]) -> str:
     """A row a node, a column a check."""
     cells: dict[str, dict[str, str]] = defaultdict(dict)
@@ -295,7 +303,8 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
 
 def summary(nodes: Sequence[Node]) -> str:
     names, facts = ", ".join(node.name for node in nodes), nodes[0].facts
-    what = f"Docker {facts.docker}" if facts.docker else facts.engine
+    enroot = f"pyxis, enroot {facts.enroot}".removesuffix(", enroot ")
+    what = f"Docker {facts.docker}" if facts.docker else facts.engine or enroot
     *some, last = dict.fromkeys(node.gpus for node in nodes)
     gpus = " and ".join([*map(str, some), counted(last, "GPU")]) + " each" * (len(nodes) > 1)
     return f"preflight: {counted(len(nodes), 'node')} ready ({names}): {what}, {gpus}"

@@ -10,6 +10,7 @@ from launch.image import ECR, SLOWEST, Image
 from launch.node import messages
 from launch.node.images import Forget, Load, Pull
 from launch.node.messages import Kept
+from launch.node.squash import Discard, Import
 from launch.nodes import Place, ask, held, run
 from launch.order import Command
 
@@ -19,8 +20,10 @@ LOADING = " while the image was being loaded"
 def provide_command(
     image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
 ) -> Command:
-    """For the first `nodes` nodes, those that serve; 0: all."""
+    """For the first `nodes` nodes, those that serve; 0: all. A file that they share needs one."""
     where, asked = place.on(nodes or place.size), packages() if ask_release else []
+    if image.squash:
+        return Command(place.on(1), Import(image.reference, image.tag, asked))
     if image.registry:
         login = image.registry if ECR.match(image.registry) else ""
         return Command(where, Pull(image.tag, login, asked))
@@ -29,6 +32,8 @@ def provide_command(
 
 
 def forget_command(image: Image, place: Place, nodes: int = 0) -> Command:
+    if image.squash:
+        return Command(place.on(1), Discard(image.tag))
     return Command(place.on(nodes or place.size), Forget(image.tag))
 
 
@@ -81,7 +86,7 @@ def provide(
 
     With `ask_release` each node says which engine and version it holds.
     """
-    nodes = nodes or place.size
+    nodes = 1 if image.squash else nodes or place.size
     login = password_command(image)
     secret = run(login).strip() + "\n" if login else ""
     progress, errors, have, words = Progress(image.packed), {}, {}, []
@@ -116,6 +121,9 @@ def provide(
 
 
 def advice(image: Image) -> str:
+    if image.squash:
+        login = "a private registry's password goes into ~/.config/enroot/.credentials"
+        return f"check the name, and that enroot and squashfs-tools are there; {login}"
     if image.registry:
         return "check the name, and `docker login` for a private registry; or use a tarball"
     again = "copy the tarball again or write it again (`make save`)"

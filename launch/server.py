@@ -44,7 +44,7 @@ class Server:
     probe: Probe
     started: float
     rank0: Log | None = None
-    holders: world.Holders | None = None  # of a spread launch
+    holders: world.Holders | None = None  # of a spread launch, and of one that is attended
     starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
     ready_at: float | None = None
     loading: Loading = field(default_factory=Loading)
@@ -123,7 +123,7 @@ def launch(
     rank0: Log | None = None
     holders: world.Holders | None = None
     try:
-        if replica.spread:
+        if replica.spread or runtime(plan.runtime).ATTENDED:
             step, rank0, holders = launch_spread(plan, replica, own, log, over)
         else:
             step = Step(runtime(plan.runtime).serve(plan, replica, os.environ), output=log.sink)
@@ -163,14 +163,15 @@ def say_lingering(step: Step, port: int) -> None:
 
 def launch_spread(
     plan: Plan, replica: Replica, nodes: Sequence[Node], log: Log, over: threading.Event
-) -> tuple[Step, Log, world.Holders]:
-    """A container on every node first, then the ranks in them."""
-    assert replica.spread
-    kind = runtime(plan.runtime)
-    holders = world.Holders(Step(kind.hold(plan, replica, os.environ)), replica.spread, nodes)
+) -> tuple[Step, Log | None, world.Holders]:
+    """What holds on every node first (a container, with Docker), then the ranks."""
+    kind, shape = runtime(plan.runtime), replica.spread or world.ALONE
+    holders = world.Holders(Step(kind.hold(plan, replica, os.environ)), shape, nodes)
     holders.start()
     try:
         holders.await_up(over)
+        if not replica.spread:
+            return Step(kind.serve(plan, replica, os.environ), output=log.sink), None, holders
         rank0 = Log(world.rank_log(log.path, "0"))
         step = Step(kind.ranks(plan, replica, world.pattern_of_logs(log.path)), output=log.sink)
     except BaseException:
@@ -217,9 +218,7 @@ def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Ste
 
 def say_left(plan: Plan, replica: Replica, node: str, why: str) -> None:
     name = runtime(plan.runtime).container(plan, replica, node)
-    then = "It should end by itself once the node and its Docker answer"
-    otherwise = "else your next launch there removes it, or `docker rm --force`"
-    say(f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}")
+    say(runtime(plan.runtime).left(node, name or "", why))
 
 
 def remove_once_more(plan: Plan, replica: Replica) -> None:

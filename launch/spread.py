@@ -42,7 +42,7 @@ def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) ->
         return False
     if not over_nodes:
         only = f"has only {counted(gpus[0], 'GPU')}"
-        die(f"{wants} {head} {only}; several nodes need --runtime docker")
+        die(f"{wants} {head} {only}; several nodes need --runtime docker, or pyxis")
     return True
 
 
@@ -60,6 +60,18 @@ def find_spread(
         return None
     kind = choose_mpi(setting("MPI"), prefix) if mpi else NO_MPI
     return replace(spread_over(world, gpus, kind), head=address_of(nodes[0]))
+
+
+def step_of(place: Place, spread: Spread, first: int, log: Path, gpus: int = 0) -> list[str]:
+    """The prefix for all ranks, in blocks, a log for each. The death of one ends all."""
+    return [
+        *place.on(spread.nodes, spread.ranks, spread.mpi, first, gpus),
+        "--overcommit",  # an allocation may have one CPU a node; containers do not heed it
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--open-mode=append",
+        f"--output={log}",
+    ]
 
 
 def check_logs(spread: Spread | None, workspace: Path) -> None:

@@ -24,6 +24,7 @@ from launch.order import Told
 from launch.slurm import SEE_NODES, last_words, lost_nodes
 from launch.spread import Spread
 
+ALONE = Spread(1, 1, "none")  # a server on one node
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
 SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
@@ -73,7 +74,8 @@ class Holders(threading.Thread):
         self.forgive_absence()
         for index, name in enumerate(self.names):
             if trouble := self.trouble(name):
-                return f"{name} ({self.spread.ranks_of(index)}): {trouble}"
+                ranks = f" ({self.spread.ranks_of(index)})" if self.spread != ALONE else ""
+                return f"{name}{ranks}: {trouble}"
         return ""
 
     def advice(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -28,11 +29,14 @@ from launch.node import base
 from launch.node.bare import Run
 from launch.node.clients import WatchClients
 from launch.node.containers import AskOwner, Reap, Remove, Serve
+from launch.node.enroot import SurveyEnroot
 from launch.node.facts import Survey
 from launch.node.front import Front
 from launch.node.images import Forget, Load, Pull
 from launch.node.messages import Facts
 from launch.node.port import AwaitPort
+from launch.node.pyxis import Attend, EndSteps, Inside, PartInside, RankInside
+from launch.node.squash import Discard, Import
 from launch.node.world import Hold, Part, Rank
 from launch.nodes import Place
 from launch.order import BOOT, MESSAGES, TOO_OLD, Command, Told, folded, parse, parts_of, source
@@ -54,6 +58,7 @@ CONTAINER = (
     TAG,
     ["trtllm-serve", "m"],
 )
+RANK = ("trtllm-1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve")
 ORDERS = [
     Survey("docker", [8000], TAG, "trtllm-serve", ["/fsx"]),
     Load("/x.tar", TAG, ["sha256:c"], "", "gz"),
@@ -61,14 +66,22 @@ ORDERS = [
     Forget(TAG),
     Serve(*CONTAINER),
     Hold(*CONTAINER),
-    Rank("trtllm-1", "/fsx", ["leader", "trtllm-serve", "m"], "leader", "trtllm-serve"),
+    Rank(*RANK),
     Part("vllm-1", "/fsx", ["vllm", "serve", "m"], parts=[["--node-rank", "0"]]),
+    PartInside("vllm-1", "", ["vllm", "serve", "m"], parts=[[]], proof="/proof"),
     Remove("host/boot/1:5:6"),
     Reap(["abc"]),
     AskOwner("0.0.0.0", 8000, "trtllm-1"),
     WatchClients(8000, 10),
     AwaitPort(8000),
     Run(["trtllm-serve", "m"]),
+    Inside(["trtllm-serve", "m"], [], 0, "/proof", {"HF_HOME": "/cache"}),
+    RankInside(*RANK, proof="/proof", environ={"HF_HOME": "/cache"}),
+    Attend("trtllm-1-0", ["/cache"]),
+    EndSteps(["trtllm-1-0"]),
+    SurveyEnroot("pyxis", [8000], "/x.sqsh", "trtllm-serve", ["/fsx"]),
+    Import("docker://r.io#x:1", "/x.sqsh"),
+    Discard("/x.sqsh"),
     Front(["haproxy"], ["global"], 8000),
 ]
 each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)
@@ -76,8 +89,10 @@ each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(ord
 
 def test_these_are_all_orders_that_there_are() -> None:
     modules = [importlib.import_module(f"launch.node.{part}") for part in PARTS]
-    kinds = {kind for module in modules for kind in vars(module).values() if is_dataclass(kind)}
-    assert {kind for kind in kinds if "__call__" in vars(kind)} == {type(o) for o in ORDERS}
+    every = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    kinds = {kind for kind in every if is_dataclass(kind)}
+    orders = {kind for kind in kinds if any("__call__" in vars(c) for c in inspect.getmro(kind))}
+    assert orders == {type(order) for order in ORDERS}
 
 
 # The program that is sent

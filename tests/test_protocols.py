@@ -10,11 +10,11 @@ import pytest
 
 from launch import engines, runtimes
 from launch.engines import Engine, engine, every, sglang, trtllm, vllm
-from launch.runtimes import NAMES, Runtime, bare, docker, runtime
+from launch.runtimes import NAMES, Runtime, bare, docker, pyxis, runtime
 
 # mypy holds these against the protocols, types and all.
 ENGINES: dict[str, Engine] = {"sglang": sglang, "trtllm": trtllm, "vllm": vllm}
-RUNTIMES: dict[str, Runtime] = {"bare": bare, "docker": docker}
+RUNTIMES: dict[str, Runtime] = {"bare": bare, "docker": docker, "pyxis": pyxis}
 
 
 def is_of(value: object, kind: Any) -> bool:

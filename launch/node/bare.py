@@ -28,19 +28,31 @@ class Run:
         ends = Ends()
         ends.hold(self.ask_every)
         set_interfaces()
-        env = {name: value for name, value in os.environ.items() if not HIDDEN.match(name)}
-        if self.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = some(self.gpus, env.get("CUDA_VISIBLE_DEVICES", ""))
-        null = subprocess.DEVNULL
-        try:
-            engine = subprocess.Popen(self.engine, stdin=null, env=env, start_new_session=True)
-        except OSError as error:
-            print(f"{self.engine[0]}: {error.strerror}", file=sys.stderr, flush=True)
-            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_FOUND - 1
+        engine = start(self.command(), self.variables())
         if (code := ends.code_of(engine)) is None:
             give_time(engine.pid)
         end(engine.pid, signal.SIGKILL)
         return STOPPED if code is None else code
+
+    def command(self) -> list[str]:
+        return self.engine
+
+    def variables(self) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if not HIDDEN.match(name)}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = some(self.gpus, env.get("CUDA_VISIBLE_DEVICES", ""))
+        return env
+
+
+def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """In a session of its own. What is not there, or not to be run, is 127 or 126 as in a shell."""
+    null = subprocess.DEVNULL
+    try:
+        return subprocess.Popen(command, stdin=null, env=variables, start_new_session=True)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+        code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_FOUND - 1
+        return subprocess.Popen(["sh", "-c", f"exit {code}"], start_new_session=True)
 
 
 def some(gpus: list[int], visible: str) -> str:

@@ -91,10 +91,19 @@ def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[byt
 
 def set_interfaces() -> None:
     """NCCL and Gloo: the interface that leads out of the node, unless the user names one."""
+    if found := way_out():
+        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+            os.environ[name] = os.environ.get(name) or found
+
+
+def way_out() -> str:
+    """The interface of the default route; by the kernel's table where there is no `ip`."""
     route = ask("ip", "-o", "-4", "route", "show", "to", "default")[1]
     if found := re.search(r"^[^\n]* dev (\S+)", route):
-        for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
-            os.environ[name] = os.environ.get(name) or found[1]
+        return found[1]
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(\S+)\t00000000\t", Path("/proc/net/route").read_text(), re.M)
+    return found[1] if found else ""
 
 
 def remove(launcher: str, replica: str) -> str | None:

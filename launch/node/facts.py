@@ -50,6 +50,12 @@ class Survey:
             taken=who_listen(self.ports),
             unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
         )
+        self.look(facts)
+        tell(facts)
+        return 0
+
+    def look(self, facts: Facts) -> None:
+        """What the runtime needs."""
         if self.runtime == "bare":
             facts.engine = shutil.which(self.program) or ""
         else:
@@ -58,8 +64,6 @@ class Survey:
             facts.release = release_here(facts.engine, self.packages)
         elif self.packages and facts.image:
             facts.release = release_of(facts.image, self.packages)
-        tell(facts)
-        return 0
 
 
 def addresses() -> list[str]:

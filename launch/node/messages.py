@@ -22,8 +22,13 @@ class Facts:
     no_docker: str = ""  # why it does not answer
     podman: str = ""  # what `docker` is there instead, by its own word
     toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
+    enroot: str = ""  # its version; '' where it is not in PATH
+    no_image: str = ""  # why the squashfs file cannot be used
+    data: str = ""  # where enroot unpacks; '' where it does not say
+    data_shared: bool = False  # other nodes have that, too
+    memlock: int = -1  # bytes that a process may lock; -1: any number
     store: str = ""  # how Docker stores images, which decides what an image's id is
-    image: str = ""  # the id of what our tag names
+    image: str = ""  # the id of what our tag names; of runtime pyxis the path of the file
     layers: str = ""  # its diff ids, as Docker prints them
     release: str = ""  # engine and version that it holds; of runtime bare the program's
     free: int = 0

@@ -94,8 +94,7 @@ class Rank:
         code = self.ends.events.get()
         if isinstance(code, int):
             return code
-        with contextlib.suppress(ProcessLookupError):
-            client.kill()
+        self.end(client)
         if code == Ends.STOP:
             return STOPPED
         client.wait()
@@ -115,6 +114,10 @@ class Rank:
         threading.Thread(target=fill, args=(writing, variables), daemon=True).start()
         into = ["docker", "exec", "--env-file", f"/dev/fd/{reading}", "--workdir", self.cwd or "/"]
         return popen([*into, self.container, "sh", "-c", ENTRY, "rank", *self.command], [reading])
+
+    def end(self, client: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            client.kill()
 
     def look(self) -> None:
         """Once the engine runs in the container, its end is the rank's."""

@@ -1,6 +1,7 @@
 """Runtimes: how a server's processes are contained on a node. A file each, with the same names.
 
-Imports launch/plan.py, launch/findings.py, launch/order.py and the orders in launch/node/.
+Imports launch/plan.py, launch/image.py, launch/squash.py, launch/findings.py, launch/order.py and
+the orders in launch/node/.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from launch.findings import Finding, Node, Wanted
+from launch.image import Image
 from launch.order import Command
 from launch.plan import Plan, Replica
 
@@ -21,7 +23,10 @@ class Runtime(Protocol):
 
     HAS_IMAGE: bool  # whether an image has to be on the nodes
     OVER_NODES: bool  # whether one server may lie over several nodes
+    ATTENDED: bool  # whether a server on one node, too, has a step beside it, which `hold` orders
 
+    def find_image(self, asked: str, workspace: Path) -> Image: ...
+    def check(self, plan: Plan) -> None: ...  # Failure for what it cannot do
     def container(
         self, plan: Plan, replica: Replica, node: str
     ) -> str | None: ...  # its name, for people
@@ -30,6 +35,8 @@ class Runtime(Protocol):
     def ranks(self, plan: Plan, replica: Replica, log: Path) -> Command: ...
     def remove(self, plan: Plan, replica: Replica) -> Command | None: ...
     def ask_owner(self, plan: Plan, replica: Replica) -> Command: ...
+    def blames(self, code: int, said: str) -> str: ...  # who of it has ended, not the engine
+    def left(self, node: str, name: str, why: str) -> str: ...  # that it may be there still
     def judge(self, node: Node, wanted: Wanted) -> Sequence[Finding]: ...
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.findings import Finding, Node, Wanted
+from launch.image import NONE, Image
 from launch.node.bare import Run
 from launch.node.containers import AskOwner
 from launch.order import Command
@@ -11,6 +12,15 @@ from launch.plan import Plan, Replica
 
 HAS_IMAGE = False
 OVER_NODES = False
+ATTENDED = False
+
+
+def find_image(asked: str, workspace: Path) -> Image:
+    return NONE
+
+
+def check(plan: Plan) -> None:
+    """There is nothing that it cannot do."""
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:
@@ -47,6 +57,14 @@ def remove(plan: Plan, replica: Replica) -> Command | None:
 def ask_owner(plan: Plan, replica: Replica) -> Command:
     order = AskOwner(replica.host, replica.port, "")
     return Command(plan.place.on(1, first=replica.first), order)
+
+
+def blames(code: int, said: str) -> str:
+    return ""
+
+
+def left(node: str, name: str, why: str) -> str:
+    raise NotImplementedError("nothing is left")
 
 
 def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,15 +10,28 @@ from common.settings import PASSED_ON, SETTINGS
 from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
 from launch.image import GET_ONE, Image
+from launch.image import find_image as find
 from launch.node.base import LABEL
-from launch.node.containers import AskOwner, Remove, Serve
+from launch.node.containers import CLIENT_FAILED, AskOwner, Remove, Serve
 from launch.node.world import Hold, Part, Rank
 from launch.order import Command
 from launch.plan import Plan, Replica
+from launch.spread import step_of
 
 HAS_IMAGE = True
+ATTENDED = False
 LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
+OF_DOCKER = re.compile(r"^docker: ", re.M)
+UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
+
+
+def find_image(asked: str, workspace: Path) -> Image:
+    return find(asked, workspace)
+
+
+def check(plan: Plan) -> None:
+    """There is nothing that Docker cannot do."""
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:
@@ -44,14 +58,7 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     """
     assert replica.spread
     spread, engine = replica.spread, plan.engine
-    prefix = [
-        *plan.place.on(spread.nodes, spread.ranks, spread.mpi, replica.first),
-        "--overcommit",  # an allocation may have one CPU a node; containers do not heed it
-        "--distribution=block",
-        "--kill-on-bad-exit=1",
-        "--open-mode=append",
-        f"--output={log}",
-    ]
+    prefix = step_of(plan.place, spread, replica.first, log)
     name, command = plan.name_of(replica), list(plan.command(replica))
     if engine.LEADER:
         whole = [engine.LEADER, *command]
@@ -71,6 +78,18 @@ def ask_owner(plan: Plan, replica: Replica) -> Command:
     """Whether the port is served from within this launch's container."""
     order = AskOwner(replica.host, replica.port, plan.name_of(replica))
     return Command(plan.place.on(1, first=replica.first), order)
+
+
+def blames(code: int, said: str) -> str:
+    """Docker's client, where it is that which has ended, or could not start anything; ''."""
+    unstarted = code in UNSTARTED and OF_DOCKER.search(said)
+    return "docker run" if code == CLIENT_FAILED or unstarted else ""
+
+
+def left(node: str, name: str, why: str) -> str:
+    then = "It should end by itself once the node and its Docker answer"
+    otherwise = "else your next launch there removes it, or `docker rm --force`"
+    return f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}"
 
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:

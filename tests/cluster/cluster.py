@@ -351,7 +351,8 @@ class Machine:
         return self.state / f"slurmd-{self.name}.log"
 
     def start_slurmd(self) -> None:
-        self.start("slurmd", "slurmd", "-D", "-N", self.name)
+        env = {"PATH": f"{self.state}/bin:{PATH}"}
+        self.start("slurmd", "slurmd", "-D", "-N", self.name, env=env)
 
 
 class Cluster:
@@ -384,6 +385,7 @@ class Cluster:
         try:
             self._share()
             self._files()
+            self._pyxis()
             self._machines()
             self._daemons()
         except BaseException:
@@ -416,11 +418,19 @@ class Cluster:
         (self.state / "munge.key").chmod(0o400)
         for name, text in {
             "nvidia-container-runtime-hook": GPU_HOOK,
+            "nvidia-container-cli": GPU_HOOK,
             "clamped-runc": CLAMPED_RUNC,
             "clamp.py": CLAMP,
         }.items():
             (self.state / "bin" / name).write_text(text.replace("{state}", str(self.state)))
             (self.state / "bin" / name).chmod(0o755)
+
+    def _pyxis(self) -> None:
+        """Slurm's plug-in for steps in containers, a stand-in for NVIDIA's; each step loads it."""
+        library = self.state / "spank_pyxis.so"
+        source = Path(__file__).with_name("spank_pyxis.c")
+        _run("gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", str(library), str(source))
+        (self.state / "etc/slurm/plugstack.conf").write_text(f"required {library}\n")
 
     def _share(self) -> None:
         """/fsx, in a mount namespace of this process; the machines inherit it."""

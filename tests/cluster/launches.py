@@ -56,6 +56,22 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
     first.docker("rmi", TAG)
 
 
+def write_squash(node: Machine, image: str, target: Path) -> None:
+    """A squashfs file as enroot imports one: with the image's environment and working directory."""
+    said = node.docker("image", "inspect", "--format", "{{json .Config}}", image)
+    config = json.loads(said)
+    work = config["WorkingDir"] or "/"
+    files = {"environment": "\n".join(config["Env"]), "rc": f'cd "{work}" || exit 1\nexec "$@"'}
+    container = node.docker("create", image, "sh")
+    for name, text in files.items():
+        (node.state / name).write_text(f"{text}\n")
+        node.docker("cp", str(node.state / name), f"{container}:/etc/{name}")
+    options = "-comp zstd -Xcompression-level 1 -tar -noappend -no-progress -quiet -all-root"
+    pack = f"docker export {container} | mksquashfs - {target} {options} -wildcards -e 'dev/*'"
+    node.run("sh", "-c", pack)
+    node.docker("rm", container)
+
+
 def start_stranger(node: Machine) -> None:
     """What is somebody else's, named as carelessly as people do: two containers and a process."""
     for name in STRANGERS:
@@ -93,6 +109,9 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
     for node in cluster.nodes.values():
         if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
             found.append(f"{node.name}: the lock of the image's load")
+        for path in ("/run/pyxis", "/run/enroot"):
+            kept = node.run("ls", path, check=False).stdout.split()
+            found += [f"{node.name}: {path}/{name}" for name in kept]
     left = [
         *workspace.rglob("run_*.json"),
         *workspace.rglob("fleet_*.json"),
@@ -104,7 +123,7 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
 
 def processes(cluster: Cluster) -> list[str]:
     """Our processes, by what only our command lines say: an order runs under python3 -IS."""
-    docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc"
+    docker, unpackers = "docker (run|load|pull|exec|rm)", "(pigz|zstd|gzip) -dc|unsquashfs"
     words = f"{docker}|{unpackers}|trtllm-serve|python3 -IS"
     found = []
     for node in cluster.nodes.values():

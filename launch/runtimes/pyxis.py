@@ -1,0 +1,221 @@
+"""pyxis: Slurm's own steps in containers of enroot; a step is the server, and all of its ranks.
+
+A container of Apptainer would be a sibling of this file: words before the engine's, where pyxis has
+flags for srun.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.talk import Failure, die
+from launch import squash
+from launch.findings import Finding, Node, Wanted
+from launch.identity import launcher
+from launch.image import Image
+from launch.node.containers import AskOwner
+from launch.node.pyxis import NOT_INSIDE, Attend, EndSteps, Inside, PartInside, RankInside
+from launch.nodes import run
+from launch.order import Command
+from launch.plan import Plan, Replica
+from launch.runtimes.bare import which
+from launch.runtimes.docker import giga, passed_on
+from launch.spread import Spread, step_of
+
+HAS_IMAGE = True
+OVER_NODES = True
+ATTENDED = True
+OPTION = "--container-image"
+NO_DOCKER = "docker: not found in PATH"
+PROOF = "/.tensorrt-llm-serve"  # a directory that no node has
+UNSAID = re.compile(r"[,:\"$`\n]")  # in a path: pyxis has no quotes, or lets a shell read it
+# PATH is for a node that runs a step on the bare host: the image's own counts more.
+OF_HOST = re.compile("HOME|PATH|(?i:(https?|all|no|ftp)_proxy)")
+LOW = 1 << 30  # bytes; with less memory to lock EFA cannot work
+MEMLOCK = "PropagateResourceLimitsExcept=MEMLOCK in slurm.conf and LimitMEMLOCK=infinity for slurmd"
+
+
+def find_image(asked: str, workspace: Path) -> Image:
+    return squash.find_image(asked, workspace)
+
+
+def is_known() -> bool:
+    """Whether this machine's srun has the plug-in."""
+    try:
+        return OPTION in run(["srun", "--help"], timeout=10)
+    except Failure:
+        return False
+
+
+def is_instead_of_docker(nodes: Sequence[Node]) -> bool:
+    """Whether it is what these nodes have."""
+    return all(node.facts.no_docker == NO_DOCKER for node in nodes) and is_known()
+
+
+def check(plan: Plan) -> None:
+    """Failure for what pyxis cannot do, before anything starts."""
+    if not plan.place.slurm:
+        die("--runtime pyxis needs a job of Slurm's", hint="salloc or sbatch, or --runtime docker")
+    if not is_known():
+        hint = "ask for pyxis on this machine (plugstack.conf), or run it where srun has it"
+        die(f"the srun of this machine has no {OPTION}: pyxis is not there", hint=hint)
+    for path in plan.mounts:
+        if found := UNSAID.search(path):
+            hint = "give it another name, or reach it by a link"
+            die(f"pyxis cannot mount {path}: it has {found[0]!r} in its name", hint=hint)
+
+
+def container(plan: Plan, replica: Replica, node: str) -> str | None:
+    return step_name(plan, replica)
+
+
+def step_name(plan: Plan, replica: Replica) -> str:
+    """By which the step is found among the job's; no other launch has it."""
+    return f"{plan.name_of(replica)}-{zlib.crc32(launcher().encode()):08x}"
+
+
+# --- its steps ------------------------------------------------------------------------------------
+def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    """The one task that is the server, for as long as its input is open."""
+    prefix = plan.place.on(1, first=replica.first, gpus=gpus_of(plan, replica))
+    gpus = which(plan, replica)
+    order = Inside(list(plan.command(replica)), gpus, 0, PROOF, variables(plan, replica))
+    return Command([*hooks(replica, environ), *prefix, *flags(plan, replica, environ)], order)
+
+
+def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
+    """A plain step beside it, on each of its nodes."""
+    prefix = plan.place.on(replica.nodes, first=replica.first)
+    caches = [path for _, path in plan.caches]
+    return Command(prefix, Attend(step_name(plan, replica), caches))
+
+
+def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
+    """All ranks, those of a node in one container, each with a log of its own."""
+    assert replica.spread
+    spread = replica.spread
+    step = step_of(plan.place, spread, replica.first, log, gpus_of(plan, replica))
+    prefix = [*hooks(replica, os.environ), *step, *flags(plan, replica, os.environ)]
+    return Command(prefix, rank(plan, replica, spread))
+
+
+def rank(plan: Plan, replica: Replica, spread: Spread) -> RankInside:
+    """What each of the step's tasks does."""
+    engine, name, command = plan.engine, plan.name_of(replica), list(plan.command(replica))
+    # The container has not the files of Slurm's own way to hand data to ranks.
+    environ = {"PMIX_MCA_gds": "hash", **variables(plan, replica)}
+    if engine.LEADER:
+        known = [engine.LEADER, *command], engine.LEADER_MARK, engine.PROGRAM
+        return RankInside(name, plan.cwd, *known, proof=PROOF, environ=environ)
+    numbers = range(spread.nodes)
+    parts = [engine.part(replica.args, each, spread.nodes, spread.head) for each in numbers]
+    return PartInside(name, plan.cwd, command, parts=parts, proof=PROOF, environ=environ)
+
+
+def remove(plan: Plan, replica: Replica) -> Command | None:
+    return Command(plan.place.on(1, first=replica.first), EndSteps([step_name(plan, replica)]))
+
+
+def ask_owner(plan: Plan, replica: Replica) -> Command:
+    """The network and the processes of a container are the node's."""
+    return Command(plan.place.on(1, first=replica.first), AskOwner(replica.host, replica.port, ""))
+
+
+def gpus_of(plan: Plan, replica: Replica) -> int:
+    """How many GPUs the step asks Slurm for: the job's on its nodes; 0: none, or nobody counts."""
+    mine = range(replica.first, replica.first + replica.nodes)
+    return 0 if replica.gpus == "none" else sum(map(plan.place.gpus, mine))
+
+
+def flags(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> list[str]:
+    """What srun is told of the container. What a site may decide otherwise is said each time.
+
+    Of the environment only what is named gets in: of the rest some would break the image's own,
+    LD_LIBRARY_PATH and PYTHONPATH above all. What is named counts more than the image's.
+    """
+    names = [*passed_on(environ), *hook_variables(replica, environ)]
+    host = sorted(name for name in environ if OF_HOST.fullmatch(name))
+    mounts = [f"{path}:{path}" for path in (*plan.mounts, *plan.device_files)]
+    return [
+        f"--job-name={step_name(plan, replica)}",
+        f"--export={','.join([*host, *names])}",
+        f"--container-env={','.join(names)}",
+        f"{OPTION}={plan.tag}",
+        f"--container-mounts={','.join([*mounts, f'{plan.mounts[0]}:{PROOF}:ro'])}",
+        *([f"--container-workdir={plan.cwd}"] if plan.cwd else []),
+        "--container-writable",                     # caches below $HOME; it goes with the step
+        "--no-container-mount-home",
+        "--no-container-remap-root",
+        "--no-container-entrypoint",
+    ]  # fmt: skip
+
+
+def variables(plan: Plan, replica: Replica) -> dict[str, str]:
+    """What the engine gets besides; no secret, as it is a part of the order."""
+    asked = not replica.devices and re.search(r"device=([^\"]+)", replica.gpus)
+    return {**dict(plan.caches), **({"CUDA_VISIBLE_DEVICES": asked[1]} if asked else {})}
+
+
+def hook_variables(replica: Replica, environ: Mapping[str, str]) -> dict[str, str]:
+    """For enroot's hooks, which find the job's value before the image's."""
+    gpus = "void" if replica.gpus == "none" else "all"
+    # The hook for Mellanox hides the devices that EFA needs.
+    mellanox = environ.get("MELLANOX_VISIBLE_DEVICES") or "void"
+    return {
+        "NVIDIA_VISIBLE_DEVICES": gpus,
+        "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+        "MELLANOX_VISIBLE_DEVICES": mellanox,
+    }
+
+
+def hooks(replica: Replica, environ: Mapping[str, str]) -> list[str]:
+    return ["env", *(f"{n}={value}" for n, value in hook_variables(replica, environ).items())]
+
+
+def blames(code: int, said: str) -> str:
+    """Who of the runtime has ended, not the engine; ''."""
+    return "the container of pyxis" if code == NOT_INSIDE or "error: pyxis: " in said else ""
+
+
+def left(node: str, name: str, why: str) -> str:
+    then = "It should end by itself once the node answers, at the latest with the job"
+    return f"{node}: the step {name} may be there still ({why}). {then}"
+
+
+# --- its part of the preflight --------------------------------------------------------------------
+def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
+    facts, found = node.facts, judge_image(node, wanted)
+    if not (facts.toolkit or wanted.gpus == "none"):
+        hint = "install libnvidia-container-tools there, or leave the node out (salloc --exclude)"
+        lacks = "enroot's hook for GPUs needs nvidia-container-cli, which is not there"
+        found.append(node.bad("toolkit", lacks, hint))
+    if wanted.gpus not in ("auto", "none", "all") and "device=" not in wanted.gpus:
+        hint = "auto, none, or device=0,1 for some of them"
+        found.append(node.bad("gpus", f"GPUS={wanted.gpus} cannot be said to pyxis", hint))
+    if facts.efa and 0 <= facts.memlock < LOW:
+        text = f"only {facts.memlock >> 10} kB of memory may be locked, and EFA needs more"
+        found.append(Finding(node.name, "memlock", "note", text, MEMLOCK))
+    return found
+
+
+def judge_image(node: Node, wanted: Wanted) -> list[Finding]:
+    image, facts = wanted.image, node.facts
+    if facts.no_image and image.reference:
+        found = [Finding(node.name, "image", "note", "import")]
+    elif facts.no_image:
+        hint = "it has to be on a file system that the nodes share, and yours to read"
+        return [node.bad("image", f"the image cannot be read there: {facts.no_image}", hint)]
+    else:
+        found = [node.ok("image", "present")]
+    if facts.data_shared:
+        text = f"enroot unpacks into {facts.data}, which other nodes share: they collide there"
+        hint = "ask for an ENROOT_DATA_PATH of the node's own (enroot.conf)"
+        found.append(node.bad("disk", text, hint) if wanted.world > node.gpus
+                     else Finding(node.name, "disk", "note", text, hint))  # fmt: skip
+    elif facts.data and facts.free < image.unpacked:
+        text = f"{giga(facts.free)} free in {facts.data}, {giga(image.unpacked)} needed to unpack"
+        hint = "remove what is there (enroot list, enroot remove), or ask for more room"
+        found.append(node.bad("disk", f"not enough disk space: {text} the image", hint))
+    return found
