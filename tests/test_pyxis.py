@@ -24,7 +24,7 @@ from launch.plan import Plan
 from launch.runtimes import pyxis
 from launch.slurm import Allocation, Share
 from launch.spread import Spread
-from tests.conftest import ONE_NODE, Fakes, Script, plan
+from tests.conftest import ONE_NODE, Fakes, Script, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 SQSH = "/fsx/x.sqsh"
@@ -252,6 +252,19 @@ def test_a_rank_ends_with_its_input_and_takes_its_session_along(
     begun = time.monotonic()
     rank.close()
     assert rank.code() == 143 and time.monotonic() - begun < 10
+
+
+def test_sigkill_of_a_ranks_order_ends_its_session(
+    script: Callable[..., Script], tmp_path: Path
+) -> None:
+    """Also where Slurm does not find what is no longer a child of it."""
+    words = ["sh", "-c", f"sh -c 'echo $$ >{tmp_path}/pid; sleep 1000' & wait"]
+    order = RankInside("x", "", words, "leader", "sleep", proof=str(tmp_path))
+    rank = script(Command((), order))
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+    pid = int((tmp_path / "pid").read_text())
+    rank.process.kill()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_file_system_that_nodes_share_is_known(tmp_path: Path) -> None:

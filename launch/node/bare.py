@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from launch.node.base import NOT_FOUND, STOPPED, Ends
 from launch.node.containers import set_interfaces
+from launch.node.inside import OUTLIVES
 
+HELD: list[subprocess.Popen[bytes]] = []  # their input is open for as long as we are
 # MPI must not see Slurm's variables, or its spawning of workers inside a step fails.
 HIDDEN = re.compile("(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_")
 
@@ -48,11 +50,21 @@ def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[byt
     """In a session of its own. What is not there, or not to be run, is 127 or 126 as in a shell."""
     null = subprocess.DEVNULL
     try:
-        return subprocess.Popen(command, stdin=null, env=variables, start_new_session=True)
+        engine = subprocess.Popen(command, stdin=null, env=variables, start_new_session=True)
+        ends_with_us(engine.pid)
+        return engine
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_FOUND - 1
         return subprocess.Popen(["sh", "-c", f"exit {code}"], start_new_session=True)
+
+
+def ends_with_us(session: int) -> None:
+    """Where Slurm knows processes by their parents, SIGKILL for us spares the engine's own."""
+    outlives = ["sh", "-c", OUTLIVES, "outlives", str(session)]
+    attendant = subprocess.Popen(outlives, stdin=subprocess.PIPE, start_new_session=True)
+    attendant.wait()
+    HELD.append(attendant)
 
 
 def some(gpus: list[int], visible: str) -> str:

@@ -26,5 +26,11 @@ printf '{"node": "%s", "Up": {}}\n' "$1"
 until cat >/dev/null; do sleep 1; done
 """
 
+# A process that is nobody's child ends a session when its input ends: who held that is gone.
+OUTLIVES = r"""
+exec 3<&0 </dev/null
+({ while read -r _; do :; done; kill -s KILL -- "-$1"; } <&3 >/dev/null 2>&1 &)
+"""
+
 # Every open file of every process, to find the owner of a socket.
 OPEN_FILES = "ls -l /proc/[0-9]*/fd"
