@@ -76,7 +76,7 @@ class Life(threading.Thread):
     @property
     def row(self) -> dict[str, Any]:
         """What others are told of it. Times are ISO 8601, `null` while it is not so."""
-        running, now, wall = self.server, time.monotonic(), time.time()
+        running = self.server
         ready_at = running.ready_at if running else None
         head, *_ = names = [node.name for node in self.own_nodes]
         return {
@@ -89,8 +89,10 @@ class Life(threading.Thread):
             "log": str(running.main_log.path if running else self.log),
             "metrics": f"{self.url}{self.plan.engine.METRICS}",
             "container": runtime(self.plan.runtime).container(self.plan, self.replica, head),
-            "started": iso(wall - running.age) if running else None,
-            "ready": iso(wall - (now - ready_at)) if ready_at else None,
+            "started": iso(running.began) if running else None,
+            "ready": iso(running.began + ready_at - running.started)
+            if running and ready_at
+            else None,
             "restarts": max(self.starts - 1, 0),
             "why": self.why,
         }

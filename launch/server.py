@@ -47,6 +47,7 @@ class Server:
     holders: world.Holders | None = None  # of a spread launch, and of one that is attended
     starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
     ready_at: float | None = None
+    began: float = field(default_factory=time.time)  # `started` by the clock on the wall
     loading: Loading = field(default_factory=Loading)
     ask_at: float = math.inf  # when the node is to be asked why nobody gets an answer
     looked: float = field(default_factory=time.monotonic)  # when its processes were looked at
