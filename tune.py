@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Find the best configuration for a model: serve each candidate, measure it, name the best.
+"""Find the best configuration for a model: serve and measure each candidate.
 
 Every combination of the lists is a candidate. All are measured at a few loads,
 then only what may still be better. What is not an option here goes to

@@ -42,12 +42,12 @@ def parse(
         "--workspace",
         "-w",
         metavar="DIR",
-        help="directory of the default image and logs/ (default: .)",
+        help="directory of the default image and logs/ (.)",
     )
     option(
         "--container-mount",
         metavar="DIR",
-        help="host directory mounted into the containers (default: /fsx)",
+        help="host directory mounted into the containers (/fsx)",
     )
     option(
         "--force",
@@ -62,11 +62,12 @@ def parse(
     )
     option("--verbose", "-v", action="store_true", help="show commands, and the log while loading")
     option = parser.add_argument_group("serving").add_argument
-    option("--engine", choices=ENGINES, help=f"what serves (default: {DEFAULT})")
+    option("--engine", choices=ENGINES, metavar="NAME", help=f"{', '.join(ENGINES)} ({DEFAULT})")
     option(
         "--runtime",
         choices=RUNTIMES,
-        help="bare: the engine from PATH, no container (default: docker, or pyxis for a .sqsh)",
+        metavar="NAME",
+        help="docker; pyxis for a .sqsh; bare: the engine in PATH",
     )
     option(
         "--ready-timeout",
@@ -80,7 +81,8 @@ def parse(
     option("--all-or-nothing", action="store_true", help="end them all when one is lost")
     option("--no-front", action="store_true", help="no common address: each has its own")
     choices = [name for name in AFFINITY if name]
-    option("--affinity", choices=choices, default="", help="send alike requests to one replica")
+    alike = f"by {' or '.join(choices)}: send alike requests to one replica"
+    option("--affinity", choices=choices, metavar="HOW", default="", help=alike)
     option = parser.add_argument_group("prefill and decode on servers of their own").add_argument
     for name, what_it_does in (("prefill", "read prompts"), ("decode", "write answers")):
         option(f"--{name}", metavar="N", help=f"how many servers {what_it_does} (default: none)")

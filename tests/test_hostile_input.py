@@ -192,7 +192,7 @@ def test_a_dry_run_read_by_bash_has_the_very_arguments(
         assert [list(order) for order in orders] == [["Survey"], ["Serve"], ["Remove"]]
         assert orders[1]["Serve"]["engine"] == engine
         assert {command[0] for command in commands} == {"env" if slurm else "python3"}
-        assert orders[2]["Remove"] == {"launcher": launcher()}
+        assert orders[2]["Remove"] == {"launcher": launcher(), "replica": ""}
         assert written(folder) == {"pasted", "record"}
 
 

@@ -512,7 +512,7 @@ def test_a_windows_editors_env_file_is_read(tmp_path: Path, head: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("TP", "it is for make's command line (make ... TP=)"),
+        ("FOLDER", "it is for make's command line (make ... FOLDER=)"),
         ("READYTIMEOUT", "did you mean READY_TIMEOUT?"),
         ("model", "did you mean MODEL?"),
         ("CUDA_VISIBLE_DEVICES", "the engine's container does not see it"),

@@ -329,7 +329,7 @@ def test_an_answer_on_the_port_does_not_make_a_dead_server_ready(
 def test_another_server_on_the_port_is_named(run_plan: Callable[..., server.Server]) -> None:
     running = run_plan("bash", "-c", "sleep 100")
     running.health.stranger, running.health.strange = "other/model", 99
-    words = "^n1: another server took http://127.0.0.1:1 .*; it serves other/model, not -c$"
+    words = "^n1: another server took http://127.0.0.1:1 .*; it serves other/model, not bash$"
     with pytest.raises(Failure, match=words) as failure:
         watch.await_ready(running, 60)
     assert not failure.value.passing
