@@ -21,7 +21,6 @@ GPU_WORDS = re.compile(
 )
 GIVEN = """image workspace container_mount engine ready_timeout restart runtime replicas
     load_at_once""".split()
-DEFAULT_IMAGE = "the workspace's tarball, else a local tag"
 
 
 def parse(
@@ -36,8 +35,8 @@ def parse(
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 80),
     )
     option = parser.add_argument_group("image and paths").add_argument
-    images = "tarball, .sqsh, local tag or registry reference"
-    option("--image", metavar="IMAGE", help=f"{images} (default: {DEFAULT_IMAGE})")
+    images = "tarball, .sqsh, tag or reference (the workspace's)"
+    option("--image", metavar="IMAGE", help=images)
     option(
         "--workspace",
         "-w",
