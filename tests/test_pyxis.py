@@ -107,6 +107,14 @@ def test_a_path_that_pyxis_cannot_express_is_refused(
         pyxis.check(replace(made(), mounts=("/fsx", path)))
 
 
+def test_a_step_is_not_privileged_and_that_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pyxis, "is_known", lambda: True)
+    pyxis.check(replace(made(), privileged=True))
+    assert "PRIVILEGED=1 does nothing" in capsys.readouterr().err
+
+
 def test_what_it_needs_of_slurm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyxis, "is_known", lambda: False)
     with pytest.raises(Failure, match="has no --container-image"):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.talk import Failure, die
+from common.talk import Failure, die, say
 from launch import squash
 from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
@@ -61,6 +61,8 @@ def check(plan: Plan) -> None:
     if not is_known():
         hint = "ask for pyxis on this machine (plugstack.conf), or run it where srun has it"
         die(f"the srun of this machine has no {OPTION}: pyxis is not there", hint=hint)
+    if plan.privileged:
+        say("PRIVILEGED=1 does nothing: a step of Slurm has its user's own rights")
     for path in plan.mounts:
         if found := UNSAID.search(path):
             hint = "give it another name, or reach it by a link"
