@@ -9,6 +9,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def side_by_side(first: Path, second: Path) -> int:
 def compare_several(folders: Sequence[Path]) -> int:
     """The same of more than two, each against the first; the page is in the last one."""
     found, own = [load(folder) for folder in folders], [each.resolve().name for each in folders]
-    names = own if len(set(own)) == len(own) else [str(each) for each in folders]
+    names = own if len(set(own)) == len(own) else told_apart(folders)
     print(several(names, [each.records for each in found]))
     for words in (words for each in found for words in each.left_out):
         say(words)
@@ -75,6 +76,13 @@ def compare_several(folders: Sequence[Path]) -> int:
     write_several(names, found, page)
     say(f"{page}")
     return 0
+
+
+def told_apart(folders: Sequence[Path]) -> list[str]:
+    """Their paths, as far as they differ."""
+    whole = [each.resolve() for each in folders]
+    common = os.path.commonpath(whole)
+    return [str(each.relative_to(common)) for each in whole]
 
 
 if __name__ == "__main__":

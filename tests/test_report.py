@@ -412,9 +412,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_more_than_two_are_each_compared_with_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a = put(tmp_path / "a", *twice(10.0, 10.02))
+    a = put(tmp_path / "a", *twice(10.0, 10.02), *everything())
     b = put(tmp_path / "b", *twice(12.0, 12.0), *everything())
-    c = put(tmp_path / "c", *twice(8.0, 8.0), bad(Case("prefill", 1, 1, 1, 1)))
+    c = put(tmp_path / "c", *twice(8.0, 8.0), *everything(), bad(Case("prefill", 1, 1, 1, 1)))
     assert command.main(["compare", str(a), str(b), str(c)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "load a b c"
@@ -434,7 +434,8 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(
         (tmp_path / name).mkdir()
     folders = [str(put(tmp_path / f"{name}/x", *twice(1.0, 1.0))) for name in "abc"]
     assert command.main(["compare", *folders]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["load", *folders]
+    names = ["a/x", "b/x", "c/x"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["load", *names]
 
 
 def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
