@@ -1736,7 +1736,7 @@ def test_settings_come_from_env_files_too(
     out = capfd.readouterr().out
     serve = shown_orders(out)["the server, until its standard input ends"][1]["Serve"]
     assert serve["engine"] == ["trtllm-serve", "from/cwd", *"--host 0.0.0.0 --port 8123".split()]
-    assert serve["gpus"] == "none" and serve["job"].startswith("local")
+    assert serve["gpus"] == "none" and serve["name"].startswith("trtllm-local")
     assert settings.setting("GPUS") == "none"
 
 

@@ -117,7 +117,7 @@ ENDED_WITH = "srun: error: n1: task 0: Exited with exit code {}"
             "echo 'docker: Error response from daemon: exec: \"sh\": not found'; exit 127",
             "n1: docker run ended with exit code 127 before .*: docker: Error response from",
         ),
-        (False, "exit 127", r"n1: trtllm-serve ended with exit code 127 \(trtllm-serve was not"),
+        (False, "exit 127", r"n1: trtllm-serve ended with exit code 127 \(bash was not"),
     ],
 )
 def test_who_ended_is_named(
