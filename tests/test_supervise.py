@@ -147,6 +147,7 @@ class Fleet:
         self.most_loading = max(self.most_loading, len(self.loading))
         log = SimpleNamespace(path=self.workspace / replica.label, last_line="")
         made = SimpleNamespace(replica=replica, plan=self.plan, ready_at=None, age=1.0, served=0.0)
+        made.began, made.started = time.time(), time.monotonic()
         made.health, made.main_log, made.url = SimpleNamespace(model="m"), log, url
         made.loading = SimpleNamespace(said="")
         return cast(Server, made)
