@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.settings import setting
-from common.signals import obey
-from common.talk import counted, die, misused, print_plainly, say
+from common.talk import counted, die, misused, say
 from launch import cli
 from launch.arguments import from_home
 from launch.engines import engine
@@ -194,8 +193,6 @@ def tune(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    obey()
-    print_plainly()
     return bench_place.exit_code(lambda: tune(argv))
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn
@@ -101,6 +101,12 @@ def say(message: str, code: str = "") -> None:
 def counted(number: int, what: str) -> str:
     """`1 node`, `2 nodes`"""
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many words each, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def visible(text: str) -> str:

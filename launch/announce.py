@@ -18,19 +18,9 @@ PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for 
 
 def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
     """Say where the server is, on screen and in the file at `path`."""
-    endpoint: dict[str, object] = {
-        "url": server.url,
-        "model": server.health.model,
-        "model_argument": model_argument(server.replica.model),
-        "job": server.plan.place.job,
-        "nodes": [node.name for node in nodes],
-        "container": server.runtime.container(server.plan, server.replica, server.node),
-        "log": str(server.main_log.path),
-        "ready_seconds": round(server.age, 2),
-        "started": iso(time.time() - server.age),
-        "ready": iso(time.time()),
-        "launcher": launcher(),
-    }
+    container = server.runtime.container(server.plan, server.replica, server.node)
+    endpoint = facts(server, nodes, server.url, server.main_log.path, server.age)
+    endpoint["container"] = container
     what = f"{server.health.model}, {server.plan.title}"
     say(f"READY after {server.age:.1f} s: {server.url} serves {what}")
     return write(path, endpoint)
@@ -43,12 +33,18 @@ def announce_fleet(
 
     `took`: seconds since they were started; `who`: what serves, `3 of 4 replicas`.
     """
-    model = server.health.model
-    what = f"{model} with {who}, {server.plan.title}"
+    what = f"{server.health.model} with {who}, {server.plan.title}"
     say(f"READY after {took:.1f} s: {url} serves {what}")
+    return facts(server, nodes, url, log, took)
+
+
+def facts(
+    server: Server, nodes: Sequence[Node], url: str, log: Path, took: float
+) -> dict[str, object]:
+    """What endpoint.json says of any launch."""
     return {
         "url": url,
-        "model": model,
+        "model": server.health.model,
         "model_argument": model_argument(server.replica.model),
         "job": server.plan.place.job,
         "nodes": [node.name for node in nodes],

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 
 from common.talk import die, misused
 
@@ -141,7 +142,7 @@ def as_flags(
     if missing := [name for name in sizes if name not in known]:
         die(f"the engine has no flag for a size {missing[0]}")
     args = [word for name, size in sizes.items() for word in (known[name], str(size))]
-    args += ["--config", os.path.abspath(config)] if config else []  # noqa: PTH100
+    args += ["--config", str(Path(config).absolute())] if config else []
     for key, value in settings.items():
         name = key.replace("_", "-")
         if value.lower() not in ("true", "false"):

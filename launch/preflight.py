@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common.talk import HEARTBEAT, Failure, counted, die, say
+from common.talk import HEARTBEAT, Failure, aligned, counted, die, say
 from launch import slurm
 from launch.engines import packages
 from launch.findings import Finding, Node, Wanted, gpus_of
@@ -248,8 +248,7 @@ def table(findings: Sequence[Finding]) -> str:
     columns = list(dict.fromkeys(f.check for f in findings))
     rows = [["node", *columns]]
     rows += [[node, *(row.get(c, "-") for c in columns)] for node, row in cells.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(aligned(rows))
 
 
 def must_provide(nodes: Sequence[Node], image: Image) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.ask import ask
 from common.response import Malformed
-from common.talk import counted, say, visible
+from common.talk import aligned, counted, say, visible
 from launch.records import records, states_of
 
 TIMEOUT = 5.0
@@ -34,7 +34,7 @@ def status(logs: Path, as_json: bool = False) -> int:
     for each in [] if as_json else launches:
         words = each["job"], each["state"], each["url"], each["model"]
         print("\t".join(map(visible, words)))
-        for line in table([cells(row) for row in each.get("replicas", ())]):
+        for line in aligned([cells(row) for row in each.get("replicas", ())]):
             print(visible(f"  {line}"))
     if not launches:
         say(f"nothing runs from {logs.parent}")
@@ -134,8 +134,3 @@ def since(row: Row) -> str:
         if seconds >= size:
             return f"up {seconds / size:.1f} {unit}"
     return f"up {max(seconds, 0):.0f} s"
-
-
-def table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

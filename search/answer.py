@@ -36,14 +36,18 @@ class Outcome:
 
     @property
     def measured(self) -> dict[str, dict[int, race.Point]]:
-        return {
-            name: {load: point_of(group) for load, group in found.items()}
-            for name, found in self.groups.items()
-        }
+        return {name: points_of(found) for name, found in self.groups.items()}
+
+    def candidate(self, name: str) -> Candidate:
+        return next(each for each in self.candidates if each.name == name)
 
     def command_of(self, name: str) -> str:
-        found = next(c for c in self.candidates if c.name == name)
-        return shlex.join([".venv/bin/python", "run_sbatch.py", *self.command, *found.words])
+        words = self.candidate(name).words
+        return shlex.join([".venv/bin/python", "run_sbatch.py", *self.command, *words])
+
+
+def points_of(found: Mapping[int, Group]) -> dict[int, race.Point]:
+    return {load: point_of(group) for load, group in found.items()}
 
 
 def point_of(group: Group) -> race.Point:
@@ -129,16 +133,16 @@ def table(outcome: Outcome) -> list[str]:
         if at:
             rows.append(row(outcome, name, at[1], ""))
         else:
-            gpus = next(c.gpus for c in outcome.candidates if c.name == name)
+            gpus = outcome.candidate(name).gpus
             rows.append([name, str(gpus), *["-"] * 5, "failed" if name in outcome.failed else "-"])
     reasons = [f"{name}: {why}" for name, why in outcome.failed.items()]
     return [*columns_of([heads, *rows]), *reasons]
 
 
 def row(outcome: Outcome, name: str, load: int, mark: str) -> list[str]:
-    point, group = outcome.measured[name][load], outcome.groups[name][load]
+    group, gpus = outcome.groups[name][load], outcome.candidate(name).gpus
+    point = point_of(group)
     around = group.spread("gpu_throughput")
-    gpus = next(c.gpus for c in outcome.candidates if c.name == name)
     per_gpu = number(point.gpu) + (f" ±{around:.1%}" if len(group.records) > 1 else "")
     latencies = [f"{point.p99[metric]:,.1f}" for metric in ("ttft", "tpot")]
     return [name, str(gpus), str(load), per_gpu, f"{point.user:,.1f}", *latencies, mark]
@@ -216,8 +220,11 @@ def document(outcome: Outcome) -> Record:
 def html(outcome: Outcome) -> str:
     best = answers(outcome)
     found = [line for each in best for line in say(outcome, each)]
-    rows = [[escape(cell) for cell in row(outcome, name, load, mark_of(outcome, name, load))]
-            for name, by_load in outcome.groups.items() for load in sorted(by_load)]  # fmt: skip
+    front = race.front(outcome.measured)
+    marks = {(name, load): mark_of(group, (name, load) in front)
+             for name, by_load in outcome.groups.items()
+             for load, group in sorted(by_load.items())}  # fmt: skip
+    rows = [[escape(cell) for cell in row(outcome, *at, mark)] for at, mark in marks.items()]
     heads = ["candidate", "GPUs", "streams", "tok/s per GPU", "tok/s per user", "TTFT p99",
              "TPOT p99", ""]  # fmt: skip
     failed = [f"{name}: {why}" for name, why in outcome.failed.items()]
@@ -233,10 +240,10 @@ def html(outcome: Outcome) -> str:
     return page.document(f"Configurations of {outcome.model}", parts)
 
 
-def mark_of(outcome: Outcome, name: str, load: int) -> str:
-    if not outcome.measured[name][load].valid:
-        return "INVALID: " + "; ".join(outcome.groups[name][load].problems)
-    return "on the front" if (name, load) in race.front(outcome.measured) else ""
+def mark_of(group: Group, on_front: bool) -> str:
+    if not group.valid:
+        return "INVALID: " + "; ".join(group.problems)
+    return "on the front" if on_front else ""
 
 
 def charts(outcome: Outcome) -> Iterable[Chart]:

@@ -1,7 +1,6 @@
 """A candidate served by the launcher, a process of its own, and ended with all that it started."""
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.talk import Failure, read_json, say
+from launch.node.base import ending_with_us
 from search.candidates import Candidate
 
 ROOT = Path(__file__).resolve().parents[1]
 TICK = 0.1  # seconds between two looks for the endpoint
 ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*)$", re.M)
-PR_SET_PDEATHSIG = 1  # prctl(2)
 Process = subprocess.Popen[bytes]
 
 
@@ -65,7 +64,7 @@ def serving(
             stderr=talk,
             env={**os.environ, "NODELIST": ",".join(nodes), "TP": ""},
             start_new_session=True,  # a ^C is for us: we end it once it is safe
-            preexec_fn=die_with_parent,
+            preexec_fn=ending_with_us(signal.SIGTERM),  # then it ends what it started
         )
     started(launcher)
     served = Serving(launcher, folder)
@@ -74,11 +73,6 @@ def serving(
         yield served
     finally:
         end(launcher)
-
-
-def die_with_parent() -> None:
-    """Should our thread be killed, the launcher gets a SIGTERM, and ends what it started."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def await_endpoint(served: Serving, record: Path) -> str:

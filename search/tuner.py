@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.talk import Failure, counted, say
 from report.results import Group, groups, load
 from search import answer, race
+from search.answer import points_of
 from search.candidates import Candidate
 from search.nodes import Nodes, side_by_side
 from search.serving import ROOT, Process, Serving, serving
@@ -99,7 +100,7 @@ class Tuner:
         return self.outcome.groups.get(name, {})
 
     def points(self, name: str) -> dict[int, race.Point]:
-        return self.outcome.measured.get(name, {})
+        return points_of(self.found(name))
 
     # --- one candidate ----------------------------------------------------------------------------
 
@@ -131,13 +132,13 @@ class Tuner:
     def promising(self, name: str) -> list[int]:
         return race.next_loads(self.outcome.measured, name, self.loads, self.outcome.limits)
 
-    @contextmanager
-    def serving(self, candidate: Candidate, nodes: Sequence[str]) -> Iterator[Serving]:
+    def serving(
+        self, candidate: Candidate, nodes: Sequence[str]
+    ) -> AbstractContextManager[Serving]:
         port = self.port + PORTS_APART * next(self.served)
         command = [*self.outcome.command, *self.more, "--port", str(port)]
         folder = self.folder / candidate.name
-        with serving(candidate, command, nodes, folder, self.began) as served:
-            yield served
+        return serving(candidate, command, nodes, folder, self.began)
 
     def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
         """By bench.py, as its user would. Failure where the server is gone."""

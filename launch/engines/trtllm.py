@@ -8,6 +8,7 @@ from typing import Any
 
 from common.talk import die, misused, say
 from launch.arguments import (
+    as_flags,
     flags_of,
     is_count,
     split_models,
@@ -181,11 +182,10 @@ def tuned(
     They go into `file`, over those of the config, where there are any.
     """
     flags = {"tp": "--tp_size", "pp": "--pp_size", "ep": "--ep_size"}
-    args = [word for name, size in sizes.items() for word in (flags[name], str(size))]
-    if not settings:
-        return [*args, *([CONFIG_FLAGS[0], str(Path(config).absolute())] if config else [])]
-    write_with(config, settings, file)
-    return [*args, CONFIG_FLAGS[0], str(file)]
+    if settings:
+        write_with(config, settings, file)
+        config = str(file)
+    return as_flags(flags, sizes, config, {})
 
 
 def effective(args: Sequence[str]) -> object:

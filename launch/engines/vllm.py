@@ -7,6 +7,11 @@ from pathlib import Path
 from launch.arguments import as_flags, given, size_of, with_address, without_model
 from launch.config_file import merged
 from launch.engines import LEVEL, World
+from launch.engines.of_flags import binds_first as binds_first
+from launch.engines.of_flags import config_of as config_of
+from launch.engines.of_flags import effective as effective
+from launch.engines.of_flags import names_of as names_of
+from launch.engines.of_flags import settle as settle
 
 TITLE, PACKAGE, PROGRAM = "vLLM", "vllm", "vllm serve"
 IMAGE, VERSION = "docker.io/vllm/vllm-openai:latest", ""
@@ -41,21 +46,8 @@ def ready_words(version: str) -> bytes:
     return b"Application startup complete"
 
 
-def binds_first(version: str) -> bool:
-    """It does, but asks to reuse the port."""
-    return False
-
-
 def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
     return ("vllm", "serve", model, *args)
-
-
-def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
-    return tuple(filter(None, (given(args, "--served-model-name"), model)))
-
-
-def config_of(args: Sequence[str]) -> str | None:
-    return given(args, "--config")
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
@@ -70,15 +62,6 @@ def tuned(
     config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
 ) -> list[str]:
     return as_flags({"tp": TP[0], "pp": PP[0]}, sizes, config, settings, no="no-")
-
-
-def effective(args: Sequence[str]) -> object:
-    return list(merged(args))
-
-
-def settle(args: Sequence[str], version: str) -> list[str]:
-    """As they are: the engine itself checks what it is given."""
-    return list(args)
 
 
 def part(args: Sequence[str], index: int, nodes: int, head: str) -> list[str]:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,6 +145,14 @@ def sockets(port: int, state: str) -> list[list[str]]:
     """The kernel's rows of a port of this node: [2] is the other end, [9] the socket's inode."""
     pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]{{4}} {state} ")
     return [line.split() for line in tables_of_sockets() if pattern.search(line)]
+
+
+def ending_with_us(signum: int) -> Callable[[], None]:
+    """For a child about to start: the kernel sends it the signal when our thread is gone."""
+    import ctypes  # late: few orders need it
+
+    libc, on_death_of_parent = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
+    return lambda: libc.prctl(on_death_of_parent, signum)
 
 
 def tables_of_sockets() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import shutil
@@ -14,14 +13,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.node.base import STOPPED, Ends, ask, listening, tell
+from launch.node.base import STOPPED, Ends, ask, ending_with_us, listening, tell
 from launch.node.messages import Error, Listens
 
 SYSTEMS = "/usr/local/sbin:/usr/sbin"  # where packages put it, and few users have it in PATH
 MOST_FILES = 1 << 17  # open files; HAProxy prepares for as many as it may have, billions on some
 OWN_FILES = 28  # of them it needs itself; a stream takes two
 WARNED = "warned"
-DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -70,12 +68,12 @@ class Front:
 
     def start(self, program: str, file: int) -> subprocess.Popen[bytes]:
         """Returns when it listens, or has ended."""
-        before, libc = listening(self.port), ctypes.CDLL(None)
+        before = listening(self.port)
         process = subprocess.Popen(
             [program, "-db", "-f", path_of(file)],
             stdin=subprocess.DEVNULL,
             pass_fds=[file],
-            preexec_fn=lambda: libc.prctl(DIE_WITH_PARENT, signal.SIGKILL),
+            preexec_fn=ending_with_us(signal.SIGKILL),
         )
         while process.poll() is None and not listening(self.port) - before:
             time.sleep(0.01)

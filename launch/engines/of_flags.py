@@ -1,0 +1,28 @@
+"""What engines have in common whose arguments are flags, which they check themselves."""
+
+from collections.abc import Sequence
+
+from launch.arguments import given
+from launch.config_file import merged
+
+
+def binds_first(version: str) -> bool:
+    """Not so that a port still in use would end it: it asks to reuse the port."""
+    return False
+
+
+def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
+    return tuple(filter(None, (given(args, "--served-model-name"), model)))
+
+
+def config_of(args: Sequence[str]) -> str | None:
+    return given(args, "--config")
+
+
+def effective(args: Sequence[str]) -> object:
+    return merged(args)
+
+
+def settle(args: Sequence[str], version: str) -> list[str]:
+    """As they are: the engine itself checks what it is given."""
+    return list(args)
