@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from itertools import starmap
 from statistics import fmean
 from typing import Any
 
+from common.prometheus import RUNNING, WAITING, Page, of_engine
 from common.talk import Failure
 from load.endpoint import Endpoint, fetch
 
@@ -31,8 +31,6 @@ FIRST, EVERY = 0.25, 5.0  # s to the first look during a run; then twice as long
 SETTLES = 0.1  # s after its last token until a request is in the counters
 CAME = "of the prompt tokens came from the server's cache"
 CACHE_HIT = 0.01  # share of the prompt tokens from which on a run is marked
-ENGINE = r"(?:ray_)?(?:vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend)[:_]"
-SAMPLE = re.compile(rf"^{ENGINE}(\w+?)(?:_total)?(?:\{{.*\}})?[ \t]+([^\s#]+)", re.MULTILINE)
 
 # Names without the engine's before them; of several the first that is there.
 HISTOGRAMS = {
@@ -42,8 +40,6 @@ HISTOGRAMS = {
     "itl": ("inter_token_latency_seconds", "time_per_output_token_seconds"),
     "e2el": ("e2e_request_latency_seconds", "request_duration", "request_duration_seconds"),
 }
-RUNNING = ("num_requests_running", "num_running_reqs", "batch_current_size")
-WAITING = ("num_requests_waiting", "num_queue_reqs", "queue_size")
 KV_USE = ("kv_cache_usage_perc", "gpu_cache_usage_perc", "token_usage", "kv_cache_utilization")
 # Prompt tokens, or blocks of them, from the cache; and the sum that they are a share of.
 CACHE = (
@@ -65,7 +61,6 @@ COUNTERS = {
 
 Record = dict[str, Any]
 Raw = list[bytes]
-Page = dict[str, list[float]]  # a metric's values, one a set of labels (replica, model, reason)
 Look = tuple[float, Page]  # and the seconds that it stands for
 
 
@@ -139,20 +134,7 @@ def tells(body: bytes) -> bool:
 
 
 def page(raw: Raw) -> Page:
-    found: Page = {}
-    for body in raw:
-        for name, value in SAMPLE.findall(body.decode(errors="replace")):
-            with_number(found, name, value)
-    return found
-
-
-def with_number(found: Page, name: str, text: str) -> None:
-    try:
-        value = float(text)
-    except ValueError:
-        return
-    if math.isfinite(value):
-        found.setdefault(name, []).append(value)
+    return of_engine(*(body.decode(errors="replace") for body in raw))
 
 
 def iterations(*raws: Raw) -> list[Record]:
