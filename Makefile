@@ -17,6 +17,7 @@ READY  := $(VENV)/.ready
 GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPUS PRIVILEGED
 GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
 GIVEN += CONFIGS GOODPUT
+GIVEN += REPLICA PREFILL DECODE PREFILL_CONFIG DECODE_CONFIG
 GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
@@ -45,6 +46,7 @@ OR_SAID    := || [ $$? = 1 ]
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
+POOLS = $(call flag,PREFILL,--prefill) $(call flag,DECODE,--decode) $(call flag,PREFILL_CONFIG,--prefill-config) $(call flag,DECODE_CONFIG,--decode-config)
 # The values that the shell splits into words: more arguments for the engine and for bench.py; and
 # CONFIGS and GOODPUT of `make tune`.
 EXTRA_ARGS ?=
@@ -74,8 +76,8 @@ sqsh: ## Convert the image for enroot (IMAGE= FILE=)
 
 ##@ Serve
 .PHONY: serve
-serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= REPLICAS= EXTRA_ARGS=)
-	$(PY) run_sbatch.py $(call flag,MODEL,) $(EXTRA_ARGS) $(OR_STOPPED)
+serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= REPLICAS= PREFILL= DECODE= EXTRA_ARGS=)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(POOLS) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
 stop: $(READY) ## Stop what was started from this workspace, or only one of it (JOB=)
@@ -86,8 +88,8 @@ status: $(READY) ## Show what runs from this workspace
 	@$(PY) run_sbatch.py --status $(OR_SAID)
 
 .PHONY: logs
-logs: $(READY) ## Follow the newest server log
-	@$(PY) run_sbatch.py --logs $(OR_STOPPED)
+logs: $(READY) ## Follow the newest server log, or that of one of a fleet (REPLICA=r2)
+	@$(PY) run_sbatch.py --logs $(call flag,REPLICA,) $(OR_STOPPED)
 
 .PHONY: why
 why: $(READY) ## Say why the newest server ended, or that of a log (LOG=)

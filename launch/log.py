@@ -15,6 +15,7 @@ NOISE = re.compile(
     rb"[^\n]*\n?",
     re.M,
 )
+LONGEST = 1 << 16  # bytes of a line that are waited for
 
 
 class Log:
@@ -23,15 +24,17 @@ class Log:
     It is on the screen from the moment that the server is ready on; with -v from the beginning.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, label: str = "") -> None:
+        """`label` stands before each line on the screen, where servers speak there in turn."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.label = path, label.encode()
         self.sink = path.open("ab")
         self.reader = path.open("rb", buffering=0)
         self.start = self.reader.seek(0, os.SEEK_END)
         self.last_line = ""
         self.shown = Record.verbose
         self.unseen = b""  # the last of what has not been shown
+        self.begun = b""  # a line that goes on, of one with a label
 
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Return what is new, and show it. A flood is skipped on screen, not in the file."""
@@ -61,11 +64,19 @@ class Log:
 
     def _show(self, new: bytes) -> None:
         try:
-            sys.stdout.buffer.write(NOISE.sub(b"", new))
+            sys.stdout.buffer.write(self._labelled(NOISE.sub(b"", new)))
             sys.stdout.flush()
         except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+    def _labelled(self, new: bytes) -> bytes:
+        if not self.label:
+            return new
+        *lines, self.begun = (self.begun + new).split(b"\n")
+        if len(self.begun) > LONGEST:
+            lines, self.begun = [*lines, self.begun], b""
+        return b"".join(b"%s | %s\n" % (self.label, line) for line in lines)
 
     def tail(self, lines: int = 50) -> str:
         """The last lines of this launch, wherever somebody has moved the file."""

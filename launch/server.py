@@ -119,7 +119,7 @@ def launch(
     own = nodes[replica.first : replica.first + replica.nodes]
     if plan.engine.binds_first(plan.version):
         await_port(plan, replica, over)
-    log, started = Log(log_path), time.monotonic()
+    log, started = Log(log_path, replica.label), time.monotonic()
     starts = {p: p.stat().st_size for p in log_path.parent.glob(f"{log_path.stem}_rank*.log")}
     rank0: Log | None = None
     holders: world.Holders | None = None
@@ -173,7 +173,7 @@ def launch_spread(
         holders.await_up(over)
         if not replica.spread:
             return Step(kind.serve(plan, replica, os.environ), output=log.sink), None, holders
-        rank0 = Log(world.rank_log(log.path, "0"))
+        rank0 = Log(world.rank_log(log.path, "0"), replica.label)
         step = Step(kind.ranks(plan, replica, world.pattern_of_logs(log.path)), output=log.sink)
     except BaseException:
         stop_world(plan, replica, holders)

@@ -266,7 +266,7 @@ class Launch:
     # --- what a fleet tells -----------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """The fleet's records as it is now; READY, once all that are left are."""
+        """The fleet's records as it is now; READY, once all are that have not failed meanwhile."""
         self.note_states()
         self.start_orchestrator()
         ready = [life for life in self.left if life.is_ready]
@@ -274,8 +274,12 @@ class Launch:
             self.keeper.take_back()
         elif self.announced:
             self.write_endpoint(ready)
-        elif len(ready) == len(self.left):
+        elif not any(self.is_waited_for(life) for life in self.left):
             self.announce_all(ready)
+
+    def is_waited_for(self, life: Life) -> bool:
+        """A replica that has to be started anew joins the others later; no pool serves alone."""
+        return not life.is_ready and (not life.restarts or self.orchestrator is not None)
 
     def announce_all(self, ready: Sequence[Life]) -> None:
         server = ready[0].server

@@ -218,6 +218,29 @@ def test_one_that_is_killed_is_started_anew_on_its_port(
     assert started.stop(signal.SIGTERM) == 143
 
 
+def test_the_fleet_is_ready_without_one_that_failed_while_it_loaded(
+    fakes: Fakes, fleet_of: Callable[..., Launch]
+) -> None:
+    """It joins when it is ready, however often that takes; whoever waits for READY does not."""
+    started = fleet_of("-v", *TWO, "--restart", "1", TRTLLM_SIM_LOAD_SECONDS="3")
+    wait_until(lambda: len(fakes.containers()) == 2 and "r1 | " in started.output, "two engines")
+    kill(fakes, next(name for name in fakes.containers() if "-r1" in name).partition("/")[2])
+    started.until("stop it with")
+    assert "m with 1 of 2 replicas" in started.output
+    wait_until(lambda: len(replicas()) == 2 and replicas()[1]["ready"], "r1 joins")
+    assert started.stop() == 130
+
+
+def test_each_line_of_an_engine_says_whose_it_is(
+    fakes: Fakes, fleet_of: Callable[..., Launch]
+) -> None:
+    started = fleet_of("-v", *TWO)
+    started.until("stop it with")
+    for name in ("r0", "r1"):
+        wait_until(lambda name=name: f"\n{name} | INFO:     Uvicorn running on" in started.output)  # type: ignore[misc]
+    assert started.stop() == 130
+
+
 def test_a_port_that_is_taken_is_told_before_anything_starts(
     fakes: Fakes, fleet_of: Callable[..., Launch]
 ) -> None:

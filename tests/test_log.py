@@ -40,6 +40,20 @@ def test_the_log_is_copied_to_stdout_byte_by_byte(
     assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\x00\xfe\n\xc3\xbc"
 
 
+def test_with_a_label_whole_lines_are_shown_and_each_has_it(
+    log: Log, capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.label = b"r0"
+    with open(os.dup(1), "w") as out:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", out)
+        for piece in (b"one\ntw", b"o\n\n", b"three: 1%\r2%", b"\n", b"x" * (1 << 17)):
+            write(log, piece)
+            assert log.pump() == piece
+    *lines, last = capfdbinary.readouterr().out.splitlines(keepends=True)
+    assert b"".join(lines) == b"r0 | one\nr0 | two\nr0 | \nr0 | three: 1%\r2%\n"
+    assert last == b"r0 | " + b"x" * (1 << 17) + b"\n"
+
+
 def test_a_log_that_is_truncated_in_place_is_read_from_its_beginning(log: Log) -> None:
     """By logrotate's copytruncate, or by `: >LOG` on a full disk."""
     write(log, b"before, a long line\n")

@@ -71,6 +71,15 @@ def test_values_arrive_intact_from_the_environment(checkout: Path, value: str) -
     assert make(checkout, "save", IMAGE=value, FILE=value) == ["save_image.py", "--output", value]
 
 
+def test_of_a_fleet(checkout: Path) -> None:
+    assert make(checkout, "logs", "REPLICA=r2") == ["run_sbatch.py", "--logs", "r2"]
+    pools = {"PREFILL": "1", "DECODE": "2", "PREFILL_CONFIG": "a b.yaml", "DECODE_CONFIG": "c.yaml"}
+    words = ["--prefill", "1", "--decode", "2"]
+    words += ["--prefill-config", "a b.yaml", "--decode-config", "c.yaml"]
+    given = [f"{name}={value}" for name, value in pools.items()]
+    assert make(checkout, "serve", "MODEL=m", *given) == ["run_sbatch.py", "m", *words]
+
+
 def test_the_version_of_the_image_is_an_argument_of_its_build(checkout: Path) -> None:
     """Docker takes the value of a build argument that has none from the environment."""
     build = ["build", "--tag", "tensorrt-llm-serve:latest", "--build-arg", "TRTLLM_VERSION", "."]
