@@ -14,8 +14,8 @@ import pytest
 from common.ask import ask
 from launch import status
 from tests.conftest import wait_until
-from tests.loopback import Request
-from tests.servers import MODEL, Kind, running
+from tests.loopback import MODEL, Request
+from tests.servers import Kind, running
 from tests.test_fleet_measured import fleet
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -102,7 +102,10 @@ def test_the_front_says_how_many_requests_each_has(tmp_path: Path) -> None:
             record = {"job": "7", "url": url, "model": "m", "path": tmp_path / "run_7.json"}
             known = {**record, "path": "", "launcher": "a:1:1", "replicas": rows}
             (tmp_path / "fleet_7.json").write_text(json.dumps(known))
-            seen = lambda: [each["running"] for each in status.described(record)["replicas"]]  # noqa: E731
+
+            def seen() -> list[float]:
+                return [each["running"] for each in status.described(record)["replicas"]]
+
             wait_until(lambda: sum(seen()) == 4 and min(seen()) > 0, "all four, at both")
         finally:
             held.set()

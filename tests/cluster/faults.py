@@ -1,479 +1,63 @@
 """What goes wrong, and what the user sees of it: every fault in every phase, on a real cluster.
 
-    make faults                    # all cells; the table of docs/faults.md at the end
+    make faults                    # all cells; the tables of docs/faults.md at the end
     make faults FAULTS=slurmd      # those whose name has this word (several: a,b)
     make faults FAULTS=scancel:serving
 
-A fault is a row of `FAULTS`: how it is brought about, how it is undone, and for each phase what
-must come of it. The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md.
+The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md. Those of fleets are in
+fleet_faults.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.talk import whole_file
-from tests.cluster.cluster import Cluster, ClusterError, Machine, wait_until, why_not
-from tests.cluster.launches import (
-    PYTHON,
-    QUICK,
-    REPO,
-    SLOW,
-    TAG,
-    TARBALL,
-    WHOLE,
-    Launch,
-    TerminalLaunch,
-    forget_image,
-    prepare,
-    serve_args,
-    strangers,
-    traces,
+from tests.cluster.cluster import Cluster, why_not
+from tests.cluster.fleet_faults import FLEET_FAULTS
+from tests.cluster.launches import QUICK, prepare
+from tests.cluster.scene import BACK, RECORDS, UNTIL, Cell, Expect, Fault, Outcome, play
+from tests.cluster.strikes import (
+    ALL,
+    LOAD_3_S,
+    STEPPED,
+    UP,
+    cancel,
+    cells_of,
+    close_terminal,
+    docker,
+    end_time,
+    fill,
+    interrupt_group,
+    interrupt_twice,
+    keep_busy,
+    race_for_a_port,
+    race_for_the_image,
+    race_in_one_job,
+    read_only,
+    rename_over,
+    replaced_tarball,
+    restart_dockerd,
+    send,
+    set_clock,
+    signal_salloc,
+    small_file_system,
+    stepped_clock,
+    stop_dockerd,
+    stop_slurmd,
+    suspend,
+    truncate_log,
+    type_interrupt,
+    unplug,
+    unplugged_interrupt,
+    warn,
 )
 
-NODE_SIDE = 15.0  # seconds in which a node whose launcher was killed has cleaned up by itself
-
-
-@dataclass
-class Scene:
-    """One cell while it is played: the cluster, the launch and whatever else was started."""
-
-    cluster: Cluster
-    workspace: Path
-    launches: list[Launch] = field(default_factory=list)
-    undo: list[Callable[[], object]] = field(default_factory=list)
-
-    @property
-    def n1(self) -> Machine:
-        return self.cluster.nodes["n1"]
-
-    @property
-    def n2(self) -> Machine:
-        return self.cluster.nodes["n2"]
-
-    @property
-    def launch(self) -> Launch:
-        return self.launches[0]
-
-    def start(self, fault: Fault, env: dict[str, str], *args: str) -> None:
-        kind = TerminalLaunch if fault.terminal else Launch
-        fault.prepare(self)
-        self.start_one(launch_words(*args, *fault.args), WHOLE, {**env, **fault.env}, kind)
-
-    def start_one(
-        self, words: list[str], salloc: str, env: dict[str, str], kind: type[Launch] = Launch
-    ) -> None:
-        command = [*(["salloc", *salloc.split()] if salloc else []), *words]
-        self.launches.append(kind(self.cluster, self.workspace, command, env))
-
-    def mend(self) -> None:
-        """Undo what the fault did; every daemon runs again."""
-        while self.undo:
-            self.undo.pop()()
-        for node in self.cluster.nodes.values():
-            if "dockerd" not in node.daemons:
-                node.start_dockerd()
-            if "slurmd" not in node.daemons:
-                node.start_slurmd()
-
-    def freeze(self, node: Machine, program: str) -> None:
-        """Stop a program in its tracks until the scene is over."""
-        node.run("pkill", "-STOP", "--exact", program)
-        self.undo.append(lambda: thaw(node, program))
-
-
-def launch_words(*args: str) -> list[str]:
-    return [
-        PYTHON,
-        str(REPO / "run_sbatch.py"),
-        "-v",
-        *serve_args()[:-2],
-        *args,
-        *serve_args()[-2:],
-    ]
-
-
-def thaw(node: Machine, program: str) -> None:
-    node.run("pkill", "-CONT", "--exact", program, check=False)
-
-
-# --- phases: how far the launch has come when it is struck ---------------------------------------
-
-
-def before(scene: Scene, fault: Fault) -> None:
-    """The fault is there when the launch is started."""
-
-
-def in_preflight(scene: Scene, fault: Fault) -> None:
-    """One that takes long, because a Docker daemon does not answer."""
-    scene.freeze(scene.n2, "dockerd")
-    scene.start(fault, SLOW)
-    scene.launch.until('"Survey": {')
-    time.sleep(0.3)
-
-
-def in_image_load(scene: Scene, fault: Fault) -> None:
-    """One that would not end: its unpacker on n2 stands still, for a model over both nodes."""
-    forget_image(scene.cluster)
-    scene.start(fault, SLOW, "--pp_size", "2")
-    wait_until(lambda: is_unpacking(scene.n2), f"a load on n2\n{scene.launch.output}")
-    scene.freeze(scene.n2, "pigz")
-    wait_until(lambda: is_unpacking(scene.n1) or has_image(scene.n1), "n1's load, begun or over")
-
-
-def has_image(node: Machine) -> bool:
-    return node.run("docker", "image", "inspect", TAG, check=False).returncode == 0
-
-
-def is_unpacking(node: Machine) -> bool:
-    # By its arguments, which the remains of an earlier one, waiting for nobody, do not have.
-    return node.run("pgrep", "--full", "--exact", "pigz -dc", check=False).returncode == 0
-
-
-def in_engine_loading(scene: Scene, fault: Fault) -> None:
-    scene.start(fault, SLOW)
-    scene.launch.until("SIMULATOR")
-
-
-def in_serving(scene: Scene, fault: Fault) -> None:
-    """With an engine that takes no notice of SIGTERM, as real ones do when they hang."""
-    scene.start(fault, {**QUICK, "TRTLLM_SIM_FAULT": "ignore-term"})
-    scene.launch.until("READY")
-
-
-def in_stopping(scene: Scene, fault: Fault) -> None:
-    """Told to stop, and not done with it, because the head's Docker daemon takes its time."""
-    in_serving(scene, fault)
-    scene.freeze(scene.n1, "dockerd")
-    scene.launch.send(signal.SIGINT)
-    removing = ("pgrep", "--full", "docker ps --all --quiet")  # what is ours, before it is removed
-    wait_until(lambda: not scene.n1.run(*removing, check=False).returncode, "docker ps")
-
-
-def in_two_nodes(scene: Scene, fault: Fault) -> None:
-    """Serving, one model spread over both nodes."""
-    scene.start(fault, QUICK, "--pp_size", "2")
-    scene.launch.until("READY")
-
-
-PHASES: dict[str, Callable[[Scene, Fault], None]] = {
-    "before the launch": before,
-    "preflight": in_preflight,
-    "image load": in_image_load,
-    "engine loading": in_engine_loading,
-    "serving": in_serving,
-    "serving on 2 nodes": in_two_nodes,
-    "stopping": in_stopping,
-}
-ALL = ("preflight", "image load", "engine loading", "serving", "stopping")
-UP = ("engine loading", "serving")
-
-
-# --- faults --------------------------------------------------------------------------------------
-
-
-def interrupt(scene: Scene) -> None:
-    scene.launch.send(signal.SIGINT)
-
-
-def send(signum: int) -> Callable[[Scene], None]:
-    return lambda scene: scene.launch.send(signum)
-
-
-@dataclass(frozen=True)
-class Expect:
-    """What must come of a fault in these phases."""
-
-    phases: tuple[str, ...]
-    says: tuple[str, ...]  # words of the error, or of the whole output where there is no error
-    codes: tuple[int, ...]
-    within: float  # seconds from the fault to the end
-    left: str = ""  # what stays behind until the fault has ended, and {} seconds longer
-    heals: float = NODE_SIDE  # seconds after that, in which nothing of ours is left
-    serves: bool = False  # it is survived: the server answers, and is stopped by ^C afterwards
-    stop: Callable[[Scene], object] = interrupt  # how what is survived is ended
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    strike: Callable[[Scene], object]
-    expects: tuple[Expect, ...]
-    terminal: bool = False
-    env: dict[str, str] = field(default_factory=dict)
-    args: tuple[str, ...] = ()
-    holds: bool = False  # it lasts; else a daemon that takes its time to stop goes on after it
-    prepare: Callable[[Scene], object] = lambda scene: None
-    ci: tuple[str, ...] | None = None  # the phases that `make check` plays; None: one of them
-
-
-@dataclass(frozen=True)
-class Cell:
-    fault: Fault
-    phase: str
-    expect: Expect
-
-    @property
-    def name(self) -> str:
-        return f"{self.fault.name}:{self.phase}"
-
-    @property
-    def ci(self) -> bool:
-        if self.fault.ci is not None:
-            return self.phase in self.fault.ci
-        phases = [phase for expect in self.fault.expects for phase in expect.phases]
-        return self.phase == ("serving" if "serving" in phases else phases[0])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    says: str
-    code: int
-    seconds: float
-    left: str
-
-
-def interrupt_twice(scene: Scene) -> None:
-    scene.launch.send(signal.SIGINT)
-    time.sleep(0.05)
-    scene.launch.send(signal.SIGINT)
-
-
-def interrupt_group(scene: Scene) -> None:
-    """^C at a terminal whose foreground job is `salloc python run_sbatch.py`."""
-    os.killpg(scene.launch.process.pid, signal.SIGINT)
-
-
-def type_interrupt(scene: Scene) -> None:
-    assert isinstance(scene.launch, TerminalLaunch)
-    scene.launch.type(b"\x03")
-
-
-def close_terminal(scene: Scene) -> None:
-    assert isinstance(scene.launch, TerminalLaunch)
-    scene.launch.hang_up()
-
-
-def warn(scene: Scene) -> None:
-    """What Slurm sends some time before the limit where the job has --signal=USR1@120."""
-    scene.cluster.ctl.run("scancel", "--signal=USR1", scene.launch.job)
-
-
-def suspend(scene: Scene) -> None:
-    """For longer than a node's silence is borne."""
-    scene.cluster.ctl.run("scontrol", "suspend", scene.launch.job)
-    time.sleep(12)
-    scene.cluster.ctl.run("scontrol", "resume", scene.launch.job)
-    scene.launch.until("is resumed")
-
-
-def truncate_log(scene: Scene) -> None:
-    """As logrotate's copytruncate does it."""
-    os.truncate(scene.workspace / f"logs/trtllm_server_{scene.launch.job}.log", 0)
-
-
-def cancel(scene: Scene) -> None:
-    scene.cluster.ctl.run("scancel", scene.launch.job)
-
-
-def end_time(scene: Scene) -> None:
-    scene.cluster.ctl.run("scontrol", "update", f"JobId={scene.launch.job}", "EndTime=now")
-
-
-def signal_salloc(signum: int) -> Callable[[Scene], None]:
-    return lambda scene: os.kill(scene.launch.process.pid, signum)
-
-
-def stop_dockerd(name: str) -> Callable[[Scene], None]:
-    """As `systemctl stop docker`; the containers live on, as live-restore wants it."""
-
-    def strike(scene: Scene) -> None:
-        node = scene.cluster.nodes[name]
-        node.stop("dockerd")
-        thaw(node, "pigz")  # a load goes on as far as it can
-
-    return strike
-
-
-def restart_dockerd(scene: Scene) -> None:
-    scene.n1.stop("dockerd")
-    scene.n1.start_dockerd()
-
-
-def stop_slurmd(name: str) -> Callable[[Scene], None]:
-    def strike(scene: Scene) -> None:
-        node = scene.cluster.nodes[name]
-        node.stop("slurmd", signal.SIGKILL)
-        thaw(node, "pigz")
-
-    return strike
-
-
-def unplug(name: str) -> Callable[[Scene], None]:
-    """The node's link goes down: it lives, and nobody reaches it."""
-
-    def strike(scene: Scene) -> None:
-        link = ("ip", "link", "set", f"to-{name}")
-        scene.undo.append(lambda: scene.cluster.ctl.run(*link, "up"))
-        scene.cluster.ctl.run(*link, "down")
-
-    return strike
-
-
-def unplugged_interrupt(name: str) -> Callable[[Scene], None]:
-    def strike(scene: Scene) -> None:
-        unplug(name)(scene)
-        interrupt(scene)
-
-    return strike
-
-
-def container_of(scene: Scene, node: str = "n1") -> str:
-    return f"trtllm-{scene.launch.job}-{node}"
-
-
-def docker(*command: str, node: str = "n1") -> Callable[[Scene], str]:
-    """A docker command to the launch's container on a node."""
-    return lambda scene: scene.cluster.nodes[node].docker(*command, container_of(scene, node))
-
-
-def read_only(scene: Scene) -> None:
-    """On every machine the workspace can be written to no more, but by files that are open."""
-    folder = str(scene.workspace)
-    for machine in (scene.cluster.ctl, *scene.cluster.nodes.values()):
-        machine.run("mount", "--bind", folder, folder)
-        scene.undo.append(partial(machine.run, "umount", "--lazy", folder, cwd="/"))
-        machine.run("mount", "-o", "remount,bind,ro", folder)
-
-
-def small_file_system(scene: Scene) -> None:
-    """The workspace as the login node sees it is a file system of its own."""
-    mount = ("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.workspace))
-    scene.undo.append(lambda: scene.cluster.ctl.run("umount", "--lazy", str(scene.workspace)))
-    scene.cluster.ctl.run(*mount)
-
-
-def fill(scene: Scene) -> None:
-    command = ("sh", "-c", "cat /dev/zero >fill; true")
-    scene.cluster.ctl.run(*command, cwd=str(scene.workspace))
-
-
-def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
-    """The tarball changes under the nodes that load it; afterwards it is what it was."""
-
-    def strike(scene: Scene) -> None:
-        kept = TARBALL.with_suffix(".kept")
-        shutil.copy2(TARBALL, kept)
-        scene.undo.append(lambda: kept.replace(TARBALL))
-        how(TARBALL)
-        thaw(scene.n2, "pigz")
-
-    return strike
-
-
-def rename_over(tarball: Path) -> None:
-    with whole_file(tarball) as file:
-        file.write("another one")
-
-
-def race_in_one_job(scene: Scene) -> None:
-    """Two launches in one allocation, at the same moment."""
-    scene.start_one(["sleep", "1000"], WHOLE, {})
-    scene.launch.until("Granted")
-    wait_until(lambda: "SLURM_JOB_ID" in scene.launch.allocation, "salloc's child")
-    slurm = scene.launch.allocation
-    for port in ("8000", "8001"):
-        scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})
-    await_loser(scene, scene.launches[1:])
-
-
-def race_for_a_port(scene: Scene) -> None:
-    """Two jobs that share the nodes and ask for the same port, the one a little later."""
-    words = [*launch_words()[:-1], "4"]
-    scene.start_one(words, HALF, LOAD_3_S)
-    scene.start_one(words, HALF, {"TRTLLM_SIM_LOAD_SECONDS": "8"})
-    await_loser(scene, scene.launches)
-
-
-def race_for_the_image(scene: Scene) -> None:
-    """Two jobs that share the nodes load the same image, at the same moment."""
-    forget_image(scene.cluster)
-    for port in ("8001", "8000"):
-        scene.start_one([*launch_words()[:-1], "4", "--port", port], HALF, QUICK)
-    for launch in scene.launches:
-        launch.until("READY")
-    other = scene.launches.pop()
-    other.send(signal.SIGINT)
-    assert other.code() == 130, other.output
-
-
-def await_loser(scene: Scene, launches: Sequence[Launch]) -> None:
-    """One of two launches has to serve, undisturbed; the other, now `scene.launch`, may not."""
-    wait_until(lambda: any(each.process.poll() is not None for each in launches), "a loser")
-    loser, winner = sorted(launches, key=lambda each: each.process.poll() is None)
-    assert "READY" not in loser.output, loser.output
-    winner.until("READY")
-    time.sleep(1)  # the loser has cleaned up by now, and the winner is still there
-    check_serves(scene, winner)
-    winner.send(signal.SIGINT)
-    assert winner.code() == 130, winner.output
-    scene.launches.insert(0, loser)
-
-
-def keep_busy(scene: Scene) -> None:
-    """A client whose answer takes far longer than the probe behind it may in an idle server."""
-    body = {"model": "org/model", "prompt": "x", "max_tokens": 10_000, "ignore_eos": True}
-    url = f"{url_of(scene.launch)}/v1/completions"
-    script = f"from common.ask import ask; ask({url!r}, 1000, body={body})"
-    client = scene.cluster.ctl.popen(PYTHON, "-c", script, cwd=str(REPO))
-    wait_until(lambda: '"WatchClients": {' in scene.launch.output, "a probe that has to wait")
-    time.sleep(6)
-    client.kill()
-    client.wait()
-
-
-def set_clock(seconds: int) -> Callable[[Scene], None]:
-    """The clock of the launcher and of its scripts on the nodes jumps; the kernel's does not."""
-
-    def strike(scene: Scene) -> None:
-        write_clock(seconds)
-        scene.undo.append(lambda: write_clock(0))
-
-    return strike
-
-
-def write_clock(seconds: int) -> None:
-    with whole_file(CLOCK) as file:
-        file.write(f"{seconds:+d}")
-
-
-def stepped_clock(_: Scene) -> None:
-    """The library that lies about the wall clock, and nothing to lie about yet."""
-    if not STEPPED_CLOCK.exists():
-        source = str(REPO / "tests/cluster/stepped_clock.c")
-        subprocess.run(["gcc", "-shared", "-fPIC", "-O", "-o", STEPPED_CLOCK, source], check=True)
-    write_clock(0)
-
-
-CLOCK, STEPPED_CLOCK = Path("/fsx/clock"), Path("/fsx/stepped_clock.so")
-STEPPED = {"LD_PRELOAD": str(STEPPED_CLOCK), "STEPPED_CLOCK": str(CLOCK)}
-HALF = "-N2 --gpus-per-node=4 --ntasks-per-node=1"
-LOAD_3_S = {"TRTLLM_SIM_LOAD_SECONDS": "3"}
-UNTIL = "its container, until {{:.0f}} s after {}"
-RECORDS = "its records in logs/, until {:.0f} s after they could be removed"
-BACK = UNTIL.format("the node was back")
 DIED = ("n1: trtllm-serve ended with ",)
 
 FAULTS: tuple[Fault, ...] = (
@@ -631,155 +215,7 @@ FAULTS: tuple[Fault, ...] = (
         env={"TRTLLM_SIM_FAULT": "binary-log", "TRTLLM_SIM_LOAD_SECONDS": "2"}),
 )  # fmt: skip
 
-CELLS = [Cell(f, phase, e) for f in FAULTS for e in f.expects for phase in e.phases]
-
-
-# --- the runner ----------------------------------------------------------------------------------
-
-
-def play(cell: Cell, cluster: Cluster, slack: float = 1) -> Outcome:
-    """Bring a launch to the phase, strike, and check all that must come of it.
-
-    With `slack`, everything may take so many times as long: the machine is busy with more.
-    """
-    before = strangers(cluster)
-    with scene_of(cluster, cell) as scene:
-        code, took = strike(cell, scene)
-        output = scene.launch.output
-        check_words(cell, output)
-        assert code in cell.expect.codes, f"exit code {code}\n{output}"
-        assert took <= cell.expect.within * slack, f"{took:.1f} s\n{output}"
-        check_left(cell, scene)
-        scene.mend()
-        left = what_is_left(cell, scene, slack)
-    assert strangers(cluster) == before, "what is others' was touched"
-    return Outcome(seen(cell, output), code, took, left)
-
-
-def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
-    """The exit code, and the seconds from the fault until the launcher has ended."""
-    PHASES[cell.phase](scene, cell.fault)
-    struck, pid = time.monotonic(), scene.launches and scene.launch.pid
-    cell.fault.strike(scene)
-    if cell.phase == "stopping" and not cell.fault.holds:
-        scene.mend()
-    if not scene.launches:
-        struck = time.monotonic()
-        scene.start(cell.fault, QUICK)
-    if cell.expect.serves:
-        thaw(scene.n2, "pigz")
-        check_serves(scene, scene.launch)
-        struck = time.monotonic()
-        cell.expect.stop(scene)
-    code = scene.launch.code()
-    if pid:  # salloc may end before what it has started
-        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the end")
-    return code, time.monotonic() - struck
-
-
-@contextlib.contextmanager
-def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
-    """A scene; afterwards what it broke is whole again, and every launch has ended."""
-    workspace = Path("/fsx/work") / re.sub(r"\W+", "-", cell.name)
-    workspace.mkdir(parents=True)
-    scene = Scene(cluster, workspace)
-    try:
-        yield scene
-    finally:
-        try:
-            scene.mend()
-            for launch in scene.launches:
-                end(launch)
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
-        resume(cluster)
-        wait_until(cluster.idle, "all nodes idle")
-
-
-def end(launch: Launch) -> None:
-    """Whatever has become of it, it ends.
-
-    One thing at a time: salloc 22.05 can wait for ever for a command that ended meanwhile.
-    """
-    if launch.process.poll() is None:
-        with contextlib.suppress(ClusterError, OSError):
-            launch.send(signal.SIGTERM)
-            launch.code()
-    if launch.job:
-        launch.cluster.ctl.run("scancel", "--quiet", launch.job, check=False)
-    launch.code()
-
-
-def resume(cluster: Cluster) -> None:
-    """Nodes that Slurm has given up for a while are there again."""
-    if not cluster.idle():
-        names = ",".join(cluster.names)
-        cluster.ctl.run("scontrol", "update", f"NodeName={names}", "State=RESUME", check=False)
-
-
-def check_serves(scene: Scene, launch: Launch) -> None:
-    launch.until("READY")
-    host, _, port = url_of(launch).removeprefix("http://").rpartition(":")
-    smoke = (PYTHON, str(REPO / "test.py"), "-H", host, "-p", port)
-    assert "8/8" in scene.cluster.ctl.run(*smoke, check=False).stdout, launch.output
-
-
-def url_of(launch: Launch) -> str:
-    return launch.output.partition("READY after ")[2].split()[2]
-
-
-def check_words(cell: Cell, output: str) -> None:
-    error = error_of(output)
-    for word in cell.expect.says:
-        assert word in (error or output), f"{word!r} is not said\n{output}"
-    assert "Traceback" not in output, output
-
-
-def error_of(output: str) -> str:
-    return output.partition("] ERROR ")[2]
-
-
-def check_left(cell: Cell, scene: Scene) -> None:
-    """What the fault is expected to keep is there."""
-    if cell.expect.left == RECORDS:
-        assert list(scene.workspace.rglob("run_*.json"))
-    elif cell.expect.left:  # seen by its first process, as Docker may be mute
-        seek = ("pgrep", "--exact", "docker-init")
-        found = [n.run(*seek, check=False).stdout for n in scene.cluster.nodes.values()]
-        assert any(found), "no container is left, though one was expected"
-
-
-def what_is_left(cell: Cell, scene: Scene, slack: float) -> str:
-    """Nothing may be; where the fault kept a node from cleaning up, nothing soon after its end."""
-    ended = time.monotonic()
-    with contextlib.suppress(ClusterError):
-        heals = cell.expect.heals * slack
-        wait_until(lambda: not traces(scene.cluster, scene.workspace), "nothing", heals)
-    took = time.monotonic() - ended
-    assert not (found := traces(scene.cluster, scene.workspace)), found
-    return cell.expect.left.format(took) if cell.expect.left else "nothing"
-
-
-def seen(cell: Cell, output: str) -> str:
-    """The sentence the user reads, without what differs from launch to launch."""
-    if cell.expect.serves:
-        return "nothing: it serves on"
-    told = re.findall(r"\[[\d:]+\] (stopped by .*\S)", output.replace("\r", ""))
-    text = error_of(output).partition("\n")[0].strip() or (told or ["nothing"])[-1]
-    for pattern, word in VOLATILE:
-        text = re.sub(pattern, word, text)
-    return text
-
-
-VOLATILE = (
-    (r"/fsx/work/[^/ ]+/", ""),
-    (r"(allocation|job|trtllm|server)([ _-])\d+", r"\1\2JOB"),
-    (r"\b\d+\.\d s\b", "N s"),
-    (r"`srun [^`]*`", "`srun ...`"),
-    (r"\[\d\d/[-\d/:]+\] ", ""),
-    (r'time="[^"]*" ', ""),
-    (r":\d{5} ", ":PORT "),
-)
+CELLS = cells_of((*FAULTS, *FLEET_FAULTS))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -825,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if outcome := attempt(cell, cluster):
                     outcomes.append((cell, outcome))
     finally:
-        print(table(outcomes))
+        for fleet in (False, True):
+            print(table([each for each in outcomes if each[0].fault.fleet == fleet]), end="\n\n")
     return 0 if len(outcomes) == len(cells) else 1
 
 

@@ -170,11 +170,15 @@ class Launch:
     def output(self) -> str:
         return self.path.read_text(errors="replace")
 
-    def until(self, text: str) -> float:
-        """Wait for a text in the output; returns the time it was seen."""
+    def until(self, text: str, after: int = 0) -> float:
+        """Wait for a text in the output, behind so much of it; returns the time it was seen."""
+
+        def seen() -> bool:
+            return text in self.output[after:]
+
         with contextlib.suppress(RuntimeError):
-            wait_until(lambda: text in self.output or self.process.poll() is not None, text)
-        assert text in self.output, self.output
+            wait_until(lambda: seen() or self.process.poll() is not None, text)
+        assert seen(), f"{text!r} is not said\n{self.output}"
         return time.monotonic()
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import FOUR, QUICK, TARBALL, WHOLE, Launch, ours, traces
+from tests.cluster.launches import FOUR, QUICK, TARBALL, ours
 from tests.cluster.test_faults import sentence
 from tests.cluster.test_multinode import kill_a_rank
 from tests.cluster.test_serve import smoke
@@ -170,52 +171,27 @@ def test_what_does_not_fit_is_told(launch: Launcher) -> None:
     assert words in sentence(started.output)
 
 
-@pytest.mark.parametrize("phase", ["SIMULATOR", "READY"])
-@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL", "scancel"])
-def test_however_a_fleet_is_stopped_nothing_is_left(
-    how: str, phase: str, cluster: Cluster, launch: Launcher, workspace: Path
+@pytest.mark.parametrize("how", ["session", "prefix"])
+def test_requests_that_belong_together_go_to_one_replica(
+    how: str, cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    load = {"TRTLLM_SIM_LOAD_SECONDS": "60"} if phase == "SIMULATOR" else QUICK
-    started = launch("-v", *fleet("--replicas", "auto"), env=load)
-    await_phase(started, phase, workspace)
-    if how == "scancel":
-        cluster.ctl.run("scancel", started.job)
-    else:
-        started.send(getattr(signal, how))
-    code = started.code()
-    if how == "scancel":
-        assert code == 1 and "Slurm ended the fleet: job" in sentence(started.output)
-    nothing = f"nothing left\n{started.output}"
-    wait_until(lambda: traces(cluster, workspace) == [], nothing)
-
-
-def await_phase(started: Launch, phase: str, workspace: Path) -> None:
-    if phase == "READY":
-        started.until(phase)
-        return
-    logs = workspace / "logs"
-
-    def begun() -> list[Path]:
-        return [log for log in logs.glob("*_r?.log") if "SIMULATOR" in log.read_text()]
-
-    wait_until(lambda: len(begun()) == 4, "four engines that load")
-
-
-def test_the_job_without_a_node_keeps_the_other_replicas(
-    cluster: Cluster, launch: Launcher, workspace: Path
-) -> None:
-    """A lost node takes its own with it (salloc --no-kill)."""
-    started = launch(*fleet("--replicas", "2", tp=8), salloc=f"--no-kill {WHOLE}", env=QUICK)
+    args = ["--image", str(TARBALL), "org/model", "--tp_size", "4", "--replicas", "auto"]
+    started = launch(*args, "--affinity", how, env=QUICK)
     started.until("stop it with")
-    found = replicas(workspace)
-    link = ("ip", "link", "set", "to-n2")
-    cluster.ctl.run(*link, "down")
-    try:
-        started.until("LOST r1: ")
-        assert "8/8" in smoke(cluster, found[0]["url"])
-        assert [each["name"] for each in replicas(workspace)] == ["r0"]
-    finally:
-        cluster.ctl.run(*link, "up")
-    wait_until(lambda: len(ours(cluster)) == 1, "the other node has cleaned up by itself")
+    url = endpoint(workspace)["url"]
+    asked = [{who_answers(cluster, url, name) for _ in range(4)} for name in "abcdefghijkl"]
+    assert all(len(replicas) == 1 for replicas in asked), asked
+    assert len(set.union(*asked)) > 1, asked
     assert started.stop() == 130
-    wait_until(cluster.idle, "n2 back")
+
+
+def who_answers(cluster: Cluster, url: str, name: str) -> str:
+    """The replica that the front names, asked in that session with a prompt that begins so."""
+    prompt = f"{name * 1024} {time.monotonic()}"
+    body = {"model": "org/model", "prompt": prompt, "max_tokens": 1}
+    said = cluster.ctl.run(
+        "curl", "-s", "-D", "-", "-o", "/dev/null", f"{url}/v1/completions", "-d", json.dumps(body),
+        "-H", "Content-Type: application/json", "-H", f"x-session-id: {name}",
+    ).stdout  # fmt: skip
+    [found] = re.findall(r"^x-replica: (\w+)", said, re.M | re.I)
+    return str(found)

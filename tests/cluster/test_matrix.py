@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.faults import CELLS, Cell, play
+from tests.cluster.faults import CELLS
+from tests.cluster.scene import Cell, play
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.ci], ids=lambda cell: cell.name)
