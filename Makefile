@@ -146,7 +146,7 @@ cluster: $(READY) ## Open a shell on the login node of a real two-node test clus
 	$(PY) -m tests.cluster.cluster
 
 .PHONY: faults
-faults: $(READY) ## Play every fault in every phase of a launch; print the table of docs/faults.md (as root; FAULTS=scancel,dockerd)
+faults: $(READY) ## Play every fault in every phase of a launch; print the tables of docs/faults.md (as root; FAULTS=scancel,dockerd)
 	@$(PY) -m tests.cluster.faults
 
 .PHONY: bench-launch
@@ -166,7 +166,7 @@ bench-nodes: $(READY) ## Measure how a launch grows from 2 to 16 nodes (as root)
 	$(PY) -m tests.cluster.bench_nodes
 
 .PHONY: bench-fleet
-bench-fleet: $(READY) ## Measure what the front of a fleet adds to each token, and what a death costs (as root)
+bench-fleet: $(READY) ## Measure a fleet: what its front adds, what a death costs, how it grows (as root)
 	$(PY) -m tests.cluster.bench_fleet
 
 .PHONY: pictures

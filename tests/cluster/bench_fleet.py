@@ -1,4 +1,4 @@
-"""Measure a fleet's front: what it adds to each token, and what the death of a server costs.
+"""Measure a fleet: what its front adds to a token, what a death costs, how it grows.
 
     make bench-fleet
 
@@ -33,6 +33,7 @@ from load.metrics import Distribution, mean
 from load.payload import RandomPrompts, Requests
 from load.target import Load, Target
 from tests.bench_client import PROMPT, TOKENS, TTFT_MS, admin, requests, server
+from tests.cluster import bench_replicas
 from tests.cluster.cluster import PATIENCE, wait_until, why_not
 from tests.cluster.launches import ROOT
 from tests.test_front import children, free_port
@@ -49,6 +50,7 @@ def main() -> int:
         raise SystemExit(f"bench-fleet: {reason}")
     good = what_the_front_adds()
     a_death()
+    bench_replicas.main()
     return 0 if good else 1
 
 

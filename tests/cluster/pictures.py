@@ -1,6 +1,6 @@
-"""The README's pictures: a launch on the test cluster as a terminal shows it, and a report.
+"""The pictures of the pages: launches on the test cluster as a terminal shows them, and a report.
 
-`make pictures` (as root) writes docs/launch.svg and docs/report.png.
+`make pictures` (as root) writes docs/launch.svg, docs/fleet.svg and docs/report.png.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.cluster.cluster import Cluster
-from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, serve_args
+from tests.cluster.cluster import Cluster, wait_until
+from tests.cluster.launches import PYTHON, QUICK, REPO, WHOLE, Launch, prepare, serve_args
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -22,6 +22,7 @@ COLOURS = (
     ("[TRT-LLM]", "#8b949e"),
     ("INFO:", "#8b949e"),
     ("READY", "#7ee787"),
+    ("restarting", "#f0c674"),
     ("ERROR", "#ff7b72"),
 )
 
@@ -29,8 +30,8 @@ COLOURS = (
 def main() -> int:
     with Cluster(nodes=2) as cluster:
         prepare(cluster)
-        text = launch(cluster)
-    (DOCS / "launch.svg").write_text(picture(text))
+        for name, take in (("launch", launch), ("fleet", fleet)):
+            (DOCS / f"{name}.svg").write_text(picture(take(cluster)))
     demo = subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     (report,) = re.findall(r"The report: (\S+)", demo.stdout)
@@ -49,6 +50,26 @@ def launch(cluster: Cluster) -> str:
     typed = "$ salloc -N 2 --gpus-per-node=8 --exclusive .venv/bin/python run_sbatch.py \\\n"
     typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 8\n"
     return typed + started.output
+
+
+def fleet(cluster: Cluster) -> str:
+    """Four replicas, of which one is killed; and what --status says of them."""
+    workspace = Path("/fsx/work/fleet")
+    workspace.mkdir(parents=True)
+    script = [PYTHON, str(REPO / "run_sbatch.py")]
+    words = [*serve_args()[:-1], "4", "--replicas", "auto", "--restart", "3"]
+    started = Launch(cluster, workspace, ["salloc", *WHOLE.split(), *script, *words], QUICK)
+    started.until("stop it with")
+    cluster.nodes["n2"].docker("kill", f"trtllm-{started.job}-r2-n2")
+    started.until("restarting")
+    status = cluster.ctl.run(*script, "--status", cwd=str(workspace)).stdout
+    wait_until(lambda: started.output.count("r2: ready after") == 2, "r2 again")
+    said = started.output
+    started.stop()
+    typed = "$ salloc -N 2 --gpus-per-node=8 --exclusive .venv/bin/python run_sbatch.py \\\n"
+    typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 4 \\\n"
+    typed += "      --replicas auto --restart 3\n"
+    return f"{typed}{said}\n$ make status        # meanwhile, in another terminal\n{status}"
 
 
 def picture(text: str) -> str:

@@ -1,0 +1,140 @@
+"""How a fleet grows on the cluster: what 8 replicas answer and how long they take, next to 1.
+
+Part of `make bench-fleet`. All nodes share this machine's cores, where real ones each bring their
+own. So the engines are slow: they sleep, and answer so many requests at a time, no more. They are
+made faster until the cores are the limit, which the last rows show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from tests.cluster.cluster import Cluster, processes_in_network_of
+from tests.cluster.launches import PYTHON, QUICK, REPO, TARBALL, Launch, prepare
+
+SIZES = (1, 2, 4, 8)
+BATCH, TOKENS, ROUNDS = 8, 32, 4  # requests at a time, tokens of each, batches of each replica
+ITLS = (200, 100, 50, 25, 12)  # ms
+LOAD_SECONDS, REPEATS = 15, 3
+MANY, WATCHED = 16, 60.0  # replicas; seconds
+LINEAR = 0.95
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    with Cluster(nodes=4) as cluster, tempfile.TemporaryDirectory(dir="/fsx") as folder:
+        prepare(cluster)
+        bench = Bench(cluster, Path(folder))
+        with bench.serving(8, nodes=4):  # from now on the image is on every node
+            pass
+        bench.throughput()
+        bench.start()
+        bench.launcher()
+
+
+class Bench:
+    def __init__(self, cluster: Cluster, workspace: Path) -> None:
+        self.cluster, self.workspace = cluster, workspace
+
+    @contextmanager
+    def serving(self, replicas: int, nodes: int, *args: str, **env: str) -> Iterator[Launch]:
+        each = -(-replicas // nodes)
+        job = ["salloc", f"-N{nodes}", f"--gpus-per-node={each}"]
+        words = [PYTHON, str(REPO / "run_sbatch.py"), "--image", str(TARBALL), "org/model",
+                 "--tp_size", "1", "--replicas", str(replicas), *args]  # fmt: skip
+        started = Launch(self.cluster, self.workspace, [*job, *words], {**QUICK, **env})
+        started.until("stop it with")
+        yield started
+        assert started.stop() == 130, started.output
+
+    # --- throughput -------------------------------------------------------------------------------
+
+    def throughput(self) -> None:
+        print(f"\nOutput tokens/s; a replica answers {BATCH} requests at a time:\n")
+        print("| ITL | " + " | ".join(f"{n} on {nodes_of(n)}" for n in SIZES) + " | of linear |")
+        print("|--:" * (len(SIZES) + 2) + "|")
+        for itl in ITLS:
+            found = [self.rate(count, itl) for count in SIZES]
+            shares = [rate / (found[0] * n) for rate, n in zip(found, SIZES, strict=True)]
+            cells = " | ".join(f"{rate:,.0f}" for rate in found)
+            said = ", ".join(f"{share:.2f}" for share in shares[1:])
+            print(f"| {itl} ms | {cells} | {said} |", flush=True)
+            if min(shares) < LINEAR:
+                break
+
+    def rate(self, count: int, itl: float) -> float:
+        """Half as many requests again as are answered at a time, so that none waits for work."""
+        args = ("--max_batch_size", str(BATCH))
+        with self.serving(count, nodes_of(count), *args, TRTLLM_SIM_ITL_MS=str(itl)):
+            load = f"-t throughput --input-len 16 --output-len {TOKENS} --client builtin -o results"
+            prompts, streams = count * BATCH * ROUNDS, count * BATCH * 3 // 2
+            words = (PYTHON, str(REPO / "bench.py"), *load.split(), "--num-prompts", str(prompts),
+                     "--concurrency", str(streams))  # fmt: skip
+            self.cluster.ctl.run(*words, cwd=str(self.workspace), check=False)
+        [result] = (self.workspace / "results").rglob("throughput*.json")
+        found = json.loads(result.read_text())
+        result.unlink()
+        assert found["completed"] == found["num_prompts"], found["problems"]
+        return float(found["output_throughput"])
+
+    # --- start ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        print(f"\nFrom the command to READY, without the {LOAD_SECONDS} s that an engine loads:\n")
+        print("| replicas | nodes | s | of 1 |\n|--:|--:|--:|--:|")
+        first = 0.0
+        for count, nodes in ((1, 1), (8, 1), (8, 4)):
+            took = median([self.ready(count, nodes) for _ in range(REPEATS)])
+            first = first or took
+            print(f"| {count} | {nodes} | {took:.2f} | {took / first:.2f} x |", flush=True)
+
+    def ready(self, count: int, nodes: int) -> float:
+        begun = time.monotonic()
+        with self.serving(count, nodes, TRTLLM_SIM_LOAD_SECONDS=str(LOAD_SECONDS)) as started:
+            return started.until("READY") - begun - LOAD_SECONDS
+
+    # --- what the launcher takes ------------------------------------------------------------------
+
+    def launcher(self) -> None:
+        with self.serving(MANY, 4) as started:
+            helpers = [pid for pid in self.programs() if pid != started.pid]
+            before = {pid: cpu(pid) for pid in (started.pid, *helpers)}
+            time.sleep(WATCHED)
+            used = {pid: (cpu(pid) - was) / WATCHED for pid, was in before.items()}
+            print(f"\nWith {MANY} replicas that serve on 4 nodes:\n")
+            print("| | MB | of a core |\n|---|--:|--:|")
+            for name, pids in (("the launcher", [started.pid]), ("its srun", helpers)):
+                share = sum(used[pid] for pid in pids)
+                print(f"| {name} | {sum(map(memory, pids)):.0f} | {share:.1%} |", flush=True)
+
+    def programs(self) -> list[int]:
+        """The launcher and what it has started, on the login node."""
+        found = processes_in_network_of([self.cluster.ctl.holder.pid])
+        return [pid for pid in found if program(pid) in ("srun", "python", "python3")]
+
+
+def nodes_of(count: int) -> int:
+    return max(1, count // 2)
+
+
+def program(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def cpu(pid: int) -> float:
+    """Seconds so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / TICKS
+
+
+def memory(pid: int) -> float:
+    """MB that are its own."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
