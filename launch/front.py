@@ -45,7 +45,8 @@ global
 # Without no-delay tokens come in bursts, 0.2 s apart. The engine's HTTP server closes a connection
 # that was idle for 5 s: one that is used again may be lost in that moment, so each serves once.
 # A replica that refuses a connection is asked ten times a second, and out after 0.3 s; then it is
-# asked twice a second.
+# asked twice a second. A node that is lost says nothing: without keep-alive whoever waits for it
+# would wait for a day.
 DEFAULTS = """\
 defaults
     mode http
@@ -61,6 +62,10 @@ defaults
     timeout http-request 60s
     timeout http-keep-alive 5m
     timeout check 10s
+    option srvtcpka
+    srvtcpka-idle 10s
+    srvtcpka-intvl 5s
+    srvtcpka-cnt 3
     option httpchk GET /health
     http-check expect status 200
     default-server check inter 1s fastinter 100ms downinter 500ms fall 3 rise 1

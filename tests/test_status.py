@@ -50,6 +50,11 @@ sglang:num_running_reqs{{model_name="m",tp_rank="0"}} 3.0
 sglang:num_queue_reqs{{model_name="m",tp_rank="0"}} 2.0
 sglang:generation_tokens_total{{model_name="m"}} {}
 """
+LATER_TRTLLM = """\
+trtllm_num_requests_running{{engine_type="trtllm",model_name="m"}} 3.0
+trtllm_num_requests_waiting{{engine_type="trtllm",model_name="m"}} 2.0
+trtllm_generation_tokens_total{{engine_type="trtllm",model_name="m"}} {}
+"""
 TRTLLM = """\
 trtllm_request_success_total{{engine_type="trtllm",finished_reason="length"}} {}
 trtllm_time_to_first_token_seconds_sum{{engine_type="trtllm"}} 0.5
@@ -57,12 +62,13 @@ trtllm_time_to_first_token_seconds_sum{{engine_type="trtllm"}} 0.5
 
 
 @pytest.mark.parametrize(
-    ("text", "running_", "waiting"), [(VLLM, 3, 2), (SGLANG, 3, 2), (TRTLLM, 9, None)]
+    ("text", "running_", "waiting"),
+    [(VLLM, 3, 2), (SGLANG, 3, 2), (LATER_TRTLLM, 3, 2), (TRTLLM, 9, None)],
 )
 def test_an_engine_says_what_it_does(
     text: str, running_: float, waiting: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT-LLM counts no requests on its page: then the front does."""
+    """TensorRT-LLM 1.1 and 1.2 count no requests on their page: then the front does."""
     monkeypatch.setattr(status, "LOOK", 0.01)
     made = itertools.count(1000, 500)
     with running(Kind(paths={"/metrics": page(lambda: text.format(next(made)))})) as server:
