@@ -86,15 +86,16 @@ def stand_still(scene: Scene) -> None:
 
 
 def kill_front(scene: Scene) -> None:
-    scene.n1.run("pkill", "-KILL", "--exact", "haproxy")
+    # By its arguments, which the remains of an earlier one do not have.
+    seek = ("pkill", "-KILL", "--full", "haproxy -db")
+    wait_until(lambda: not scene.n1.run(*seek, check=False).returncode, "a front")
 
 
 def kill_front_twice(scene: Scene) -> None:
     """The second of them has only just begun."""
     kill_front(scene)
     scene.launch.until("it is started anew", scene.said)
-    wait_until(lambda: not scene.n1.run("pkill", "-KILL", "--exact", "haproxy", check=False)
-               .returncode, "another front")  # fmt: skip
+    kill_front(scene)
 
 
 def squat(scene: Scene) -> None:
@@ -156,7 +157,10 @@ FLEET_FAULTS: tuple[Fault, ...] = (
           survived(*R3_BACK, within=15), args=(*FOUR, *ONCE), ci=()),
     fleet("replica hangs", stand_still,
           survived("LOST r3: n2: the server is up but no longer serves: it is idle", REST,
-                   within=20), env=PROBED),
+                   within=40, asked=False), env=PROBED),
+    fleet("replica hangs, and clients wait for it", stand_still,
+          survived("LOST r3: n2: the server is up but no longer serves: 6 health checks", REST,
+                   within=110, fails=True), env=PROBED, ci=()),
     fleet("replica out of memory",
           docker("update", "--memory=200m", "--memory-swap=200m", name="r1"),
           survived(f"LOST r1: n1: {KILLED}", "1 of 2 replicas go on", within=20), args=TWO,

@@ -112,7 +112,8 @@ class Expect:
     heals: float = NODE_SIDE  # seconds after that, in which nothing of ours is left
     serves: bool = False  # it is survived: the server answers, and is stopped by ^C afterwards
     meanwhile: tuple[str, ...] = ()  # what is said of what is survived; `within` is until then
-    fails: bool = False  # meanwhile requests may fail, also those that began after it
+    asked: bool = True  # of a fleet: clients go on asking
+    fails: bool = False  # some of their requests fail
     stop: Callable[[Scene], object] = interrupt  # how what is survived is ended
 
 
@@ -227,7 +228,8 @@ def survive(cell: Cell, scene: Scene, struck: float) -> float:
 @contextlib.contextmanager
 def asking(cell: Cell, scene: Scene) -> Iterator[None]:
     """Clients that go on asking a fleet that serves on: their requests succeed."""
-    if not (cell.fault.fleet and cell.expect.serves and cell.phase == "serving"):
+    asked = cell.fault.fleet and cell.expect.serves and cell.expect.asked
+    if not (asked and cell.phase == "serving"):
         yield
         return
     command = (PYTHON, "-m", "tests.cluster.client", url_of(scene.launch))
