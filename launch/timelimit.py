@@ -79,7 +79,9 @@ class TimeLimit(threading.Thread):
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
         if state == "TIMEOUT" or (self.is_reached() and not goes_on):
             return "has reached its time limit"
-        return "" if state in ("", "RUNNING", "SUSPENDED") else f"has ended ({state.lower()})"
+        if state in ("", "RUNNING", "SUSPENDED"):
+            return ""
+        return "has ended" if state == "COMPLETING" else f"has ended ({state.lower()})"
 
     def _state(self) -> tuple[str, str]:
         """What squeue says now: the job's state and the time left; '' where it does not say."""

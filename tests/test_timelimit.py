@@ -125,7 +125,7 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
     [
         ("RUNNING", ""),
         ("SUSPENDED", ""),
-        ("COMPLETING", "has ended (completing)"),
+        ("COMPLETING", "has ended"),
         ("TIMEOUT", "has reached its time limit"),
         ("CANCELLED", "has ended (cancelled)"),
         ("GONE", "has ended (gone)"),
