@@ -20,6 +20,7 @@ FAULTS = {  # how many arguments must and may be given
     "slow-health": (1, 1),
     "hang": (0, 1),
     "stuck-engine": (0, 1),
+    "stuck-on-signal": (0, 0),
     "broken-engine": (0, 1),
     "ignore-term": (0, 0),
     "log-flood": (1, 1),

@@ -43,6 +43,8 @@ class Faults:
     def ready(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set the clocks of what strikes a ready server."""
         self._binary_log()
+        if "stuck-on-signal" in self._wanted:  # one of several servers with the same environment
+            loop.add_signal_handler(signal.SIGUSR2, self._turn, "dead_engine")
         strikes: dict[str, Callable[[], None]] = {
             "exit-serving": self._exit,
             "kill-serving": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -851,7 +851,7 @@ def test_the_end_of_the_job_is_no_fault_of_the_server(
     fakes.set(state="COMPLETING")
     os.kill(fakes.container()["pid"], signal.SIGTERM)
     words = error(started)
-    assert words.startswith("localhost: Slurm ended the server: job 77 has ended (completing)")
+    assert words.startswith("localhost: Slurm ended the server: job 77 has ended")
     assert "restarting" not in started.output
 
 

@@ -262,7 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     outcomes.append((cell, outcome))
     finally:
         for fleet in (False, True):
-            print(table([each for each in outcomes if each[0].fault.fleet == fleet]), end="\n\n")
+            if of_kind := [each for each in outcomes if each[0].fault.fleet == fleet]:
+                print(table(of_kind), end="\n\n")
     return 0 if len(outcomes) == len(cells) else 1
 
 

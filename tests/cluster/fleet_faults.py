@@ -80,9 +80,11 @@ def docker(*command: str, name: str, node: str = "n1") -> Callable[[Scene], obje
     return strike
 
 
-def stand_still(scene: Scene) -> None:
-    """r3's engine, with its HTTP server; the kernel still takes connections for it."""
-    scene.n2.run("pkill", "-STOP", "--full", "trtllm-serve .*--port 8002")
+def to_engine(name: str) -> Callable[[Scene], object]:
+    """A signal to r3's: with STOP its HTTP server stands still, too; the kernel goes on taking
+    connections for it."""
+    words = ("pkill", f"-{name}", "--full", r"^\S*python3 \S*/trtllm-serve .*--port 8002")
+    return lambda scene: scene.n2.run(*words)
 
 
 def kill_front(scene: Scene) -> None:
@@ -155,12 +157,12 @@ FLEET_FAULTS: tuple[Fault, ...] = (
           survived(f"LOST r3: n2: {KILLED}", REST, phases=UP), env=LOAD_3_S, ci=()),
     fleet("replica killed, --restart 1", docker("kill", name="r3", node="n2"),
           survived(*R3_BACK, within=15), args=(*FOUR, *ONCE), ci=()),
-    fleet("replica hangs", stand_still,
+    fleet("engine of a replica hangs", to_engine("USR2"),
           survived("LOST r3: n2: the server is up but no longer serves: it is idle", REST,
-                   within=40, asked=False), env=PROBED),
-    fleet("replica hangs, and clients wait for it", stand_still,
+                   within=40, asked=False), env={**PROBED, "TRTLLM_SIM_FAULT": "stuck-on-signal"}),
+    fleet("replica stands still", to_engine("STOP"),
           survived("LOST r3: n2: the server is up but no longer serves: 6 health checks", REST,
-                   within=110, fails=True), env=PROBED, ci=()),
+                   within=130, fails=True), ci=()),
     fleet("replica out of memory",
           docker("update", "--memory=200m", "--memory-swap=200m", name="r1"),
           survived(f"LOST r1: n1: {KILLED}", "1 of 2 replicas go on", within=20), args=TWO,
