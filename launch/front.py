@@ -26,7 +26,7 @@ from launch.node.front import alerts
 from launch.node.messages import Error, Listens
 from launch.nodes import Place, Step, die_of_exit
 from launch.order import Command
-from launch.slurm import SEE_NODES
+from launch.slurm import SEE_NODES, slurms_word
 
 STARTS_WITHIN = 20.0  # seconds; it takes 0.2
 STEADY = 5.0  # seconds; what ends sooner is not started anew
@@ -216,6 +216,12 @@ class Front:
             die(f"{cannot}: {unbound[1]}", hint=hint)
         if "[ALERT]" in said:
             die(f"{self.name}: the front {how(code)}: {alerts(said)}", passing=True)
+        if shell_code(code) > 128 and not slurms_word(said):
+            at_once = f"within {STEADY:g} s of its start"
+            die(
+                f"{self.name}: the front {how(code)}, {at_once}",
+                hint="`dmesg` there may name what ends it",
+            )
         die_of_exit(f"{self.name}: the front", code, said)
 
     def stop(self) -> None:
