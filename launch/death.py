@@ -67,7 +67,7 @@ def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> 
         die(end, hint=f"its log: {server.log.path}")
     if lost := slurm.lost_nodes(said):
         hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
-        die(f"{lost}, {server.when}", hint=hint, passing=True)
+        die(f"{lost}, {server.when}", hint=hint, passing=not slurm.GIVEN_UP.search(said))
 
 
 def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:

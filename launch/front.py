@@ -26,7 +26,7 @@ from launch.node.front import alerts
 from launch.node.messages import Error, Listens
 from launch.nodes import Place, Step, die_of_exit
 from launch.order import Command
-from launch.slurm import SEE_NODES, slurms_word
+from launch.slurm import SEE_NODES, lost_nodes, slurms_word
 
 STARTS_WITHIN = 20.0  # seconds; it takes 0.2
 STEADY = 5.0  # seconds; what ends sooner is not started anew
@@ -198,7 +198,8 @@ class Front:
         """Start it anew where it has ended; Failure where it did so at once, or cannot start."""
         if not self.step or (code := self.step.poll()) is None:
             return
-        if time.monotonic() - self.began < STEADY:
+        self.reader.join(1)  # until all that it said has been read
+        if time.monotonic() - self.began < STEADY or lost_nodes("\n".join(self.said)):
             self.die_of_end(code)
         say(f"{self.name}: the front {how(code)}; it is started anew")
         self.start()

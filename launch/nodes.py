@@ -46,8 +46,7 @@ class Place:
     size: int
     srun: tuple[str, ...]  # () without Slurm
     allocation: slurm.Allocation = slurm.NONE
-    before: int = 0  # nodes of the job that come before ours
-    after: int = 0  # and after them, where NODELIST names a part of the job
+    part: bool = False  # the job has more nodes: NODELIST names these
 
     @property
     def slurm(self) -> bool:
@@ -65,10 +64,12 @@ class Place:
 
         By itself a step is given GPUs in the way that its job asked for them, one of eight with
         --gpus-per-task, or is refused. Containers need none: their order says which are the job's.
+        Nodes go by name: of a job that has lost one (--no-kill), Slurm counts the others anew.
         """
         if not self.srun:
             return []
-        spare = self.before + self.after
+        names = ",".join(self.allocation.nodes[first : first + nodes])
+        some = nodes < self.size or self.part
         return [
             *self.srun,
             f"--mpi={mpi}",
@@ -80,7 +81,7 @@ class Place:
             f"--nodes={nodes}",
             f"--ntasks={nodes * ranks}",
             *([f"--gpus={gpus}" if gpus else "--gres=none"] if self.allocation.shares else []),
-            *([f"--relative={self.before + first}"] if nodes < self.size + spare else []),
+            *([f"--nodelist={names}"] if names and some else []),
         ]
 
     @property
@@ -129,7 +130,8 @@ def part_of(place: Place, asked: str) -> Place:
         die(f"NODELIST={asked}: {has}", hint="name some of these that follow each other")
     shares = {name: share for name, share in place.allocation.shares.items() if name in wanted}
     part = replace(place.allocation, nodes=there[begin:end], shares=shares)
-    return replace(place, size=len(names), allocation=part, before=begin, after=len(there) - end)
+    whole = len(names) == len(there)
+    return replace(place, size=len(names), allocation=part, part=not whole)
 
 
 def ask_slurm(job: str) -> slurm.Allocation:

@@ -108,11 +108,14 @@ def last_words(text: str, lines: int = 1) -> str:
     return " / ".join((own or errors or said)[-lines:])
 
 
+GIVEN_UP = re.compile(r"Node failure on (\S+)")  # a job that goes on, goes on without it
+
+
 def lost_nodes(text: str) -> str:
     """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
     if failed := re.findall(r"Task launch for \S+ failed on node (\S+): (.+)", text):
         return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
-    lost = re.findall(r"Node failure on (\S+)", text)
+    lost = GIVEN_UP.findall(text)
     return by_node((node, "Slurm has lost this node") for node in lost)
 
 

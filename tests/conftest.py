@@ -490,7 +490,7 @@ words = list(words)
 given = words.pop(0) if words[0].startswith(("--gres=none", "--gpus=")) else ""
 words = iter(words)
 if count < len(faults["nodes"]):
-    flag(words, "--relative=0")
+    flag(words, "--nodelist=" + ",".join(faults["nodes"][:count]))
 output, command = "", list(words)
 if mpi != "none" or command[:1] == ["--overcommit"]:  # processes of a server
     if next(words := iter(command), "") != "--overcommit":

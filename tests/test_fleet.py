@@ -82,7 +82,7 @@ def test_a_replica_is_the_server_in_its_seat() -> None:
 
 
 def test_worlds_larger_than_a_node_lie_side_by_side() -> None:
-    place = Place("7", 4, ("srun",))
+    place = Place("7", 4, ("srun",), Allocation(nodes=("n0", "n1", "n2", "n3")))
     made = replace(plan("m", gpus="auto"), place=place)
     world, nodes = World(8, 2, 1), [Node(f"n{i}", Facts(gpus=8)) for i in range(4)]
     found = fleet.lay_over(
@@ -94,7 +94,7 @@ def test_worlds_larger_than_a_node_lie_side_by_side() -> None:
     words = fleet.describe(found, world, names)
     assert words.endswith("r0 on n0, n1; r1 on n2, n3 (--mpi=pmix_v4)")
     holder = docker.hold(found, found.replicas[1], {})
-    assert "--nodes=2" in holder.argv and "--relative=2" in holder.argv
+    assert "--nodes=2" in holder.argv and "--nodelist=n2,n3" in holder.argv
 
 
 def test_of_one_it_is_no_fleet() -> None:

@@ -356,6 +356,17 @@ def test_one_that_is_killed_is_started_anew(capsys: pytest.CaptureFixture[str]) 
             running.tick()
 
 
+def test_on_a_node_that_slurm_has_given_up_it_is_not_started_anew() -> None:
+    """Slurm would start it on another, where nobody asks."""
+    with serving(healthy(whole)) as server, fronting(addresses([server])) as running:
+        running.began -= front.STEADY
+        running.said = ["srun: error: Node failure on n1"]
+        kill_haproxy(running)
+        wait_until(lambda: running.step and running.step.poll() is not None)
+        with pytest.raises(Failure, match=r"^n1: Slurm has lost this node; n1: the front has"):
+            running.tick()
+
+
 def kill_haproxy(running: Front) -> None:
     assert running.step
     for pid in children(running.step.process.pid):

@@ -80,7 +80,6 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--ntasks-per-node=1",
         "--nodes=2",
         "--ntasks=2",
-        "--relative=0",
     ]
     order = command.fields["Hold"]
     assert (order["name"], order["launcher"]) == ("trtllm-77", launcher())
@@ -127,7 +126,6 @@ def test_the_command_of_the_ranks_is_this(tmp_path: Path) -> None:
         "--ntasks-per-node=8",
         "--nodes=2",
         "--ntasks=16",
-        "--relative=0",
         "--overcommit",
         "--distribution=block",
         "--kill-on-bad-exit=1",

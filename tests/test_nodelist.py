@@ -23,8 +23,8 @@ def _expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "expand", lambda text: text.split(","))
 
 
-def relative(place: Place, count: int, first: int = 0) -> list[str]:
-    return [word for word in place.on(count, first=first) if "--relative" in word]
+def named(place: Place, count: int, first: int = 0) -> list[str]:
+    return [word for word in place.on(count, first=first) if "--nodelist" in word]
 
 
 def test_a_part_of_the_job_is_a_place_of_its_own() -> None:
@@ -32,10 +32,10 @@ def test_a_part_of_the_job_is_a_place_of_its_own() -> None:
     assert (part.size, part.allocation.nodes, list(part.allocation.shares)) == (
         2, ("n2", "n3"), ["n2", "n3"]
     )  # fmt: skip
-    assert relative(part, 2) == ["--relative=1"] and relative(part, 1, 1) == ["--relative=2"]
+    assert named(part, 2) == ["--nodelist=n2,n3"] and named(part, 1, 1) == ["--nodelist=n3"]
     assert part.gpus(1) == 8 and part.gpus(2) == 0
-    assert part_of(JOB, "") is JOB and relative(JOB, 4) == []
-    assert relative(part_of(JOB, "n1"), 1) == ["--relative=0"]
+    assert part_of(JOB, "") is JOB and named(JOB, 4) == []
+    assert named(part_of(JOB, "n1"), 1) == ["--nodelist=n1"]
 
 
 @pytest.mark.parametrize("asked", ["n5", "n1,n3", "n2,n2,n4", "n1,x"])

@@ -135,7 +135,7 @@ def test_in_an_allocation_srun_is_the_prefix(job_of: Callable[..., Place], size:
         "--wait=0",
         "--ntasks-per-node=1",
     ]
-    first = ["--relative=0"] if size > 1 else []  # it is the only one otherwise
+    first = ["--nodelist=n1"] if size > 1 else []  # it is the only one otherwise
     assert place.every == [*flags, f"--nodes={size}", f"--ntasks={size}", "--gres=none"]
     assert place.head == [*flags, "--nodes=1", "--ntasks=1", "--gres=none", *first]
 
@@ -157,7 +157,7 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(
         f"--nodes={nodes}",
         f"--ntasks={8 * nodes}",
         "--gres=none",
-        *(["--relative=0"] if first else []),
+        *([f"--nodelist={','.join(place.allocation.nodes[:nodes])}"] if first else []),
     ]
 
 

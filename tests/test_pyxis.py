@@ -55,7 +55,7 @@ def test_srun_is_told_all_that_a_site_may_decide_otherwise(monkeypatch: pytest.M
     names = "HF_TOKEN,NCCL_DEBUG,NVIDIA_VISIBLE_DEVICES,NVIDIA_DRIVER_CAPABILITIES"
     names += ",MELLANOX_VISIBLE_DEVICES"
     mounts = "/fsx:/fsx,/home/a b:/home/a b,/dev/infiniband:/dev/infiniband"
-    assert after(command, "--relative=0")[:10] == [
+    assert after(command, "--nodelist=n1")[:10] == [
         "--job-name=trtllm-41-x",
         f"--export=HOME,https_proxy,{names}",
         f"--container-env={names}",

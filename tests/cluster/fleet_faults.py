@@ -186,7 +186,8 @@ FLEET_FAULTS: tuple[Fault, ...] = (
     fleet("2nd node unreachable", unplug("n2"),
           Expect(("serving",), ("Slurm ended the fleet",), (1,), 90, left=BACK, heals=90), ci=()),
     fleet("node of the front unreachable, salloc --no-kill", unplug("n1"),
-          Expect(("serving",), ("n1: ",), (1,), 120, left=BACK, heals=90), salloc=NO_KILL, ci=()),
+          Expect(("serving",), ("n1: Slurm has lost this node",), (1,), 120, left=BACK, heals=90),
+          salloc=NO_KILL, ci=()),
     fleet("^C while the 2nd node is unreachable", unplugged_interrupt("n2"),
           Expect(("serving",), ("stopped by SIGINT",), (130,), 30, left=BACK, heals=90), ci=()),
     # Prefill and decode.
