@@ -215,15 +215,17 @@ class Front:
             hint = "use another --port; `ss -ltnp` on the node shows whose it is"
             cannot = f"{self.name}: the front cannot listen on port {self.port}"
             die(f"{cannot}: {unbound[1]}", hint=hint)
+        if not slurms_word(said):
+            self.die_of_itself(code, said)
+        die_of_exit(f"{self.name}: the front", code, said)
+
+    def die_of_itself(self, code: int, said: str) -> None:
+        """Failure of what was killed, or says what is wrong."""
+        if shell_code(code) > 128:
+            what = f"{self.name}: the front {how(code)}, within {STEADY:g} s of its start"
+            die(what, hint="`dmesg` there may name what ends it")
         if "[ALERT]" in said:
             die(f"{self.name}: the front {how(code)}: {alerts(said)}", passing=True)
-        if shell_code(code) > 128 and not slurms_word(said):
-            at_once = f"within {STEADY:g} s of its start"
-            die(
-                f"{self.name}: the front {how(code)}, {at_once}",
-                hint="`dmesg` there may name what ends it",
-            )
-        die_of_exit(f"{self.name}: the front", code, said)
 
     def stop(self) -> None:
         """End it at once: what streams there are break off."""

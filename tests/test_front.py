@@ -360,7 +360,8 @@ def test_on_a_node_that_slurm_has_given_up_it_is_not_started_anew() -> None:
     """Slurm would start it on another, where nobody asks."""
     with serving(healthy(whole)) as server, fronting(addresses([server])) as running:
         running.began -= front.STEADY
-        running.said = ["srun: error: Node failure on n1"]
+        running.said = ["[ALERT] (9) : backend 'replicas' has no server available!"]
+        running.said += ["srun: error: Node failure on n1"]
         kill_haproxy(running)
         wait_until(lambda: running.step and running.step.poll() is not None)
         with pytest.raises(Failure, match=r"^n1: Slurm has lost this node; n1: the front has"):
