@@ -63,12 +63,14 @@ def workspace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path
 
 @pytest.fixture
 def launch(cluster: Cluster, workspace: Path) -> Iterator[Launcher]:
-    """Start run_sbatch.py; afterwards nothing of it is left, nothing of others touched."""
+    """Start a script of ours; afterwards nothing of it is left, nothing of others touched."""
     before = strangers(cluster)
     launches: list[Launch] = []
 
-    def start(*args: str, salloc: str = WHOLE, **options: Any) -> Launch:
-        command = [PYTHON, str(REPO / "run_sbatch.py"), *args]
+    def start(
+        *args: str, salloc: str = WHOLE, script: str = "run_sbatch.py", **options: Any
+    ) -> Launch:
+        command = [PYTHON, str(REPO / script), *args]
         if salloc:
             command = ["salloc", *salloc.split(), *command]
         launches.append(Launch(cluster, workspace, command, **options))

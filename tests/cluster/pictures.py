@@ -1,12 +1,14 @@
-"""The README's pictures: a launch on the test cluster as a terminal shows it, and a report.
+"""The README's pictures: a launch on the test cluster and a search, in a terminal, and a report.
 
-`make pictures` (as root) writes docs/launch.svg and docs/report.png.
+`make pictures` (as root) writes docs/launch.svg, docs/tune.svg and docs/report.png.
 """
 
 from __future__ import annotations
 
 import html
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,6 +33,7 @@ def main() -> int:
         prepare(cluster)
         text = launch(cluster)
     (DOCS / "launch.svg").write_text(picture(text))
+    (DOCS / "tune.svg").write_text(picture(search()))
     demo = subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     (report,) = re.findall(r"The report: (\S+)", demo.stdout)
@@ -49,6 +52,19 @@ def launch(cluster: Cluster) -> str:
     typed = "$ salloc -N 2 --gpus-per-node=8 --exclusive .venv/bin/python run_sbatch.py \\\n"
     typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 8\n"
     return typed + started.output
+
+
+def search() -> str:
+    """What `make tune` says without a GPU, the simulator at the costs of a model of 70B."""
+    typed = "$ make tune MODEL=org/model TP=1,2,4,8 GOODPUT='ttft:500 tpot:30' \\\n"
+    typed += "      EXTRA_ARGS='--loads 1,2,4,8,16,32 --output-len 64'\n"
+    env = {"PATH": f"{ROOT}/simulator:{os.environ['PATH']}", "RUNTIME": "bare", "GPUS": "none",
+           "TRTLLM_SIM_COST": "70b"}  # fmt: skip
+    words = shlex.split(typed.replace("\\\n", ""))[3:]
+    done = subprocess.run(["make", "--silent", "tune", *words], cwd=ROOT, env={**os.environ, **env},
+                          check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)  # fmt: skip
+    return typed + done.stdout.replace(f"{ROOT}/", "")
 
 
 def picture(text: str) -> str:
