@@ -56,8 +56,8 @@ def launch(cluster: Cluster) -> str:
 
 def search() -> str:
     """What `make tune` says without a GPU, the simulator at the costs of a model of 70B."""
-    typed = "$ make tune MODEL=org/model TP=1,2,4,8 GOODPUT='ttft:500 tpot:30' \\\n"
-    typed += "      EXTRA_ARGS='--loads 1,2,4,8,16,32 --output-len 64'\n"
+    typed = "$ make tune MODEL=org/model TP=1,2,4 GOODPUT='ttft:1000 tpot:30' \\\n"
+    typed += "      EXTRA_ARGS='--loads 1,4,16 --output-len 32'\n"
     env = {"PATH": f"{ROOT}/simulator:{os.environ['PATH']}", "RUNTIME": "bare", "GPUS": "none",
            "TRTLLM_SIM_COST": "70b"}  # fmt: skip
     words = shlex.split(typed.replace("\\\n", ""))[3:]
