@@ -73,8 +73,8 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores, up to four: the one that has the cluster waits most of the time."""
-    return min((os.cpu_count() or 1) + 1, 4)
+    """Two more than cores, up to five: those that have a cluster wait most of the time."""
+    return min((os.cpu_count() or 1) + 2, 5)
 
 
 @pytest.hookimpl(wrapper=True)

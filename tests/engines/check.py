@@ -78,6 +78,8 @@ def check(engine: Engine, args: argparse.Namespace) -> bool:
         engine.prepare(venv, work / "model")
         with serving(engine, venv, work) as (_, url):
             good = examine(Server(engine, venv, work, url))
+            if not good:
+                step(f"the server's last words:\n{(work / 'server.log').read_text()[-3000:]}")
         ends = [ends_well(end, engine, venv, work) for end in ENDS if engine.inner]
         return good and all(ends)
 
@@ -162,10 +164,13 @@ def examine(server: Server) -> bool:
     passed = smoke(server)
     short = (*SHORT, str(server.engine.prompts))
     runs = [run for load in LOADS for run in bench(server, *load, *short)]
+    if not all(run["valid"] for run in runs):
+        show(server.engine, passed, runs)
+        return False
     clients = [by_bench] * bool(counters(server.url)) + [by_its_own] * bool(server.engine.client)
     figures = [compared(server, client) for client in clients]
     show(server.engine, passed, runs, *figures)
-    return passed and all(run["valid"] for run in runs) and all(agrees(*f) for f in figures[:1])
+    return passed and all(agrees(*f) for f in figures[:1])
 
 
 def smoke(server: Server) -> bool:
@@ -181,6 +186,8 @@ def bench(server: Server, *load: str) -> list[Any]:
     folder = tempfile.mkdtemp(dir=server.work)
     command = [sys.executable, str(ROOT / "bench.py"), "-H", server.url, "-o", folder, *load]
     done = subprocess.run(command, cwd=server.work, stdout=subprocess.PIPE, text=True)
+    if not done.stdout:  # it has said why
+        return [{"name": " ".join(load), "valid": False, "problems": ["no figures"]}]
     runs: list[Any] = json.loads(done.stdout.splitlines()[-1])["runs"]
     return runs
 
