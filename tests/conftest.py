@@ -68,8 +68,19 @@ def pytest_configure() -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_bytecode()
     if CI and os.geteuid() == 0:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
+
+
+def keep_bytecode() -> None:
+    """Where Python is told to write none, every script that a test starts is compiled anew, which
+    takes longer than many a test: then it is written, but not beside the sources."""
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(ROOT / ".pytest_cache/bytecode")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 
 def pytest_xdist_auto_num_workers() -> int:
