@@ -989,12 +989,23 @@ def config_digest(data: bytes) -> str:
 
 @pytest.fixture
 def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine makes no run of bench.py invalid, but where a test is about just that."""
-    from load import metrics
+    """A busy machine makes no run of bench.py invalid, but where a test is about just that.
 
+    And nothing is drawn, which takes longer than most runs, but where a test looks at pictures.
+    """
+    from load import metrics
+    from report import render
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(render, "draw", lambda charts: [])
     if "real_limits" not in request.fixturenames:
         monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
         monkeypatch.setattr(metrics, "BLURRED", 1.0)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """They are drawn in spite of `any_machine`."""
 
 
 @pytest.fixture
