@@ -61,7 +61,8 @@ PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG
 
 # Of make alone: it turns them into flags.
 OF_MAKE = (
-    "CONFIGS GOODPUT FILE COMPRESS RESULTS BEFORE AFTER FOLDER HOURS JOB LOG EXTRA_ARGS BENCH_ARGS"
+    "CONFIGS GOODPUT FILE COMPRESS RESULTS BEFORE AFTER FOLDER CLUSTER HOURS JOB LOG EXTRA_ARGS "
+    "BENCH_ARGS"
 ).split()
 # What the programs that we call read from their environment; the engine without a container, too.
 OTHERS = re.compile(
