@@ -18,7 +18,7 @@ GIVEN := IMAGE MODEL TP PORT WORKSPACE CONTAINER_MOUNT RUNTIME READY_TIMEOUT GPU
 GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULTS BEFORE AFTER
 GIVEN += CONFIGS GOODPUT
 GIVEN += REPLICA PREFILL DECODE PREFILL_CONFIG DECODE_CONFIG
-GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER HOURS LOG JOB
+GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER CLUSTER HOURS LOG JOB
 # Shells that export HOST mean their own machine: only `make test HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
@@ -174,8 +174,8 @@ pictures: $(READY) ## Take the README's pictures again (as root)
 	$(PY) -m tests.cluster.pictures
 
 .PHONY: check-engines
-check-engines: $(READY) ## Run test.py and bench.py against a real vLLM or SGLang on the CPU (ENGINE=vllm,sglang FOLDER=)
-	$(PY) -m tests.engines.check $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder)
+check-engines: $(READY) ## Run test.py and bench.py against a real vLLM or SGLang on the CPU (ENGINE=vllm,sglang FOLDER= CLUSTER=1)
+	$(PY) -m tests.engines.check $(call flag,ENGINE,--engine) $(call flag,FOLDER,--folder) $(if $(value CLUSTER),--cluster)
 
 .PHONY: soak
 soak: $(READY) ## Load the test cluster for hours: what grows, fails or stays behind? (as root; HOURS=)

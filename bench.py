@@ -33,7 +33,6 @@ from load.sweep import conflicts, sweep, verdict
 from report import render as report
 from report.results import Found, load, without_details
 
-RESULTS = "results"
 SAME = (
     "client", "image_id", "backend", "url", "replicas", "server_version", "goodput", "burstiness",
 )  # fmt: skip
@@ -220,7 +219,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
     group("--check", action="store_true", help="say what would be sent, and send no load")
-    group("-o", "--output", type=Path, metavar="DIR", help=f"({RESULTS}/DATE-TIME)")
+    group("-o", "--output", type=Path, metavar="DIR", help=f"({bench_place.RESULTS}/DATE-TIME)")
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
     group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
@@ -299,16 +298,6 @@ def make_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str
     return BenchmarkServing(server, options(args, environ))
 
 
-def result_folder(args: argparse.Namespace) -> Path:
-    folder: Path = args.output or Path(RESULTS) / time.strftime("%Y%m%d-%H%M%S")
-    if not args.resume and any(folder.glob("*.json")):
-        raise Failure(
-            f"{folder} holds results already", "--resume goes on; or name another with -o"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: Mapping[str, str],
           argv: Iterable[str]) -> Record:  # fmt: skip
     return {
@@ -360,7 +349,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
     if any(case.input_len is None for case in cases(args.type, overrides(args))):
         sharegpt.provide(args.sharegpt)  # an hour later would be too late to miss it
     client = make_client(args, server, environ)
-    folder = result_folder(args)
+    folder = bench_place.result_folder(args.output, args.resume, "*.json")
     metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)
     say(f"{server.url} serves {server.model}; measured by {client.name}, results in {folder}")
     work = Bench(server, client, folder, metadata, args.resume)

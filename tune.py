@@ -31,7 +31,7 @@ from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
 from load.arguments import count, limit, numbers, positive
-from search import answer, race
+from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
 from search.nodes import Nodes
 from search.tuner import Tuner
@@ -90,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(argv)
     if args.resume and not args.output:
         parser.error("--resume needs -o, the folder to go on in")
+    args.loads = sorted(set(args.loads))
     return args, rest
 
 
@@ -134,27 +135,31 @@ def of_workspace(launching: argparse.Namespace) -> list[str]:
     ]
 
 
-def result_folder(args: argparse.Namespace) -> Path:
-    folder: Path = args.output or Path(time.strftime("results/tune-%Y%m%d-%H%M%S"))
-    if not args.resume and folder.exists() and any(folder.iterdir()):
-        die(f"{folder} holds something already", hint="--resume goes on; or another -o")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+def folder_of(args: argparse.Namespace) -> Path:
+    return bench_place.result_folder(args.output, args.resume, "*", "tune-").resolve()
 
 
-def dry_run(candidates: Sequence[Candidate], left_out: Sequence[LeftOut], loads: Sequence[int],
-            repeat: int) -> None:  # fmt: skip
-    """What would be tried, and how many runs that is."""
+def bench_words(args: argparse.Namespace) -> list[str]:
+    """What bench.py is given for every load."""
+    words = ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
+             "--repeat", str(args.repeat)]  # fmt: skip
+    return words + (["--num-prompts", str(args.num_prompts)] if args.num_prompts else [])
+
+
+def dry_run(
+    candidates: Sequence[Candidate], left_out: Sequence[LeftOut], args: argparse.Namespace,
+    nodes: Nodes, model: str,
+) -> None:  # fmt: skip
+    """What would be tried, how many runs that is, and how long they will take."""
     for each in candidates:
         servers = f", {each.replicas} servers" if each.replicas > 1 else ""
         print(f"{each.name}: {each.shape}, {counted(each.gpus, 'GPU')}{servers}")
     for left in left_out:
         print(f"left out: {left.name}: {left.why}")
-    first, most = len(race.coarse(loads)), len(loads)
-    runs = [len(candidates) * number * repeat for number in (first, most)]
-    starts = counted(len(candidates), "server")
-    print(f"{starts} to start, {runs[0]} to {runs[1]} runs: at a minute a run that is {runs[0]} to "
-          f"{runs[1]} minutes besides loading; fewer where more load is of no use")  # fmt: skip
+    results = args.output.parent if args.output else Path(bench_place.RESULTS)
+    pace = estimate.earlier(results, model, bench_words(args))
+    pace = pace or estimate.guess(args.loads, args.num_prompts, args.output_len)
+    print(estimate.estimate(candidates, args.loads, args.repeat, nodes, pace))
 
 
 def tune(argv: Sequence[str] | None = None) -> int:
@@ -163,27 +168,24 @@ def tune(argv: Sequence[str] | None = None) -> int:
     launching, words = cli.parse(rest, "")
     kind, place = engine(launching.engine), find_place(os.environ)
     model, common, port = kind.read(words, setting("PORT"))
-    model = find_model(model)
+    model, nodes = find_model(model), nodes_of(place)
     own = [word for word in map(from_home, rest) if word != model]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if args.dry_run else result_folder(args)
+        folder = Path(scratch) if args.dry_run else folder_of(args)
         found = expand(space_of(args), kind, common, model_config(model),
                        gpus_there(args.gpus, place), folder)  # fmt: skip
         if args.dry_run:
-            dry_run(*found, args.loads, args.repeat)
+            dry_run(*found, args, nodes, model)
             return 0
     candidates, left_out = found
     if not candidates:
         die("; ".join(["no candidate is left", *(f"{e.name}: {e.why}" for e in left_out)]))
-    outcome = answer.Outcome(model, [model, *own], dict(args.goodput), candidates, left_out)
-    bench = ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
-             "--repeat", str(args.repeat)]  # fmt: skip
-    bench += ["--num-prompts", str(args.num_prompts)] if args.num_prompts else []
+    outcome = answer.Outcome(model, [model, *own], dict(args.goodput), candidates, left_out,
+                             bench_words(args))  # fmt: skip
     deadline = time.monotonic() + args.minutes * 60
-    loads = sorted(set(args.loads))
     say(f"{counted(len(candidates), 'candidate')}; results in {folder}")
     more = of_workspace(launching)
-    tuner = Tuner(outcome, folder, loads, bench, port, deadline, nodes_of(place), more)
+    tuner = Tuner(outcome, folder, args.loads, port, deadline, nodes, more)
     try:
         tuner.run()
     finally:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from common.talk import die, misused
@@ -108,6 +108,9 @@ def without_model(words: Sequence[str], *flags: str) -> tuple[str | None, list[s
         if name in flags:
             end = i + (1 if equals else 2)
             return value if equals else "".join(words[i + 1 : end]), args[:i] + args[end:]
+    for before, word in pairwise(words):
+        if not word.startswith("-") and ("=" in before or not before.startswith("-")):
+            misused(f"{word} is no flag; if it is the MODEL, give it first")
     return None, args
 
 

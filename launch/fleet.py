@@ -104,7 +104,7 @@ def check_port(last: int) -> None:
 
 
 def one_node_only() -> str:
-    die("a replica is larger than a node; several nodes need --runtime docker")
+    die("a replica is larger than a node; several nodes need --runtime docker, or pyxis")
 
 
 def expected_mpi() -> str:

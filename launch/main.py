@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from common.settings import load_env_files, setting
@@ -52,63 +52,107 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
         return 128 + int(stopped.args[0])
 
 
+@dataclass(frozen=True)
+class Request:
+    """What the words of the command ask for, before any node has been asked."""
+
+    plan: Plan
+    found: image.Image
+    wanted: Wanted
+    server: Replica  # one of the same arguments, as the front's clients see it
+    world: World
+    shape: str  # its sizes, in words
+    pools: list[disagg.Pool]
+
+
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     Record.verbose = args.verbose
-    if args.status or args.logs is not None or args.stop is not None or args.why is not None:
+    if manage.is_asked(args):
         return manage.act(args)
+    request = read(args, rest)
+    if args.dry_run:
+        plan = request.plan if request.plan.release else settled(request.plan, {})
+        dry_run(lay_out(plan, request, None, args), request.found, request.wanted, args)
+        return 0
+    if args.force:
+        check_force(request.found)
+    nodes = prepare_nodes(request.plan, request.wanted, args)
+    if args.runtime != request.plan.runtime:  # the nodes have another one
+        return go(args, rest)
+    plan = fitted(request, nodes, args)
+    head = plan.entrances[0] if plan.is_fleet and args.no_front else request.server
+    url = url_of(nodes[head.first], plan.place, head.args)
+    put = must_put(plan, nodes, request.found, args)
+    if plan.release is None and not put:
+        plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
+    announce(plan, request, nodes)
+    if args.check:
+        return 0
+
+    Record.open(args.workspace / f"logs/launch_{plan.place.job}.log")
+    put_it = partial(put_image, plan, request.found, args) if put else lambda: plan
+    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(plan.place)), put_it)
+    return 0
+
+
+def read(args: argparse.Namespace, rest: Sequence[str]) -> Request:
+    """The plan that the arguments and settings make, and what it needs of the nodes."""
     place = find_place(os.environ)
-    kind, served = runtime(args.runtime), engine(args.engine)
+    served = engine(args.engine)
     model, serve_args, port = served.read(rest, setting("PORT"))
     serve_args = with_tp(serve_args, served)
-    replica = Replica(find_model(model), tuple(serve_args), port, setting("GPUS"))
-    pools = disagg.pools_of(args, replica, args.engine)
+    server = Replica(find_model(model), tuple(serve_args), port, setting("GPUS"))
+    pools = disagg.pools_of(args, server, args.engine)
     shape, world = served.check(pools[0].server.args if pools else serve_args)
-    if not (place.slurm or args.dry_run or replica.gpus == "none" or count_gpus()):
+    if not (place.slurm or args.dry_run or server.gpus == "none" or count_gpus()):
         allocation.refuse_login_node(sum(p.count * p.world.size for p in pools) or world.size)
-    asked = args.image or (served.IMAGE if args.engine != DEFAULT else "")
-    found = kind.find_image(asked, args.workspace)
-    if not kind.HAS_IMAGE and (useless := of_containers(args)):
-        say(f"without a container, {', '.join(useless)} does nothing")
-    if args.verify:
-        provide.check_verifiable(found)
-    plan = make_plan(args, place, found, args.engine, *([p.server for p in pools] or [replica]))
-    kind.check(plan)
+    found = find_image(args)
+    plan = make_plan(args, place, found, args.engine, *([p.server for p in pools] or [server]))
+    runtime(args.runtime).check(plan)
     if release := release_known(found, args.engine):
         plan = settled(plan, {"": release})
     count = str(sum(pool.count for pool in pools) + 1) if pools else args.replicas
     needs = 0 if pools else world.size
     wanted = wanted_of(plan, found, needs, count, front=not args.no_front)
-    if args.dry_run:
-        plan = lay_out(plan if release else settled(plan, {}), world, pools, None, args)
-        dry_run(plan, found, wanted, args)
-        return 0
-    if args.force:
-        check_force(found)
-    nodes = prepare_nodes(plan, wanted, args)
-    if args.runtime != plan.runtime:
-        return go(args, rest)
-    plan = lay_out(plan, world, pools, nodes, args)
-    plan = replace(plan, device_files=device_files(nodes[: plan.nodes]))
-    head = plan.entrances[0] if plan.is_fleet and args.no_front else replica
-    url = url_of(nodes[head.first], place, head.args)
-    preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
-    put = kind.HAS_IMAGE and (args.force or preflight.must_provide(nodes[: plan.nodes], found))
-    if plan.release is None and not put:
-        plan = settled(plan, {node.name: node.facts.release for node in nodes[: plan.nodes]})
-    names = [node.name for node in nodes]
-    if pools:
-        say(f"{plan.title}, {disagg.describe(plan, pools, names)}")
-    else:
-        say(f"{plan.title}, {shape}: {describe(plan, world, names)}")
-    if plan.release is None:
-        say(f"its version is asked, and its options are checked, once the nodes have {found.tag}")
-    if args.check:
-        return 0
+    return Request(plan, found, wanted, server, world, shape, pools)
 
-    Record.open(args.workspace / f"logs/launch_{place.job}.log")
-    put_it = partial(put_image, plan, found, args) if put else lambda: plan
-    supervise.serve(supervise.Launch(plan, nodes, url, args, TimeLimit(place)), put_it)
-    return 0
+
+def find_image(args: argparse.Namespace) -> image.Image:
+    kind = runtime(args.runtime)
+    default = engine(args.engine).IMAGE if args.engine != DEFAULT else ""
+    found = kind.find_image(args.image or default, args.workspace)
+    if not kind.HAS_IMAGE and (useless := of_containers(args)):
+        say(f"without a container, {', '.join(useless)} does nothing")
+    if args.verify:
+        provide.check_verifiable(found)
+    return found
+
+
+def fitted(request: Request, nodes: Sequence[Node], args: argparse.Namespace) -> Plan:
+    """The plan laid over these nodes, with what they have, once they have been found fit for it."""
+    plan = lay_out(request.plan, request, nodes, args)
+    plan = replace(plan, device_files=device_files(nodes[: plan.nodes]))
+    preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
+    return plan
+
+
+def must_put(
+    plan: Plan, nodes: Sequence[Node], found: image.Image, args: argparse.Namespace
+) -> bool:
+    if not runtime(plan.runtime).HAS_IMAGE:
+        return False
+    return args.force or preflight.must_provide(nodes[: plan.nodes], found)
+
+
+def announce(plan: Plan, request: Request, nodes: Sequence[Node]) -> None:
+    names = [node.name for node in nodes]
+    if request.pools:
+        say(f"{plan.title}, {disagg.describe(plan, request.pools, names)}")
+    else:
+        say(f"{plan.title}, {request.shape}: {describe(plan, request.world, names)}")
+    if plan.release is None:
+        tag = request.found.tag
+        say(f"its version is asked, and its options are checked, once the nodes have {tag}")
 
 
 def with_tp(args: list[str], served: Engine) -> list[str]:
@@ -138,17 +182,13 @@ def of_containers(args: argparse.Namespace) -> list[str]:
 
 
 def lay_out(
-    plan: Plan,
-    world: World,
-    pools: Sequence[disagg.Pool],
-    nodes: Sequence[Node] | None,
-    args: argparse.Namespace,
+    plan: Plan, request: Request, nodes: Sequence[Node] | None, args: argparse.Namespace
 ) -> Plan:
     """The plan with its servers laid over the nodes; None: over those that are to be expected."""
-    over_nodes, place = runtime(args.runtime).OVER_NODES, plan.place
+    over_nodes, place, world = runtime(args.runtime).OVER_NODES, plan.place, request.world
     mpi = bool(plan.engine.LEADER)
-    if pools:
-        plan = disagg.lay_out(plan, pools, nodes, args, over_nodes)
+    if request.pools:
+        plan = disagg.lay_out(plan, request.pools, nodes, args, over_nodes)
     elif args.replicas != "1":
         plan = fleet.lay_out(plan, world, nodes, args.replicas, over_nodes)
     if not plan.is_fleet:

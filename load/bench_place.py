@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVI
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
 MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy")
+RESULTS = "results"
 WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
 
 
@@ -59,6 +61,15 @@ def environment() -> dict[str, str]:
     os.environ.pop("HOST", None)
     load_env_files()
     return {name: value for name, value in os.environ.items() if value}
+
+
+def result_folder(asked: Path | None, resume: bool, results: str, name: str = "") -> Path:
+    """Where results go, made; `results` matches those that only --resume may add to."""
+    folder = asked or Path(RESULTS) / (name + time.strftime("%Y%m%d-%H%M%S"))
+    if not resume and any(folder.glob(results)):
+        die(f"{folder} holds results already", hint="--resume goes on; or name another with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def is_installed() -> bool:

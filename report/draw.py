@@ -76,8 +76,15 @@ def draw_lines(chart: Chart, figure: Any) -> list[str]:  # noqa: ANN401
     axes.grid(alpha=0.25)
     if len(chart.series) > 1:
         axes.legend(fontsize=8)
+    lay_out(figure)
     name_points(axes, [p for p in points if p.label])
     return tips
+
+
+def lay_out(figure: Any) -> None:  # noqa: ANN401
+    """Where things are is found out once, not once a format: it takes most of the time."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def scale(axes: Any, values: Sequence[float]) -> None:  # noqa: ANN401
@@ -95,7 +102,6 @@ def scale(axes: Any, values: Sequence[float]) -> None:  # noqa: ANN401
 
 def name_points(axes: Any, points: Sequence[Point]) -> None:  # noqa: ANN401
     """A label beside each point where there is room; at saturation they lie on each other."""
-    axes.figure.draw_without_rendering()
     taken = [dot(axes, point) for point in points]
     for point in points:
         for x, y in OFFSETS:
@@ -135,6 +141,7 @@ def draw_bands(chart: Bands, figure: Any) -> list[str]:  # noqa: ANN401
     axes.set_ylim(len(labels) - 0.5, -0.5)
     scale(axes, [v for row in chart.rows for p, v in row.values.items() if 5 <= p <= 99])
     axes.grid(axis="x", alpha=0.25)
+    lay_out(figure)
     return [row.tip for row in chart.rows]
 
 

@@ -30,9 +30,12 @@ class Outcome:
     limits: Mapping[str, float]  # ms, which 99 % of the requests have to keep
     candidates: Sequence[Candidate]
     left_out: Sequence[LeftOut]
+    bench: Sequence[str] = ()  # what bench.py is given for every load
     groups: dict[str, dict[int, Group]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # why a candidate did not serve
     unfinished: str = ""  # why the search has ended early
+    starts: list[float] = field(default_factory=list)  # seconds that each took
+    runs: list[float] = field(default_factory=list)
 
     @property
     def measured(self) -> dict[str, dict[int, race.Point]]:
@@ -179,6 +182,8 @@ def document(outcome: Outcome) -> Record:
         "model": outcome.model,
         "limits_ms": dict(outcome.limits),
         "unfinished": outcome.unfinished or None,
+        "bench": list(outcome.bench),
+        "seconds": {"start": mean(outcome.starts), "run": mean(outcome.runs)},
         "best": [
             {
                 "limits_ms": dict(best.limits),
@@ -215,6 +220,10 @@ def document(outcome: Outcome) -> Record:
         ],
         "left_out": [{"name": each.name, "why": each.why} for each in outcome.left_out],
     }
+
+
+def mean(seconds: Sequence[float]) -> float | None:
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 def html(outcome: Outcome) -> str:

@@ -29,7 +29,6 @@ class Tuner:
     outcome: answer.Outcome
     folder: Path
     loads: Sequence[int]
-    bench: Sequence[str]  # what bench.py is given for every load
     port: int
     deadline: float  # by time.monotonic()
     nodes: Nodes
@@ -70,7 +69,7 @@ class Tuner:
         """Examine these candidates, each on nodes of its own."""
 
         def work(candidate: Candidate, nodes: Sequence[str]) -> None:
-            if not self.is_late():
+            if not self.is_late(sum(self.outcome.starts[-1:])):  # it would be ready too late
                 self.examine(candidate, loads[candidate], nodes)
 
         side_by_side(list(loads), lambda each: each.gpus, self.nodes, work, self.end_all)
@@ -87,11 +86,11 @@ class Tuner:
             if process.poll() is None:
                 process.terminate()
 
-    def is_late(self) -> bool:
-        """Whether nothing new is to begin; says so once."""
+    def is_late(self, ahead: float = 0.0) -> bool:
+        """Whether nothing new is to begin that takes `ahead` seconds at first; says so once."""
         if self.stopping.is_set():
             return True
-        if time.monotonic() > self.deadline and not self.outcome.unfinished:
+        if time.monotonic() + ahead > self.deadline and not self.outcome.unfinished:
             self.outcome.unfinished = "the time of --minutes was up before the search was over"
             say(self.outcome.unfinished)
         return bool(self.outcome.unfinished)
@@ -109,8 +108,10 @@ class Tuner:
         name, where = candidate.name, ", ".join(filter(None, nodes))
         on = f" on {where}" if where else ""
         say(f"{name}: {candidate.shape}, {counted(candidate.gpus, 'GPU')}: starting{on}")
+        began = time.monotonic()
         try:
             with self.serving(candidate, nodes) as served:
+                self.outcome.starts.append(time.monotonic() - began)
                 for each in loads:
                     self.measure(candidate, served, [each])
                     if race.is_over(self.points(name)) or self.is_late():
@@ -147,8 +148,9 @@ class Tuner:
             *[sys.executable, str(ROOT / "bench.py"), "--client", "builtin", "--resume"],
             *["--host", served.url, "--type", "concurrency", "--output", str(folder)],
             *["--concurrency", ",".join(map(str, loads)), "--gpus", str(max(candidate.gpus, 1))],
-            *self.bench,
+            *self.outcome.bench,
         ]
+        began = time.monotonic()
         with (folder / "bench.txt").open("a") as talk:
             null = subprocess.DEVNULL
             bench = subprocess.Popen(
@@ -156,7 +158,13 @@ class Tuner:
             )
             self.began(bench)
             bench.wait()
+        took = time.monotonic() - began
         self.read(candidate.name)
+        found = self.found(candidate.name)
+        count = sum(len(found[each].records) for each in loads if each in found)
+        self.outcome.runs += [took / count for _ in range(count)]
+        if self.stopping.is_set():
+            raise Failure("stopped")
         for each in loads:
             self.tell(candidate.name, each)
         if served.launcher.poll() is not None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import answers
 from console import log
-from cost import cost_of
+from cost import Cost
 from engine import Engine, Generation, stops_of
 from environment import Settings
 from fastapi import Body, FastAPI, Request
@@ -50,10 +50,12 @@ async def invalid(_: Request, error: Any) -> Response:  # noqa: ANN401 (as FastA
 
 
 class Api:
-    def __init__(self, args: LlmArgs, settings: Settings, faults: Faults) -> None:
+    def __init__(
+        self, args: LlmArgs, settings: Settings, faults: Faults, cost: Cost | None = None
+    ) -> None:
         self._args = args
         self._settings = settings
-        self._engine = Engine(settings, faults, args.max_batch_size, cost_of(settings.cost, args))
+        self._engine = Engine(settings, faults, args.max_batch_size, cost)
         self._faults = faults
         self._zero_token_requests = 0
         self._serial = count()  # makes sampled answers differ

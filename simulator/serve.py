@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from arguments import command_line
 from console import Fatal, crash, log
-from cost import cost_of
+from cost import Cost, cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
@@ -46,11 +46,11 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
     with _ending_as_the_real_one() as version:
         settings = read_settings(os.environ)
         args = build_llm_args(flags, settings.gpus, os.environ, version)
-        cost_of(settings.cost, args)  # whether the model fits
+        cost = cost_of(settings.cost, args)  # or it does not fit
         sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
         faults = Faults(settings.faults)
         faults.begin()
-        _run(args, settings, faults, _load(args, settings, faults), sockets)
+        _run(args, settings, faults, cost, _load(args, settings, faults), sockets)
 
 
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
@@ -121,6 +121,7 @@ def _run(
     args: LlmArgs,
     settings: Settings,
     faults: Faults,
+    cost: Cost | None,
     leader: Link | None,
     sockets: list[socket.socket] | None,
 ) -> None:
@@ -139,7 +140,7 @@ def _run(
             return nullcontext() if faults.ignores_term else super().capture_signals()
 
     def server() -> Server:
-        api, host, port = Api(args, settings, faults), args.host, args.port
+        api, host, port = Api(args, settings, faults, cost), args.host, args.port
         return Server(uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5))
 
     _until_stopped(server, sockets)

@@ -68,13 +68,24 @@ def pytest_configure() -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_bytecode()
     if CI and os.geteuid() == 0:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
 
 
+def keep_bytecode() -> None:
+    """Where Python is told to write none, every script that a test starts is compiled anew, which
+    takes longer than many a test: then it is written, but not beside the sources."""
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(ROOT / ".pytest_cache/bytecode")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores, up to four: the one that has the cluster waits most of the time."""
-    return min((os.cpu_count() or 1) + 1, 4)
+    """Two more than cores, up to five: those that have a cluster wait most of the time."""
+    return min((os.cpu_count() or 1) + 2, 5)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -978,12 +989,23 @@ def config_digest(data: bytes) -> str:
 
 @pytest.fixture
 def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine makes no run of bench.py invalid, but where a test is about just that."""
-    from load import metrics
+    """A busy machine makes no run of bench.py invalid, but where a test is about just that.
 
+    And nothing is drawn, which takes longer than most runs, but where a test looks at pictures.
+    """
+    from load import metrics
+    from report import render
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(render, "draw", lambda charts: [])
     if "real_limits" not in request.fixturenames:
         monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
         monkeypatch.setattr(metrics, "BLURRED", 1.0)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """They are drawn in spite of `any_machine`."""
 
 
 @pytest.fixture

@@ -278,8 +278,8 @@ def test_after_resume_the_reports_hold_the_whole_folder(
     _, runs = resumed(capsys, "latency", "--input-len", "512")
     assert runs == ["latency-in512-out4-c2"]
     for file in ("summary.json", "summary.csv", "report.html"):
-        assert "throughput-in512-out4-c2" in Path("out", file).read_text()
-        assert runs[0] in Path("out", file).read_text()
+        said = Path("out", file).read_text().replace("<wbr>", "")
+        assert "throughput-in512-out4-c2" in said and runs[0] in said
 
 
 def test_earlier_results_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

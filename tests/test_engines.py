@@ -68,5 +68,8 @@ def test_an_unknown_engine_and_a_failed_install_are_sentences(
     with pytest.raises(SystemExit, match="2"):
         main(["--engine", "vllm,llama"])
     assert "llama: not one of vllm, sglang" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--engine", "sglang", "--cluster"])
+    assert "serves vLLM only" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"^sh -c .* failed:\nno such package"):
         run(["sh", "-c", "echo no such package >&2; exit 1"])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from common.talk import Failure
+from common.talk import Failure, write_json
 from launch.engines import engine
 from report.results import Group
-from search import race
+from search import estimate, race
 from search.answer import Outcome, answers, document, html, text
 from search.candidates import (
     Candidate,
@@ -25,7 +26,9 @@ from search.candidates import (
     name_of,
     refuse_by_model,
 )
+from search.nodes import Nodes
 from search.race import LOADS, Point
+from search.tuner import Tuner
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "simulator"))
@@ -210,6 +213,53 @@ def test_the_loads_at_first_are_far_apart_with_both_ends() -> None:
     assert race.coarse(LOADS) == [1, 16, 256]
     assert race.coarse([1, 2, 4, 8, 16, 32]) == [1, 16, 32]
     assert race.coarse([3]) == [3]
+
+
+def test_no_server_is_started_that_nothing_could_be_measured_of(tmp_path: Path) -> None:
+    made = outcome({"a": {}})
+    made.starts = [60.0, 80.0]
+    tuner = Tuner(made, tmp_path, [1], 1, time.monotonic() + 65, Nodes([""], 1))
+    assert not tuner.is_late()
+    tuner.round({made.candidates[0]: [1]})
+    assert "--minutes" in made.unfinished and not list(tmp_path.iterdir())
+
+
+# --- how long it takes ----------------------------------------------------------------------------
+
+
+def test_the_time_is_estimated_from_an_earlier_search_of_the_same(tmp_path: Path) -> None:
+    made = outcome({"a": {1: group(100)}})
+    made.bench, made.starts, made.runs = ["--repeat", "2"], [60.0, 80.0], [10.0, 20.0]
+    (tmp_path / "night").mkdir()
+    write_json(tmp_path / "night/tune.json", document(made))
+    pace = estimate.earlier(tmp_path, made.model, made.bench)
+    assert pace and (pace.start, pace.run) == (70, 15) and "night" in pace.known_from
+    assert estimate.earlier(tmp_path, made.model, ["--repeat", "1"]) is None
+    assert estimate.earlier(tmp_path, "org/other", made.bench) is None
+    for unusable in ("", "[]", '{"model": 1}', json.dumps(document(outcome({})))):
+        (tmp_path / "night/tune.json").write_text(unusable)
+        assert estimate.earlier(tmp_path, made.model, made.bench) is None
+
+
+def test_what_is_served_at_the_same_time_takes_no_longer() -> None:
+    four = [Candidate(str(n), (), "TP 8", 8) for n in range(4)]
+    pace = estimate.Pace(60, 10, "known")
+
+    def told(candidates: list[Candidate], nodes: int) -> str:
+        names = [f"n{i}" for i in range(nodes)]
+        return estimate.estimate(candidates, LOADS, 2, Nodes(names, 8), pace)
+
+    assert told(four, 1) == (
+        "4 servers to start, 24 to 72 runs: 8 to 20 minutes at 60 s a start and 10 s a run (known)"
+    )
+    assert "4 to 10 minutes" in told(four, 2)
+    assert "2 to 5 minutes" in told(four, 8)  # no sooner than one of them
+
+
+def test_without_one_the_guess_says_what_it_assumes() -> None:
+    pace = estimate.guess([1, 4], None, 100)
+    assert pace.run == pytest.approx(5 * 100 * estimate.TOKEN) and "guess" in pace.known_from
+    assert estimate.guess([4], 8, 100).run == pytest.approx(2 * 100 * estimate.TOKEN)
 
 
 # --- the answer -----------------------------------------------------------------------------------

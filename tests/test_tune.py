@@ -69,7 +69,7 @@ def test_what_serves_is_the_answer_and_what_does_not_start_is_a_row(
     assert "Only 1 GPUs are available" in said  # of TP 16
     assert "Only 1 GPUs" in (folder / "tune.html").read_text()
     results = folder / "tp1-max_batch_size8/concurrency-in8-out8-c4.json"
-    assert json.loads(results.read_text())["valid"]
+    assert json.loads(results.read_text())["completed"] == 8
     assert not left(environ)
 
 
@@ -87,6 +87,7 @@ def test_stopped_at_any_moment_it_keeps_what_it_has_and_goes_on(
     said, talk = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130, talk
     assert "not finished: stopped" in said and (folder / "tune.html").exists()
+    assert "INVALID" not in talk  # what we ended ourselves is nobody's fault
     assert not left(environ)
     kept = first.read_text()
 
@@ -96,7 +97,10 @@ def test_stopped_at_any_moment_it_keeps_what_it_has_and_goes_on(
     assert "max_batch_size1: measured before: 1 streams" in talk
     assert first.read_text() == kept
     document = json.loads((folder / "tune.json").read_text())
-    assert document["best"][0]["name"] == "max_batch_size8" and not document["unfinished"]
+    assert not document["unfinished"] and loads(document, "max_batch_size8")
+    measured = [load for each in document["candidates"] for load in each["loads"]]
+    if all(load["valid"] for load in measured):  # as long as the machine is not too busy
+        assert document["best"][0]["name"] == "max_batch_size8"
 
 
 def left(environ: Mapping[str, str]) -> list[str]:
@@ -143,5 +147,5 @@ def test_the_dry_run_serves_nothing_and_leaves_nothing(
     assert run.returncode == 0, talk
     assert "tp1-max_batch_size8: one GPU, 1 GPU" in said
     assert "left out: tp16-max_batch_size1: it needs 16 GPUs, and there are 8" in said
-    assert "2 servers to start, 12 to 36 runs" in said
+    assert "2 servers to start, 12 to 36 runs: " in said and "a start and 26 s a run (guess" in said
     assert not list(tmp_path.iterdir())

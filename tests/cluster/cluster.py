@@ -173,32 +173,23 @@ def root_tarball() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrt-llm-serve"
     tarball = cache / f"rootfs-{key}.tar"
     if not tarball.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rootfs-") as tmp:
-            _debootstrap(Path(tmp) / "root", include)
-            _install_libraries(Path(tmp) / "root", libraries)
-            part = tarball.with_suffix(".part")
-            leave_out = (
-                "usr/share/doc",
-                "usr/share/locale",
-                "usr/share/man",
-                "var/cache",
-                "var/lib/apt",
-            )
-            subprocess.run(
-                [
-                    "tar",
-                    "-C",
-                    f"{tmp}/root",
-                    *(f"--exclude=./{d}/*" for d in leave_out),
-                    "-cf",
-                    str(part),
-                    ".",
-                ],
-                check=True,
-            )
-            part.rename(tarball)
+        with packages.alone():  # another cluster's process may be making it
+            _make_tarball(tarball, include, libraries)
     return tarball
+
+
+def _make_tarball(tarball: Path, include: str, libraries: Sequence[str]) -> None:
+    if tarball.exists():
+        return
+    tarball.parent.mkdir(parents=True, exist_ok=True)
+    leave_out = ("usr/share/doc", "usr/share/locale", "usr/share/man", "var/cache", "var/lib/apt")
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="rootfs-") as tmp:
+        _debootstrap(Path(tmp) / "root", include)
+        _install_libraries(Path(tmp) / "root", libraries)
+        part = tarball.with_suffix(".part")
+        excluded = [f"--exclude=./{name}/*" for name in leave_out]
+        _run("tar", "-C", f"{tmp}/root", *excluded, "-cf", str(part), ".")
+        part.rename(tarball)
 
 
 def _debootstrap(root: Path, include: str) -> None:
@@ -379,9 +370,10 @@ class Cluster:
         # Started in the background of a script, we would hand an ignored SIGINT on to every launch.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         packages.install(packages.CLUSTER)
-        sweep()
-        self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))
-        self.lock = take_lock(self.state)
+        with packages.alone():
+            sweep()
+            self.state = Path(tempfile.mkdtemp(prefix="trtllm-cluster-", dir="/var/tmp"))
+            self.lock = take_lock(self.state)
         try:
             self._share()
             self._files()

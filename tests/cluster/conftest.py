@@ -16,11 +16,13 @@ from tests.cluster.cluster import Cluster, why_not
 from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strangers, traces
 
 Launcher = Callable[..., Launch]
+# Tests on a cluster mostly wait. These have one, all others a second one; each takes about as long.
+FIRST_CLUSTER = ("test_matrix.py", "test_pyxis.py", "test_supervise.py")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes milliseconds comes before what takes a cluster, of which there is one.
+    """What takes milliseconds comes before what takes a cluster, of which there are two.
 
     What waits for a minute is begun first: the other processes of a `make check` go on beside it.
     What measures comes last: by then they have no more to do.
@@ -30,7 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     asleep = {item for item in items if "minute" in item.keywords}
     items.sort(key=lambda item: (item not in asleep, item in on_cluster, item in measures))
     for item in on_cluster:
-        item.add_marker(pytest.mark.xdist_group("cluster"))
+        name = "cluster-1" if item.path.name in FIRST_CLUSTER else "cluster-2"
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def available_memory() -> float:
@@ -44,7 +47,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Two nodes (four in the partition `all`): an image tarball, on each a stranger's container."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
-    if os.environ.get("PYTEST_XDIST_WORKER") and "@cluster" not in request.session.items[-1].nodeid:
+    if (
+        os.environ.get("PYTEST_XDIST_WORKER")
+        and "@cluster-" not in request.session.items[-1].nodeid
+    ):
         pytest.fail("pytest-xdist does not keep groups together (--dist=loadgroup; does it know "
                     "this pytest?): every process would build a cluster of its own")  # fmt: skip
     with Cluster(nodes=4, default=2, in_memory=available_memory() > 8e9) as cluster:
@@ -63,12 +69,14 @@ def workspace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Path
 
 @pytest.fixture
 def launch(cluster: Cluster, workspace: Path) -> Iterator[Launcher]:
-    """Start run_sbatch.py; afterwards nothing of it is left, nothing of others touched."""
+    """Start a script of ours; afterwards nothing of it is left, nothing of others touched."""
     before = strangers(cluster)
     launches: list[Launch] = []
 
-    def start(*args: str, salloc: str = WHOLE, **options: Any) -> Launch:
-        command = [PYTHON, str(REPO / "run_sbatch.py"), *args]
+    def start(
+        *args: str, salloc: str = WHOLE, script: str = "run_sbatch.py", **options: Any
+    ) -> Launch:
+        command = [PYTHON, str(REPO / script), *args]
         if salloc:
             command = ["salloc", *salloc.split(), *command]
         launches.append(Launch(cluster, workspace, command, **options))

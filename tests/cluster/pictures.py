@@ -1,12 +1,14 @@
-"""The pictures of the pages: launches on the test cluster as a terminal shows them, and a report.
+"""The pictures of the pages: launches on the test cluster, a search, and a report.
 
-`make pictures` (as root) writes docs/launch.svg, docs/fleet.svg and docs/report.png.
+`make pictures` (as root) writes launch.svg, fleet.svg, tune.svg and report.png into docs/.
 """
 
 from __future__ import annotations
 
 import html
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +34,7 @@ def main() -> int:
         prepare(cluster)
         for name, take in (("launch", launch), ("fleet", fleet)):
             (DOCS / f"{name}.svg").write_text(picture(take(cluster)))
+    (DOCS / "tune.svg").write_text(picture(search()))
     demo = subprocess.run([PYTHON, str(ROOT / "simulator/demo.py")], cwd=ROOT, check=True,
                           stdout=subprocess.PIPE, text=True)  # fmt: skip
     (report,) = re.findall(r"The report: (\S+)", demo.stdout)
@@ -70,6 +73,19 @@ def fleet(cluster: Cluster) -> str:
     typed += "      --image /fsx/images/tensorrt-llm-serve-latest.tar.gz org/model --tp_size 4 \\\n"
     typed += "      --replicas auto --restart 3\n"
     return f"{typed}{said}\n$ make status        # meanwhile, in another terminal\n{status}"
+
+
+def search() -> str:
+    """What `make tune` says without a GPU, the simulator at the costs of a model of 70B."""
+    typed = "$ make tune MODEL=org/model TP=1,2,4 GOODPUT='ttft:1000 tpot:30' \\\n"
+    typed += "      EXTRA_ARGS='--loads 1,4,16 --output-len 32'\n"
+    env = {"PATH": f"{ROOT}/simulator:{os.environ['PATH']}", "RUNTIME": "bare", "GPUS": "none",
+           "TRTLLM_SIM_COST": "70b"}  # fmt: skip
+    words = shlex.split(typed.replace("\\\n", ""))[3:]
+    done = subprocess.run(["make", "--silent", "tune", *words], cwd=ROOT, env={**os.environ, **env},
+                          check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)  # fmt: skip
+    return typed + done.stdout.replace(f"{ROOT}/", "")
 
 
 def picture(text: str) -> str:

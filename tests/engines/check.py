@@ -2,6 +2,7 @@
 
     make check-engines                              # vLLM, in a folder that is removed afterwards
     make check-engines ENGINE=vllm,sglang FOLDER=/var/tmp/engines      # kept for the next time
+    make check-engines ENGINE=vllm CLUSTER=1        # as root: two nodes, and a container, too
     make check-engines ENGINE=llamacpp,transformers
 
 vLLM and SGLang are served by run_sbatch.py, without a container, and ended in three ways: by ^C,
@@ -32,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engines import tiny_model
+from tests.engines import on_cluster, tiny_model
 from tests.engines.ends import ENDS, End, play
-from tests.engines.engines import ENGINES, PROMPT, REQUESTS, STREAMS, TOKENS, Engine, run
+from tests.engines.engines import ENGINES, PROMPT, REQUESTS, STREAMS, TOKENS, VLLM, Engine, run
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 900  # of a machine that has other work
@@ -52,24 +53,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", default="vllm", help=",".join(ENGINES))
     parser.add_argument("--folder", type=Path, help="keep what is installed here")
+    parser.add_argument("--cluster", action="store_true", help="vLLM on the tests' cluster, too")
     args = parser.parse_args(argv)
     if unknown := set(args.engine.split(",")) - set(ENGINES):
         parser.error(f"{', '.join(unknown)}: not one of {', '.join(ENGINES)}")
+    if args.cluster and "vllm" not in args.engine.split(","):
+        parser.error("--cluster serves vLLM only")
+    # Started in the background of a script, we would hand an ignored SIGINT on to every launch.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    good = [check(ENGINES[name], args.folder) for name in args.engine.split(",")]
+    good = [check(ENGINES[name], args) for name in args.engine.split(",")]
     return 0 if all(good) else 1
 
 
-def check(engine: Engine, folder: Path | None) -> bool:
-    """Install, serve, test, measure, tell; nothing but `folder` is left."""
+def check(engine: Engine, args: argparse.Namespace) -> bool:
+    """Install, serve, test, measure, tell; nothing but the folder is left."""
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="check-engines-") as scratch:
         work = Path(scratch)
-        step(f"{engine.requirement} {engine.version} below {folder or work}")
-        venv = engine.install((folder or work).resolve())
+        step(f"{engine.requirement} {engine.version} below {args.folder or work}")
+        venv = engine.install((args.folder or work).resolve())
+        if args.cluster and engine is VLLM and not on_cluster.check(engine, venv):
+            return False
         tiny_model.write(work / "model")
         engine.prepare(venv, work / "model")
         with serving(engine, venv, work) as (_, url):
             good = examine(Server(engine, venv, work, url))
+            if not good:
+                step(f"the server's last words:\n{(work / 'server.log').read_text()[-3000:]}")
         ends = [ends_well(end, engine, venv, work) for end in ENDS if engine.inner]
         return good and all(ends)
 
@@ -154,10 +164,13 @@ def examine(server: Server) -> bool:
     passed = smoke(server)
     short = (*SHORT, str(server.engine.prompts))
     runs = [run for load in LOADS for run in bench(server, *load, *short)]
+    if not all(run["valid"] for run in runs):
+        show(server.engine, passed, runs)
+        return False
     clients = [by_bench] * bool(counters(server.url)) + [by_its_own] * bool(server.engine.client)
     figures = [compared(server, client) for client in clients]
     show(server.engine, passed, runs, *figures)
-    return passed and all(run["valid"] for run in runs) and all(agrees(*f) for f in figures[:1])
+    return passed and all(agrees(*f) for f in figures[:1])
 
 
 def smoke(server: Server) -> bool:
@@ -173,6 +186,8 @@ def bench(server: Server, *load: str) -> list[Any]:
     folder = tempfile.mkdtemp(dir=server.work)
     command = [sys.executable, str(ROOT / "bench.py"), "-H", server.url, "-o", folder, *load]
     done = subprocess.run(command, cwd=server.work, stdout=subprocess.PIPE, text=True)
+    if not done.stdout:  # it has said why
+        return [{"name": " ".join(load), "valid": False, "problems": ["no figures"]}]
     runs: list[Any] = json.loads(done.stdout.splitlines()[-1])["runs"]
     return runs
 
