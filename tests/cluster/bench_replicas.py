@@ -21,7 +21,7 @@ from tests.cluster.launches import PYTHON, QUICK, REPO, TARBALL, Launch, prepare
 
 SIZES = (1, 2, 4, 8)
 BATCH, TOKENS, ROUNDS = 8, 32, 4  # requests at a time, tokens of each, batches of each replica
-ITLS = (100, 25, 10)  # ms
+ITLS = (50, 20)  # ms
 LOAD_SECONDS, REPEATS = 15, 1
 MANY, WATCHED = 16, 30.0  # replicas; seconds
 LINEAR = 0.95
@@ -73,14 +73,16 @@ class Bench:
         """Half as many requests again as are answered at a time, so that none waits for work."""
         args = ("--max_batch_size", str(BATCH))
         with self.serving(count, nodes_of(count), *args, TRTLLM_SIM_ITL_MS=str(itl)):
-            load = f"-t throughput --input-len 16 --output-len {TOKENS} --client builtin -o results"
+            load = f"-t throughput --input-len 16 --output-len {TOKENS} --client builtin"
             prompts, streams = count * BATCH * ROUNDS, count * BATCH * 3 // 2
-            words = (PYTHON, str(REPO / "bench.py"), *load.split(), "--num-prompts", str(prompts),
+            folder = self.workspace / f"results/{count}-{itl:g}"
+            words = (PYTHON, str(REPO / "bench.py"), *load.split(), "-o", str(folder),
+                     "--num-prompts", str(prompts),
                      "--concurrency", str(streams))  # fmt: skip
-            self.cluster.ctl.run(*words, cwd=str(self.workspace), check=False)
-        [result] = (self.workspace / "results").rglob("throughput*.json")
-        found = json.loads(result.read_text())
-        result.unlink()
+            said = self.cluster.ctl.run(*words, cwd=str(self.workspace), check=False)
+        results = list(folder.rglob("throughput*.json"))
+        assert len(results) == 1, said.stdout + said.stderr
+        found = json.loads(results[0].read_text())
         assert found["completed"] == found["num_prompts"], found["problems"]
         return float(found["output_throughput"])
 
