@@ -21,8 +21,8 @@ from tests.cluster.launches import PYTHON, QUICK, REPO, TARBALL, Launch, prepare
 
 SIZES = (1, 2, 4, 8)
 BATCH, TOKENS, ROUNDS = 8, 32, 4  # requests at a time, tokens of each, batches of each replica
-ITLS = (50, 20)  # ms
-LOAD_SECONDS, REPEATS = 15, 1
+ITLS = (100, 50, 25, 12)  # ms
+LOAD_SECONDS, REPEATS = 15, 3
 MANY, WATCHED = 16, 30.0  # replicas; seconds
 LINEAR = 0.95
 TICKS = os.sysconf("SC_CLK_TCK")
