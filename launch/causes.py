@@ -81,7 +81,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
     r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
-    r"Exit code: -\d|.*exit ?code *[:=] ?-\d|.*unexpectedly failed with ",
+    r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
     r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",

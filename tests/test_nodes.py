@@ -23,7 +23,7 @@ from common.settings import OF_MAKE, SETTINGS, load_env_files, setting
 from common.talk import Failure
 from launch import identity, nodes
 from launch.identity import here, is_alive, launcher, process_start
-from launch.node.bare import Run
+from launch.node.bare import Run, kill
 from launch.node.images import Load
 from launch.node.messages import Error, Present, Waiting
 from launch.nodes import Place, Step, find_place
@@ -424,6 +424,16 @@ def test_the_killed_launcher_takes_the_held_order_with_it(fakes: Fakes, tmp_path
     process.kill()
     process.wait()
     fakes.nothing_is_left()
+
+
+def test_a_session_that_is_killed_is_waited_for() -> None:
+    """One whose threads still end keeps its port: SGLang's did, after the launcher had gone."""
+    engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    buried = threading.Timer(0.3, engine.wait)  # until then it is there, for whoever asks
+    buried.start()
+    kill(engine.pid)
+    assert engine.returncode == -signal.SIGKILL
+    buried.join()
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Run:
         engine = start(self.command(), self.variables())
         if (code := ends.code_of(engine)) is None:
             give_time(engine.pid)
-        end(engine.pid, signal.SIGKILL)
+        kill(engine.pid)
         return STOPPED if code is None else code
 
     def command(self) -> list[str]:
@@ -79,9 +79,19 @@ def some(gpus: list[int], visible: str) -> str:
 def give_time(session: int) -> None:
     """SIGTERM, and three seconds to end by itself."""
     end(session, signal.SIGTERM)
-    deadline = time.monotonic() + 3
+    await_gone(session, 3)
+
+
+def kill(session: int) -> None:
+    """SIGKILL; what has many threads or much memory holds its port and GPUs for a moment yet."""
+    end(session, signal.SIGKILL)
+    await_gone(session, 5)
+
+
+def await_gone(session: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while end(session, 0) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def end(session: int, signum: int) -> bool:
