@@ -69,8 +69,8 @@ image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (I
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
-sqsh: ## Convert the image for enroot (IMAGE= FILE=)
-	enroot import --output "$${FILE:-tensorrt-llm-serve-latest.sqsh}" "dockerd://$${IMAGE:-tensorrt-llm-serve:latest}"
+sqsh: $(READY) ## Save the image for pyxis and enroot (IMAGE= FILE=)
+	$(PY) save_image.py --compress sqsh $(call flag,FILE,--output)
 
 ##@ Serve
 .PHONY: serve

@@ -10,21 +10,17 @@ import pytest
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, SLOW, traces, write_squash
+from tests.cluster.launches import QUICK, SLOW, SQUASH, save_squash, traces
 from tests.cluster.test_faults import sentence
 from tests.cluster.test_multinode import kill_a_rank
 from tests.cluster.test_serve import smoke
 
-SQUASH = Path("/fsx/images/tensorrt-llm-serve-latest.sqsh")
 ONE = "-N1 --gpus-per-node=8 --exclusive"
 
 
 @pytest.fixture(scope="module")
 def image(cluster: Cluster) -> Path:
-    """The image of the Docker tests, as a squashfs file."""
-    node = cluster.nodes["n1"]
-    if not SQUASH.exists():
-        write_squash(node, "stranger:1", SQUASH)
+    save_squash(cluster)
     return SQUASH
 
 
