@@ -144,8 +144,8 @@ cluster: $(READY) ## Open a shell on the login node of a real two-node test clus
 	$(PY) -m tests.cluster.cluster
 
 .PHONY: faults
-faults: $(READY) ## Play every fault in every phase of a launch; print the table of docs/faults.md (as root; FAULTS=scancel,dockerd)
-	@$(PY) -m tests.cluster.faults
+faults: $(READY) ## Play every fault in every phase of a launch; print the table of docs/faults.md (as root; FAULTS=scancel,dockerd RUNTIME=pyxis)
+	@$(PY) -m tests.cluster.$(if $(filter pyxis,$(value RUNTIME)),pyxis_)faults
 
 .PHONY: bench-launch
 bench-launch: $(READY) ## Measure the launcher on the test cluster, for docs/figures.md (as root)

@@ -3,6 +3,7 @@
     make faults                    # all cells; the table of docs/faults.md at the end
     make faults FAULTS=slurmd      # those whose name has this word (several: a,b)
     make faults FAULTS=scancel:serving
+    make faults RUNTIME=pyxis      # the same under pyxis (pyxis_faults.py): docs/faults-pyxis.md
 
 A fault is a row of `FAULTS`: how it is brought about, how it is undone, and for each phase what
 must come of it. The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md.
@@ -46,6 +47,15 @@ from tests.cluster.launches import (
 NODE_SIDE = 15.0  # seconds in which a node whose launcher was killed has cleaned up by itself
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What is different where servers are contained in another way."""
+
+    image: Path = TARBALL
+    unpacker: str = "pigz"  # stands still while an image is being unpacked
+    process: str = "docker-init"  # is there for as long as a container is
+
+
 @dataclass
 class Scene:
     """One cell while it is played: the cluster, the launch and whatever else was started."""
@@ -54,6 +64,7 @@ class Scene:
     workspace: Path
     launches: list[Launch] = field(default_factory=list)
     undo: list[Callable[[], object]] = field(default_factory=list)
+    runtime: Runtime = Runtime()
 
     @property
     def n1(self) -> Machine:
@@ -70,7 +81,12 @@ class Scene:
     def start(self, fault: Fault, env: dict[str, str], *args: str) -> None:
         kind = TerminalLaunch if fault.terminal else Launch
         fault.prepare(self)
-        self.start_one(launch_words(*args, *fault.args), WHOLE, {**env, **fault.env}, kind)
+        self.start_one(self.words(*args, *fault.args), WHOLE, {**env, **fault.env}, kind)
+
+    def words(self, *args: str) -> list[str]:
+        """The launcher's command line; its last two are --tp_size 8."""
+        script, model = [PYTHON, str(REPO / "run_sbatch.py")], serve_args()[2:]
+        return [*script, "-v", "--image", str(self.runtime.image), model[0], *args, *model[1:]]
 
     def start_one(
         self, words: list[str], salloc: str, env: dict[str, str], kind: type[Launch] = Launch
@@ -92,17 +108,6 @@ class Scene:
         """Stop a program in its tracks until the scene is over."""
         node.run("pkill", "-STOP", "--exact", program)
         self.undo.append(lambda: thaw(node, program))
-
-
-def launch_words(*args: str) -> list[str]:
-    return [
-        PYTHON,
-        str(REPO / "run_sbatch.py"),
-        "-v",
-        *serve_args()[:-2],
-        *args,
-        *serve_args()[-2:],
-    ]
 
 
 def thaw(node: Machine, program: str) -> None:
@@ -224,6 +229,8 @@ class Cell:
     fault: Fault
     phase: str
     expect: Expect
+    begin: Callable[[Scene, Fault], None]
+    runtime: Runtime = Runtime()
 
     @property
     def name(self) -> str:
@@ -302,7 +309,7 @@ def stop_dockerd(name: str) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
         node = scene.cluster.nodes[name]
         node.stop("dockerd")
-        thaw(node, "pigz")  # a load goes on as far as it can
+        thaw(node, scene.runtime.unpacker)  # a load goes on as far as it can
 
     return strike
 
@@ -316,7 +323,7 @@ def stop_slurmd(name: str) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
         node = scene.cluster.nodes[name]
         node.stop("slurmd", signal.SIGKILL)
-        thaw(node, "pigz")
+        thaw(node, scene.runtime.unpacker)
 
     return strike
 
@@ -378,7 +385,7 @@ def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
         shutil.copy2(TARBALL, kept)
         scene.undo.append(lambda: kept.replace(TARBALL))
         how(TARBALL)
-        thaw(scene.n2, "pigz")
+        thaw(scene.n2, scene.runtime.unpacker)
 
     return strike
 
@@ -395,13 +402,13 @@ def race_in_one_job(scene: Scene) -> None:
     wait_until(lambda: "SLURM_JOB_ID" in scene.launch.allocation, "salloc's child")
     slurm = scene.launch.allocation
     for port in ("8000", "8001"):
-        scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})
+        scene.start_one(scene.words("--port", port), "", {**slurm, **LOAD_3_S})
     await_loser(scene, scene.launches[1:])
 
 
 def race_for_a_port(scene: Scene) -> None:
     """Two jobs that share the nodes and ask for the same port, the one a little later."""
-    words = [*launch_words()[:-1], "4"]
+    words = [*scene.words()[:-1], "4"]
     scene.start_one(words, HALF, LOAD_3_S)
     scene.start_one(words, HALF, {"TRTLLM_SIM_LOAD_SECONDS": "8"})
     await_loser(scene, scene.launches)
@@ -411,7 +418,7 @@ def race_for_the_image(scene: Scene) -> None:
     """Two jobs that share the nodes load the same image, at the same moment."""
     forget_image(scene.cluster)
     for port in ("8001", "8000"):
-        scene.start_one([*launch_words()[:-1], "4", "--port", port], HALF, QUICK)
+        scene.start_one([*scene.words()[:-1], "4", "--port", port], HALF, QUICK)
     for launch in scene.launches:
         launch.until("READY")
     other = scene.launches.pop()
@@ -631,7 +638,7 @@ FAULTS: tuple[Fault, ...] = (
         env={"TRTLLM_SIM_FAULT": "binary-log", "TRTLLM_SIM_LOAD_SECONDS": "2"}),
 )  # fmt: skip
 
-CELLS = [Cell(f, phase, e) for f in FAULTS for e in f.expects for phase in e.phases]
+CELLS = [Cell(f, p, e, PHASES[p]) for f in FAULTS for e in f.expects for p in e.phases]
 
 
 # --- the runner ----------------------------------------------------------------------------------
@@ -658,7 +665,7 @@ def play(cell: Cell, cluster: Cluster, slack: float = 1) -> Outcome:
 
 def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
     """The exit code, and the seconds from the fault until the launcher has ended."""
-    PHASES[cell.phase](scene, cell.fault)
+    cell.begin(scene, cell.fault)
     struck, pid = time.monotonic(), scene.launches and scene.launch.pid
     cell.fault.strike(scene)
     if cell.phase == "stopping" and not cell.fault.holds:
@@ -667,7 +674,7 @@ def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
         struck = time.monotonic()
         scene.start(cell.fault, QUICK)
     if cell.expect.serves:
-        thaw(scene.n2, "pigz")
+        thaw(scene.n2, scene.runtime.unpacker)
         check_serves(scene, scene.launch)
         struck = time.monotonic()
         cell.expect.stop(scene)
@@ -682,7 +689,7 @@ def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
     """A scene; afterwards what it broke is whole again, and every launch has ended."""
     workspace = Path("/fsx/work") / re.sub(r"\W+", "-", cell.name)
     workspace.mkdir(parents=True)
-    scene = Scene(cluster, workspace)
+    scene = Scene(cluster, workspace, runtime=cell.runtime)
     try:
         yield scene
     finally:
@@ -744,7 +751,7 @@ def check_left(cell: Cell, scene: Scene) -> None:
     if cell.expect.left == RECORDS:
         assert list(scene.workspace.rglob("run_*.json"))
     elif cell.expect.left:  # seen by its first process, as Docker may be mute
-        seek = ("pgrep", "--exact", "docker-init")
+        seek = ("pgrep", "--exact", scene.runtime.process)
         found = [n.run(*seek, check=False).stdout for n in scene.cluster.nodes.values()]
         assert any(found), "no container is left, though one was expected"
 
@@ -785,10 +792,10 @@ VOLATILE = (
 # --- the command ---------------------------------------------------------------------------------
 
 
-def chosen(words: str) -> list[Cell]:
+def chosen(words: str, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose name has one of the words; all of them where none is given."""
     wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
-    return [c for c in CELLS if not wanted or any(word in c.name.lower() for word in wanted)]
+    return [c for c in cells if not wanted or any(word in c.name.lower() for word in wanted)]
 
 
 def table(outcomes: Sequence[tuple[Cell, Outcome]]) -> str:
@@ -809,10 +816,14 @@ def row(key: Sequence[str], phases: Sequence[tuple[str, float]]) -> str:
     return f"| {name} | {where} | {says} | {code} | {seconds:.1f} | {left} |"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    every: Sequence[Cell] = CELLS,
+    prepared: Callable[[Cluster], object] = prepare,
+) -> int:
     parser = argparse.ArgumentParser(description="Play the faults on a cluster; print the table.")
     parser.add_argument("words", nargs="?", default=os.environ.get("FAULTS", ""))
-    cells = chosen(parser.parse_args(argv).words)
+    cells = chosen(parser.parse_args(argv).words, every)
     if not cells:
         parser.error("no fault has that in its name")
     if reason := why_not():
@@ -820,7 +831,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = []
     try:
         with Cluster(nodes=2) as cluster:
-            prepare(cluster)
+            prepared(cluster)
             for cell in cells:
                 if outcome := attempt(cell, cluster):
                     outcomes.append((cell, outcome))
