@@ -45,7 +45,7 @@ QUESTION = ("import sys, importlib.metadata as m; [print(n, d.version) for n in 
 # No GPU, no network. `void`: where NVIDIA's runtime is Docker's default, it looks for a driver.
 ASK = "--rm --pull=never --net=none --env=NVIDIA_VISIBLE_DEVICES=void --entrypoint=python3".split()
 SQUASH = "-comp zstd -Xcompression-level 3 -b 1M".split()  # enroot's own leave the data as it is
-OF_TAR = "-tar -no-progress -quiet -all-root -wildcards -e dev/* .dockerenv".split()
+OF_TAR = "-tar -no-progress -quiet -all-root -root-mode 755 -wildcards -e dev/* .dockerenv".split()
 # As in enroot's images: pyxis puts into rc.local what runs in place of the entrypoint.
 RC = 'cd "{}" && unset OLDPWD || exit; [ ! -s /etc/rc.local ] || . /etc/rc.local; exec {} "$@"\n'
 CHUNK = 1 << 20

@@ -641,6 +641,8 @@ def test_squashfs_keeps_files_environment_and_directory(
     assert inside(path, "opt/model") == bytes(300_000) and inside(path, "dev/console") == b""
     rc = inside(path, "etc/rc").decode()
     assert rc.startswith('cd "/opt/my app" && ') and rc.endswith("exec /opt/entry 'a b' \"$@\"\n")
+    listed = subprocess.run(["unsquashfs", "-ll", path], capture_output=True, text=True).stdout
+    assert "\ndrwxr-xr-x root/root" in f"\n{listed}" and "drwxrwxrwx" not in listed
     sidecar = configured.sidecar(name)
     assert sidecar["sha256"] == sha256(path.read_bytes()) and sidecar["codec"] == "sqsh"
     assert (sidecar["tags"], sidecar["config_digest"]) == ([TAG], classic.config)
