@@ -404,7 +404,9 @@ def squash(image: str, found: Json, part: BinaryIO, *sinks: Sink) -> Json:
     fresh.unlink(missing_ok=True)  # enroot overwrites none
     os.environ.setdefault("ENROOT_SQUASH_OPTIONS", " ".join(SQUASH))
     try:
-        if shutil.which("enroot"):
+        if shutil.which("enroot") and any(
+            map(found["config"].get, ("Cmd", "Entrypoint"))
+        ):  # or fails
             command = "enroot", "import", "--output", str(fresh), f"dockerd://{found['id']}"
             with Child(*command) as enroot:
                 enroot.finish()

@@ -625,7 +625,7 @@ def inside(path: Path, name: str) -> bytes:
 @pytest.fixture
 def configured(box: Box, classic: Image) -> Box:
     box.hold(classic)
-    box.state["images"][TAG]["Config"] = CONFIG
+    box.state["images"][TAG]["Config"] = {**CONFIG}
     return box
 
 
@@ -694,6 +694,13 @@ def test_enroot_writes_it_where_it_is_there(configured: Box) -> None:
         "enroot import failed (exit status 1): [INFO]"
     )
     assert configured.files() == ["x.sqsh", "x.sqsh.json"]
+
+
+def test_enroot_is_not_asked_for_an_image_without_a_command(configured: Box) -> None:
+    """`docker create IMAGE`, as it calls it, fails: No command specified."""
+    configured.program("enroot", "raise SystemExit('No command specified')")
+    del configured.state["images"][TAG]["Config"]["Entrypoint"]
+    assert configured.run("-o", "x.sqsh").returncode == 0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
