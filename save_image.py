@@ -399,14 +399,12 @@ def pack(image: str, found: Json, codec: str, progress: Progress, *sinks: Sink) 
 
 
 def squash(image: str, found: Json, part: BinaryIO, *sinks: Sink) -> Json:
-    """Have a squashfs file written, which takes the place of ours, locked like it."""
+    """Have a squashfs file written, which takes our part's place; enroot asks for a command."""
     fresh = Path(f"{part.name}.sqsh").absolute()
     fresh.unlink(missing_ok=True)  # enroot overwrites none
     os.environ.setdefault("ENROOT_SQUASH_OPTIONS", " ".join(SQUASH))
     try:
-        if shutil.which("enroot") and any(
-            map(found["config"].get, ("Cmd", "Entrypoint"))
-        ):  # or fails
+        if shutil.which("enroot") and any(map(found["config"].get, ("Cmd", "Entrypoint"))):
             command = "enroot", "import", "--output", str(fresh), f"dockerd://{found['id']}"
             with Child(*command) as enroot:
                 enroot.finish()

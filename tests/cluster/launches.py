@@ -101,9 +101,9 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
     for node in cluster.nodes.values():
         if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
             found.append(f"{node.name}: the lock of the image's load")
-        for path in ("/run/pyxis", "/run/enroot"):
-            kept = node.run("ls", path, check=False).stdout.split()
-            found += [f"{node.name}: {path}/{name}" for name in kept]
+        steps = ("find", "/run/pyxis", "/run/enroot", "-name", "*[0-9].[0-9]*", "-prune")
+        kept = node.run(*steps, check=False).stdout.split()
+        found += [f"{node.name}: {path}" for path in kept]
     left = [
         *workspace.rglob("run_*.json"),
         *workspace.rglob("fleet_*.json"),

@@ -89,7 +89,7 @@ def test_the_plug_in_keeps_to_its_rules(rule: str, cluster: Cluster, image: Path
 
 
 def left_of_containers(cluster: Cluster) -> list[str]:
-    script = "ls /run/pyxis /run/enroot 2>/dev/null | grep '[0-9]'; grep enroot /proc/mounts"
+    script = "find /run/pyxis /run/enroot -name '*[0-9].[0-9]*'; grep enroot /proc/mounts"
     return [
         node.run("sh", "-c", script, check=False).stdout
         for node in cluster.nodes.values()
