@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.cluster import faults
@@ -19,7 +20,8 @@ from tests.cluster.test_multinode import kill_a_rank
 
 PYXIS = Runtime(SQUASH, "unsquashfs", "python3")
 # Words of the names of faults that are Docker's, and of those that meet no code of a runtime's.
-OF_DOCKER = ("container", "docker", "tarball", "one image")
+# "one port": the servers of a user's jobs on one node are not told apart by it (docs/pyxis.md).
+OF_DOCKER = ("container", "docker", "tarball", "one image", "one port")
 OF_NONE = ("clock", "file system", "USR1", "log ", "binary", "queue", "engine ")
 UNSQUASHFS = Path("/usr/bin/unsquashfs")
 STANDS_STILL = '#!/bin/sh\nkill -STOP $$\nexec {real} "$@"\n'
@@ -70,6 +72,11 @@ def in_stopping(scene: Scene, fault: Fault) -> None:
 
 BEGIN = {**PHASES, "preflight": in_preflight, "image load": in_unpacking, "stopping": in_stopping}
 NAMES = {"image load": "unpacking"}
+SAYS = {  # Docker's words, and those in their place
+    "could not confirm that the container is gone": "may be there still",
+    "n2: the container trtllm-": "n2: the step trtllm-",
+    "n2: Slurm has lost this node": "n2 (ranks 8-15): no sign of life for ",
+}
 
 # --- faults that are not Docker's -----------------------------------------------------------------
 
@@ -122,7 +129,13 @@ OWN = (
 
 def cells_of(fault: Fault) -> list[Cell]:
     phases = [(e, phase) for e in fault.expects for phase in e.phases]
-    return [Cell(fault, NAMES.get(p, p), e, BEGIN[p], PYXIS) for e, p in phases]
+    return [Cell(fault, NAMES.get(p, p), of_pyxis(e, p), BEGIN[p], PYXIS) for e, p in phases]
+
+
+def of_pyxis(expect: Expect, phase: str) -> Expect:
+    """Other words; and what unpacks hears late that it is to end."""
+    says = tuple(SAYS.get(words, words) for words in expect.says)
+    return replace(expect, says=says, within=max(expect.within, 30 * (phase == "image load")))
 
 
 def is_left_out(fault: Fault) -> bool:
