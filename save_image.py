@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Save a Docker image as one file, with a sidecar (FILE.json) that says what it is.
+"""Save a Docker image as one file, with a sidecar (FILE.json) that describes it.
 
   save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
   save_image.py my/image:1.0 -o x.tar.zst  # zstd: far faster, both ways
