@@ -71,8 +71,8 @@ image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (I
 	    "$${IMAGE:-tensorrt-llm-serve:latest}" python3 /image_check.py
 
 .PHONY: sqsh
-sqsh: ## Convert the image for enroot (IMAGE= FILE=)
-	enroot import --output "$${FILE:-tensorrt-llm-serve-latest.sqsh}" "dockerd://$${IMAGE:-tensorrt-llm-serve:latest}"
+sqsh: $(READY) ## Save the image for pyxis and enroot (IMAGE= FILE=)
+	$(PY) save_image.py --compress sqsh $(call flag,FILE,--output)
 
 ##@ Serve
 .PHONY: serve
@@ -146,8 +146,8 @@ cluster: $(READY) ## Open a shell on the login node of a real two-node test clus
 	$(PY) -m tests.cluster.cluster
 
 .PHONY: faults
-faults: $(READY) ## Play every fault in every phase of a launch; print the tables of docs/faults.md (as root; FAULTS=scancel,dockerd)
-	@$(PY) -m tests.cluster.faults
+faults: $(READY) ## Play every fault in every phase of a launch; print the tables of docs/faults.md (as root; FAULTS=scancel,dockerd RUNTIME=pyxis)
+	@$(PY) -m tests.cluster.$(if $(filter pyxis,$(value RUNTIME)),pyxis_)faults
 
 .PHONY: bench-launch
 bench-launch: $(READY) ## Measure the launcher on the test cluster, for docs/figures.md (as root)

@@ -1,17 +1,11 @@
 #!/usr/bin/env python3
-"""Save a Docker image as one compressed tarball, with a sidecar that says what
-is inside.
+"""Save a Docker image as one file, with a sidecar (FILE.json) that describes it.
 
-The sidecar (FILE.json: tags, ids, sizes, sha256, the engine and its version) is
-there so that a node need not decompress gigabytes to know which image it is.
-
-Examples:
   save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
   save_image.py my/image:1.0 -o x.tar.zst  # zstd: far faster, both ways
-  save_image.py --verify /fsx/x.tar.zst    # is this copy whole?
-  save_image.py --load /fsx/x.tar.zst      # into this Docker, checked
+  save_image.py -o x.sqsh                  # squashfs, for pyxis and enroot
 
-stdout is the tarball's path, or the loaded tags; all else goes to stderr.
+stdout is the file's path, or the loaded tags; all else goes to stderr.
 """
 
 from __future__ import annotations
@@ -19,14 +13,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -36,30 +28,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import IO, Any, BinaryIO, NoReturn, cast
 
 IMAGE = "tensorrt-llm-serve:latest"
-SUFFIX = {"gz": ".tar.gz", "zst": ".tar.zst", "none": ".tar"}
+SUFFIX = {"gz": ".tar.gz", "zst": ".tar.zst", "none": ".tar", "sqsh": ".sqsh"}
 SIDECAR: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("schema", "unpacked_bytes", "packed_bytes"), (int,)),
     **dict.fromkeys(("tags", "diff_ids"), (list,)),
-    "config_digest": (str, type(None)),  # the Id of the image in Docker's classic store
-    "manifest_digest": (str, type(None)),  # its Id in a containerd store
-    **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the tarball
+    **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the file
+    **dict.fromkeys(("config_digest", "manifest_digest"), (str, type(None))),  # of Docker's stores
 }
 ENGINES = ("tensorrt_llm", "sglang", "vllm")  # their packages; SGLang's image may have vLLM's, too
-QUESTION = "import sys, importlib.metadata as m; " + (
-    "[print(n, d.version) for n in sys.argv[1:] for d in m.distributions(name=n)]"
-)
+QUESTION = ("import sys, importlib.metadata as m; [print(n, d.version) for n in sys.argv[1:] "
+            "for d in m.distributions(name=n)]")  # fmt: skip
 # No GPU, no network. `void`: where NVIDIA's runtime is Docker's default, it looks for a driver.
 ASK = "--rm --pull=never --net=none --env=NVIDIA_VISIBLE_DEVICES=void --entrypoint=python3".split()
+SQUASH = "-comp zstd -Xcompression-level 3 -b 1M".split()  # enroot's own leave the data as it is
+OF_TAR = "-tar -no-progress -quiet -all-root -root-mode 755 -wildcards -e dev/* .dockerenv".split()
+# As in enroot's images: pyxis puts into rc.local what runs in place of the entrypoint.
+RC = 'cd "{}" && unset OLDPWD || exit; [ ! -s /etc/rc.local ] || . /etc/rc.local; exec {} "$@"\n'
 CHUNK = 1 << 20
 SMALL = 16 << 20  # a larger manifest or sidecar is none
 Json = Any  # whatever a document may turn out to hold
+Sink = Callable[[bytes], object]
+Side = tuple[Callable[..., object], ...]  # who reads the stream there, and who is shown its chunks
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-# ---- names and documents: pure functions ---------------------------------------------------------
 def with_tag(image: str) -> str:
     """Complete a bare name: `docker save NAME` would export every tag NAME has."""
     return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
@@ -71,15 +67,16 @@ def tarball_name(image: str, codec: str) -> str:
 
 def codec_of_name(name: str) -> str | None:
     suffixes = {".gz": "gz", ".tgz": "gz", ".zst": "zst", ".tzst": "zst", ".tar": "none"}
-    return suffixes.get(Path(name).suffix)
+    return {**suffixes, ".sqsh": "sqsh", ".squashfs": "sqsh"}.get(Path(name).suffix)
 
 
 def codec_of_bytes(head: bytes) -> str | None:
-    marks = {"gz": (0, b"\x1f\x8b"), "zst": (0, b"\x28\xb5\x2f\xfd"), "none": (257, b"ustar")}
-    return next((codec for codec, (at, mark) in marks.items() if head.startswith(mark, at)), None)
+    marks = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "sqsh": b"hsqs"}
+    known = [codec for codec, mark in marks.items() if head.startswith(mark)]
+    return "none" if head.startswith(b"ustar", 257) else next(iter(known), None)
 
 
-def parse_sidecar(text: bytes) -> dict[str, Any]:
+def parse_sidecar(text: bytes) -> Json:
     """Return what the sidecar says, or raise ValueError with what is wrong with it."""
     try:
         sidecar = json.loads(text)
@@ -88,10 +85,9 @@ def parse_sidecar(text: bytes) -> dict[str, Any]:
     if not isinstance(sidecar, dict) or sidecar.get("schema") != 1:
         raise ValueError("is not of schema 1")
     for key, types in SIDECAR.items():
-        if type(sidecar.get(key, ...)) not in types:
+        value = sidecar.get(key, ...)
+        if type(value) not in types or (type(value) is list and {*map(type, value)} - {str}):
             raise ValueError(f"lacks a sound {key!r}")
-    if not all(isinstance(text, str) for text in sidecar["tags"] + sidecar["diff_ids"]):
-        raise ValueError("has tags or diff_ids that are not strings")
     return sidecar
 
 
@@ -128,82 +124,75 @@ class Progress:
     def __init__(self, verb: str, total: int) -> None:
         self.verb, self.total, self.done = verb, total, 0
         self.start = self.shown = time.monotonic()
-        self.pause, self.end = (0.2, "") if sys.stderr.isatty() else (10.0, "\n")
 
     def add(self, chunk: bytes) -> None:
         self.done += len(chunk)
-        if time.monotonic() - self.shown >= self.pause:
+        live = sys.stderr.isatty()
+        if time.monotonic() - self.shown >= (0.2 if live else 10):
             self.shown = time.monotonic()
             left = max(self.total - self.done, 0) * (self.shown - self.start) / self.done
-            say(f"{self} of {self.total / 1e6:.0f} MB, {left:.0f} s left", end=self.end)
+            say(f"{self} of {self.total / 1e6:.0f} MB, {left:.0f} s left", "" if live else "\n")
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-3)
         return f"{self.verb} {self.done / 1e6:.0f} MB, {self.done / 1e6 / seconds:.0f} MB/s"
 
 
-# ---- programs and pipes --------------------------------------------------------------------------
-class Stopped(Exception):
-    """INT, TERM or HUP as an exception, so that every `finally` runs."""
-
-
 def stop(signum: int, frame: object) -> None:
-    for each in STOPS:  # a second signal must not break the cleaning up
+    """End as by an error: every `finally` runs, and a second signal breaks none."""
+    for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(signum)
+    raise SystemExit(128 + signum)
 
 
-class Child:
+class Child(subprocess.Popen[bytes]):
     """A program at work, its pipes and its last words."""
 
-    def __init__(self, *cmd: str, stdin: int | None = None, stdout: int | None = None) -> None:
+    stdin: Any
+    stdout: Any
+
+    def __init__(self, *cmd: str, stdin: int | None = None, stdout: int = DEVNULL) -> None:
         say(f"$ {shlex.join(cmd)}")
         if not shutil.which(cmd[0]):
             die(f"{cmd[0]} is not in PATH")
         self.name = shlex.join(cmd).partition(" -")[0]
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe could fill up and block)
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe could fill up and block)
         # A session of its own: ^C reaches us alone, and we end it.
-        self.process = subprocess.Popen(
-            cmd, stdin=stdin, stdout=stdout, stderr=self.stderr, start_new_session=True
-        )
-        self.stdin: Any = self.process.stdin
-        self.stdout: Any = self.process.stdout
+        super().__init__(cmd, stdin=stdin, stdout=stdout, stderr=self.said, start_new_session=True)
         for pipe in filter(None, (self.stdin, self.stdout)):
             with suppress(OSError):  # the user may have his fill of large pipes
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CHUNK)
 
     def words(self) -> str:
-        self.stderr.seek(0)
-        lines = self.stderr.read().decode(errors="replace").splitlines()
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").splitlines()
         return " / ".join([line.strip() for line in lines if line.strip()][-3:])
 
     def finish(self) -> None:
         """Wait for the end; a failure is explained with the program's own words."""
-        if status := self.process.wait():
+        if status := self.wait():
             how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
             die(f"{self.name} failed ({how}): {self.words() or 'it said nothing'}")
 
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         # First end it, then close its pipes: a thread blocked in one of them holds that one's lock.
-        self.process.terminate()
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGTERM)  # enroot is several
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        self.process.kill()
-        with suppress(BrokenPipeError), self.process:
-            self.stderr.close()
+            self.wait(5)
+        self.kill()
+        with suppress(BrokenPipeError), self.said:
+            super().__exit__(None, None, None)
 
 
 class Tap:
     """A stream that shows each chunk to its sinks as it is read."""
 
-    def __init__(self, source: io.BufferedReader, *sinks: Callable[[bytes], object]) -> None:
+    def __init__(self, source: Json, *sinks: Sink) -> None:
         self.source, self.sinks = source, sinks
 
     def read(self, size: int = CHUNK) -> bytes:
-        chunk = self.source.read1(size)
+        chunk: bytes = self.source.read1(size)
         for sink in self.sinks:
             sink(chunk)
         return chunk
@@ -213,38 +202,32 @@ class Tap:
             pass
 
 
-Side = tuple[Callable[..., object], ...]  # who reads the stream there, and who is shown its chunks
-
-
-def through(program: Sequence[str], source: io.BufferedReader, left: Side, right: Side) -> None:
-    """Pass `source` through a program, looking at the bytes on both sides of it.
-
-    One thread a side and blocking pipes: whoever dies, its neighbours notice, and none waits on.
-    """
-    failures: list[OSError] = []
+def through(program: Sequence[str], source: Child | BinaryIO, left: Side, right: Side) -> None:
+    """Pass a file, or what a child says, through a program, and look at the bytes on both sides."""
+    ends: list[OSError | None] = []
 
     def feed() -> None:
         reader, *sinks = left
-        try:
-            reader(Tap(source, *sinks, middle.stdin.write))
-        except (BrokenPipeError, ValueError):
-            pass  # the program is gone (ValueError: and its pipe closed); its exit status says why
-        except OSError as error:
-            failures.append(error)
-        finally:
-            with suppress(BrokenPipeError):
-                middle.stdin.close()
+        # If the program is gone (ValueError: and its pipe closed), its exit status says why.
+        with suppress(BrokenPipeError, ValueError), middle.stdin:
+            try:
+                reader(Tap(getattr(source, "stdout", source), *sinks, middle.stdin.write))
+                ends.append(None)
+            except OSError as error:
+                ends.append(error)
 
-    with Child(*program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as middle:
-        feeder = threading.Thread(target=feed, daemon=True)
-        feeder.start()
+    # One thread a side, blocking pipes: whoever dies, its neighbours notice, and none waits on.
+    with Child(*program, stdin=PIPE, stdout=PIPE) as middle:
+        threading.Thread(target=feed, daemon=True).start()
         reader, *sinks = right
         reader(Tap(middle.stdout, *sinks))
-        middle.process.wait()
-        for error in failures:
-            raise error
+        middle.wait()
+        for end in ends:
+            if isinstance(source, Child) and end is None:
+                source.finish()  # if it was cut short, that is why the program failed
+            if end and not isinstance(end, BrokenPipeError):
+                raise end
         middle.finish()
-        feeder.join()
 
 
 def packer(codec: str) -> list[str]:
@@ -257,59 +240,50 @@ def unpack(tarball: Path, verb: str, left: Side, right: Side) -> str:
     with tarball.open("rb") as file:
         codec = codec_of_bytes(file.read(512))  # the bytes decide: names lie
         file.seek(0)
-        if codec is None:
+        if codec is None or (codec, verb) == ("sqsh", "loaded"):
             die(f"{tarball} is not a tar, gzip or zstd file")
         progress = Progress(verb, tarball.stat().st_size)
-        program = ["cat"] if codec == "none" else [packer(codec)[0], "-d", "-c"]
+        program = [packer(codec)[0], "-d", "-c"] if codec in ("gz", "zst") else ["cat"]
         through(program, file, (Tap.drain, progress.add, *left), right)
     say(str(progress))
     return codec
 
 
-# ---- Docker --------------------------------------------------------------------------------------
-def inspect(image: str) -> dict[str, Any]:
-    with Child("docker", "image", "inspect", "--", image, stdout=subprocess.PIPE) as docker:
+def inspect(image: str) -> Json:
+    with Child("docker", "image", "inspect", "--", image, stdout=PIPE) as docker:
         answer = docker.stdout.read()
-        if docker.process.wait() and "no such image" in docker.words().lower():
-            hint = "build it with `make docker`, or `docker pull` it"
-            die(f"image {image} is not in the local Docker", hint=hint)
+        if docker.wait() and "no such image" in docker.words().lower():
+            die(f"image {image} is not in the local Docker", hint="build it with `make docker`")
         docker.finish()
     try:
         (found,) = json.loads(answer)
-        labels = (found.get("Config") or {}).get("Labels") or {}
-        title, version = (labels.get(f"org.opencontainers.image.{x}") for x in ("title", "version"))
-        known = {"id": found["Id"], "layers": found["RootFS"]["Layers"], "size": found["Size"]}
-        return {**known, "version": version if title == IMAGE.partition(":")[0] else None}
+        layers, config = found["RootFS"]["Layers"], found.get("Config") or {}
+        return {"id": found["Id"], "layers": layers, "size": found["Size"], "config": config}
     except (TypeError, ValueError, LookupError, AttributeError):
         die(f"docker image inspect {image} gave an answer that cannot be read")
 
 
-def engine_of(found: dict[str, Any]) -> dict[str, str]:
+def engine_of(found: Json) -> dict[str, str]:
     """The engine that an image holds, and its version: our label says so, else it is asked."""
-    if found["version"]:
-        return {"engine": ENGINES[0], "version": found["version"]}
-    command = ("docker", "run", *ASK, found["id"], "-c", QUESTION, *ENGINES)
-    with Child(*command, stdout=subprocess.PIPE) as docker:
+    labels = found["config"].get("Labels") or {}
+    title, version = (labels.get(f"org.opencontainers.image.{x}") for x in ("title", "version"))
+    if version and title == IMAGE.partition(":")[0]:
+        return {"engine": ENGINES[0], "version": version}
+    with Child("docker", "run", *ASK, found["id"], "-c", QUESTION, *ENGINES, stdout=PIPE) as docker:
         words = docker.stdout.read().decode(errors="replace")
-        if docker.process.wait() == 0 and (said := re.search(r"^(\w+) (\d\S*)$", words, re.M)):
+        if docker.wait() == 0 and (said := re.search(r"^(\w+) (\d\S*)$", words, re.M)):
             return {"engine": said[1], "version": said[2]}
         say(f"note: which engine the image holds could not be found out: {docker.words()}")
     return {}
 
 
-class Archive:
+class Archive(dict[str, Json]):
     """The two small documents of a docker archive that name the image, caught as they pass."""
-
-    def __init__(self) -> None:
-        self.documents: dict[str, Any] = {}
-        self.warned = False
 
     def read(self, stream: Tap) -> None:
         # No error here: who cut an archive short explains it; what is none has no manifest.
-        with (
-            suppress(tarfile.TarError, ValueError, RecursionError),
-            tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar,  # type: ignore[call-overload]
-        ):
+        with suppress(tarfile.TarError, ValueError, RecursionError):
+            tar = tarfile.TarFile.open(fileobj=stream, mode="r|", bufsize=CHUNK)  # type: ignore[call-overload]
             for member in filter(tarfile.TarInfo.isreg, tar):  # old Dockers store links, too
                 self.look(tar, member)
         stream.drain()  # a tar's end mark comes before the end
@@ -317,21 +291,16 @@ class Archive:
     def look(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         file = cast(IO[bytes], tar.extractfile(member))
         if member.name in ("manifest.json", "index.json") and member.size < SMALL:
-            self.documents[member.name] = json.load(file)
-        elif member.size > CHUNK and not self.warned:
-            self.warned = codec_of_bytes(file.read(512)) in ("gz", "zst")
-            if self.warned:  # a containerd store keeps them as they were pulled
+            self[member.name] = json.load(file)
+        elif member.size > CHUNK and codec_of_bytes(file.read(512)) in ("gz", "zst"):
+            if "packed" not in self:  # a containerd store keeps them as they were pulled
                 say("note: this image's layers are compressed already; --compress none is faster")
+            self["packed"] = True
 
 
-# ---- files ---------------------------------------------------------------------------------------
-def sidecar_path(tarball: Path) -> Path:
-    return tarball.with_name(f"{tarball.name}.json")
-
-
-def read_sidecar(tarball: Path) -> dict[str, Any] | None:
+def read_sidecar(tarball: Path) -> Json:
     """Return the sidecar or None; die if it is unsound or the tarball is not of its size."""
-    size, path = tarball.stat().st_size, sidecar_path(tarball)
+    size, path = tarball.stat().st_size, Path(f"{tarball}.json")
     if not path.exists():
         return None
     try:
@@ -344,17 +313,10 @@ def read_sidecar(tarball: Path) -> dict[str, Any] | None:
     return sidecar
 
 
-def sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def is_ours(part: BinaryIO) -> bool:
-    """Lock TARGET.part, so that two saves cannot mix."""
+    """Lock TARGET.part, so that two saves cannot mix; False where it is, or was replaced."""
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Else it was renamed or removed between our open and our lock.
         return os.path.samestat(os.fstat(part.fileno()), Path(part.name).stat())
     except (BlockingIOError, FileNotFoundError):
         return False
@@ -367,19 +329,18 @@ def part_of(target: Path) -> Iterator[BinaryIO]:
     """Open TARGET.part for writing; a failure leaves none of it, and TARGET as it was."""
     if target.exists() and not target.is_file():
         die(f"{target} is not a file")  # the rename would replace it, even if it is /dev/null
-    path = target.with_name(f"{target.name}.part")
+    path = Path(f"{target}.part")
     part = path.open("ab")  # not "wb": until it is locked it may be another save's
+    if not is_ours(part):
+        die(f"another save to {target} is at work", hint="or give another --output")
     try:
-        if not is_ours(part):
-            die(f"another save to {target} is at work", hint="or give another --output")
         part.truncate(0)  # a leftover of a crash is reused
-        try:
-            yield part
-        except BaseException as error:
-            path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                die(f"cannot write {path}: {error.strerror}")
-            raise
+        yield part
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            die(f"cannot write {path}: {error.strerror}")
+        raise
     finally:
         with suppress(OSError):  # the disk is full: said already
             part.close()
@@ -387,8 +348,8 @@ def part_of(target: Path) -> Iterator[BinaryIO]:
 
 def commit(part: BinaryIO, target: Path, sidecar: dict[str, Any]) -> None:
     """Put tarball and sidecar in place: a crash in between leaves no sidecar, never a wrong one."""
-    place = sidecar_path(target)
-    draft = place.with_name(f"{place.name}.part")
+    place, draft = Path(f"{target}.json"), Path(f"{target}.json.part")
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
         with draft.open("w") as file:
             print(json.dumps(sidecar, indent=2), file=file, flush=True)
@@ -397,49 +358,97 @@ def commit(part: BinaryIO, target: Path, sidecar: dict[str, Any]) -> None:
         for each in STOPS:
             signal.signal(each, signal.SIG_IGN)  # too late to stop: the rest takes milliseconds
         place.unlink(missing_ok=True)
-        sync(target.parent)
+        os.fsync(folder)
         Path(part.name).replace(target)
         draft.replace(place)
-        sync(target.parent)
+        os.fsync(folder)
     finally:
         draft.unlink(missing_ok=True)
+        os.close(folder)
 
 
-# ---- the three things to do ----------------------------------------------------------------------
 def save(image: str, target: Path, codec: str) -> str:
-    found = inspect(image)
-    archive, digest, progress = Archive(), hashlib.sha256(), Progress("saved", found["size"])
+    found, digest = inspect(image), hashlib.sha256()
+    progress = Progress("saved", found["size"])
     with part_of(target) as part:
-        with Child("docker", "save", "--", image, stdout=subprocess.PIPE) as docker:
-            left, right = (archive.read, progress.add), (Tap.drain, digest.update, part.write)
-            through(packer(codec), docker.stdout, left, right)
-            docker.finish()
+        if codec == "sqsh":
+            names = squash(image, found, part, progress.add, digest.update)
+        else:
+            names = pack(image, found, codec, progress, digest.update, part.write)
         say(str(progress))
         if inspect(image) != found:  # whose layers, the old one's or the new one's?
             die(f"{image} became another image while it was being saved", hint="save it again")
-        part.flush()
-        packed = {"packed_bytes": part.tell(), "sha256": digest.hexdigest(), "codec": codec}
-        commit(part, target, describe(archive, found) | packed)
+        commit(part, target, {
+            "schema": 1, **names, "diff_ids": found["layers"], "unpacked_bytes": found["size"],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **engine_of(found),
+            "packed_bytes": part.seek(0, 2), "sha256": digest.hexdigest(), "codec": codec,
+        })  # fmt: skip
     return str(target)
 
 
-def describe(archive: Archive, found: dict[str, Any]) -> dict[str, Any]:
-    tags, config = tags_and_config(archive.documents.get("manifest.json"))
+def pack(image: str, found: Json, codec: str, progress: Progress, *sinks: Sink) -> Json:
+    """Pack what `docker save` writes; the names that are in it."""
+    archive = Archive()
+    with Child("docker", "save", "--", image, stdout=PIPE) as docker:
+        through(packer(codec), docker, (archive.read, progress.add), (Tap.drain, *sinks))
+    tags, config = tags_and_config(archive.get("manifest.json"))
     if not tags:
         die("the image is saved without a tag", hint="name it as repository:tag")
-    digest = manifest_digest(archive.documents.get("index.json"), found["id"], config)
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"schema": 1, "tags": tags, "config_digest": config, "manifest_digest": digest,
-            "diff_ids": found["layers"], "unpacked_bytes": found["size"], "created": created,
-            **engine_of(found)}  # fmt: skip
+    digest = manifest_digest(archive.get("index.json"), found["id"], config)
+    return {"tags": tags, "config_digest": config, "manifest_digest": digest}
+
+
+def squash(image: str, found: Json, part: BinaryIO, *sinks: Sink) -> Json:
+    """Have a squashfs file written, which takes our part's place; enroot asks for a command."""
+    fresh = Path(f"{part.name}.sqsh").absolute()
+    fresh.unlink(missing_ok=True)  # enroot overwrites none
+    os.environ.setdefault("ENROOT_SQUASH_OPTIONS", " ".join(SQUASH))
+    try:
+        if shutil.which("enroot") and any(map(found["config"].get, ("Cmd", "Entrypoint"))):
+            command = "enroot", "import", "--output", str(fresh), f"dockerd://{found['id']}"
+            with Child(*command) as enroot:
+                enroot.finish()
+        else:
+            export(found, str(fresh))
+        with fresh.open("rb") as file:
+            Tap(file, *sinks).drain()
+            is_ours(file)
+            fresh.replace(part.name)
+            os.dup2(file.fileno(), part.fileno())
+    finally:
+        fresh.unlink(missing_ok=True)
+    return {"tags": [image], "config_digest": found["id"], "manifest_digest": None}
+
+
+def export(found: Json, target: str) -> None:
+    """The same without enroot, from a container that is never started."""
+    name, config = f"save-image-{os.urandom(8).hex()}", found["config"]
+    rc = RC.format(config.get("WorkingDir") or "/", shlex.join(config.get("Entrypoint") or []))
+    environment = "".join(f"{each}\n" for each in config.get("Env") or [])
+    try:
+        with Child("docker", "create", f"--name={name}", found["id"], "sh") as docker:
+            docker.finish()
+        with tempfile.TemporaryDirectory() as folder:
+            for file, text in {"rc": rc, "environment": environment}.items():
+                path = Path(folder, file)
+                path.write_text(text)
+                path.chmod(0o644)  # whatever our umask is
+                with Child("docker", "cp", str(path), f"{name}:/etc/{file}") as docker:
+                    docker.finish()
+        with Child("docker", "export", name, stdout=PIPE) as docker:
+            left = Tap.drain, Progress("exported", found["size"]).add
+            through(["mksquashfs", "-", target, *SQUASH, *OF_TAR], docker, left, (Tap.drain,))
+    finally:
+        subprocess.run(["docker", "rm", "--force", "--volumes", name], capture_output=True)
 
 
 def verify(tarball: Path) -> str:
     if (sidecar := read_sidecar(tarball)) is None:
-        die(f"{tarball} has no sidecar {sidecar_path(tarball)} to be checked against")
+        die(f"{tarball} has no sidecar {tarball}.json to be checked against")
     digest, archive = hashlib.sha256(), Archive()
     codec = unpack(tarball, "checked", (digest.update,), (archive.read,))
-    tags, config = tags_and_config(archive.documents.get("manifest.json"))
+    names = sidecar["tags"], sidecar["config_digest"]  # a squashfs file has none
+    tags, config = names if codec == "sqsh" else tags_and_config(archive.get("manifest.json"))
     inside = {"sha256": digest.hexdigest(), "codec": codec, "tags": tags, "config_digest": config}
     for key, value in inside.items():
         if sidecar[key] not in (value, None):
@@ -449,8 +458,7 @@ def verify(tarball: Path) -> str:
 
 def load(tarball: Path) -> str:
     sidecar = read_sidecar(tarball)
-    pipe = subprocess.PIPE
-    with Child("docker", "load", "--quiet", stdin=pipe, stdout=pipe) as docker:
+    with Child("docker", "load", "--quiet", stdin=PIPE, stdout=PIPE) as docker:
 
         def give(chunk: bytes) -> None:
             try:
@@ -463,22 +471,18 @@ def load(tarball: Path) -> str:
         with suppress(BrokenPipeError):
             docker.stdin.close()
         docker.finish()
-        answer = docker.stdout.read().decode()
+        loaded = re.findall(r"Loaded image(?: ID)?: (.+)", docker.stdout.read().decode())
     if sidecar is None:
-        say(f"note: no {sidecar_path(tarball)}, so what was loaded is not checked")
-        return "\n".join(re.findall(r"^Loaded image(?: ID)?: (.+)$", answer, re.MULTILINE))
-    # The Id is one digest or the other, depending on Docker's store. A containerd store makes up a
-    # manifest for an archive that has none: then the layers tell.
-    config, manifest = sidecar["config_digest"], sidecar["manifest_digest"]
-    for tag in sidecar["tags"]:
-        found = inspect(tag)
+        say(f"note: no {tarball}.json, so what was loaded is not checked")
+    # Its Id depends on Docker's store; one of containerd makes it up where an archive has none.
+    for tag in sidecar["tags"] if sidecar else ():
+        found, config, manifest = inspect(tag), sidecar["config_digest"], sidecar["manifest_digest"]
         same_layers = manifest is None and found["layers"] == sidecar["diff_ids"]
         if found["id"] not in (config, manifest) and not same_layers:
             die(f"{tag} is {found['id']} after loading, the sidecar says {config} or {manifest}")
-    return "\n".join(sidecar["tags"])
+    return "\n".join(loaded)
 
 
-# ---- command line --------------------------------------------------------------------------------
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain, allow_abbrev=False)
@@ -509,35 +513,31 @@ def load_env() -> None:
         try:
             with suppress(FileNotFoundError):
                 state = path.stat()
-                if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
+                if state.st_uid not in ours or state.st_mode & 0o002:
                     die(f"{path} belongs to another user, or everybody may write it")
                 load_dotenv(path)
         except (OSError, ValueError) as error:
             die(f"cannot read {path}: {error}")
 
 
-def work(args: argparse.Namespace) -> str:
-    if given := args.verify or args.load:
-        return verify(given) if args.verify else load(given)
-    name = os.environ.get("IMAGE", "")
-    if codec_of_name(name) or name.startswith(("/", "./", "../", "~")):
-        name = ""  # the launcher takes a tarball by that variable, too
-    image = with_tag(args.image or name or IMAGE)
-    return save(image, Path(args.output or tarball_name(image, args.compress)), args.compress)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     os.umask(os.umask(0o077) | 0o002)  # a tarball that everybody may change is nobody's image
     load_env()
-    for each in STOPS:
-        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup
-            signal.signal(each, stop)
+    for each in {each for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN}:  # nohup
+        signal.signal(each, stop)
     try:
-        result = work(args)
-    except Stopped as stopped:
-        say(f"stopped by {signal.Signals(stopped.args[0]).name}")
-        return 128 + int(stopped.args[0])
+        if given := args.verify or args.load:
+            result = verify(given) if args.verify else load(given)
+        else:  # the launcher takes a file by this variable, too
+            is_path = codec_of_name(name := os.environ.get("IMAGE", "")) or name[:1] in "/.~"
+            image = with_tag(args.image or (IMAGE if is_path else name))
+            path = Path(args.output or tarball_name(image, args.compress))
+            result = save(image, path, args.compress)
+    except SystemExit as end:
+        if end.code != 1:
+            say(f"stopped by {signal.Signals(int(str(end.code)) - 128).name}")
+        raise
     except ValueError as error:
         die(f"what was read {error}")
     except OSError as error:

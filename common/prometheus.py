@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})?[ \t]+([^\s#]+)", re.M)
-ENGINES = re.compile(r"(?:ray_)?(?:vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend)[:_](\w+)")
 
 # What engines call a thing, without their own name before it.
 RUNNING = ("num_requests_running", "num_running_reqs", "batch_current_size")
@@ -26,11 +25,11 @@ def samples(text: str) -> Iterator[tuple[str, str, float]]:
             yield name, labels, value
 
 
-def of_engine(*texts: str) -> Page:
-    """What engines say on these pages, without their own name before it and `_total` behind."""
-    found: Page = {}
+def of_engine(engines: str, *texts: str) -> Page:
+    """What one of `engines` (a|b) says here, without its name before and `_total` behind."""
+    of_one, found = re.compile(rf"(?:ray_)?(?:{engines})[:_](\w+)"), Page()
     for name, _, value in (each for text in texts for each in samples(text)):
-        if known := ENGINES.fullmatch(name):
+        if known := of_one.fullmatch(name):
             found.setdefault(known[1].removesuffix("_total"), []).append(value)
     return found
 

@@ -13,6 +13,7 @@ from common.ask import ask
 from common.prometheus import MADE, RUNNING, WAITING, of_engine, samples, total
 from common.response import Malformed
 from common.talk import aligned, counted, say, visible
+from launch.busy import NAMES as ENGINES
 from launch.records import records, states_of
 
 TIMEOUT = 5.0
@@ -66,10 +67,10 @@ def measured(row: Row, sessions: Mapping[str, float]) -> Row:
     """The row with what the replica itself says, and the front: None where nobody does."""
     if row["state"] != "ready":
         return {**row, "running": None, "waiting": None, "tokens_per_second": None}
-    before, began, made = of_engine(page(row["metrics"])), time.monotonic(), None
+    before, began, made = of_engine(ENGINES, page(row["metrics"])), time.monotonic(), None
     if (already := total(before, MADE)) is not None:
         time.sleep(LOOK)
-        now = total(of_engine(page(row["metrics"])), MADE)
+        now = total(of_engine(ENGINES, page(row["metrics"])), MADE)
         took = time.monotonic() - began
         made = None if now is None else max(now - already, 0) / took
     running = total(before, RUNNING)

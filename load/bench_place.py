@@ -28,6 +28,7 @@ from launch.slurm import last_words
 
 PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
+NOT_HERE = "run it in salloc or sbatch, or give an image of Docker's; --client builtin needs none"
 MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy")
 RESULTS = "results"
@@ -88,10 +89,14 @@ def node(environ: Mapping[str, str]) -> Place:
 
 def provide_image(asked: str, environ: Mapping[str, str]) -> str:
     """Bring the image there if it is not, as run_sbatch.py does; its tag."""
-    from launch import image, provide
+    from launch import image, provide, squash
 
     asked = asked or setting("IMAGE", environ)
-    found = image.find_image(asked, Path(environ.get("WORKSPACE") or "."))
+    of_pyxis = squash.is_squash(asked) or setting("RUNTIME", environ) == "pyxis"
+    find = squash.find_image if of_pyxis else image.find_image
+    found = find(asked, Path(environ.get("WORKSPACE") or "."))
+    if found.squash and not node(environ).slurm:
+        die(f"{asked or found.tag} is for pyxis, which runs in jobs of Slurm's", hint=NOT_HERE)
     if found.tarball or (found.registry and not image_id(found.tag, environ)):
         provide.provide(found, node(environ))
     elif not found.registry:
@@ -118,9 +123,12 @@ def prefix(
     if not tag:
         return []
     from launch.runtimes.docker import mount_flag
+    from launch.squash import is_squash
 
     cache = environ.get("HF_HOME") or str(Path("~/.cache/huggingface").expanduser())
     names = sorted(n for n in environ if n.startswith(PASSED_ON) and n != "HF_HOME")
+    if is_squash(tag):
+        return step_of_pyxis(tag, [*map(str, mounts), cache], names, environ, gpus)
     return [
         *node(environ).head,
         "bash", "-c", MAKE_FOLDER, "bench", cache,
@@ -132,6 +140,24 @@ def prefix(
         f"--env=HF_HOME={cache}",
         *(f"--env={n}" for n in names),  # names only: an argv is there for all to read
         tag,
+    ]  # fmt: skip
+
+
+def step_of_pyxis(
+    tag: str, mounts: list[str], names: list[str], environ: Mapping[str, str], gpus: str
+) -> list[str]:
+    """The same as a step of Slurm, in a container that goes with it."""
+    from launch.runtimes import pyxis
+
+    place, cache = node(environ), mounts[-1]
+    pyxis.check_place(place, mounts)
+    nodes.run([*place.head, "mkdir", "-p", "--", cache])  # pyxis mounts only what is there
+    return [
+        *pyxis.hooks(bool(gpus), environ),
+        f"HF_HOME={cache}",
+        *place.on(1, gpus=place.gpus(0) if gpus else 0),
+        *pyxis.contained(tag, list(dict.fromkeys(mounts)), ["HF_HOME", *names], environ),
+        "sh", "-c", pyxis.PROVEN, "bench",
     ]  # fmt: skip
 
 
@@ -197,6 +223,10 @@ def inspect(tag: str, environ: Mapping[str, str]) -> list[str]:
 def image_id(tag: str, environ: Mapping[str, str]) -> str | None:
     if not tag:
         return None
+    from launch import squash
+
+    if squash.is_squash(tag):  # it has a name and, in its sidecar, a sum
+        return squash.read_squash(Path(tag)).sha256 or None
     return output(inspect(tag, environ))
 
 

@@ -28,6 +28,7 @@ from load.endpoint import Endpoint, fetch
 
 PATHS = ("/metrics", "/prometheus/metrics")
 FIRST, EVERY = 0.25, 5.0  # s to the first look during a run; then twice as long, at most EVERY
+ENGINES = "vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend"
 SETTLES = 0.1  # s after its last token until a request is in the counters
 CAME = "of the prompt tokens came from the server's cache"
 CACHE_HIT = 0.01  # share of the prompt tokens from which on a run is marked
@@ -134,7 +135,7 @@ def tells(body: bytes) -> bool:
 
 
 def page(raw: Raw) -> Page:
-    return of_engine(*(body.decode(errors="replace") for body in raw))
+    return of_engine(ENGINES, *(body.decode(errors="replace") for body in raw))
 
 
 def iterations(*raws: Raw) -> list[Record]:

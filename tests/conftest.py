@@ -480,6 +480,9 @@ if args == ["--mpi=list"]:
     print(faults.get("mpi", "MPI plugin types are...\n\tpmix\n\tnone\n\tpmi2\n"
                             "specific pmix plugin versions available: pmix_v4"))
     raise SystemExit(0)
+if args == ["--help"]:
+    print("Usage: srun [OPTIONS...] executable [args...]\n" + faults.get("plug_in", ""))
+    raise SystemExit(0)
 if args[:2] != ["--overlap", "--export=ALL"]:
     unknown()
 if not os.environ.get("SLURM_JOB_ID"):

@@ -17,7 +17,10 @@ CLUSTER = (
     "debootstrap pigz zstd iproute2 procps util-linux gcc libc6-dev libslurm-dev squashfs-tools"
 ).split()
 # A browser for the report, MPI for the simulator, a compiler for the benchmark's exact server.
-OTHERS = "chromium openmpi-bin python3-mpi4py gcc libc6-dev curl openssl pigz zstd iproute2".split()
+OTHERS = (
+    "chromium openmpi-bin python3-mpi4py gcc libc6-dev curl openssl pigz zstd squashfs-tools "
+    "iproute2"
+).split()
 DPKG = Path("/var/lib/dpkg")
 PATIENCE = 600.0  # seconds that another apt may take
 

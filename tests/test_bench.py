@@ -29,6 +29,7 @@ from common import talk
 from common.live import LiveLine
 from common.talk import Failure
 from launch import nodes, provide, slurm
+from launch.runtimes import pyxis
 from load import bench_place, clients, endpoint, metrics, nvidia, sharegpt
 from load.answer import Outcome
 from load.endpoint import Endpoint
@@ -1037,6 +1038,29 @@ def test_the_image_is_brought_to_where_it_is_needed(
         bench_place.provide_image("", {**allocation, "IMAGE": "local:2"}) == "local:2"
     )  # the server's
     assert brought == [("nvcr.io/x/y:1", 1)]  # the first node alone
+
+
+def test_a_squashfs_file_is_unpacked_for_a_step_of_the_first_node(
+    monkeypatch: pytest.MonkeyPatch, allocation: dict[str, str], tmp_path: Path
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(pyxis, "is_known", lambda: True)
+    monkeypatch.setattr(nodes, "run", lambda argv: asked.append(list(argv)))
+    monkeypatch.setattr(provide, "provide", lambda i, place: asked.append([i.tag]))
+    image = tmp_path / "x.sqsh"
+    image.write_bytes(b"hsqs")
+    environ = {**allocation, "HF_HOME": "/cache", "HF_TOKEN": "secret", "HOME": "/root"}
+    assert bench_place.provide_image(str(image), environ) == str(image) == asked[0][0]
+    words = bench_place.prefix(str(image), [Path("/out")], environ)
+    assert asked[1][-4:] == ["mkdir", "-p", "--", "/cache"]
+    assert words[:2] == ["env", "NVIDIA_VISIBLE_DEVICES=void"] and "HF_HOME=/cache" in words
+    assert "--nodes=1" in words and f"--container-image={image}" in words
+    assert f"--container-mounts=/out:/out,/cache:/cache,/out:{pyxis.PROOF}:ro" in words
+    (names,) = (word for word in words if word.startswith("--container-env="))
+    assert names.startswith("--container-env=HF_HOME,HF_TOKEN,") and "secret" not in str(words)
+    assert words[-4:] == ["sh", "-c", pyxis.PROVEN, "bench"]
+    with pytest.raises(Failure, match="is for pyxis, which runs in jobs of Slurm's"):
+        bench_place.provide_image(str(image), {})
 
 
 def test_where_tensorrt_llm_is_installed_there_is_no_container() -> None:

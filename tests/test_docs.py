@@ -19,6 +19,8 @@ import save_image
 from common.settings import PASSED_ON, SETTINGS
 from launch.cli import parse as parse_launch
 from tests.cluster.faults import CELLS
+from tests.cluster.pyxis_faults import CELLS as OF_PYXIS
+from tests.cluster.scene import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md",
@@ -56,11 +58,12 @@ def test_the_settings_page_has_every_setting() -> None:
     assert [name for name in PASSED_ON if f"`{name}`" not in page] == []
 
 
-def test_the_table_of_faults_shows_every_cell_of_the_matrix() -> None:
-    page = TEXT["docs/faults.md"]
+@pytest.mark.parametrize(("page", "cells"), [("faults", CELLS), ("faults-pyxis", OF_PYXIS)])
+def test_the_table_of_faults_shows_every_cell_of_the_matrix(page: str, cells: list[Cell]) -> None:
+    page = TEXT[f"docs/{page}.md"]
     rows = re.findall(r"^\| (.+?) \| (.+?) \| .+ \| -?\d+ \| [\d.]+ \| .+ \|$", page, re.M)
     shown = [f"{fault}:{phase}" for fault, phases in rows for phase in phases.split(", ")]
-    assert sorted(shown) == sorted(cell.name for cell in CELLS)
+    assert sorted(shown) == sorted(cell.name for cell in cells)
 
 
 def test_every_option_of_the_launcher_is_in_the_readme() -> None:

@@ -61,11 +61,11 @@ def test_srun_is_told_all_that_a_site_may_decide_otherwise(monkeypatch: pytest.M
         f"--container-env={names}",
         f"--container-image={SQSH}",
         f"--container-mounts={mounts},/fsx:{pyxis.PROOF}:ro",
-        "--container-workdir=/fsx/work",
         "--container-writable",
         "--no-container-mount-home",
         "--no-container-remap-root",
         "--no-container-entrypoint",
+        "--container-workdir=/fsx/work",
     ]
     assert "hf_x" not in str(command.argv) + command.text
     assert "--gpus=8" in command.argv and command.argv[:2] == ["env", "NVIDIA_VISIBLE_DEVICES=all"]

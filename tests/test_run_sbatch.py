@@ -1605,6 +1605,21 @@ def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Laun
     assert hold["Hold"]["options"][-1].startswith("--env=")
 
 
+def test_a_dry_run_of_vllm_in_steps_of_pyxis(fakes: Fakes, launch: Launcher) -> None:
+    fakes.set(gpus="0,1", plug_in="  --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH")
+    Path("x.sqsh").write_bytes(b"hsqs")
+    words = ["m", "--engine", "vllm", "--tensor-parallel-size", "2", "--image", "x.sqsh"]
+    done = launch(*words, "--pipeline-parallel-size", "2", "--dry-run", slurm=True)
+    assert done.code() == 0, done.output
+    assert fakes.calls("docker") == []
+    shown = shown_orders(done.output)
+    parts, part = shown["when every node has said `Up`: the ranks; rank 0 serves"]
+    assert {"--nodes=2", "--ntasks=2", f"--container-image={Path.cwd()}/x.sqsh"} <= set(parts)
+    first, second = part["PartInside"]["parts"]
+    assert "--headless" in second and "--headless" not in first
+    assert part["PartInside"]["command"][:2] == ["vllm", "serve"]
+
+
 # Under sbatch
 
 

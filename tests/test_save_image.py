@@ -68,6 +68,32 @@ match sys.argv[1:]:
           "--entrypoint=python3", name, "-c", code, *engines] if "importlib.metadata" in code:
         assert name.startswith("sha256:")
         print(state["asked"]) if "asked" in state else fail("exec: python3: not found", 127)
+    case ["create", name, image, "sh"] if name.startswith("--name=save-image-"):
+        assert image.startswith("sha256:")
+        (home / "container").mkdir()
+        print("0123abcd")
+    case ["cp", source, target]:
+        path = home / "container" / target.partition(":/")[2].replace("/", "+")
+        path.write_bytes(Path(source).read_bytes())
+    case ["export", name]:
+        (home / "save.pid").write_text(str(os.getpid()))
+        copied = (home / "container").iterdir()
+        files = {path.name.replace("+", "/"): path.read_bytes() for path in copied}
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            for path, text in {**files, "opt/model": bytes(300_000), "dev/console": b""}.items():
+                member = tarfile.TarInfo(path)
+                member.size = len(text)
+                tar.addfile(member, io.BytesIO(text))
+        sys.stdout.buffer.write(data.getvalue()[: state.get("cut")])
+        sys.stdout.flush()
+        time.sleep(state.get("delay", 0))
+        if "cut" in state:
+            fail("write unix @->docker.sock: broken layer")
+    case ["rm", "--force", "--volumes", name]:
+        for path in (home / "container").iterdir():
+            path.unlink()
+        (home / "container").rmdir()
     case ["load", "--quiet"]:
         (home / "load.pid").write_text(str(os.getpid()))
         time.sleep(state.get("delay", 0))
@@ -145,7 +171,7 @@ class Box:
         self.home, self.cwd, self.bin = home, home / "cwd", home / "bin"
         self.cwd.mkdir()
         self.bin.mkdir()
-        for name in {"pigz", "gzip", "zstd", "cat"} - set(without):
+        for name in {"pigz", "gzip", "zstd", "cat", "mksquashfs"} - set(without):
             if program := shutil.which(name):
                 (self.bin / name).symlink_to(program)
         self.program("docker", FAKE_DOCKER)
@@ -572,6 +598,109 @@ def test_leftover_of_a_crash_is_reused(box: Box, classic: Image) -> None:
     assert box.run("-o", "x.tar.gz").returncode == 0
     assert box.run("--verify", "x.tar.gz").returncode == 0
     assert box.files() == ["x.tar.gz", "x.tar.gz.json"]
+
+
+# ---- squashfs ------------------------------------------------------------------------------------
+
+CONFIG = {"Env": ["PATH=/opt/bin:/bin", "GREETING=it's $HOME"], "WorkingDir": "/opt/my app",
+          "Entrypoint": ["/opt/entry", "a b"]}  # fmt: skip
+FAKE_ENROOT = """
+import json, os, sys
+from pathlib import Path
+match sys.argv[1:]:
+    case ["import", "--output", path, uri] if uri.startswith("dockerd://sha256:"):
+        assert not Path(path).exists() and "zstd" in os.environ["ENROOT_SQUASH_OPTIONS"]
+        Path(path).write_bytes(b"hsqs, not whole" + bytes(1000))
+        if (Path(__file__).parent.parent / "full").exists():
+            sys.exit("[INFO] Fetching image\\n[ERROR] No space left on device")
+    case call:
+        sys.exit(f"fake enroot does not know {call}")
+"""
+
+
+def inside(path: Path, name: str) -> bytes:
+    return subprocess.run(["unsquashfs", "-cat", path, name], stdout=subprocess.PIPE).stdout
+
+
+@pytest.fixture
+def configured(box: Box, classic: Image) -> Box:
+    box.hold(classic)
+    box.state["images"][TAG]["Config"] = {**CONFIG}
+    return box
+
+
+@pytest.mark.parametrize("name", ["x.sqsh", "-x.sqsh"])
+def test_squashfs_keeps_files_environment_and_directory(
+    configured: Box, classic: Image, name: str
+) -> None:
+    result = configured.run(f"--output={name}")
+    assert (result.returncode, result.stdout) == (0, f"{name}\n"), result.stderr
+    assert configured.files() == sorted([name, f"{name}.json"])
+    path = configured.cwd / name
+    assert inside(path, "etc/environment") == b"PATH=/opt/bin:/bin\nGREETING=it's $HOME\n"
+    assert inside(path, "opt/model") == bytes(300_000) and inside(path, "dev/console") == b""
+    rc = inside(path, "etc/rc").decode()
+    assert rc.startswith('cd "/opt/my app" && ') and rc.endswith("exec /opt/entry 'a b' \"$@\"\n")
+    listed = subprocess.run(["unsquashfs", "-ll", path], capture_output=True, text=True).stdout
+    assert "\ndrwxr-xr-x root/root" in f"\n{listed}" and "drwxrwxrwx" not in listed
+    sidecar = configured.sidecar(name)
+    assert sidecar["sha256"] == sha256(path.read_bytes()) and sidecar["codec"] == "sqsh"
+    assert (sidecar["tags"], sidecar["config_digest"]) == ([TAG], classic.config)
+    assert configured.run(f"--verify=./{name}").returncode == 0
+    assert not (configured.home / "container").exists()
+
+
+def test_verify_finds_a_damaged_squashfs(configured: Box) -> None:
+    assert configured.run("-o", "x.sqsh").returncode == 0
+    spoil(configured, "x.sqsh", flip_a_bit)
+    assert configured.fails("--verify", "x.sqsh").startswith("x.sqsh: sha256 is ")
+    assert configured.fails("--load", "x.sqsh").startswith("x.sqsh is not a tar, gzip or zstd file")
+
+
+def test_failing_docker_export_is_blamed_and_leaves_the_old_file(configured: Box) -> None:
+    (configured.cwd / "x.sqsh").write_text("old")
+    configured.state["cut"] = 100_000
+    error = configured.fails("-o", "x.sqsh")
+    assert error.startswith("docker export save-image-") and "broken layer" in error
+    assert configured.files() == ["x.sqsh"] and (configured.cwd / "x.sqsh").read_text() == "old"
+    assert not (configured.home / "container").exists()
+
+
+def test_missing_mksquashfs_is_named(tmp_path: Path, classic: Image) -> None:
+    box = Box(tmp_path, without=("mksquashfs",))
+    box.hold(classic)
+    assert box.fails("--compress", "sqsh").startswith("mksquashfs is not in PATH")
+    assert box.files() == [] and not (box.home / "container").exists()
+
+
+def test_a_stopped_export_leaves_neither_file_nor_container(configured: Box) -> None:
+    configured.state |= {"delay": PATIENCE}
+    process = configured.start("-o", "x.sqsh")
+    wait_for((configured.home / "save.pid").exists)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143 and "stopped by SIGTERM" in err
+    assert configured.files() == [] and not (configured.home / "container").exists()
+
+
+def test_enroot_writes_it_where_it_is_there(configured: Box) -> None:
+    configured.program("enroot", FAKE_ENROOT)
+    (configured.cwd / "x.sqsh.part.sqsh").write_text("of a save that was killed")
+    assert configured.run("-o", "x.sqsh").stdout == "x.sqsh\n"
+    assert configured.files() == ["x.sqsh", "x.sqsh.json"]
+    assert configured.run("--verify", "x.sqsh").returncode == 0
+    (configured.home / "full").touch()
+    assert configured.fails("-o", "y.sqsh").startswith(
+        "enroot import failed (exit status 1): [INFO]"
+    )
+    assert configured.files() == ["x.sqsh", "x.sqsh.json"]
+
+
+def test_enroot_is_not_asked_for_an_image_without_a_command(configured: Box) -> None:
+    """`docker create IMAGE`, as it calls it, fails: No command specified."""
+    configured.program("enroot", "raise SystemExit('No command specified')")
+    del configured.state["images"][TAG]["Config"]["Entrypoint"]
+    assert configured.run("-o", "x.sqsh").returncode == 0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -17,7 +17,7 @@ from launch.identity import launcher
 from launch.image import Image
 from launch.node.containers import AskOwner
 from launch.node.pyxis import NOT_INSIDE, Attend, EndSteps, Inside, PartInside, RankInside
-from launch.nodes import run
+from launch.nodes import Place, run
 from launch.order import Command
 from launch.plan import Plan, Replica
 from launch.runtimes.bare import which
@@ -30,9 +30,11 @@ ATTENDED = True
 OPTION = "--container-image"
 NO_DOCKER = "docker: not found in PATH"
 PROOF = "/.tensorrt-llm-serve"  # a directory that no node has
+PROVEN = f'[ -d {PROOF} ] || {{ echo "pyxis: not loaded here"; exit {NOT_INSIDE}; }}; exec "$@"'
 UNSAID = re.compile(r"[,:\"$`\n]")  # in a path: pyxis has no quotes, or lets a shell read it
 # PATH is for a node that runs a step on the bare host: the image's own counts more.
 OF_HOST = re.compile("HOME|PATH|(?i:(https?|all|no|ftp)_proxy)")
+HOOKS = ("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "MELLANOX_VISIBLE_DEVICES")
 LOW = 1 << 30  # bytes; with less memory to lock EFA cannot work
 MEMLOCK = "PropagateResourceLimitsExcept=MEMLOCK in slurm.conf and LimitMEMLOCK=infinity for slurmd"
 
@@ -56,14 +58,18 @@ def is_instead_of_docker(nodes: Sequence[Node]) -> bool:
 
 def check(plan: Plan) -> None:
     """Failure for what pyxis cannot do, before anything starts."""
-    if not plan.place.slurm:
+    check_place(plan.place, plan.mounts)
+    if plan.privileged:
+        say("PRIVILEGED=1 does nothing: a step of Slurm has its user's own rights")
+
+
+def check_place(place: Place, mounts: Sequence[str]) -> None:
+    if not place.slurm:
         die("--runtime pyxis needs a job of Slurm's", hint="salloc or sbatch, or --runtime docker")
     if not is_known():
         hint = "ask for pyxis on this machine (plugstack.conf), or run it where srun has it"
         die(f"the srun of this machine has no {OPTION}: pyxis is not there", hint=hint)
-    if plan.privileged:
-        say("PRIVILEGED=1 does nothing: a step of Slurm has its user's own rights")
-    for path in plan.mounts:
+    for path in mounts:
         if found := UNSAID.search(path):
             hint = "give it another name, or reach it by a link"
             die(f"pyxis cannot mount {path}: it has {found[0]!r} in its name", hint=hint)
@@ -84,7 +90,8 @@ def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     prefix = plan.place.on(1, first=replica.first, gpus=gpus_of(plan, replica))
     gpus = which(plan, replica)
     order = Inside(list(plan.command(replica)), gpus, 0, PROOF, variables(plan, replica))
-    return Command([*hooks(replica, environ), *prefix, *flags(plan, replica, environ)], order)
+    hook = hooks(replica.gpus != "none", environ)
+    return Command([*hook, *prefix, *flags(plan, replica, environ)], order)
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
@@ -99,7 +106,8 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     assert replica.spread
     spread = replica.spread
     step = step_of(plan.place, spread, replica.first, log, gpus_of(plan, replica))
-    prefix = [*hooks(replica, os.environ), *step, *flags(plan, replica, os.environ)]
+    hook = hooks(replica.gpus != "none", os.environ)
+    prefix = [*hook, *step, *flags(plan, replica, os.environ)]
     return Command(prefix, rank(plan, replica, spread))
 
 
@@ -132,21 +140,30 @@ def gpus_of(plan: Plan, replica: Replica) -> int:
 
 
 def flags(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> list[str]:
-    """What srun is told of the container. What a site may decide otherwise is said each time.
+    """What srun is told of the server's container."""
+    return [
+        f"--job-name={step_name(plan, replica)}",
+        *contained(plan.tag, (*plan.mounts, *plan.device_files), passed_on(environ), environ),
+        *([f"--container-workdir={plan.cwd}"] if plan.cwd else []),
+    ]
+
+
+def contained(
+    image: str, mounts: Sequence[str], names: Sequence[str], environ: Mapping[str, str]
+) -> list[str]:
+    """A step in a container. What a site may decide otherwise is said each time.
 
     Of the environment only what is named gets in: of the rest some would break the image's own,
     LD_LIBRARY_PATH and PYTHONPATH above all. What is named counts more than the image's.
     """
-    names = [*passed_on(environ), *hook_variables(replica, environ)]
+    names = [*names, *HOOKS]
     host = sorted(name for name in environ if OF_HOST.fullmatch(name))
-    mounts = [f"{path}:{path}" for path in (*plan.mounts, *plan.device_files)]
+    pairs = [f"{path}:{path}" for path in mounts]
     return [
-        f"--job-name={step_name(plan, replica)}",
         f"--export={','.join([*host, *names])}",
         f"--container-env={','.join(names)}",
-        f"{OPTION}={plan.tag}",
-        f"--container-mounts={','.join([*mounts, f'{plan.mounts[0]}:{PROOF}:ro'])}",
-        *([f"--container-workdir={plan.cwd}"] if plan.cwd else []),
+        f"{OPTION}={image}",
+        f"--container-mounts={','.join([*pairs, f'{mounts[0]}:{PROOF}:ro'])}",
         "--container-writable",                     # caches below $HOME; it goes with the step
         "--no-container-mount-home",
         "--no-container-remap-root",
@@ -160,20 +177,12 @@ def variables(plan: Plan, replica: Replica) -> dict[str, str]:
     return {**dict(plan.caches), **({"CUDA_VISIBLE_DEVICES": asked[1]} if asked else {})}
 
 
-def hook_variables(replica: Replica, environ: Mapping[str, str]) -> dict[str, str]:
-    """For enroot's hooks, which find the job's value before the image's."""
-    gpus = "void" if replica.gpus == "none" else "all"
+def hooks(gpus: bool, environ: Mapping[str, str]) -> list[str]:
+    """What comes before srun, for enroot's hooks: they find the job's value before the image's."""
     # The hook for Mellanox hides the devices that EFA needs.
     mellanox = environ.get("MELLANOX_VISIBLE_DEVICES") or "void"
-    return {
-        "NVIDIA_VISIBLE_DEVICES": gpus,
-        "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
-        "MELLANOX_VISIBLE_DEVICES": mellanox,
-    }
-
-
-def hooks(replica: Replica, environ: Mapping[str, str]) -> list[str]:
-    return ["env", *(f"{n}={value}" for n, value in hook_variables(replica, environ).items())]
+    values = "all" if gpus else "void", "compute,utility", mellanox
+    return ["env", *(f"{name}={value}" for name, value in zip(HOOKS, values, strict=True))]
 
 
 def blames(code: int, said: str) -> str:

@@ -418,10 +418,11 @@ class Cluster:
             (self.state / "bin" / name).chmod(0o755)
 
     def _pyxis(self) -> None:
-        """Slurm's plug-in for steps in containers, a stand-in for NVIDIA's; each step loads it."""
-        library = self.state / "spank_pyxis.so"
-        source = Path(__file__).with_name("spank_pyxis.c")
-        _run("gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", str(library), str(source))
+        """Slurm's plug-in for steps in containers: a stand-in, or the one that PYXIS_SO names."""
+        library = os.environ.get("PYXIS_SO") or str(self.state / "spank_pyxis.so")
+        if not os.environ.get("PYXIS_SO"):
+            source = Path(__file__).with_name("spank_pyxis.c")
+            _run("gcc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, str(source))
         (self.state / "etc/slurm/plugstack.conf").write_text(f"required {library}\n")
 
     def _share(self) -> None:

@@ -3,6 +3,7 @@
     make faults                    # all cells; the tables of docs/faults.md at the end
     make faults FAULTS=slurmd      # those whose name has this word (several: a,b)
     make faults FAULTS=scancel:serving
+    make faults RUNTIME=pyxis      # the same under pyxis (pyxis_faults.py): docs/faults-pyxis.md
 
 The same rows are tests (test_matrix.py: a phase of each) and docs/faults.md. Those of fleets are in
 fleet_faults.py.
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.cluster.cluster import Cluster, why_not
@@ -221,10 +222,10 @@ CELLS = cells_of((*FAULTS, *FLEET_FAULTS))
 # --- the command ---------------------------------------------------------------------------------
 
 
-def chosen(words: str) -> list[Cell]:
+def chosen(words: str, cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose name has one of the words; all of them where none is given."""
     wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
-    return [c for c in CELLS if not wanted or any(word in c.name.lower() for word in wanted)]
+    return [c for c in cells if not wanted or any(word in c.name.lower() for word in wanted)]
 
 
 def table(outcomes: Sequence[tuple[Cell, Outcome]]) -> str:
@@ -245,10 +246,14 @@ def row(key: Sequence[str], phases: Sequence[tuple[str, float]]) -> str:
     return f"| {name} | {where} | {says} | {code} | {seconds:.1f} | {left} |"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    every: Sequence[Cell] = CELLS,
+    prepared: Callable[[Cluster], object] = prepare,
+) -> int:
     parser = argparse.ArgumentParser(description="Play the faults on a cluster; print the table.")
     parser.add_argument("words", nargs="?", default=os.environ.get("FAULTS", ""))
-    cells = chosen(parser.parse_args(argv).words)
+    cells = chosen(parser.parse_args(argv).words, every)
     if not cells:
         parser.error("no fault has that in its name")
     if reason := why_not():
@@ -256,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = []
     try:
         with Cluster(nodes=2) as cluster:
-            prepare(cluster)
+            prepared(cluster)
             for cell in cells:
                 if outcome := attempt(cell, cluster):
                     outcomes.append((cell, outcome))

@@ -16,7 +16,7 @@ import yaml
 
 from tests.cluster.cluster import wait_until
 from tests.cluster.launches import QUICK, WHOLE
-from tests.cluster.scene import BACK, Expect, Fault, Scene, check_serves, launch_words
+from tests.cluster.scene import BACK, Expect, Fault, Scene, check_serves
 from tests.cluster.strikes import (
     ALL,
     LOAD_3_S,
@@ -117,7 +117,7 @@ def kill_and_squat(scene: Scene) -> None:
 def begin_two(scene: Scene, *ports: str) -> None:
     """Two jobs with half of n1's GPUs each, and a fleet in each."""
     for port in ports:
-        scene.start_one(launch_words(*TWO, "--port", port, tp=2), PART, QUICK)
+        scene.start_one(scene.words(*TWO, "--port", port, tp=2), PART, QUICK)
 
 
 def share_a_node(scene: Scene) -> None:

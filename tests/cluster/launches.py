@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 TAG = "tensorrt-llm-serve:latest"
 TARBALL = Path("/fsx/images/tensorrt-llm-serve-latest.tar.gz")
+SQUASH = Path("/fsx/images/tensorrt-llm-serve-latest.sqsh")
 REPO = Path("/fsx/repo")
 WHOLE = "-N2 --gpus-per-node=8 --exclusive"
 FOUR = "-p all -N4 --gpus-per-node=2"  # with one CPU a node
@@ -56,20 +57,11 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
     first.docker("rmi", TAG)
 
 
-def write_squash(node: Machine, image: str, target: Path) -> None:
-    """A squashfs file as enroot imports one: with the image's environment and working directory."""
-    said = node.docker("image", "inspect", "--format", "{{json .Config}}", image)
-    config = json.loads(said)
-    work = config["WorkingDir"] or "/"
-    files = {"environment": "\n".join(config["Env"]), "rc": f'cd "{work}" || exit 1\nexec "$@"'}
-    container = node.docker("create", image, "sh")
-    for name, text in files.items():
-        (node.state / name).write_text(f"{text}\n")
-        node.docker("cp", str(node.state / name), f"{container}:/etc/{name}")
-    options = "-comp zstd -Xcompression-level 1 -tar -noappend -no-progress -quiet -all-root"
-    pack = f"docker export {container} | mksquashfs - {target} {options} -wildcards -e 'dev/*'"
-    node.run("sh", "-c", pack)
-    node.docker("rm", container)
+def save_squash(cluster: Cluster) -> None:
+    """The image of the Docker tests for steps of pyxis, as a user without enroot writes it."""
+    if not SQUASH.exists():
+        save = (PYTHON, str(REPO / "save_image.py"), "stranger:1", "-o", str(SQUASH))
+        cluster.nodes["n1"].run(*save)
 
 
 def start_stranger(node: Machine) -> None:
@@ -109,9 +101,9 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
     for node in cluster.nodes.values():
         if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
             found.append(f"{node.name}: the lock of the image's load")
-        for path in ("/run/pyxis", "/run/enroot"):
-            kept = node.run("ls", path, check=False).stdout.split()
-            found += [f"{node.name}: {path}/{name}" for name in kept]
+        steps = ("find", "/run/pyxis", "/run/enroot", "-name", "*[0-9].[0-9]*", "-prune")
+        kept = node.run(*steps, check=False).stdout.split()
+        found += [f"{node.name}: {path}" for path in kept]
     left = [
         *workspace.rglob("run_*.json"),
         *workspace.rglob("fleet_*.json"),

@@ -22,6 +22,7 @@ from tests.cluster.launches import (
     PYTHON,
     QUICK,
     REPO,
+    TARBALL,
     WHOLE,
     Launch,
     TerminalLaunch,
@@ -36,6 +37,15 @@ RECORDS = "its records in logs/, until {:.0f} s after they could be removed"
 NODE_SIDE = 15.0  # seconds in which a node whose launcher was killed has cleaned up by itself
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What is different where servers are contained in another way."""
+
+    image: Path = TARBALL
+    unpacker: str = "pigz"  # stands still while an image is being unpacked
+    process: str = "docker-init"  # is there for as long as a container is
+
+
 @dataclass
 class Scene:
     """One cell while it is played: the cluster, the launch and whatever else was started."""
@@ -45,6 +55,7 @@ class Scene:
     launches: list[Launch] = field(default_factory=list)
     undo: list[Callable[[], object]] = field(default_factory=list)
     said: int = 0  # how much the launch had said when it was struck
+    runtime: Runtime = Runtime()
 
     @property
     def n1(self) -> Machine:
@@ -61,8 +72,14 @@ class Scene:
     def start(self, fault: Fault, env: dict[str, str], *args: str) -> None:
         kind = TerminalLaunch if fault.terminal else Launch
         fault.prepare(self)
-        words = launch_words(*args, *fault.args, tp=fault.tp)
+        words = self.words(*args, *fault.args, tp=fault.tp)
         self.start_one(words, fault.salloc, {**env, **fault.env}, kind)
+
+    def words(self, *args: str, tp: int = 8) -> list[str]:
+        """The launcher's command line."""
+        script, model = str(REPO / "run_sbatch.py"), serve_args()[2]
+        image = ["--image", str(self.runtime.image)]
+        return [PYTHON, script, "-v", *image, model, *args, "--tp_size", str(tp)]
 
     def start_one(
         self, words: list[str], salloc: str, env: dict[str, str], kind: type[Launch] = Launch
@@ -84,12 +101,6 @@ class Scene:
         """Stop a program in its tracks until the scene is over."""
         node.run("pkill", "-STOP", "--exact", program)
         self.undo.append(lambda: thaw(node, program))
-
-
-def launch_words(*args: str, tp: int = 8) -> list[str]:
-    image_and_model = serve_args()[:-2]
-    script = str(REPO / "run_sbatch.py")
-    return [PYTHON, script, "-v", *image_and_model, *args, "--tp_size", str(tp)]
 
 
 def thaw(node: Machine, program: str) -> None:
@@ -140,6 +151,7 @@ class Cell:
     phase: str
     expect: Expect
     reach: Callable[[Scene, Fault], None]  # the phase
+    runtime: Runtime = Runtime()
 
     @property
     def name(self) -> str:
@@ -214,7 +226,7 @@ def survive(cell: Cell, scene: Scene, struck: float) -> float:
     """What has to be said of the fault is said, and what has to serve on serves."""
     if not cell.expect.serves:
         return 0
-    thaw(scene.n2, "pigz")
+    thaw(scene.n2, scene.runtime.unpacker)
     for word in cell.expect.meanwhile:
         scene.launch.until(word, scene.said)
     took = time.monotonic() - struck
@@ -246,7 +258,7 @@ def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
     """A scene; afterwards what it broke is whole again, and every launch has ended."""
     workspace = Path("/fsx/work") / re.sub(r"\W+", "-", cell.name)
     workspace.mkdir(parents=True)
-    scene = Scene(cluster, workspace)
+    scene = Scene(cluster, workspace, runtime=cell.runtime)
     try:
         yield scene
     finally:
@@ -319,7 +331,7 @@ def check_left(cell: Cell, scene: Scene) -> None:
     if cell.expect.left == RECORDS:
         assert list(scene.workspace.rglob("run_*.json"))
     elif cell.expect.left:  # seen by its first process, as Docker may be mute
-        seek = ("pgrep", "--exact", "docker-init")
+        seek = ("pgrep", "--exact", scene.runtime.process)
         found = [n.run(*seek, check=False).stdout for n in scene.cluster.nodes.values()]
         assert any(found), "no container is left, though one was expected"
 

@@ -289,7 +289,7 @@ static int find(spank_t sp)  // whether this step has a container, and where its
     spank_get_item(sp, S_JOB_STEPID, &step);
     spank_get_item(sp, S_JOB_UID, &uid);
     spank_get_item(sp, S_JOB_GID, &gid);
-    snprintf(state, sizeof state, "/run/pyxis/%u.%u", job, step);
+    snprintf(state, sizeof state, "/run/pyxis/%u/%u.%u", uid, job, step);  // the user's stays
     snprintf(root, sizeof root, "/run/enroot/pyxis_%u.%u", job, step);
     return step < SLURM_BATCH_SCRIPT;
 }
@@ -323,15 +323,22 @@ static int explain(void)
 {
     char line[PATH_SIZE];
     FILE *log = unpacking_failed ? fopen(in(state, "log"), "r") : NULL;
-    if (unpacking_failed && strncmp(wrong, "--", 2))
+    int of_mounts = !strncmp(wrong, "--", 2);
+    if (unpacking_failed && !of_mounts)
         slurm_error("pyxis: child %d failed with error code: %d", getpid(), unpacking_failed);
     slurm_error("pyxis: %s", wrong);
-    if (log && strncmp(wrong, "--", 2))
+    if (of_mounts)
+        slurm_error("pyxis: couldn't create enroot start configuration script");
+    if (log)
         slurm_error("pyxis: printing enroot log file:");
-    while (log && strncmp(wrong, "--", 2) && fgets(line, sizeof line, log)) {
+    if (of_mounts)
+        slurm_error("pyxis:     [INFO] Extracting squashfs filesystem...");
+    while (log && fgets(line, sizeof line, log)) {
         line[strcspn(line, "\n")] = 0;
         slurm_error("pyxis:     %s", line);
     }
+    if (of_mounts)
+        slurm_error("pyxis: container was not started successfully by another task");
     return -1;
 }
 
@@ -400,7 +407,10 @@ int slurm_spank_task_exit(spank_t sp, int argc, char *argv[])
 
 int slurm_spank_exit(spank_t sp, int argc, char *argv[])
 {
-    if (spank_context() == S_CTX_REMOTE && *state)
+    if (spank_context() == S_CTX_REMOTE && *state) {
+        if (unpacking_failed && access(root, F_OK))  // what is not there cannot be removed
+            slurm_error("pyxis: child %d failed with error code: 1", getpid());
         clean_up();
+    }
     return 0;
 }

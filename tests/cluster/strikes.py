@@ -31,7 +31,6 @@ from tests.cluster.scene import (
     Scene,
     check_serves,
     interrupt,
-    launch_words,
     thaw,
     url_of,
 )
@@ -190,7 +189,7 @@ def stop_dockerd(name: str) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
         node = scene.cluster.nodes[name]
         node.stop("dockerd")
-        thaw(node, "pigz")  # a load goes on as far as it can
+        thaw(node, scene.runtime.unpacker)  # a load goes on as far as it can
 
     return strike
 
@@ -204,7 +203,7 @@ def stop_slurmd(name: str) -> Callable[[Scene], None]:
     def strike(scene: Scene) -> None:
         node = scene.cluster.nodes[name]
         node.stop("slurmd", signal.SIGKILL)
-        thaw(node, "pigz")
+        thaw(node, scene.runtime.unpacker)
 
     return strike
 
@@ -266,7 +265,7 @@ def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
         shutil.copy2(TARBALL, kept)
         scene.undo.append(lambda: kept.replace(TARBALL))
         how(TARBALL)
-        thaw(scene.n2, "pigz")
+        thaw(scene.n2, scene.runtime.unpacker)
 
     return strike
 
@@ -283,13 +282,13 @@ def race_in_one_job(scene: Scene) -> None:
     wait_until(lambda: "SLURM_JOB_ID" in scene.launch.allocation, "salloc's child")
     slurm = scene.launch.allocation
     for port in ("8000", "8001"):
-        scene.start_one(launch_words("--port", port), "", {**slurm, **LOAD_3_S})
+        scene.start_one(scene.words("--port", port), "", {**slurm, **LOAD_3_S})
     await_loser(scene, scene.launches[1:])
 
 
 def race_for_a_port(scene: Scene) -> None:
     """Two jobs that share the nodes and ask for the same port, the one a little later."""
-    words = launch_words(tp=4)
+    words = scene.words(tp=4)
     scene.start_one(words, HALF, LOAD_3_S)
     scene.start_one(words, HALF, {"TRTLLM_SIM_LOAD_SECONDS": "8"})
     await_loser(scene, scene.launches)
@@ -299,7 +298,7 @@ def race_for_the_image(scene: Scene) -> None:
     """Two jobs that share the nodes load the same image, at the same moment."""
     forget_image(scene.cluster)
     for port in ("8001", "8000"):
-        scene.start_one(launch_words("--port", port, tp=4), HALF, QUICK)
+        scene.start_one(scene.words("--port", port, tp=4), HALF, QUICK)
     for launch in scene.launches:
         launch.until("READY")
     other = scene.launches.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,21 +11,18 @@ import pytest
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, SLOW, traces, write_squash
-from tests.cluster.test_faults import sentence
-from tests.cluster.test_multinode import kill_a_rank
+from tests.cluster.launches import QUICK, SQUASH, save_squash, traces
+from tests.cluster.pyxis_faults import CELLS, kill_engine
+from tests.cluster.scene import Cell, play
+from tests.cluster.test_bench import measure
 from tests.cluster.test_serve import smoke
 
-SQUASH = Path("/fsx/images/tensorrt-llm-serve-latest.sqsh")
 ONE = "-N1 --gpus-per-node=8 --exclusive"
 
 
 @pytest.fixture(scope="module")
 def image(cluster: Cluster) -> Path:
-    """The image of the Docker tests, as a squashfs file."""
-    node = cluster.nodes["n1"]
-    if not SQUASH.exists():
-        write_squash(node, "stranger:1", SQUASH)
+    save_squash(cluster)
     return SQUASH
 
 
@@ -91,7 +89,7 @@ def test_the_plug_in_keeps_to_its_rules(rule: str, cluster: Cluster, image: Path
 
 
 def left_of_containers(cluster: Cluster) -> list[str]:
-    script = "ls /run/pyxis /run/enroot 2>/dev/null | grep '[0-9]'; grep enroot /proc/mounts"
+    script = "find /run/pyxis /run/enroot -name '*[0-9].[0-9]*'; grep enroot /proc/mounts"
     return [
         node.run("sh", "-c", script, check=False).stdout
         for node in cluster.nodes.values()
@@ -128,75 +126,50 @@ def test_one_node_serves_and_sigkill_of_the_launcher_ends_it(
     wait_until(lambda: traces(cluster, workspace) == [], "nothing left")
 
 
-def test_a_rank_that_dies_ends_all_and_is_named(
-    cluster: Cluster, launch: Launcher, args: list[str]
+def test_a_fleet_of_two_serves_and_outlives_one(
+    cluster: Cluster, launch: Launcher, args: list[str], workspace: Path
 ) -> None:
-    started = launch(*args, "--pp_size", "2", env=QUICK)
-    started.until("READY")
-    kill_a_rank(cluster, "n2", 11)
-    assert started.code() == 1
-    assert "n2: rank 11 ended with exit code 137 (killed" in sentence(started.output)
+    started = launch(*args, "--replicas", "2", "--no-front", env=QUICK)
+    started.until("stop it with")
+    assert "r0 on n1; r1 on n2" in started.output
+    found = json.loads((workspace / "logs/endpoint.json").read_text())["replicas"]
+    assert all("8/8" in smoke(cluster, each["url"]) for each in found)
+    kill_engine(cluster.nodes["n1"])
+    started.until("1 of 2 replicas")
+    assert "8/8" in smoke(cluster, found[1]["url"])
+    assert started.stop() == 130
 
 
-@pytest.mark.parametrize("how", ["scancel", "time limit"])
-def test_the_end_of_the_job_is_told(
-    how: str, cluster: Cluster, launch: Launcher, args: list[str]
+def test_nvidias_client_measures_from_the_same_image(
+    cluster: Cluster, launch: Launcher, args: list[str], workspace: Path
 ) -> None:
     started = launch(*args, salloc=ONE, env=QUICK)
     started.until("READY")
-    if how == "scancel":
-        cluster.ctl.run("scancel", started.job)
-    else:
-        cluster.ctl.run("scontrol", "update", f"jobid={started.job}", "timelimit=0")
-    assert started.code() != 0
+    words = ["-t", "latency", "--input-len", "128", "--output-len", "8", "--num-prompts", "4"]
+    env = {**started.allocation, "TRTLLM_STAND_IN": "measure"}
+    run = measure(cluster, workspace, *words, "-i", str(SQUASH), env=env)
+    assert run["metadata"]["client"] == "trtllm" and len(run["metadata"]["image_id"]) == 64
+    assert started.stop() == 130
 
 
-@pytest.fixture
-def slow_unpacking(cluster: Cluster) -> Iterator[None]:
-    script = cluster.state / "bin/unsquashfs"
-    script.write_text('#!/bin/sh\nsleep 60\nexec /usr/bin/unsquashfs "$@"\n')
-    script.chmod(0o755)
-    yield
-    script.unlink()
+FAULTS = [
+    "SIGINT to the launcher:unpacking",
+    "SIGKILL to the launcher:unpacking",
+    "SIGKILL to the launcher:serving",
+    "scancel:serving",
+    "time limit:serving",
+    "rank killed on the 2nd node:serving on 2 nodes",
+    "slurmd stopped:serving",
+    "slurmd stopped on the 2nd node:serving on 2 nodes",
+    "node does not load the plug-in:before the launch",
+    "image cut off:before the launch",
+]
 
 
-@pytest.mark.usefixtures("slow_unpacking")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_an_end_while_a_container_is_unpacked_leaves_nothing(
-    how: int, cluster: Cluster, launch: Launcher, args: list[str], workspace: Path
-) -> None:
-    started = launch(*args, "--pp_size", "2", env=SLOW)
-    wait_until(lambda: len(left_of_containers(cluster)) == 2, "two nodes unpack")
-    started.send(how)
-    started.code()
-    wait_until(lambda: traces(cluster, workspace) == [], "nothing left", 30)
-
-
-@pytest.fixture
-def without_pyxis(cluster: Cluster) -> Iterator[None]:
-    """n2 runs steps without the plug-in, and tells nobody."""
-    empty, there = cluster.state / "plugstack.none", "/etc/slurm/plugstack.conf"
-    empty.touch()
-    cluster.nodes["n2"].run("mount", "--bind", str(empty), there)
-    yield
-    cluster.nodes["n2"].run("umount", there)
-
-
-@pytest.mark.usefixtures("without_pyxis")
-def test_a_node_that_does_not_load_it_is_named(launch: Launcher, args: list[str]) -> None:
-    started = launch(*args, "--pp_size", "2", env=QUICK)
-    assert started.code() == 1
-    assert "n2 does not load the plug-in" in sentence(started.output)
-
-
-def test_an_image_that_is_damaged_is_told(
-    cluster: Cluster, launch: Launcher, args: list[str], workspace: Path
-) -> None:
-    cut = workspace / "cut.sqsh"
-    cut.write_bytes(SQUASH.read_bytes()[:1_000_000])
-    started = launch("--image", str(cut), *args[2:], salloc=ONE, env=QUICK)
-    assert started.code() == 1
-    assert "The image is damaged or cut off" in started.output
+@pytest.mark.usefixtures("image")
+@pytest.mark.parametrize("cell", [c for c in CELLS if c.name in FAULTS], ids=lambda c: c.name)
+def test_what_the_user_sees_of_a_fault(cell: Cell, cluster: Cluster) -> None:
+    play(cell, cluster, slack=10)
 
 
 @pytest.fixture
