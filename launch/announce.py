@@ -17,25 +17,17 @@ PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for 
 
 
 def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
-    """Say where the server is, on screen and in the file at `path`."""
+    """Say where the server is: in the file at `path` first, as some wait for the word on screen."""
     container = server.runtime.container(server.plan, server.replica, server.node)
     endpoint = facts(server, nodes, server.url, server.main_log.path, server.age)
     endpoint["container"] = container
-    what = f"{server.health.model}, {server.plan.title}"
-    say(f"READY after {server.age:.1f} s: {server.url} serves {what}")
-    return write(path, endpoint)
+    write(path, endpoint)
+    say_ready(server.age, server.url, f"{server.health.model}, {server.plan.title}")
+    return endpoint
 
 
-def announce_fleet(
-    server: Server, nodes: Sequence[Node], url: str, log: Path, took: float, who: str
-) -> dict[str, object]:
-    """Say where the fleet is, of which `server` is one; what endpoint.json says besides replicas.
-
-    `took`: seconds since they were started; `who`: what serves, `3 of 4 replicas`.
-    """
-    what = f"{server.health.model} with {who}, {server.plan.title}"
+def say_ready(took: float, url: str, what: str) -> None:
     say(f"READY after {took:.1f} s: {url} serves {what}")
-    return facts(server, nodes, url, log, took)
 
 
 def facts(

@@ -20,7 +20,7 @@ from common.signals import Stopped, pause, turn_deaf
 from common.talk import Failure, next_line, say
 from launch import disagg, records
 from launch.address import url_of
-from launch.announce import announce, announce_fleet, say_how_to_use, write
+from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
 from launch.front import Front
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
@@ -288,9 +288,11 @@ class Launch:
             self.await_front()
         nodes, took = self.nodes[: self.plan.nodes], time.monotonic() - self.begun
         url = self.url if self.front else self.entrance(ready).url
+        self.announced = facts(server, nodes, url, self.log, took)
+        endpoint = self.write_endpoint(ready)
         who = self.who_serves(ready)
-        self.announced = announce_fleet(server, nodes, url, self.log, took, who)
-        say_how_to_use(self.write_endpoint(ready), self.how_to_stop)
+        say_ready(took, url, f"{server.health.model} with {who}, {self.plan.title}")
+        say_how_to_use(endpoint, self.how_to_stop)
 
     def entrance(self, ready: Sequence[Life]) -> Life:
         """Where requests go in, without a front."""

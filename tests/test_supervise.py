@@ -18,7 +18,7 @@ import pytest
 
 from common import signals
 from common.talk import Failure
-from launch import life, server, supervise, watch
+from launch import announce, life, server, supervise, watch
 from launch.findings import Node
 from launch.life import JobOver, Life, Terms
 from launch.server import Server
@@ -237,6 +237,16 @@ def test_a_fleet_is_ready_when_all_are(
     wait_until(lambda: made.launch.endpoint.exists())
     assert made.listed() == list(ALL)
     wait_until(lambda: "serves m with 4 replicas" in capsys.readouterr().err)
+
+
+def test_where_it_is_can_be_read_once_it_is_said(
+    fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, there = fleet(), list[bool]()
+    monkeypatch.setattr(announce, "say", lambda *_: there.append(made.launch.endpoint.exists()))
+    made.load(*ALL)
+    wait_until(lambda: there)
+    assert all(there)
 
 
 def test_one_that_is_lost_leaves_the_others(
