@@ -120,7 +120,9 @@ def processes(cluster: Cluster) -> list[str]:
     found = []
     for node in cluster.nodes.values():
         seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
-        found += [f"{node.name}: {line}" for line in seen if re.search(words, line)]
+        # What is dead waits for a node's first process, which buries nobody here.
+        alive = [line for line in seen if not line.endswith("<defunct>")]
+        found += [f"{node.name}: {line}" for line in alive if re.search(words, line)]
     for pid in processes_in_network_of([cluster.ctl.holder.pid]):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
