@@ -20,7 +20,8 @@ from tests.cluster.cluster import Cluster, processes_in_network_of
 from tests.cluster.launches import PYTHON, QUICK, REPO, TARBALL, Launch, prepare
 
 SIZES = (1, 2, 4, 8)
-BATCH, TOKENS, ROUNDS = 8, 32, 4  # requests at a time, tokens of each, batches of each replica
+# Requests at a time, tokens of each, batches of each replica: many, as the last one is not full.
+BATCH, TOKENS, ROUNDS = 8, 8, 32
 ITLS = (100, 50, 25, 12)  # ms
 LOAD_SECONDS, REPEATS = 15, 3
 MANY, WATCHED = 16, 30.0  # replicas; seconds
