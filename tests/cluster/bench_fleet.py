@@ -35,7 +35,7 @@ from load.target import Load, Target
 from tests.bench_client import PROMPT, TOKENS, TTFT_MS, admin, requests, server
 from tests.cluster import bench_replicas
 from tests.cluster.cluster import PATIENCE, wait_until, why_not
-from tests.cluster.launches import ROOT
+from tests.cluster.launches import ROOT, up_by_front
 from tests.test_front import children, free_port
 
 STREAMS = {1: 10, 16: 10, 64: 10, 256: 40}  # and their ITL in ms: a larger batch is slower
@@ -194,8 +194,7 @@ def answers(port: int, path: str) -> bytes:
 
 def is_up(port: int, name: str) -> bool:
     """By the front's own word."""
-    state = rf'haproxy_server_status{{proxy="replicas",server="{name}",state="UP"}} 1'
-    return state in answers(port, "/router/metrics").decode()
+    return name in up_by_front(answers(port, "/router/metrics").decode())
 
 
 def seconds_until(condition: Callable[[], bool]) -> float:

@@ -101,9 +101,7 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
     for node in cluster.nodes.values():
         if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
             found.append(f"{node.name}: the lock of the image's load")
-        steps = ("find", "/run/pyxis", "/run/enroot", "-name", "*[0-9].[0-9]*", "-prune")
-        kept = node.run(*steps, check=False).stdout.split()
-        found += [f"{node.name}: {path}" for path in kept]
+        found += [f"{node.name}: {path}" for path in unpacked(node)]
     left = [
         *workspace.rglob("run_*.json"),
         *workspace.rglob("fleet_*.json"),
@@ -111,6 +109,24 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
         *workspace.rglob("*.part"),
     ]
     return found + [str(path) for path in left]
+
+
+def unpacked(node: Machine) -> list[str]:
+    """The images of steps that pyxis has unpacked on a node."""
+    steps = ("find", "/run/pyxis", "/run/enroot", "-name", "*[0-9].[0-9]*", "-prune")
+    return node.run(*steps, check=False).stdout.split()
+
+
+def smoke(cluster: Cluster, url: str) -> str:
+    """What test.py says of a server, asked from the login node."""
+    command = (PYTHON, str(REPO / "test.py"), "-H", url)
+    return cluster.ctl.run(*command, check=False).stdout
+
+
+def up_by_front(page: str) -> set[str]:
+    """The replicas that are ready by the front's own word, its page of metrics."""
+    up = r'^haproxy_server_status\{proxy="replicas",server="(\w+)",state="UP"\} 1$'
+    return set(re.findall(up, page, re.M))
 
 
 def processes(cluster: Cluster) -> list[str]:

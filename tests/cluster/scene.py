@@ -27,6 +27,7 @@ from tests.cluster.launches import (
     Launch,
     TerminalLaunch,
     serve_args,
+    smoke,
     strangers,
     traces,
 )
@@ -305,9 +306,7 @@ def check_each(scene: Scene) -> None:
 
 
 def check_server(scene: Scene, url: str) -> None:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    smoke = (PYTHON, str(REPO / "test.py"), "-H", host, "-p", port)
-    said = scene.cluster.ctl.run(*smoke, check=False).stdout
+    said = smoke(scene.cluster, url)
     assert "8/8" in said, f"{url}: {said}\n{scene.launch.output}"
 
 

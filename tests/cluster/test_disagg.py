@@ -10,8 +10,7 @@ import yaml
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, TARBALL, Launch, ours, traces
-from tests.cluster.test_serve import smoke
+from tests.cluster.launches import QUICK, TARBALL, Launch, ours, smoke, traces
 from tests.test_disagg import CONTEXT, GENERATION
 
 

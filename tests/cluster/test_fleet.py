@@ -12,10 +12,9 @@ import pytest
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import FOUR, QUICK, TARBALL, ours
+from tests.cluster.launches import FOUR, QUICK, TARBALL, ours, smoke, up_by_front
 from tests.cluster.test_faults import sentence
 from tests.cluster.test_multinode import kill_a_rank
-from tests.cluster.test_serve import smoke
 
 ONE_NODE = "-N1 --gpus-per-node=4"
 
@@ -179,18 +178,12 @@ def test_requests_that_belong_together_go_to_one_replica(
     started = launch(*args, "--affinity", how, env=QUICK)
     started.until("stop it with")
     url = endpoint(workspace)["url"]
-    wait_until(lambda: seen_by_front(cluster, url) == 4, "the front to see all that are ready")
+    metrics = ("curl", "-s", f"{url}/router/metrics")
+    wait_until(lambda: len(up_by_front(cluster.ctl.run(*metrics).stdout)) == 4, "all in the front")
     asked = [{who_answers(cluster, url, name) for _ in range(4)} for name in "abcdefghijkl"]
     assert all(len(replicas) == 1 for replicas in asked), asked
     assert len(set.union(*asked)) > 1, asked
     assert started.stop() == 130
-
-
-def seen_by_front(cluster: Cluster, url: str) -> int:
-    """How many replicas it has found ready by now; it asks them twice a second."""
-    page = cluster.ctl.run("curl", "-s", f"{url}/router/metrics").stdout
-    up = r'^haproxy_server_status\{proxy="replicas",server="\w+",state="UP"\} 1$'
-    return len(re.findall(up, page, re.M))
 
 
 def who_answers(cluster: Cluster, url: str, name: str) -> str:

@@ -22,11 +22,11 @@ from tests.cluster.launches import (
     Launch,
     ours,
     serve_args,
+    smoke,
     traces,
 )
 from tests.cluster.test_bench import measure
 from tests.cluster.test_faults import sentence
-from tests.cluster.test_serve import smoke
 
 WORLD = serve_args("--pp_size", "2")
 FOUR_WORLD = ["--image", str(TARBALL), "org/model", "--tp_size", "4", "--pp_size", "2"]

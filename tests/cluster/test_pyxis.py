@@ -11,11 +11,10 @@ import pytest
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, SQUASH, save_squash, traces
+from tests.cluster.launches import QUICK, SQUASH, save_squash, smoke, traces, unpacked
 from tests.cluster.pyxis_faults import CELLS, kill_engine
 from tests.cluster.scene import Cell, play
 from tests.cluster.test_bench import measure
-from tests.cluster.test_serve import smoke
 
 ONE = "-N1 --gpus-per-node=8 --exclusive"
 
@@ -89,11 +88,13 @@ def test_the_plug_in_keeps_to_its_rules(rule: str, cluster: Cluster, image: Path
 
 
 def left_of_containers(cluster: Cluster) -> list[str]:
-    script = "find /run/pyxis /run/enroot -name '*[0-9].[0-9]*'; grep enroot /proc/mounts"
     return [
-        node.run("sh", "-c", script, check=False).stdout
+        line
         for node in cluster.nodes.values()
-        if node.run("sh", "-c", script, check=False).stdout
+        for line in (
+            *unpacked(node),
+            *node.run("grep", "enroot", "/proc/mounts", check=False).stdout.splitlines(),
+        )
     ]
 
 

@@ -23,16 +23,9 @@ from tests.cluster.launches import (
     forget_image,
     ours,
     serve_args,
+    smoke,
     traces,
 )
-
-
-def smoke(cluster: Cluster, url: str) -> str:
-    """The eight API checks, run on the login node."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    return cluster.ctl.run(
-        PYTHON, str(REPO / "test.py"), "-H", host, "-p", port, check=False
-    ).stdout
 
 
 def test_a_cold_start_ends_in_a_server_that_passes_the_api_checks(

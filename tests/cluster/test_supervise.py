@@ -6,9 +6,8 @@ from pathlib import Path
 
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
-from tests.cluster.launches import QUICK, REPO, WHOLE, ours, serve_args
+from tests.cluster.launches import QUICK, REPO, WHOLE, ours, serve_args, smoke
 from tests.cluster.test_multinode import WORLD, kill_a_rank
-from tests.cluster.test_serve import smoke
 
 
 def test_a_server_that_dies_is_started_anew(

@@ -35,10 +35,19 @@ from typing import Any
 
 from tests.engines import on_cluster, tiny_model
 from tests.engines.ends import ENDS, End, play
-from tests.engines.engines import ENGINES, PROMPT, REQUESTS, STREAMS, TOKENS, VLLM, Engine, run
+from tests.engines.engines import (
+    ENGINES,
+    PROMPT,
+    READY_SECONDS,
+    REQUESTS,
+    STREAMS,
+    TOKENS,
+    VLLM,
+    Engine,
+    run,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 900  # of a machine that has other work
 SHORT = ("--client", "builtin", "--input-len", "128", "--num-prompts")
 LOADS = (
     ["-t", "throughput,latency", "--output-len", "32"],

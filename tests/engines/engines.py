@@ -14,6 +14,7 @@ from pathlib import Path
 # What a load is, as both clients get it.
 STREAMS, PROMPT, TOKENS, REQUESTS = 4, 128, 64, 100
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+READY_SECONDS = 900  # of a machine that has other work
 HERE = Path(__file__).parent
 LAUNCH = (sys.executable, str(HERE.parents[1] / "run_sbatch.py"), "--runtime", "bare", "--engine")
 PLACES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")  # where programs leave things
