@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -946,10 +947,25 @@ def shown_orders(output: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
     return {why: (shlex.split(command), json.loads(order)) for why, command, order in found}
 
 
+# Of this worker alone, and below those that Linux hands to clients: a port that one test has found
+# free is taken by no other before its own server has it. In turn: one just used is not there again.
+BAND = 20_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw5").removeprefix("gw")) % 6)
+PORTS = itertools.cycle(range(BAND, BAND + 2_000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many neighbours that nobody listens on."""
+    while True:
+        ports = list(itertools.islice(PORTS, count))
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in ports:
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            if ports[-1] - ports[0] == count - 1:
+                return ports[0]
 
 
 def archive(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ from launch.cli import parse
 from launch.engines import trtllm_disagg
 from launch.main import main
 from launch.placement import Seat
-from tests.conftest import PATIENCE, ROOT, wait_until
-from tests.test_simulator import eventually, free_port
+from tests.conftest import PATIENCE, ROOT, free_port, free_ports, wait_until
+from tests.test_simulator import eventually
 from tests.test_simulator_disagg import orchestrating
 from tests.test_simulator_versions import can_bind
 
@@ -260,7 +259,7 @@ def test_what_is_refused_before_a_node_is_asked(
 @contextmanager
 def launched(folder: Path, *more: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """With the real HAProxy in front, on this machine."""
-    port = free_ports()
+    port = free_ports(5)
     known = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TRTLLM_"))}
     path = f"{ROOT}/simulator:{os.environ['PATH']}"
     quick = {"GPUS": "none", "PATH": path, "TRTLLM_SIM_LOAD_SECONDS": "0.1", **env}
@@ -272,16 +271,6 @@ def launched(folder: Path, *more: str, **env: str) -> Iterator[tuple[subprocess.
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(PATIENCE)
-
-
-def free_ports() -> int:
-    """The first of five that nobody has."""
-    while True:
-        port = free_port()
-        with contextlib.suppress(OSError, OverflowError), contextlib.ExitStack() as stack:
-            for each in range(port, port + 5):
-                stack.enter_context(socket.create_server(("127.0.0.1", each)))
-            return port
 
 
 def until(process: subprocess.Popen[bytes], folder: Path, text: str) -> str:

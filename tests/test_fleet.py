@@ -24,7 +24,7 @@ from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.runtimes import bare, docker
 from launch.slurm import Allocation, Share
-from tests.conftest import Fakes, plan, shown_orders, wait_until
+from tests.conftest import Fakes, free_ports, plan, shown_orders, wait_until
 from tests.test_run_sbatch import Launch, Launcher, error, launch, toolset  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -32,26 +32,10 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 TWO = ("m", "--replicas", "2", "--no-front")
 
 
-def free_ports(count: int) -> str:
-    """The first of so many neighbours that nobody listens on."""
-    for first in range(20_000 + os.getpid() % 9000, 32_000, count):
-        sockets = [socket.socket() for _ in range(count)]
-        try:
-            for port, each in enumerate(sockets, first):
-                each.bind(("127.0.0.1", port))
-            return str(first)
-        except OSError:
-            continue
-        finally:
-            for each in sockets:
-                each.close()
-    raise AssertionError("no free ports")
-
-
 @pytest.fixture
 def fleet_of(launch: Launcher) -> Callable[..., Launch]:  # noqa: F811
     def start(*args: str, **env: str) -> Launch:
-        return launch(*args, **{"PORT": free_ports(5), **env})
+        return launch(*args, **{"PORT": str(free_ports(5)), **env})
 
     return start
 
@@ -244,7 +228,7 @@ def test_each_line_of_an_engine_says_whose_it_is(
 def test_a_port_that_is_taken_is_told_before_anything_starts(
     fakes: Fakes, fleet_of: Callable[..., Launch]
 ) -> None:
-    first = int(free_ports(3))
+    first = free_ports(3)
     with socket.create_server(("127.0.0.1", first + 2)):
         started = fleet_of(*TWO, PORT=str(first))
         assert started.code() == 1
@@ -296,7 +280,7 @@ def test_a_dry_run_shows_every_replica(fleet_of: Callable[..., Launch]) -> None:
 def test_the_front_is_one_address_for_all(fakes: Fakes, fleet_of: Callable[..., Launch]) -> None:
     """It outlives a replica, is started anew where it ends, and goes with the launch."""
     first = free_ports(3)
-    started = fleet_of("m", "--replicas", "2", "--restart", "1", PORT=first)
+    started = fleet_of("m", "--replicas", "2", "--restart", "1", PORT=str(first))
     started.until("stop it with")
     url = f"http://127.0.0.1:{first}"
     assert f"{url} serves m with 2 replicas" in started.output
@@ -330,7 +314,7 @@ def replica_of(url: str) -> str:
 
 def test_a_port_of_the_front_that_is_taken_is_told(fleet_of: Callable[..., Launch]) -> None:
     first = free_ports(3)
-    with socket.create_server(("127.0.0.1", int(first))):
-        started = fleet_of("m", "--replicas", "2", PORT=first)
+    with socket.create_server(("127.0.0.1", first)):
+        started = fleet_of("m", "--replicas", "2", PORT=str(first))
         assert started.code() == 1
     assert f"local: port {first} is taken" in error(started)

@@ -24,7 +24,7 @@ from launch.node import front as node
 from launch.node.messages import Listens
 from launch.nodes import Place
 from launch.order import Command
-from tests.conftest import PATIENCE, Script, wait_until
+from tests.conftest import PATIENCE, Script, free_port, wait_until
 from tests.loopback import DONE, HEAD, LAST, Answer, Request, Server, chunk, serving, token
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -36,11 +36,6 @@ HERE = Place("local1", 1, ())
 def haproxy() -> str:
     """The one that `make setup` installs."""
     return programs()[0]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def addresses(servers: Sequence[Server]) -> dict[str, str]:

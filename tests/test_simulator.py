@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, free_port
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
 COMMAND = [sys.executable, str(SIMULATOR / "trtllm-serve")]
@@ -54,12 +54,6 @@ def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
         text=True,
         timeout=PATIENCE,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def eventually(holds: Callable[[], object]) -> None:

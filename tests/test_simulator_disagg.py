@@ -19,7 +19,7 @@ import pytest
 import requests
 import yaml
 
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, free_port
 from tests.test_simulator import (
     COMMAND,
     MODEL,
@@ -27,7 +27,6 @@ from tests.test_simulator import (
     Server,
     environment,
     eventually,
-    free_port,
     ok,
     run,
     serving,

@@ -24,8 +24,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.conftest import PATIENCE
-from tests.test_simulator import MODEL, SIMULATOR, Server, environment, eventually, free_port
+from tests.conftest import PATIENCE, free_port
+from tests.test_simulator import MODEL, SIMULATOR, Server, environment, eventually
 
 LAUNCH = str(SIMULATOR / "trtllm-llmapi-launch")
 # -S: without site-packages, so that a rank on its own is seen to need no mpi4py.

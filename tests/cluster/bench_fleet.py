@@ -36,7 +36,8 @@ from tests.bench_client import PROMPT, TOKENS, TTFT_MS, admin, requests, server
 from tests.cluster import bench_replicas
 from tests.cluster.cluster import PATIENCE, wait_until, why_not
 from tests.cluster.launches import ROOT, up_by_front
-from tests.test_front import children, free_port
+from tests.conftest import free_port
+from tests.test_front import children
 
 STREAMS = {1: 10, 16: 10, 64: 10, 256: 40}  # and their ITL in ms: a larger batch is slower
 REPEATS = 3
