@@ -669,11 +669,13 @@ PROGRAMS = {
 
 
 def wait_until(condition: Callable[[], Any], what: str = "") -> None:
-    deadline = time.monotonic() + PATIENCE
+    """What takes long to look at is looked at less often, so that it does not hinder the rest."""
+    deadline = (asked := time.monotonic()) + PATIENCE
     while not condition():
-        if time.monotonic() > deadline:
+        if (now := time.monotonic()) > deadline:
             pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
-        time.sleep(0.02)
+        time.sleep(max(0.02, min(0.3, 2 * (now - asked))))
+        asked = time.monotonic()
 
 
 class Fakes:

@@ -90,18 +90,23 @@ class Bench:
     # --- start ------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Seconds by the clock, and those of processors: the launcher's own, and everybody's."""
         print(f"\nFrom the command to READY, without the {LOAD_SECONDS} s that an engine loads:\n")
-        print("| replicas | nodes | s | of 1 |\n|--:|--:|--:|--:|")
+        print("| replicas | nodes | s | of 1 | CPU-s of the launcher | of all programs |")
+        print("|--:" * 6 + "|")
         first = 0.0
         for count, nodes in ((1, 1), (8, 1), (8, 4)):
-            took = median([self.ready(count, nodes) for _ in range(REPEATS)])
+            tries = zip(*[self.ready(count, nodes) for _ in range(REPEATS)], strict=True)
+            took, own, everybodys = map(median, tries)
             first = first or took
-            print(f"| {count} | {nodes} | {took:.2f} | {took / first:.2f} x |", flush=True)
+            print(f"| {count} | {nodes} | {took:.2f} | {took / first:.2f} x | {own:.2f} "
+                  f"| {everybodys:.1f} |", flush=True)  # fmt: skip
 
-    def ready(self, count: int, nodes: int) -> float:
-        begun = time.monotonic()
+    def ready(self, count: int, nodes: int) -> tuple[float, float, float]:
+        begun, busy = time.monotonic(), all_cpu()
         with self.serving(count, nodes, TRTLLM_SIM_LOAD_SECONDS=str(LOAD_SECONDS)) as started:
-            return started.until("READY") - begun - LOAD_SECONDS
+            took = started.until("READY") - begun - LOAD_SECONDS
+            return took, cpu(started.pid), all_cpu() - busy
 
     # --- what the launcher takes ------------------------------------------------------------------
 
@@ -135,6 +140,12 @@ def cpu(pid: int) -> float:
     """Seconds so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / TICKS
+
+
+def all_cpu() -> float:
+    """Seconds so far in which a core was not idle."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    return (user + nice + system) / TICKS
 
 
 def memory(pid: int) -> float:

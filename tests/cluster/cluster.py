@@ -146,12 +146,16 @@ class ClusterError(RuntimeError):
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
-    """Poll `condition` until it is true; ClusterError naming `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+    """Poll `condition` until it is true; ClusterError naming `what` after `seconds`.
+
+    What takes long to ask is asked less often: the launches need the cores, too.
+    """
+    deadline = (asked := time.monotonic()) + seconds
     while not condition():
-        if time.monotonic() > deadline:
+        if (now := time.monotonic()) > deadline:
             raise ClusterError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.02)
+        time.sleep(max(0.02, min(0.3, 2 * (now - asked))))
+        asked = time.monotonic()
 
 
 def why_not() -> str | None:
