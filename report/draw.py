@@ -84,7 +84,7 @@ def draw_lines(chart: Chart, figure: Any) -> list[str]:  # noqa: ANN401
 def lay_out(figure: Any) -> None:  # noqa: ANN401
     """Where things are is found out once, not once a format: it takes most of the time."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # not "none", whose place-holder has each format drawn twice
 
 
 def scale(axes: Any, values: Sequence[float]) -> None:  # noqa: ANN401
