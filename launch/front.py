@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 
+from common.prometheus import samples
 from common.settings import setting
 from common.talk import die, note, say
 from launch.node import front as node
@@ -126,6 +127,13 @@ def text(
 
 def listed(servers: Mapping[str, str]) -> str:
     return "".join(f"    server {name} {address}\n" for name, address in servers.items())
+
+
+def has_found(page: str, name: str) -> bool:
+    """By HAProxy's page of metrics: whether it takes this one to be ready, or does not know it."""
+    up = f'server="{name}",state="UP"'
+    known = ((labels, n) for each, labels, n in samples(page) if each == "haproxy_server_status")
+    return bool(page) and all(n for labels, n in known if up in labels)
 
 
 def programs() -> list[str]:

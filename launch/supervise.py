@@ -22,11 +22,11 @@ from launch import disagg, records
 from launch.address import url_of
 from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
-from launch.front import Front
+from launch.front import Front, has_found
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
 from launch.plan import Plan
 from launch.progress import Progress
-from launch.status import health
+from launch.status import page
 from launch.timelimit import TimeLimit
 
 LOOK_EVERY = 0.1  # seconds between two looks of the main thread
@@ -166,10 +166,12 @@ class Launch:
             die_with_the_job(self.plan, self.limit, self.nodes[0].name)
             self.front.tick()
 
-    def await_front(self) -> None:
-        """Until it has noticed that the servers are well, which takes a second at most."""
+    def await_front(self, name: str) -> None:
+        """Until it has found that this one is ready: it looks twice a second."""
         deadline = time.monotonic() + NOTICES_WITHIN
-        while health(self.url) != "ready" and time.monotonic() < deadline:
+        while self.front and time.monotonic() < deadline:
+            if has_found(page(f"{self.url}/router/metrics"), name):
+                return
             pause(self.over, LOOK_EVERY)
 
     def wait(self) -> NoReturn:
@@ -200,6 +202,7 @@ class Launch:
     # --- what lives tell, in their own threads ----------------------------------------------------
 
     def ready(self, life: Life) -> None:
+        self.await_front(life.replica.label)
         with self.lock:
             if self.over.is_set() or not life.server:
                 return
@@ -284,8 +287,6 @@ class Launch:
     def announce_all(self, ready: Sequence[Life]) -> None:
         server = ready[0].server
         assert server
-        if self.front:
-            self.await_front()
         nodes, took = self.nodes[: self.plan.nodes], time.monotonic() - self.begun
         url = self.url if self.front else self.entrance(ready).url
         self.announced = facts(server, nodes, url, self.log, took)

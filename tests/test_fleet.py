@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 
 from common.ask import ask
 from common.talk import Failure
-from launch import cli, fleet
+from launch import cli, fleet, front
 from launch.engines import World
 from launch.findings import Node
 from launch.node.bare import some
@@ -24,6 +25,7 @@ from launch.node.messages import Facts
 from launch.nodes import Place
 from launch.runtimes import bare, docker
 from launch.slurm import Allocation, Share
+from tests.cluster.launches import up_by_front
 from tests.conftest import Fakes, free_ports, plan, shown_orders, wait_until
 from tests.test_run_sbatch import Launch, Launcher, error, launch, toolset  # noqa: F401
 
@@ -282,13 +284,17 @@ def test_the_front_is_one_address_for_all(fakes: Fakes, fleet_of: Callable[..., 
     first = free_ports(3)
     started = fleet_of("m", "--replicas", "2", "--restart", "1", PORT=str(first))
     started.until("stop it with")
-    url = f"http://127.0.0.1:{first}"
+    url, up_since = f"http://127.0.0.1:{first}", time.monotonic()
     assert f"{url} serves m with 2 replicas" in started.output
     assert json.loads(Path("logs/endpoint.json").read_text())["url"] == url
     kill(fakes, replicas()[0]["container"])
     started.until("restarting (1 of 1)")
     wait_until(lambda: replica_of(url) == "r1")
-    wait_until(lambda: replicas()[0]["ready"] and replica_of(url) == "r0", "r0 is back")
+    wait_until(lambda: started.output.count("r0: ready after") == 2, "r0 is back")
+    with urllib.request.urlopen(f"{url}/router/metrics") as answer:
+        assert up_by_front(answer.read().decode()) == {"r0", "r1"}
+    wait_until(lambda: replicas()[0]["ready"] and replica_of(url) == "r0", "its turn")
+    wait_until(lambda: time.monotonic() > up_since + front.STEADY, "a front that is no mistake")
     [haproxy] = [pid for pid, line in fakes.processes().items() if "haproxy -db" in line]
     os.kill(haproxy, signal.SIGKILL)
     started.until("the front was ended by signal 9; it is started anew")
