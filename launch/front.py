@@ -209,8 +209,8 @@ class Front:
         self.reader.join(1)  # until all that it said has been read
         if time.monotonic() - self.began < STEADY or lost_nodes("\n".join(self.said)):
             self.die_of_end(code)
-        say(f"{self.name}: the front {how(code)}; it is started anew")
         self.start()
+        say(f"{self.name}: the front {how(code)}; it was started anew")
 
     def die_of_end(self, code: int) -> None:
         """Failure of one that has ended, by its own last words."""

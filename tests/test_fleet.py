@@ -297,7 +297,7 @@ def test_the_front_is_one_address_for_all(fakes: Fakes, fleet_of: Callable[..., 
     wait_until(lambda: time.monotonic() > up_since + front.STEADY, "a front that is no mistake")
     [haproxy] = [pid for pid, line in fakes.processes().items() if "haproxy -db" in line]
     os.kill(haproxy, signal.SIGKILL)
-    started.until("the front was ended by signal 9; it is started anew")
+    started.until("the front was ended by signal 9; it was started anew")
     wait_until(lambda: ask_health(url) == 200)
     assert started.stop() == 130
 

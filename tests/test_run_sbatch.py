@@ -644,7 +644,7 @@ def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, too
 def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
     """Start run_sbatch.py with its pauses and its patience cut short, or as given."""
 
-    def start(*args: str, patience: float = 1, pause: float = 0.3, **options: Any) -> Launch:
+    def start(*args: str, patience: float = 100, pause: float = 0.3, **options: Any) -> Launch:
         script = fakes.home / "impatient.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(toolset)!r})\n"
@@ -661,7 +661,7 @@ def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
 
 
 def test_an_engine_that_hangs_behind_a_good_health_is_found(impatient: Launcher) -> None:
-    started = impatient("m", TRTLLM_SIM_FAULT="stuck-engine:2")
+    started = impatient("m", patience=1, TRTLLM_SIM_FAULT="stuck-engine:2")
     words = r"local: the server is up but no longer serves: it is idle, and in \d+ s has not "
     assert re.match(words, error(started))
     assert "200 OK" in started.output and "READY" in started.output
