@@ -654,7 +654,7 @@ def impatient(fakes: Fakes, toolset: Path, launch: Launcher) -> Launcher:
             "timelimit.COMPLETES_WITHIN = 0.5\n"
             "raise SystemExit(main.main())\n"
         )
-        probing = {"PROBE_SECONDS": "0.1", "PROBE_TIMEOUT": f"{patience}"}
+        probing = {"PROBE_SECONDS": f"{patience / 10}", "PROBE_TIMEOUT": f"{patience}"}
         return launch(*args, script=script, **{**probing, **options})
 
     return start
@@ -669,7 +669,7 @@ def test_an_engine_that_hangs_behind_a_good_health_is_found(impatient: Launcher)
 
 
 def test_an_engine_that_fails_behind_a_good_health_is_found(impatient: Launcher) -> None:
-    started = impatient("m", TRTLLM_SIM_FAULT="broken-engine:2")
+    started = impatient("m", patience=1, TRTLLM_SIM_FAULT="broken-engine:2")
     words = error(started)
     assert "no longer serves: 3 requests for one token in a row failed, the last: 400 " in words
     assert "illegal memory access" in words

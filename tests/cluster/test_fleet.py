@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.status import in_flight
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import FOUR, QUICK, TARBALL, ours, smoke
@@ -185,7 +186,12 @@ def test_requests_that_belong_together_go_to_one_replica(
 
 
 def who_answers(cluster: Cluster, url: str, name: str) -> str:
-    """The replica that the front names, asked in that session with a prompt that begins so."""
+    """The replica that the front names, asked in that session with a prompt that begins so.
+
+    One that seems to have two requests already would not get the third: the last one is over.
+    """
+    metrics = ("curl", "-s", f"{url}/router/metrics")
+    wait_until(lambda: not any(in_flight(cluster.ctl.run(*metrics).stdout).values()), "no request")
     prompt = f"{name * 1024} {time.monotonic()}"
     body = {"model": "org/model", "prompt": prompt, "max_tokens": 1}
     said = cluster.ctl.run(
