@@ -182,8 +182,8 @@ FAULTS: tuple[Fault, ...] = (
         Expect(("engine loading",), ("n1: the server was not ready within 5 s",), (1,), 10),),
         env={"TRTLLM_SIM_FAULT": "hang-loading"}, args=("--ready-timeout", "5")),
     Fault("engine accepts and never answers", lambda _: None, (
-        Expect(("engine loading",), ("n1: the server was not ready within 6 s",), (1,), 10),),
-        env={**QUICK, "TRTLLM_SIM_FAULT": "hang"}, args=("--ready-timeout", "6")),
+        Expect(("engine loading",), ("n1: the server was not ready within 4 s",), (1,), 10),),
+        env={**QUICK, "TRTLLM_SIM_FAULT": "hang"}, args=("--ready-timeout", "4")),
     Fault("engine answers 503 for ever", lambda _: None, (
         Expect(("serving",), ("n1: the server is up but no longer serves",
                               "/health answered 503"), (1,), 45),),
