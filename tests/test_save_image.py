@@ -676,7 +676,7 @@ def test_missing_mksquashfs_is_named(tmp_path: Path, classic: Image) -> None:
 def test_a_stopped_export_leaves_neither_file_nor_container(configured: Box) -> None:
     configured.state |= {"delay": PATIENCE}
     process = configured.start("-o", "x.sqsh")
-    wait_for((configured.home / "save.pid").exists)
+    wait_for(lambda: written(configured.home / "save.pid"))
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped by SIGTERM" in err
@@ -710,6 +710,11 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def written(path: Path) -> bool:
+    """A file is there before it holds anything."""
+    return path.exists() and path.stat().st_size > 0
+
+
 def assert_gone(pid_file: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
@@ -722,7 +727,7 @@ def slow(box: Box, classic: Image) -> Iterator[subprocess.Popen[str]]:
     box.state["held"] = True
     with_old_tarball(box)
     with box.start("-o", "x.tar.gz") as process:
-        wait_for((box.home / "save.pid").exists)
+        wait_for(lambda: written(box.home / "save.pid"))
         wait_for((box.cwd / "x.tar.gz.part").exists)
         yield process
         process.kill()
@@ -892,7 +897,7 @@ def test_load_into_containerd_of_a_classic_archive_is_known_by_its_layers(
 def test_stopped_load_ends_docker_load(box: Box, copy: str) -> None:
     box.state["delay"] = 600
     with box.start("--load", copy) as process:
-        wait_for((box.home / "load.pid").exists)
+        wait_for(lambda: written(box.home / "load.pid"))
         process.terminate()
         process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
