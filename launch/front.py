@@ -36,6 +36,8 @@ GET_ONE = (
     "`make setup` installs one into .venv, for nodes that share it; or install haproxy there, "
     "name one with HAPROXY=PATH, or use --no-front"
 )
+PAGE = "/router/metrics"  # its own figures, as Prometheus reads them
+OF_SERVER = re.compile(r'proxy="replicas",server="([^"]+)"')
 UNBOUND = re.compile(r"cannot bind socket \((.+?)\)")
 
 START = """\
@@ -75,7 +77,7 @@ defaults
 FRONTEND = """\
 frontend front
     bind {bind}
-    http-request use-service prometheus-exporter if {{ path /router/metrics }}
+    http-request use-service prometheus-exporter if {{ path {page} }}
     http-response set-header x-replica %[srv_name] if {{ srv_id gt 0 }}
 """
 # No replica gets more than one and a half times its share, however many requests begin alike.
@@ -118,7 +120,7 @@ def text(
     parts = [
         START + LARGE * (affinity == "prefix"),
         DEFAULTS,
-        FRONTEND.format(bind=bind) + route + "    default_backend replicas\n",
+        FRONTEND.format(bind=bind, page=PAGE) + route + "    default_backend replicas\n",
         "backend replicas\n" + AFFINITY[affinity] + listed(servers),
         *(["backend models\n" + AFFINITY[""] + listed(models)] if models else []),
     ]
@@ -127,6 +129,13 @@ def text(
 
 def listed(servers: Mapping[str, str]) -> str:
     return "".join(f"    server {name} {address}\n" for name, address in servers.items())
+
+
+def in_flight(text: str) -> dict[str, float]:
+    """By HAProxy's page: how many requests each replica has from it."""
+    name = "haproxy_server_current_sessions"
+    found = ((OF_SERVER.search(labels), n) for each, labels, n in samples(text) if each == name)
+    return {server[1]: n for server, n in found if server}
 
 
 def has_found(page: str, name: str) -> bool:

@@ -1,7 +1,6 @@
 """--status: what runs from a workspace; of a fleet also a row a replica."""
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from common.ask import ask
-from common.prometheus import MADE, RUNNING, WAITING, of_engine, samples, total
+from common.prometheus import MADE, RUNNING, WAITING, of_engine, total
 from common.response import Malformed
 from common.talk import aligned, counted, say, visible
 from launch.busy import NAMES as ENGINES
+from launch.front import PAGE, in_flight
 from launch.records import records, states_of
 
 TIMEOUT = 5.0
 LOOK = 1.0  # seconds between two looks at the tokens that a replica has made
-OF_SERVER = re.compile(r'proxy="replicas",server="([^"]+)"')
 LOADS = (("running", "running"), ("waiting", "waiting"), ("tokens_per_second", "tok/s"))
 Row = dict[str, Any]
 
@@ -42,7 +41,7 @@ def described(record: Mapping[str, Any]) -> Row:
     found: Row = {name: record[name] for name in ("job", "url", "model")}
     found["state"] = health(record["url"])
     if rows := states_of(record["path"]):
-        sessions = in_flight(page(f"{record['url']}/router/metrics"))
+        sessions = in_flight(page(record["url"] + PAGE))
         with ThreadPoolExecutor(len(rows)) as pool:
             found["replicas"] = list(pool.map(lambda row: measured(row, sessions), rows))
     return found
@@ -54,13 +53,6 @@ def health(url: str) -> str:
     except (OSError, ValueError, Malformed):
         return "not ready"
     return "ready" if code == 200 else f"unhealthy ({code})"
-
-
-def in_flight(text: str) -> dict[str, float]:
-    """By HAProxy's page: how many requests each replica has from it."""
-    name = "haproxy_server_current_sessions"
-    found = ((OF_SERVER.search(labels), n) for each, labels, n in samples(text) if each == name)
-    return {server[1]: n for server, n in found if server}
 
 
 def measured(row: Row, sessions: Mapping[str, float]) -> Row:

@@ -22,7 +22,7 @@ from launch import disagg, records
 from launch.address import url_of
 from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
-from launch.front import Front, has_found
+from launch.front import PAGE, Front, has_found
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
 from launch.plan import Plan
 from launch.progress import Progress
@@ -170,7 +170,7 @@ class Launch:
         """Until it has found that this one is ready: it looks twice a second."""
         deadline = time.monotonic() + NOTICES_WITHIN
         while self.front and time.monotonic() < deadline:
-            if has_found(page(f"{self.url}/router/metrics"), name):
+            if has_found(page(self.url + PAGE), name):
                 return
             pause(self.over, LOOK_EVERY)
 

@@ -37,6 +37,7 @@ from launch.nodes import Place
 from launch.order import Command, parse
 from launch.plan import Plan, Replica
 from tests import packages
+from tests.waiting import comes_true
 
 CI = bool(os.environ.get("CI"))
 ROOT = Path(__file__).resolve().parents[1]
@@ -682,13 +683,8 @@ PROGRAMS = {
 
 
 def wait_until(condition: Callable[[], Any], what: str = "") -> None:
-    """What takes long to look at is looked at less often, so that it does not hinder the rest."""
-    deadline = (asked := time.monotonic()) + PATIENCE
-    while not condition():
-        if (now := time.monotonic()) > deadline:
-            pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
-        time.sleep(max(0.02, min(0.3, 2 * (now - asked))))
-        asked = time.monotonic()
+    if not comes_true(condition, PATIENCE):
+        pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
 
 
 class Fakes:

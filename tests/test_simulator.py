@@ -26,6 +26,7 @@ import pytest
 import requests
 
 from tests.conftest import PATIENCE, free_port
+from tests.waiting import comes_true
 
 SIMULATOR = Path(__file__).resolve().parent.parent / "simulator"
 COMMAND = [sys.executable, str(SIMULATOR / "trtllm-serve")]
@@ -57,10 +58,7 @@ def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedPr
 
 
 def eventually(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
+    assert comes_true(holds, PATIENCE), "it did not come true in time"
 
 
 class Server:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import packages
+from tests.waiting import comes_true
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBNET = "10.77.0"
@@ -146,16 +147,9 @@ class ClusterError(RuntimeError):
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> None:
-    """Poll `condition` until it is true; ClusterError naming `what` after `seconds`.
-
-    What takes long to ask is asked less often: the launches need the cores, too.
-    """
-    deadline = (asked := time.monotonic()) + seconds
-    while not condition():
-        if (now := time.monotonic()) > deadline:
-            raise ClusterError(f"{what}: not within {seconds:g} s")
-        time.sleep(max(0.02, min(0.3, 2 * (now - asked))))
-        asked = time.monotonic()
+    """Poll `condition` until it is true; ClusterError naming `what` after `seconds`."""
+    if not comes_true(condition, seconds):
+        raise ClusterError(f"{what}: not within {seconds:g} s")
 
 
 def why_not() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.status import in_flight
+from launch.front import in_flight
 from tests.cluster.cluster import Cluster, wait_until
 from tests.cluster.conftest import Launcher
 from tests.cluster.launches import FOUR, QUICK, TARBALL, ours, smoke
