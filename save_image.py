@@ -405,8 +405,7 @@ def squash(image: str, found: Json, part: BinaryIO, *sinks: Sink) -> Json:
     os.environ.setdefault("ENROOT_SQUASH_OPTIONS", " ".join(SQUASH))
     try:
         if shutil.which("enroot") and any(map(found["config"].get, ("Cmd", "Entrypoint"))):
-            command = "enroot", "import", "--output", str(fresh), f"dockerd://{found['id']}"
-            with Child(*command) as enroot:
+            with Child("enroot", "import", "-o", str(fresh), f"dockerd://{found['id']}") as enroot:
                 enroot.finish()
         else:
             export(found, str(fresh))
@@ -439,7 +438,8 @@ def export(found: Json, target: str) -> None:
             left = Tap.drain, Progress("exported", found["size"]).add
             through(["mksquashfs", "-", target, *SQUASH, *OF_TAR], docker, left, (Tap.drain,))
     finally:
-        subprocess.run(["docker", "rm", "--force", "--volumes", name], capture_output=True)
+        rm = Child("docker", "rm", "--force", "--volumes", name)
+        rm.wait()  # with no `with`: a stop that comes meanwhile lets it end
 
 
 def verify(tarball: Path) -> str:

@@ -85,12 +85,17 @@ match sys.argv[1:]:
                 member = tarfile.TarInfo(path)
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text))
-        sys.stdout.buffer.write(data.getvalue()[: state.get("cut")])
+        whole = data.getvalue()[: state.get("cut")]
+        sys.stdout.buffer.write(whole[:1000])  # mksquashfs ends with the archive, not with us
         sys.stdout.flush()
         time.sleep(state.get("delay", 0))
+        sys.stdout.buffer.write(whole[1000:])
+        sys.stdout.flush()
         if "cut" in state:
             fail("write unix @->docker.sock: broken layer")
     case ["rm", "--force", "--volumes", name]:
+        (home / "rm.pid").write_text(str(os.getpid()))
+        time.sleep(state.get("slow rm", 0))
         for path in (home / "container").iterdir():
             path.unlink()
         (home / "container").rmdir()
@@ -608,7 +613,7 @@ FAKE_ENROOT = """
 import json, os, sys
 from pathlib import Path
 match sys.argv[1:]:
-    case ["import", "--output", path, uri] if uri.startswith("dockerd://sha256:"):
+    case ["import", "-o", path, uri] if uri.startswith("dockerd://sha256:"):
         assert not Path(path).exists() and "zstd" in os.environ["ENROOT_SQUASH_OPTIONS"]
         Path(path).write_bytes(b"hsqs, not whole" + bytes(1000))
         if (Path(__file__).parent.parent / "full").exists():
@@ -681,6 +686,17 @@ def test_a_stopped_export_leaves_neither_file_nor_container(configured: Box) -> 
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and "stopped by SIGTERM" in err
     assert configured.files() == [] and not (configured.home / "container").exists()
+
+
+def test_a_stop_while_the_container_is_removed_lets_that_end(configured: Box) -> None:
+    configured.state |= {"slow rm": 0.5}
+    process = configured.start("-o", "x.sqsh")
+    wait_for(lambda: written(configured.home / "rm.pid"))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143 and "stopped by SIGTERM" in err
+    assert configured.files() == []
+    wait_for(lambda: not (configured.home / "container").exists())
 
 
 def test_enroot_writes_it_where_it_is_there(configured: Box) -> None:
