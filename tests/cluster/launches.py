@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import fnmatch
 import json
 import os
 import pty
@@ -15,6 +17,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlencode
 
 from tests.cluster.cluster import (
     PATIENCE,
@@ -74,20 +77,25 @@ def start_stranger(node: Machine) -> None:
 
 def strangers(cluster: Cluster) -> list[str]:
     """Identity and start of everything on the nodes that is not ours."""
-    form = "{{.Id}} {{.Name}} {{.State.StartedAt}} {{.State.Pid}}"
-    return [
-        node.docker("inspect", "--format", form, *(n.format(node=node.name) for n in STRANGERS))
-        + node.docker("image", "inspect", "--format", " {{.Id}}", "stranger:1")
-        + node.run("pgrep", "--full", "--exact", f"{STRANGE_PROCESS} 100000").stdout
-        for node in cluster.nodes.values()
-    ]
+    found = []
+    for node in cluster.nodes.values():
+        for name in STRANGERS:
+            container = node.docker_says(f"/containers/{name.format(node=node.name)}/json")
+            state = container["State"]
+            found.append(f"{container['Id']} {name} {state['StartedAt']} {state['Pid']}")
+        found.append(node.docker_says("/images/stranger:1/json")["Id"])
+        lines = node.processes().items()
+        found += [f"{pid} {line}" for pid, line in lines if line == f"{STRANGE_PROCESS} 100000"]
+    return found
 
 
-def ours(cluster: Cluster) -> list[str]:
-    """Our containers on all nodes, running or not."""
-    command = ("ps", "-aq", "--filter", "label=tensorrt-llm-serve.job")
+def ours(cluster: Cluster, job: str = "") -> list[str]:
+    """Our containers on all nodes, running or not; those of a job."""
+    label = "tensorrt-llm-serve.job" + (job and f"={job}")
+    query = urlencode({"all": 1, "filters": json.dumps({"label": [label]})})
     reachable = [node for node in cluster.nodes.values() if "dockerd" in node.daemons]
-    return [line for node in reachable for line in node.docker(*command).split()]
+    said = [node.docker_says(f"/containers/json?{query}") for node in reachable]
+    return [container["Id"][:12] for containers in said for container in containers]
 
 
 def forget_image(cluster: Cluster) -> None:
@@ -99,7 +107,7 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
     """Whatever of ours is left on a node, on the login node or in the workspace, in words."""
     found = [f"container {name}" for name in ours(cluster)] + processes(cluster)
     for node in cluster.nodes.values():
-        if node.run("flock", "--nonblock", "/run", "true", check=False).returncode:
+        if is_locked(node.root / "run"):
             found.append(f"{node.name}: the lock of the image's load")
         found += [f"{node.name}: {path}" for path in unpacked(node)]
     left = [
@@ -113,8 +121,24 @@ def traces(cluster: Cluster, workspace: Path) -> list[str]:
 
 def unpacked(node: Machine) -> list[str]:
     """The images of steps that pyxis has unpacked on a node."""
-    steps = ("find", "/run/pyxis", "/run/enroot", "-name", "*[0-9].[0-9]*", "-prune")
-    return node.run(*steps, check=False).stdout.split()
+    found: list[str] = []
+    for of in ("pyxis", "enroot"):
+        for folder, names, _ in os.walk(node.root / "run" / of):
+            steps = fnmatch.filter(names, "*[0-9].[0-9]*")
+            names[:] = {*names} - {*steps}  # what is in one of them is the image's
+            found += [f"{folder}/{step}" for step in steps]
+    return found
+
+
+def is_locked(path: Path) -> bool:
+    with contextlib.ExitStack() as at_the_end:
+        descriptor = os.open(path, os.O_RDONLY)
+        at_the_end.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def smoke(cluster: Cluster, url: str) -> str:
@@ -135,10 +159,8 @@ def processes(cluster: Cluster) -> list[str]:
     words = f"{docker}|{unpackers}|trtllm-serve|python3 -IS"
     found = []
     for node in cluster.nodes.values():
-        seen = node.run("ps", "-eo", "pid,args").stdout.splitlines()
-        # What is dead waits for a node's first process, which buries nobody here.
-        alive = [line for line in seen if not line.endswith("<defunct>")]
-        found += [f"{node.name}: {line}" for line in alive if re.search(words, line)]
+        lines = node.processes().items()
+        found += [f"{node.name}: {pid} {line}" for pid, line in lines if re.search(words, line)]
     for pid in processes_in_network_of([cluster.ctl.holder.pid]):
         with contextlib.suppress(OSError):
             line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -225,13 +247,7 @@ class Launch:
         """Stop it as a user would; when it has ended, its containers are gone from the nodes."""
         self.send(signum)
         code = self.code()
-        assert [
-            c
-            for n in self.cluster.nodes.values()
-            for c in n.docker(
-                "ps", "-aq", "--filter", f"label=tensorrt-llm-serve.job={self.job}"
-            ).split()
-        ] == []
+        assert ours(self.cluster, self.job) == []
         return code
 
     def url(self) -> str:
