@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from common.settings import setting
+from common.talk import say
 from launch.arguments import from_home, is_count
-from launch.engines import DEFAULT
+from launch.engines import DEFAULT, engine, every
 from launch.engines import NAMES as ENGINES
 from launch.front import AFFINITY
+from launch.manage import is_asked
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 from launch.squash import is_squash
@@ -166,6 +168,29 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
+    if not is_asked(args):
+        say_useless(args)
+
+
+def say_useless(args: argparse.Namespace) -> None:
+    """A line for what was asked for and does nothing in this launch."""
+    alone, served = args.replicas == "1" and not args.prefill, engine(args.engine)
+    of_several = {
+        "--load-at-once": args.load_at_once,
+        "--all-or-nothing": args.all_or_nothing,
+        "--no-front": args.no_front,
+        "--affinity": args.affinity,
+    }
+    in_slurm = os.environ.get("SLURM_JOB_ID")
+    versions = {each.VERSION for each in every()} - {"", served.VERSION}
+    in_vain = {
+        "with one server": [name for name, given in of_several.items() if given and alone],
+        "without Slurm": [n for n in ("NODELIST",) if setting(n) and not in_slurm],
+        f"with {served.TITLE}": [name for name in sorted(versions) if setting(name)],
+    }
+    for when, names in in_vain.items():
+        if names:
+            say(f"{when}, {', '.join(names)} does nothing")
 
 
 def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -109,6 +109,29 @@ def test_the_default_mount_was_not_asked_for() -> None:
     assert args.workspace == Path.cwd().resolve()
 
 
+@pytest.mark.parametrize(
+    ("argv", "env", "said"),
+    [
+        (["--affinity=prefix", "--no-front"], {}, "with one server, --no-front, --affinity"),
+        (["--all-or-nothing"], {"LOAD_AT_ONCE": "2"}, "with one server, --load-at-once, --all-or"),
+        (["--all-or-nothing", "--replicas=2"], {"LOAD_AT_ONCE": "2"}, ""),
+        (["--load-at-once=1", "--prefill=1", "--decode=1"], {}, ""),
+        ([], {"NODELIST": "n1"}, "without Slurm, NODELIST does nothing"),
+        ([], {"NODELIST": "n1", "SLURM_JOB_ID": "7"}, ""),
+        (["--status"], {"NODELIST": "n1"}, ""),
+        (["--engine=vllm"], {"TRTLLM_VERSION": "1.1.0"}, "with vLLM, TRTLLM_VERSION does nothing"),
+        ([], {"TRTLLM_VERSION": "1.1.0"}, ""),
+    ],
+)
+def test_what_does_nothing_in_a_launch_is_told(
+    argv: list[str], env: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(env)
+    cli.parse(argv)
+    told = capsys.readouterr().err
+    assert said in told and bool(said) == bool(told)
+
+
 def test_a_wait_without_end_is_a_time_that_every_timer_takes() -> None:
     os.environ["PROBE_TIMEOUT"] = "inf"
     args, _ = cli.parse(["--ready-timeout", "inf"])
