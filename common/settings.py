@@ -4,7 +4,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,6 +58,13 @@ SETTINGS = tuple(Setting(*row) for row in ROWS)
 
 # Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
 PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG_", "SGL_")
+
+# What Hugging Face's libraries take for these, too.
+OLDER = {
+    "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
+    "HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE",
+    "TRANSFORMERS_CACHE": "HF_HUB_CACHE",
+}
 
 # Of make alone: it turns them into flags.
 OF_MAKE = (
@@ -129,7 +136,8 @@ def say_useless(path: Path, names: Iterable[str]) -> None:
     """A line for each variable that nobody heeds: a slip, or one that belongs elsewhere."""
     ours = [each.name for each in SETTINGS]
     for name in names:
-        if name in ours or name.startswith(PASSED_ON) or OTHERS.fullmatch(name):
+        heeded = name in ours or name in OLDER or name.startswith(PASSED_ON)
+        if heeded or OTHERS.fullmatch(name):
             continue
         near = get_close_matches(name.upper(), ours, 1, 0.8)
         what = f"did you mean {near[0]}?" if near else "the engine's container does not see it"
@@ -147,7 +155,23 @@ def load_env_files() -> list[str]:
         found = read_env_file(directory / ".env")
         say_useless(directory / ".env", found)
         os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
-    return sorted(set(os.environ) - before)
+    names = sorted(set(os.environ) - before)
+    heed_older(os.environ)
+    return names
+
+
+def heed_older(environ: MutableMapping[str, str]) -> None:
+    """Hugging Face's caches and token that go by older names, by those that we pass on.
+
+    TRANSFORMERS_CACHE counts only where HF_HOME does not say where the weights are.
+    """
+    home, xdg = environ.get("HF_HOME"), environ.get("XDG_CACHE_HOME")
+    for name, newer in OLDER.items():
+        counts = environ.get(name) and not (home and name == "TRANSFORMERS_CACHE")
+        if counts and not environ.get(newer):
+            environ[newer] = environ[name]
+    if xdg and not home:
+        environ["HF_HOME"] = f"{xdg}/huggingface"
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:

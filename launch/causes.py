@@ -42,7 +42,7 @@ class Finding:
     at: int
     weight: Weight
     kind: Kind | None = None
-    warning: bool = False  # of NCCL
+    warning_of: re.Pattern[str] | None = None  # a failure, without which it says nothing
     bare: bool = False  # an exception without a message
 
 
@@ -71,12 +71,16 @@ PLAIN = any_of(  # what says so is the cause
     r"Error: (?!ucp_)\S",
     r"(?!srun|slurmstepd|salloc|sbatch)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
     r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
-    r"\S*python\S*: (No module|can't open)",
+    r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
     r"Assertion failed: |(Scheduler w|W)atchdog timeout",
+    r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
     r".*(NVRM: Xid|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
-SHELL = re.compile(r".*: (command not found|not found$|cannot execute)")
+SHELL = any_of(
+    r".*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
+)
 FAMILIAR = any_of(  # what counts where the table knows it
     r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
     r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
@@ -89,6 +93,8 @@ FAMILIAR = any_of(  # what counts where the table knows it
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
 NCCL_WARNS = re.compile(r".*NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
+CUDA_WARNS = re.compile(r".*UserWarning: (CUDA initialization: .+)")
+NO_CUDA = any_of("No CUDA GPUs are available", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
 REPORTED = any_of(  # what stands before the error itself
     r"Failed to initialize executor on rank \d+: (?=\S)",
@@ -165,9 +171,14 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
 
 
 def outside(new: Finding, where: str) -> Finding:
-    """What an exception still proves that ended a thread or a task, or nothing at all."""
+    """What an exception still proves that ended a thread or a task, or nothing at all.
+
+    Of those that ended a request only what the GPU says is more than that request's own.
+    """
     if where.startswith("Exception in thread") and not new.kind:
         return replace(new, weight=Weight.ECHO)
+    if where.startswith("Exception in ASGI") and not (new.kind and "GPU" in new.kind.group):
+        return replace(new, weight=Weight.REPORT)
     ended = where.startswith(("Exception in", "Task ", "Future "))
     return new if ended and new.weight == Weight.ROOT else replace(new, weight=Weight.REPORT)
 
@@ -189,6 +200,7 @@ class Reader:
     last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
+    around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
 
     def read(self) -> list[Finding]:
@@ -203,13 +215,15 @@ class Reader:
             else:
                 self.take(at, self.lines[at])
             at += 1
-        failed = max((f.at for f in self.found if NCCL_FAILED.search(f.text)), default=-1)
-        return [f for f in self.found if self.counts(f, failed)]
+        return [f for f in self.found if self.counts(f)]
 
-    def counts(self, f: Finding, failed: int) -> bool:
-        """NCCL warns of much, which counts where it fails, at `failed`."""
-        if f.warning or FATAL.search(f.text):
-            return not f.warning or f.at < failed or (f.kind is not None and failed >= 0)
+    def counts(self, f: Finding) -> bool:
+        """NCCL and CUDA warn of much, which counts where they fail."""
+        if of := f.warning_of:
+            failed = max((each.at for each in self.found if of.search(each.text)), default=-1)
+            return f.at < failed or (f.kind is not None and failed >= 0)
+        if FATAL.search(f.text):
+            return True
         asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
 
@@ -238,9 +252,11 @@ class Reader:
 
     def take_exception(self, new: Finding, speaker: str) -> None:
         """Of a chain the last link that proves the most counts, at the place of the first."""
-        if speaker in self.outside:
-            new = outside(new, self.outside.pop(speaker))
-        if speaker in self.linked and speaker in self.last:
+        linked = speaker in self.linked and speaker in self.last
+        where = self.outside.pop(speaker, self.around.get(speaker, "") if linked else "")
+        self.around[speaker] = where
+        new = outside(new, where) if where else new
+        if linked:
             old = self.found[self.last[speaker]]
             proves_less = old.bare and not old.kind
             worse = new.weight + bool(CLEANING.search(new.text)) > old.weight + proves_less
@@ -255,7 +271,9 @@ class Reader:
         """What is no exception of Python's."""
         text = line.text.strip()
         if found := NCCL_WARNS.match(text):
-            yield replace(judge(found[1], at), warning=True)
+            yield replace(judge(found[1], at), warning_of=NCCL_FAILED)
+        elif found := CUDA_WARNS.match(text):
+            yield replace(judge(found[1], at), warning_of=NO_CUDA)
         elif found := WHAT.match(text):
             yield judge(found[1], at, message(self.lines, at))
         elif PLAIN.match(text):

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from common.settings import setting
+from common.talk import say
 from launch.arguments import from_home, is_count
-from launch.engines import DEFAULT
+from launch.engines import DEFAULT, engine, every
 from launch.engines import NAMES as ENGINES
 from launch.front import AFFINITY
+from launch.manage import is_asked
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 from launch.squash import is_squash
@@ -21,6 +23,8 @@ GPU_WORDS = re.compile(
 )
 GIVEN = """image workspace container_mount engine ready_timeout restart runtime replicas
     load_at_once""".split()
+POOL_ARGS = "--prefill-args", "--decode-args"
+FOREVER = 1e9  # seconds, 30 years; no timer takes more than ten times that
 
 
 def parse(
@@ -85,7 +89,7 @@ def parse(
     option = parser.add_argument_group("prefill and decode on servers of their own").add_argument
     for name, what_it_does in (("prefill", "read prompts"), ("decode", "write answers")):
         option(f"--{name}", metavar="N", help=f"how many servers {what_it_does} (default: none)")
-        option(f"--{name}-config", metavar="FILE", help="their config file")
+        option(f"--{name}-config", metavar="FILE", type=from_home, help="their config file")
         option(f"--{name}-args", metavar="ARGS", help="further arguments of theirs, quoted")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="report every node, start nothing")
@@ -107,14 +111,26 @@ def parse(
         metavar="LOG",
         nargs="?",
         const="",
+        type=from_home,
         help="say why the newest server ended, or that of LOG",
     )
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    args, rest = parser.parse_known_args(words[:end])
+    args, rest = parser.parse_known_args(with_pool_args(words[:end]))
     rest += words[end + 1 :]
     check_usage(parser, args)
     return args, list(map(from_home, rest))
+
+
+def with_pool_args(words: Sequence[str]) -> list[str]:
+    """`--prefill-args --x` as one word: argparse would take a value with a dash for a flag."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] in POOL_ARGS:
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -152,6 +168,29 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
+    if not is_asked(args):
+        say_useless(args)
+
+
+def say_useless(args: argparse.Namespace) -> None:
+    """A line for what was asked for and does nothing in this launch."""
+    alone, served = args.replicas == "1" and not args.prefill, engine(args.engine)
+    of_several = {
+        "--load-at-once": args.load_at_once,
+        "--all-or-nothing": args.all_or_nothing,
+        "--no-front": args.no_front,
+        "--affinity": args.affinity,
+    }
+    in_slurm = os.environ.get("SLURM_JOB_ID")
+    versions = {each.VERSION for each in every()} - {"", served.VERSION}
+    in_vain = {
+        "with one server": [name for name, given in of_several.items() if given and alone],
+        "without Slurm": [n for n in ("NODELIST",) if setting(n) and not in_slurm],
+        f"with {served.TITLE}": [name for name in sorted(versions) if setting(name)],
+    }
+    for when, names in in_vain.items():
+        if names:
+            say(f"{when}, {', '.join(names)} does nothing")
 
 
 def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -198,4 +237,4 @@ def seconds(parser: argparse.ArgumentParser, name: str, text: str) -> float:
         number = math.nan
     if not number >= 0:  # nan is not
         parser.error(f"{name}: {text!r} is not a number of seconds")
-    return number
+    return min(number, FOREVER)

@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 from common.talk import Failure, die
 from launch import fleet
+from launch.arguments import from_home
 from launch.engines import Engine, World, engine
 from launch.findings import Node
 from launch.placement import Seat, choose, without_gpus
@@ -88,7 +89,7 @@ def words_of(flag: str, text: str) -> list[str]:
             f"{flag} begins with {words[0]}, which is no flag",
             hint="MODEL is given once, by itself",
         )
-    return words
+    return list(map(from_home, words))
 
 
 # --- where they go --------------------------------------------------------------------------------

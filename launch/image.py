@@ -18,8 +18,13 @@ from launch.node import images
 from launch.slurm import last_words
 
 DEFAULT_TAG = "tensorrt-llm-serve:latest"
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
-MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".tar.bz2")
+MAGIC = {
+    b"\x1f\x8b": "gz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bz2",
+}
 GET_ONE = (
     "build one with `make docker`, load one with `make load`, or give NVIDIA's own: "
     f"--image {engine(DEFAULT).IMAGE}"
@@ -72,7 +77,8 @@ def find_image(asked: str, workspace: Path) -> Image:
     if not asked:
         tarball = newest_tarball(workspace)
         return read_tarball(tarball) if tarball else Image(DEFAULT_TAG)
-    if asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~")):
+    a_path = asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~"))
+    if a_path or os.path.isfile(asked):  # noqa: PTH113 (False for a name too long)
         return read_tarball(Path(asked))
     registry, slash, _ = asked.partition("/")
     if not REFERENCE.fullmatch(asked):
@@ -104,7 +110,7 @@ def read_tarball(path: Path) -> Image:
 
 def codec_of(path: Path) -> str:
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(6)
     return next((codec for magic, codec in MAGIC.items() if start.startswith(magic)), "none")
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import fcntl
 import json
+import lzma
 import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -66,6 +70,7 @@ def test_what_is_no_path_is_a_registry_reference_or_a_tag(
         "x.tar.gz",
         "x.tgz",
         "x.tar.zst",
+        "x.tar.xz",
         "nvcr.io/x.tar",
         "/x",
         "./x",
@@ -427,6 +432,22 @@ def test_a_codec_that_this_machine_cannot_read_is_told(
     for codec, program in (("gz", "gzip"), ("zst", "zstd")):
         with pytest.raises(Failure, match=f"{program}: not found in PATH"):
             read_tarball(tmp_path / f"x{SUFFIX[codec]}")
+
+
+@pytest.mark.parametrize(("program", "module"), [("xz", lzma), ("bzip2", bz2)])
+def test_what_docker_itself_can_unpack_is_a_tarball_too(
+    tmp_path: Path, program: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its bytes, whatever it is called: a file that is there is no tag."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_bytes(module.compress(archive()))
+    fake = f"import {module.__name__} as m, sys; assert sys.argv[1:] == ['-dc']"
+    unpack = "sys.stdout.buffer.write(m.open(sys.stdin.buffer).read())"
+    Path(program).write_text(f"#!{sys.executable} -S\n{fake}\n{unpack}\n")
+    Path(program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_image("mine", tmp_path)
+    assert (found.tarball, found.tag) == (tmp_path / "mine", TAG)
 
 
 def test_reading_leaves_no_process(fakes: Fakes, tmp_path: Path) -> None:

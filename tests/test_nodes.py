@@ -19,7 +19,14 @@ from typing import cast
 import pytest
 
 from common import talk
-from common.settings import OF_MAKE, SETTINGS, load_env_files, setting
+from common.settings import (
+    OF_MAKE,
+    SETTINGS,
+    heed_older,
+    load_env_files,
+    say_useless,
+    setting,
+)
 from common.talk import Failure
 from launch import identity, nodes
 from launch.identity import here, is_alive, launcher, process_start
@@ -551,7 +558,38 @@ def test_what_is_for_make_alone_is_what_the_makefile_takes() -> None:
     assert given - ours | {"EXTRA_ARGS", "BENCH_ARGS"} == set(OF_MAKE)
 
 
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ({"HUGGINGFACE_HUB_CACHE": "/hub"}, {"HF_HUB_CACHE": "/hub"}),
+        ({"HUGGINGFACE_HUB_CACHE": "/hub", "HF_HUB_CACHE": "/new"}, {}),
+        ({"HUGGING_FACE_HUB_TOKEN": "t", "HF_TOKEN": ""}, {"HF_TOKEN": "t"}),
+        ({"TRANSFORMERS_CACHE": "/t"}, {"HF_HUB_CACHE": "/t"}),
+        ({"TRANSFORMERS_CACHE": "/t", "HUGGINGFACE_HUB_CACHE": "/h"}, {"HF_HUB_CACHE": "/h"}),
+        ({"TRANSFORMERS_CACHE": "/t", "HF_HOME": "/home"}, {}),
+        ({"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "/x/huggingface"}),
+        ({"XDG_CACHE_HOME": "/x", "HF_HOME": "/home"}, {}),
+    ],
+)
+def test_hugging_faces_older_names_count_as_the_newer_ones(
+    given: dict[str, str], then: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environ = dict(given)
+    heed_older(environ)
+    assert environ == {**given, **then}
+    say_useless(Path(".env"), given)
+    assert not capsys.readouterr().err
+
+
+def test_a_token_of_an_older_name_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "work/.env").write_text("HUGGING_FACE_HUB_TOKEN=x\n")
+    (tmp_path / "work/.env").chmod(0o600)
+    load_env_files()
+    assert setting("HF_TOKEN") == "x"
+
+
 def test_without_env_files_nothing_changes() -> None:
+    os.environ.pop("XDG_CACHE_HOME", None)
     before = json.dumps(dict(os.environ))
     assert load_env_files() == []
     assert json.dumps(dict(os.environ)) == before

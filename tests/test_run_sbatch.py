@@ -23,7 +23,7 @@ import pytest
 
 from common import settings
 from common.talk import Failure
-from launch import address, allocation, announce, cli
+from launch import address, allocation, announce, cli, disagg
 from launch import main as run_sbatch
 from launch.findings import Node
 from launch.node import facts
@@ -107,6 +107,53 @@ def test_the_default_mount_was_not_asked_for() -> None:
     args, _ = cli.parse([])
     assert (args.container_mount, args.asked_mount) == ("/fsx", None)
     assert args.workspace == Path.cwd().resolve()
+
+
+@pytest.mark.parametrize(
+    ("argv", "env", "said"),
+    [
+        (["--affinity=prefix", "--no-front"], {}, "with one server, --no-front, --affinity"),
+        (["--all-or-nothing"], {"LOAD_AT_ONCE": "2"}, "with one server, --load-at-once, --all-or"),
+        (["--all-or-nothing", "--replicas=2"], {"LOAD_AT_ONCE": "2"}, ""),
+        (["--load-at-once=1", "--prefill=1", "--decode=1"], {}, ""),
+        ([], {"NODELIST": "n1"}, "without Slurm, NODELIST does nothing"),
+        ([], {"NODELIST": "n1", "SLURM_JOB_ID": "7"}, ""),
+        (["--status"], {"NODELIST": "n1"}, ""),
+        (["--engine=vllm"], {"TRTLLM_VERSION": "1.1.0"}, "with vLLM, TRTLLM_VERSION does nothing"),
+        ([], {"TRTLLM_VERSION": "1.1.0"}, ""),
+    ],
+)
+def test_what_does_nothing_in_a_launch_is_told(
+    argv: list[str], env: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ.update(env)
+    cli.parse(argv)
+    told = capsys.readouterr().err
+    assert said in told and bool(said) == bool(told)
+
+
+def test_a_wait_without_end_is_a_time_that_every_timer_takes() -> None:
+    os.environ["PROBE_TIMEOUT"] = "inf"
+    args, _ = cli.parse(["--ready-timeout", "inf"])
+    for seconds in (args.ready_timeout, args.probe_timeout):
+        assert 1e8 < seconds < threading.TIMEOUT_MAX and int(seconds) == seconds
+
+
+def test_arguments_of_a_pool_may_be_one_flag() -> None:
+    pools = ["--prefill", "1", "--decode", "1"]
+    words = [*pools, "--prefill-args", "--tp_size=2", "--decode-args", "-x", "--", "--prefill-args"]
+    args, rest = cli.parse(words)
+    assert (args.prefill_args, args.decode_args) == ("--tp_size=2", "-x")
+    assert rest == ["--prefill-args"]
+    assert cli.parse([*pools, "--prefill-args=--a 1", "m"])[0].prefill_args == "--a 1"
+
+
+def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
+    args, _ = cli.parse(["--prefill=1", "--decode=1", "--prefill-config=~/p.yaml", "--why=~/x"])
+    assert (args.prefill_config, args.why) == tuple(
+        str(Path.home() / name) for name in ("p.yaml", "x")
+    )
+    assert disagg.words_of("", "--config ~/p.yaml")[1] == args.prefill_config
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from launch.node.release import release_of
 
 PIPE_BROKE = 128 + signal.SIGPIPE  # the unpacker's, where docker load has stopped reading
 LOCK = "/run"  # a directory that every user may lock and nobody has to make
-UNPACKERS = {"gz": ("pigz", "gzip"), "zst": ("zstd",)}
+UNPACKERS = {"gz": ("pigz", "gzip"), "zst": ("zstd",), "xz": ("xz",), "bz2": ("bzip2",)}
 
 
 @dataclass
