@@ -14,17 +14,19 @@ from common.talk import die
 
 BELOW = "\n" + " " * 13  # a line of its own, which no terminal folds
 USUAL = 8  # GPUs of a node, where Slurm does not say
+Servers = Sequence[tuple[int, int]]  # how many of a kind, and how many GPUs each of them needs
 
 
-def refuse_login_node(world: int) -> None:
-    """Failure where there is a Slurm but no allocation; `world` is how many GPUs are needed."""
+def refuse_login_node(servers: Servers) -> None:
+    """Failure where there is a Slurm but no allocation, which these servers need."""
     if not (shutil.which("sinfo") or shutil.which("squeue")):
         return
-    here, asked = socket.gethostname().partition(".")[0], flags(world, ask_sinfo())
+    here, (count, name) = socket.gethostname().partition(".")[0], kind_of_node(ask_sinfo())
+    asked = flags(servers, count, name)
     before = given(os.environ)
     by_hand = shlex.join([*before, "salloc", *asked, *sys.orig_argv])
     as_job = shlex.join([*before, "sbatch", *asked, *sys.argv])
-    what = f"{here} is not in a Slurm allocation, and has no GPU of its own"
+    what = f"{here} is not in a Slurm allocation, and has no GPU of its own{uneven(servers, count)}"
     die(what, hint=f"get nodes and serve on them, or submit a job:{BELOW}{by_hand}{BELOW}{as_job}")
 
 
@@ -47,15 +49,39 @@ def ask_sinfo() -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def flags(world: int, sinfo: str) -> Sequence[str]:
-    """What to ask Slurm for: whole nodes, of the default partition where it has GPUs."""
+def kind_of_node(sinfo: str) -> tuple[int, str]:
+    """A node's GPUs (0: Slurm names none) and its partition: the default one where it has GPUs."""
     found = [(gpus(line), line.split(" ")[0]) for line in sinfo.splitlines()]
     have = [(count, name) for count, name in found if count]
     usual = [(count, name) for count, name in have if name.endswith("*")]
-    count, name = max(usual or have or [(0 if found else USUAL, "*")])
+    return max(usual or have or [(0 if found else USUAL, "*")])
+
+
+def flags(servers: Servers, count: int, name: str) -> Sequence[str]:
+    """What to ask Slurm for: whole nodes with so many GPUs each, of that partition."""
     other = [] if name.endswith("*") else ["-p", name]
     each = [f"--gpus-per-node={count}"] if count else []
-    return [*other, "-N", str(-(-world // (count or world))), *each, "--exclusive"]
+    return [*other, "-N", str(nodes(servers, count)), *each, "--exclusive"]
+
+
+def nodes(servers: Servers, count: int) -> int:
+    """How many nodes they need: several nodes each, or several on a node."""
+    if not count:
+        return 1
+    large = sum(number * -(-size // count) for number, size in servers if size > count)
+    small = [(number, size) for number, size in servers if size <= count]
+    # No server lies half on one node and half on the next.
+    alone = (-(-number // (count // size)) for number, size in small)
+    together = -(-sum(number * size for number, size in small) // count)
+    return large + max(together, *alone, 0)
+
+
+def uneven(servers: Servers, count: int) -> str:
+    """That a server will not have its GPUs, on however many such nodes; ''."""
+    for _, size in servers:
+        if count and size > count and size % count:
+            return f"; {size} GPUs do not fill nodes of {count} GPUs evenly"
+    return ""
 
 
 def gpus(line: str) -> int:

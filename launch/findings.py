@@ -31,7 +31,10 @@ class Node:
     @property
     def gpus(self) -> int:
         """GPUs that we may use: those of the job, without Slurm all there are."""
-        return self.share.count if self.share else self.facts.gpus
+        if self.share:
+            return self.share.count
+        there, visible = self.facts.gpus, len(self.facts.visible)
+        return visible if there and visible else there
 
     def holds(self, image: Image) -> bool:
         return image.is_held(self.facts.image, self.facts.layers, self.facts.store)
@@ -62,8 +65,22 @@ class Wanted:
 
 def gpus_of(node: Node, asked: str) -> list[str]:
     """The ids of the GPUs that a fleet may use there: those asked for, the job's, or all."""
-    if named := re.search(r"device=([^\"']+)", asked):
-        return named[1].split(",")
+    if ids := named(asked):
+        return ids
     if node.share:
         return node.share.each
-    return [str(gpu) for gpu in range(node.facts.gpus)]
+    return node.facts.visible or [str(gpu) for gpu in range(node.facts.gpus)]
+
+
+def named(asked: str) -> list[str]:
+    """The GPUs that GPUS names by their ids; [] where it names none."""
+    found = re.search(r"device=([^\"']+)", asked)
+    return [gpu for gpu in found[1].split(",") if "=" not in gpu] if found else []
+
+
+def usable(asked: str, there: int) -> int:
+    """How many GPUs of a node's GPUS asks for."""
+    if ids := named(asked):
+        return len(ids)
+    number = re.search(r"(?:^|count=)(\d+)", asked)
+    return min(int(number[1]), there) if number else there

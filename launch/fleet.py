@@ -10,7 +10,8 @@ from common.talk import counted, die, say
 from launch.address import address_of
 from launch.engines import World
 from launch.findings import Node, gpus_of
-from launch.node.facts import count_gpus
+from launch.node.facts import count_gpus, visible_gpus
+from launch.node.messages import Facts
 from launch.placement import Seat, choose, without_gpus
 from launch.plan import Plan, Replica, on_port
 from launch.spread import NO_MPI, choose_mpi, refuse_others, spread_over
@@ -118,8 +119,9 @@ def expected_gpus(plan: Plan, size: int, wanted: str) -> list[list[str]]:
         return [[]] * place.size
     if place.slurm and len(shares) == place.size:
         return [shares[name].each for name in place.allocation.nodes]
-    if not place.slurm and (count := count_gpus()):
-        return [[str(gpu) for gpu in range(count)]]
+    here = Node("", Facts(gpus=count_gpus(), visible=visible_gpus(plan.runtime)))
+    if not place.slurm and (ids := gpus_of(here, plan.replicas[0].gpus)):
+        return [ids]
     if wanted == "auto":
         unknown = "how many replicas fit is not known without asking the nodes"
         die(unknown, hint="give --replicas a number, or see --check")

@@ -16,6 +16,7 @@ from launch.busy import Busy, Order
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
 PROBE_MISSES = 3
+CLOSED = {401, 403}  # to whoever has not its key
 NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
 ABSENCE = 5.0  # seconds between two looks: meanwhile we stood still (^Z), and know of nothing
@@ -30,9 +31,9 @@ def why(error: Exception) -> str:
 class Health(threading.Thread):
     """Asks the server how it is, so that a slow answer holds up nothing else."""
 
-    def __init__(self, url: str, names: Sequence[str]) -> None:
+    def __init__(self, url: str, names: Sequence[str], key: str = "") -> None:
         super().__init__(daemon=True)
-        self.url, self.names = url, names
+        self.url, self.names, self.key = url, names, key
         self.ready = threading.Event()
         self.hurry = threading.Event()
         self.ended = threading.Event()
@@ -41,6 +42,7 @@ class Health(threading.Thread):
         self.stranger = ""  # what somebody else's server on our port serves
         self.strange = 0  # how often in a row it has answered
         self.misses = 0
+        self.reached = False  # the last question was answered, however
         self.answer = "no answer yet"
 
     def run(self) -> None:
@@ -55,25 +57,30 @@ class Health(threading.Thread):
             wait = HEALTH_EVERY if self.ready.is_set() else 0.25 if young else 2.0
 
     def _ask(self) -> bool:
+        reached = True
         try:
             status = ask(f"{self.url}/health", HEALTH_TIMEOUT, whole=False).status
             self.answer = f"/health answered {status}"
             good = status == 200 and (bool(self.model) or self._learn_model())
         except OSError as error:
+            reached = False
             self.answer, good = f"/health did not answer ({why(error)})", False
         except Malformed as error:
             self.answer, good = f"/health gave no answer ({error})", False
         except ValueError as error:
             words = str(error)[:ERROR_LENGTH]
             self.answer, good = f"/v1/models gave no list of models ({words})", False
-        self.misses = 0 if good else self.misses + 1
+        self.reached, self.misses = reached, 0 if good else self.misses + 1
         return good
 
     def _learn_model(self) -> bool:
         """Whether it is our server that answers: it serves what we asked for, or has the port."""
         try:
-            found = ask(f"{self.url}/v1/models", HEALTH_TIMEOUT).json()["data"]
-            served = [str(model["id"])[:ERROR_LENGTH] for model in found]
+            answer = ask(f"{self.url}/v1/models", HEALTH_TIMEOUT, key=self.key)
+            if answer.status in CLOSED and self.listening:  # ours, with a key that we do not know
+                self.model = self.names[0]
+                return True
+            served = [str(model["id"])[:ERROR_LENGTH] for model in answer.json()["data"]]
             self.model = next((name for name in served if name in self.names), "")
             if not self.model and self.listening:
                 self.model = served[0]
@@ -118,10 +125,10 @@ class Probe(threading.Thread):
     therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
     """
 
-    def __init__(self, url: str, every: float, timeout: float, order: Order) -> None:
+    def __init__(self, url: str, every: float, timeout: float, order: Order, key: str = "") -> None:
         """Times in seconds; `every` 0 asks nothing. `order` has the node tell who is connected."""
         super().__init__(daemon=True)
-        self.url, self.every, self.model = url, every, ""
+        self.url, self.every, self.key, self.model = url, every, key, ""
         self.timeout, self.order = timeout or PROBE_PATIENCE, order
         self.busy: Busy | None = None
         self.ended = threading.Event()
@@ -159,7 +166,7 @@ class Probe(threading.Thread):
         """The answer's status; 0 where there was none."""
         body = {"model": self.model, **ONE_TOKEN}
         try:
-            answer = ask(f"{self.url}/v1/completions", DAY, body=body)
+            answer = ask(f"{self.url}/v1/completions", DAY, body=body, key=self.key)
         except (OSError, Malformed) as error:
             self.answer = f"no answer ({why(error)})"
             return 0

@@ -80,12 +80,16 @@ def find_image(asked: str, workspace: Path) -> Image:
     a_path = asked.endswith(SUFFIXES) or asked.startswith(("/", "./", "../", "~"))
     if a_path or os.path.isfile(asked):  # noqa: PTH113 (False for a name too long)
         return read_tarball(Path(asked))
-    registry, slash, _ = asked.partition("/")
     if not REFERENCE.fullmatch(asked):
         die(f"{asked[:99]!r} is neither a tarball nor the name of an image", hint=GET_ONE)
-    if slash and ("." in registry or ":" in registry or registry == "localhost"):
-        return Image(asked, registry=registry)
-    return Image(asked)
+    return Image(asked, registry=registry_of(asked))
+
+
+def registry_of(name: str) -> str:
+    """The registry that a name begins with, by Docker's own rule; '' for none."""
+    first, slash, _ = name.partition("/")
+    named = slash and ("." in first or ":" in first or first == "localhost")
+    return first if named else ""
 
 
 def newest_tarball(workspace: Path) -> Path | None:

@@ -105,7 +105,9 @@ def read(args: argparse.Namespace, rest: Sequence[str]) -> Request:
     pools = disagg.pools_of(args, server, args.engine)
     shape, world = served.check(pools[0].server.args if pools else serve_args)
     if not (place.slurm or args.dry_run or server.gpus == "none" or count_gpus()):
-        allocation.refuse_login_node(sum(p.count * p.world.size for p in pools) or world.size)
+        one = 1 if args.replicas == "auto" else int(args.replicas)
+        servers = [(pool.count, pool.world.size) for pool in pools] or [(one, world.size)]
+        allocation.refuse_login_node(servers)
     found = find_image(args)
     plan = make_plan(args, place, found, args.engine, *([p.server for p in pools] or [server]))
     runtime(args.runtime).check(plan)

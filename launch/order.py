@@ -16,6 +16,8 @@ from typing import Any
 from launch.node import messages
 
 PARTS = Path(__file__).parent / "node"
+# A flag whose value is a secret, and its values, in an order as it is shown.
+SECRET = re.compile(r'"(--api[-_]key)(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*')
 TOO_OLD = 39  # the exit code of a Python older than 3.9
 BOOT = (
     f"import sys; sys.version_info < (3, 9) and sys.exit({TOO_OLD}); "
@@ -55,9 +57,13 @@ class Command:
         return f"{program}{json.dumps(self.fields)}\n\n"
 
     def shown(self, more: str = "") -> str:
-        """As a shell takes it, on lines that can be read; `more` commands feed what follows."""
+        """As a shell takes it, on lines that can be read; `more` commands feed what follows.
+
+        Others may read it: an API key is `***` there.
+        """
         files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
         order = json.dumps(self.fields, indent=1, ensure_ascii=False)
+        order = SECRET.sub(r'"\1=***"', order)
         feed = f"{{ {files}; cat <<'ORDER'; {more}}} | \\\n"
         return f"{feed}{folded(self.argv)}\n{order}\n\nORDER"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from common.talk import HEARTBEAT, Failure, aligned, counted, die, say
 from launch import slurm
 from launch.engines import packages
-from launch.findings import Finding, Node, Wanted, gpus_of
+from launch.findings import Finding, Node, Wanted, gpus_of, usable
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
@@ -125,8 +125,9 @@ def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:
         return len(nodes)
     if wanted.replicas != "1":
         return needed_by_fleet(nodes, wanted) or len(nodes)
-    one = wanted.gpus == "none" or wanted.world <= nodes[0].gpus
-    return 1 if one else min(-(-wanted.world // (nodes[0].gpus or 1)), len(nodes))
+    each = usable(wanted.gpus, nodes[0].gpus)
+    one = wanted.gpus == "none" or wanted.world <= each
+    return 1 if one else min(-(-wanted.world // (each or 1)), len(nodes))
 
 
 def needed_by_fleet(nodes: Sequence[Node], wanted: Wanted) -> int:
@@ -196,7 +197,7 @@ def judge_share(node: Node, share: Share, asked: str) -> Finding:
 
     Slices of a GPU (MIG) are more than there are devices; GPUs not in Slurm's configuration, less.
     """
-    ours, agree = share.ids.split(","), node.facts.gpus in (0, share.of)
+    ours, agree = share.each, node.facts.gpus in (0, share.of)
     hint = "name the job's in docker's words, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
     if asked != "auto":
         named = re.findall(r"[^,=\"]+", asked.partition("device=")[2].partition('"')[0])

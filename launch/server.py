@@ -131,9 +131,10 @@ def launch(
     except BaseException:
         log.close()
         raise
-    health = Health(url, plan.engine.names_of(replica.model, replica.args))
+    key = plan.engine.key_of(replica.args, os.environ)
+    health = Health(url, plan.engine.names_of(replica.model, replica.args), key)
     health.model = replica.serves
-    probe = Probe(url, *probing, partial(watch_clients, plan, replica))
+    probe = Probe(url, *probing, partial(watch_clients, plan, replica), key)
     health.start()
     steps = step, log, health, probe, started, rank0, holders, starts
     return Server(plan, replica, own, url, *steps, over=over)

@@ -9,7 +9,7 @@ from common.settings import setting
 from common.talk import counted, die, say
 from launch.address import address_of
 from launch.engines import World
-from launch.findings import Node
+from launch.findings import Node, usable
 from launch.nodes import Place, run
 
 NO_MPI = "none"  # srun's word
@@ -31,17 +31,18 @@ class Spread:
 
 def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) -> bool:
     """Whether the world is more than the first node holds. Failure where it cannot be had."""
-    if setting("GPUS") == "none":
+    if (asked := setting("GPUS")) == "none":
         return False
+    by = "" if asked in ("auto", "all") else f" (GPUS={asked})"
     wants = f"the world size is {world}, but"
     if world.size > sum(gpus):
         hint = "allocate more, or lower the tensor or pipeline parallel size (also in the YAML)"
         whole = f"the {len(gpus)} nodes of the job have" if gpus[1:] else f"{head} has"
-        die(f"{wants} {whole} only {counted(sum(gpus), 'GPU')}", hint=hint)
+        die(f"{wants} {whole} only {counted(sum(gpus), 'GPU')}{by}", hint=hint)
     if world.size <= gpus[0]:
         return False
     if not over_nodes:
-        only = f"has only {counted(gpus[0], 'GPU')}"
+        only = f"has only {counted(gpus[0], 'GPU')}{by}"
         die(f"{wants} {head} {only}; several nodes need --runtime docker, or pyxis")
     return True
 
@@ -55,7 +56,7 @@ def find_spread(
     mpi: bool = True,
 ) -> Spread | None:
     """How the world lies over the nodes; None where the first node holds it all."""
-    gpus = [node.gpus for node in nodes]
+    gpus = [usable(setting("GPUS"), node.gpus) for node in nodes]
     if not is_spread(world, gpus, nodes[0].name, over_nodes):
         return None
     kind = choose_mpi(setting("MPI"), prefix) if mpi else NO_MPI
@@ -138,7 +139,7 @@ def expect_spread(
         if world.size > 1:
             say("how many GPUs a node has is not known without asking: shown for one node")
         return None
-    gpus = [share.count for share in shares.values()]
+    gpus = [usable(setting("GPUS"), share.count) for share in shares.values()]
     if not is_spread(world, gpus, "each node", over_nodes):
         return None
     kind = setting("MPI") if mpi else NO_MPI

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.talk import die
-from launch.image import REFERENCE, Image, read_sidecar
+from launch.image import REFERENCE, Image, read_sidecar, registry_of
 
 SUFFIXES = (".sqsh", ".squashfs")
+HUB = "docker.io"  # its registry has another name, which enroot takes where none is given
 DEFAULT = "tensorrt-llm-serve-latest.sqsh"
 GET_ONE = "write one with `make sqsh`, or name an image of a registry, which is imported once"
 
@@ -23,12 +24,15 @@ def find_image(asked: str, workspace: Path) -> Image:
     if not asked or is_squash(asked):
         return read_squash(Path(asked) if asked else workspace / DEFAULT)
     reference = asked.removeprefix("docker://")
-    registry, slash, name = reference.partition("#" if "#" in reference else "/")
-    if not REFERENCE.fullmatch(reference.replace("#", "/")) or not slash or reference[0] in "/.~":
+    named = reference.replace("#", "/", 1)
+    if not REFERENCE.fullmatch(named) or "/" not in named or reference[0] in "/.~":
         die(f"{asked[:99]!r} is neither a .sqsh file nor an image of a registry", hint=GET_ONE)
     path = workspace / (re.sub(r"[^\w.-]+", "-", reference) + ".sqsh")
+    registry = reference.partition("#")[0] if "#" in reference else registry_of(reference)
+    name = named.removeprefix(f"{registry}/")
     # The form with # is the one that every version of enroot reads.
-    return replace(as_image(path), reference=f"docker://{registry}#{name}")
+    where = "" if registry in ("", HUB) else f"{registry}#"
+    return replace(as_image(path), reference=f"docker://{where}{name}")
 
 
 def read_squash(path: Path) -> Image:

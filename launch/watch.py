@@ -75,6 +75,8 @@ def die_if_walled(server: Server) -> None:
 
 def walled(server: Server) -> str:
     """That our engine answers on its node and not here, in words; '' where that is not so."""
+    if server.health.reached:
+        return ""
     if (owner := ask_owner(server)).answer != "200" or not (owner.own or owner.why):
         return ""
     here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -105,6 +105,26 @@ def test_the_names_that_it_may_list(name: str) -> None:
     assert engine(name).names_of("/m", ["--served-model-name", "s"]) == ("s", "/m")
 
 
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_key_of_its_api_is_known(name: str, tmp_path: Path) -> None:
+    """By its flag, else by its file, else by its variable, if it has one."""
+    config, environ = tmp_path / "c.yaml", {"VLLM_API_KEY": "of the variable"}
+    config.write_text("api-key: of the file\n")
+    own = "of the variable" if name == "vllm" else ""
+    assert engine(name).key_of(["--x", "y"], environ) == own
+    assert engine(name).key_of(["--config", str(config)], environ) == "of the file"
+    assert engine(name).key_of(["--api_key", "mine"], environ) == "mine"
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+@pytest.mark.parametrize("words", [["--ssl-certfile", "c.pem"], ["--ssl_keyfile=k.pem"]])
+def test_tls_which_the_launcher_does_not_speak_is_refused_at_once(
+    name: str, words: list[str]
+) -> None:
+    with pytest.raises(Failure, match=r"^--ssl-.*file: the launcher asks .* over plain HTTP$"):
+        engine(name).check(words)
+
+
 # --- the world ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "args", "yaml", "shape", "world"),

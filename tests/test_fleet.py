@@ -107,10 +107,50 @@ def test_without_a_container_they_are_counted_as_its_step_sees_them() -> None:
     found = fleet.lay_out(made, World(2, 1, 1), [Node("n1", share=share)], "auto", False)
     assert [r.devices for r in found.replicas] == [("1", "3"), ("4", "6")]
     assert [bare.which(found, r) for r in found.replicas] == [[0, 1], [2, 3]]
-    assert some([2, 3], "0,1,2,3") == some([2, 3], "") == "2,3"
+    assert some([2, 3], "0,1,2,3") == some([2, 3], "") == some(["2", "3"], "0") == "2,3"
     assert some([0, 2], "GPU-a,GPU-b,GPU-c") == "GPU-a,GPU-c"
     with pytest.raises(OSError, match=r"CUDA_VISIBLE_DEVICES=5 has too few GPUs \(wanted: 0, 1\)"):
         some([0, 1], "5")
+
+
+@pytest.mark.parametrize("visible", [[], ["4", "5", "GPU-6", "7"]])
+def test_without_a_container_replicas_share_what_cuda_visible_devices_leaves(
+    visible: list[str],
+) -> None:
+    made = plan("m", runtime="bare", gpus="auto")
+    node = Node("n1", Facts(gpus=8, visible=visible))
+    found = fleet.lay_out(made, World(2, 1, 1), [node], "auto", False)
+    assert len(found.replicas) == node.gpus / 2 == (2 if visible else 4)
+    chosen = [some(bare.which(found, each), "") for each in found.replicas[:2]]
+    assert chosen == (["4,5", "GPU-6,7"] if visible else ["0,1", "2,3"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "share", "visible", "chosen"),
+    [
+        ("device=2,3", None, "", "2,3"),
+        ('"device=GPU-a"', None, "0,1", "GPU-a"),
+        ("device=4,6", Share(8, 3, "1,4,6"), "0,1,2", "1,2"),  # of the job's, as CUDA counts them
+        ("2", None, "5,6,7", "5,6"),
+        ("auto", None, "5,6", ""),
+        ("all", None, "", ""),
+    ],
+)
+def test_without_a_container_gpus_are_named_to_cuda(
+    asked: str, share: Share | None, visible: str, chosen: str
+) -> None:
+    made = plan("m", runtime="bare", gpus=asked)
+    if share:
+        allocation = Allocation(nodes=("n1",), shares={"n1": share})
+        made = replace(made, place=Place("7", 1, ("srun",), allocation))
+    bare.check(made)
+    assert some(bare.serve(made, made.replicas[0], {}).order.gpus, visible) == chosen
+
+
+@pytest.mark.parametrize("asked", ["driver=nvidia", "all,capabilities=utility", "count=2", "-1"])
+def test_what_only_docker_can_give_is_refused_without_a_container(asked: str) -> None:
+    with pytest.raises(Failure, match=f"GPUS={asked} cannot be had without a container"):
+        bare.check(plan("m", runtime="bare", gpus=asked))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,13 @@ from tests.conftest import PATIENCE, wait_until
 class Engine(http.server.BaseHTTPRequestHandler):
     replies: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012
 
+    key = ""  # which /v1 asks for
+
     def do_GET(self) -> None:
         code, body = self.replies[self.path]
+        if self.path.startswith("/v1") and self.key:
+            known = self.headers["Authorization"] == f"Bearer {self.key}"
+            code, body = (code, body) if known else (401, b'{"error": "Unauthorized"}')
         self.send_response(code)
         if code == 302:
             self.send_header("Location", "http://127.0.0.1:1/")
@@ -90,7 +95,7 @@ def test_no_answer_is_told_as_that() -> None:
     wait_until(lambda: asked.misses)
     asked.end()
     asked.join()
-    assert asked.answer == "/health did not answer (Connection refused)"
+    assert asked.answer == "/health did not answer (Connection refused)" and not asked.reached
 
 
 def test_misses_count_in_a_row(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +146,30 @@ def test_one_of_several_names_is_enough(healthy: health.Health) -> None:
     assert healthy.model == "my/model"
 
 
+@pytest.mark.parametrize(
+    ("sent", "listening", "ready", "model"),
+    [
+        ("sk-1", False, True, "model"),
+        ("", True, True, "my/model"),  # ours: what it serves was said when it was started
+        ("", False, False, ""),
+    ],
+)
+def test_a_server_with_a_key_is_ready_for_who_has_it_and_where_it_is_ours(
+    healthy: health.Health,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: str,
+    listening: bool,
+    ready: bool,
+    model: str,
+) -> None:
+    monkeypatch.setattr(Engine, "key", "sk-1")
+    Engine.replies["/v1/models"] = (200, b'{"data": [{"id": "model"}]}')
+    healthy.key, healthy.listening = sent, listening
+    healthy.start()
+    wait_until(lambda: healthy.ready.is_set() or healthy.misses)
+    assert (healthy.ready.is_set(), healthy.model, healthy.reached) == (ready, model, True)
+
+
 # The probe
 
 
@@ -149,6 +178,7 @@ class Prober:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[tuple[str, dict[str, object]]] = []
+        self.keys: set[str | None] = set()
         self.status, self.delay = 200, threading.Event()
         self.delay.set()
         self.busy = False  # the log shows answers to others, too
@@ -168,6 +198,7 @@ class Prober:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 prober.requests.append((self.path, json.loads(body)))
+                prober.keys.add(self.headers["Authorization"])
                 prober.delay.wait(PATIENCE)
                 if prober.busy:
                     prober.probe.traffic = time.monotonic()
@@ -222,12 +253,14 @@ def prober(monkeypatch: pytest.MonkeyPatch) -> Iterator[Prober]:
 
 
 def test_the_probe_asks_for_one_token_and_nothing_unusual(prober: Prober) -> None:
+    prober.probe.key = "sk-1"
     prober.probe.begin("org/m")
     prober.until_asked(3)
     assert prober.probe.fault() == ""
     path, body = prober.requests[0]
     assert path == "/v1/completions"
     assert body == {"model": "org/m", "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    assert prober.keys == {"Bearer sk-1"}
 
 
 def test_without_seconds_nothing_is_asked(prober: Prober) -> None:

@@ -198,6 +198,17 @@ def test_a_shown_command_has_no_line_that_nobody_reads(command: Command) -> None
     assert max(map(len, command.shown("sleep infinity; ").splitlines())) <= 300
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--api-key", "sk-1"], ["--api_key=sk-1"], ["--api-key", 'sk-1"\\', "sk-1 b"]],
+)
+def test_an_api_key_is_sent_and_not_shown(words: list[str]) -> None:
+    command = Command([], Run(["vllm", "serve", "m", *words, "--seed", "1"]))
+    shown, text = command.shown(), command.text
+    assert "sk-1" not in shown and '***",\n   "--seed",\n   "1"' in shown
+    assert text.count("sk-1") == len(words) - words[0].startswith("--api-key")
+
+
 def pasted(shown: str) -> SimpleNamespace:
     return SimpleNamespace(argv=["bash", "-c", shown], text="")
 

@@ -103,6 +103,7 @@ def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -
         ("auto", 1, share("0,1", of=7), "bad", "Slurm hands out 7 GPUs, but there are 1 devices"),
         ("auto", 8, share("0,1", of=4), "bad", "Slurm hands out 4 GPUs, but there are 8 devices"),
         ("auto", 8, Share(8, 2, ""), "bad", "Slurm does not say which GPUs"),
+        ("auto", 8, Share(8, 1, ""), "bad", "Slurm does not say which GPUs"),
         ('"device=MIG-1,0:1"', 1, share("0,1", of=7), "ok", "2"),
         ('"device=0,1"', 8, share("0,1"), "ok", "2"),
         ('"device=GPU-abc"', 8, share("0,1"), "ok", "2"),
@@ -512,6 +513,10 @@ def test_gpus_are_counted_by_nvidia_smi_where_there_are_no_devices(fakes: Fakes)
     assert ask(fakes, bare()).gpus == 0
     fakes.program("nvidia-smi", "print('GPU 0: H100\\n  MIG\\nGPU 1: H100')")
     assert ask(fakes, bare()).gpus == 2
+    only = {"CUDA_VISIBLE_DEVICES": "1, GPU-a,7"}  # which no container sees
+    assert ask(fakes, bare(), **only).facts.visible == ["1", "GPU-a", "7"]
+    assert ask(fakes, bare(), **only).gpus == 3
+    assert ask(fakes, wanted(), **only).gpus == 2
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0"])

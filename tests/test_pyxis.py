@@ -165,6 +165,9 @@ def test_it_is_chosen_where_no_node_has_docker(monkeypatch: pytest.MonkeyPatch) 
         ("nvcr.io/nvidia/x:1", "docker://nvcr.io#nvidia/x:1"),
         ("docker://h:5000/x:1", "docker://h:5000#x:1"),
         ("h#team/x@sha256:ab", "docker://h#team/x@sha256:ab"),
+        ("localhost/x", "docker://localhost#x"),
+        ("vllm/vllm-openai:v0.11.0", "docker://vllm/vllm-openai:v0.11.0"),
+        ("docker.io/vllm/vllm-openai:latest", "docker://vllm/vllm-openai:latest"),
     ],
 )
 def test_a_reference_is_imported_into_the_workspace(

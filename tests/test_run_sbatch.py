@@ -1152,9 +1152,9 @@ print("debug* gpu:h100:8(S:0-1)\\ncpu (null)")"""
 COMMANDS = r"get nodes and serve on them, or submit a job:\n {13}(.*)\n {13}(.*)\n"
 
 
-@pytest.mark.parametrize("flag", [[], ["--check"]])
+@pytest.mark.parametrize(("flag", "nodes"), [([], 2), (["--check", "--replicas", "3"], 6)])
 def test_on_a_login_node_the_error_is_the_command_to_paste(
-    fakes: Fakes, launch: Launcher, toolset: Path, flag: list[str]
+    fakes: Fakes, launch: Launcher, toolset: Path, flag: list[str], nodes: int
 ) -> None:
     fakes.program("sinfo", COMMON + SINFO)
     fakes.program("nvidia-smi", "raise SystemExit('no driver')")
@@ -1164,7 +1164,7 @@ def test_on_a_login_node_the_error_is_the_command_to_paste(
         script = [str(toolset / "run_sbatch.py"), "org/a b", "--tp_size", "16", *flag]
         found = re.search(COMMANDS, started.output)
         assert found
-        asked = "-N 2 --gpus-per-node=8 --exclusive".split()
+        asked = f"-N {nodes} --gpus-per-node=8 --exclusive".split()
         assert shlex.split(found[1]) == ["salloc", *asked, sys.executable, *script]
         assert shlex.split(found[2]) == ["sbatch", *asked, *script]
     assert fakes.calls("docker") == []
@@ -1191,7 +1191,27 @@ def test_a_machine_that_no_slurm_knows_is_asked_itself(fakes: Fakes, launch: Lau
     ],
 )
 def test_what_is_asked_of_slurm_is_what_it_has(world: int, sinfo: str, words: str) -> None:
-    assert list(allocation.flags(world, sinfo)) == words.split()
+    kind = allocation.kind_of_node(sinfo)
+    assert list(allocation.flags([(1, world)], *kind)) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("servers", "count", "nodes", "uneven"),
+    [
+        ([(4, 8)], 8, 4, ""),
+        ([(3, 3)], 8, 2, ""),  # two on a node
+        ([(5, 16)], 8, 10, ""),
+        ([(1, 12)], 8, 2, "; 12 GPUs do not fill nodes of 8 GPUs evenly"),
+        ([(2, 4), (1, 16)], 8, 3, ""),
+        ([(1, 4), (1, 4)], 8, 1, ""),
+        ([(1, 8), (2, 4)], 0, 1, ""),
+    ],
+)
+def test_as_many_nodes_are_asked_for_as_the_servers_need(
+    servers: list[tuple[int, int]], count: int, nodes: int, uneven: str
+) -> None:
+    assert allocation.nodes(servers, count) == nodes
+    assert allocation.uneven(servers, count) == uneven
 
 
 def test_what_make_alone_knows_is_in_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

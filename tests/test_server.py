@@ -379,6 +379,18 @@ def test_a_server_that_only_we_cannot_reach_is_told_as_that(
     assert "firewall" in failure.value.hint and "more time" not in failure.value.hint
 
 
+def test_a_server_that_answers_is_behind_no_wall(
+    run_plan: Callable[..., server.Server], serving: int
+) -> None:
+    running = run_plan("bash", "-c", "sleep 100")
+    unreached(running, serving)
+    assert watch.walled(running)
+    running.health.end()
+    running.health.join()
+    running.health.reached = True
+    assert not watch.walled(running)
+
+
 def test_a_server_that_is_no_longer_reached_from_here_goes_on_for_others(
     run_plan: Callable[..., server.Server],
     serving: int,

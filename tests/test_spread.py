@@ -121,6 +121,20 @@ def test_gpus_of_the_allocation_count_and_not_all_of_the_node() -> None:
         find_spread(of(8), nodes, DOCKER)
 
 
+@pytest.mark.parametrize(
+    ("asked", "gpus"),
+    [("all", 8), ('"device=0,1"', 2), ("device=MIG-a,MIG-b,capabilities=utility", 2), ("2", 2),
+     ("driver=nvidia,count=3", 3), ("16", 8)],
+)  # fmt: skip
+def test_only_gpus_that_are_asked_for_count(asked: str, gpus: int) -> None:
+    os.environ["GPUS"] = asked
+    for nodes in (nodes_with(8), [replace(nodes_with(8)[0], share=Share(8, 8, ""))]):
+        assert find_spread(of(gpus), nodes, DOCKER) is None
+        with pytest.raises(Failure, match=f"n0 has only {gpus} GPUs") as raised:
+            find_spread(of(gpus + 1), nodes, DOCKER)
+        assert (f"(GPUS={asked})" in raised.value.message) == (asked != "all")
+
+
 def test_the_ranks_of_a_node_are_told_in_words() -> None:
     spread = Spread(3, 8, "pmix")
     assert [spread.ranks_of(i) for i in range(3)] == ["ranks 0-7", "ranks 8-15", "ranks 16-23"]

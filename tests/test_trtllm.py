@@ -453,6 +453,28 @@ def test_a_yaml_that_the_version_does_not_take_is_told(
         assert trtllm.settle(args, version) == args
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "backend"),
+    [
+        ("_autodeploy", "runtime: trtllm\ncompile_backend: torch-opt", "_autodeploy"),
+        ("trt", "fast_build: true\nkv_cache_config: {x: 1}", "trt"),
+        ("", "backend: tensorrt\ncalib_config: {}", "tensorrt"),
+        ("pytorch", "backend: tensorrt\ncalib_config: {}", "tensorrt"),  # the YAML wins
+        ("trt", "backend: pytorch\ncalib_config: {}", ""),
+        ("pytorch", "calib_config: {}", ""),
+    ],
+)
+def test_the_keys_of_another_backend_are_left_to_the_engine(
+    flag: str, text: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*config(tmp_path / "c.yaml", text), *(["--backend", flag] if flag else [])]
+    if not backend:
+        assert "unknown key calib_config" in refusal(args, "1.2.1")
+        return
+    assert trtllm.settle(args, "1.2.1") == args
+    assert f"the keys of backend {backend} are not known here" in capsys.readouterr().err
+
+
 WINS = {  # by version: flags, a YAML, and what does not count
     ("1.1.0", "--tp_size 2", "tensor_parallel_size: 8"):
         "--tp_size 2 does not count: c.yaml has tensor_parallel_size: 8",

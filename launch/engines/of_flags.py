@@ -1,7 +1,8 @@
 """What engines have in common whose arguments are flags, which they check themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from common.talk import die
 from launch.arguments import given
 from launch.config_file import merged
 
@@ -17,6 +18,20 @@ def names_of(model: str, args: Sequence[str]) -> tuple[str, ...]:
 
 def config_of(args: Sequence[str]) -> str | None:
     return given(args, "--config")
+
+
+def key_of(args: Sequence[str], environ: Mapping[str, str]) -> str:
+    return given(merged(args), "--api-key") or ""
+
+
+def words_of(args: Sequence[str]) -> list[str]:
+    """All of its arguments, those of its file, too. Failure for TLS: we ask over plain HTTP."""
+    words = merged(args)
+    for flag in ("--ssl-certfile", "--ssl-keyfile"):
+        if given(words, flag):
+            hint = "leave it out, and put a proxy that speaks TLS before the server"
+            die(f"{flag}: the launcher asks its server over plain HTTP", hint=hint)
+    return words
 
 
 def effective(args: Sequence[str]) -> object:

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.arguments import as_flags, given, size_of, with_address, without_model
-from launch.config_file import merged
 from launch.engines import DATE, World
 from launch.engines.of_flags import binds_first as binds_first
 from launch.engines.of_flags import config_of as config_of
 from launch.engines.of_flags import effective as effective
+from launch.engines.of_flags import key_of as key_of
 from launch.engines.of_flags import names_of as names_of
 from launch.engines.of_flags import settle as settle
+from launch.engines.of_flags import words_of
 
 TITLE, PACKAGE, PROGRAM = "SGLang", "sglang", "sglang.launch_server"
 IMAGE, VERSION = "docker.io/lmsysorg/sglang:latest", ""
@@ -49,7 +50,7 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
 
 def check(args: Sequence[str]) -> tuple[str, World]:
     """What the sizes are called, and the world that they make."""
-    words = merged(args)
+    words = words_of(args)
     dp = 1 if WITHIN_TP in words else size_of(words, *DP)
     world = World(size_of(words, *TP), size_of(words, *PP), dp=dp)
     return world.shape, world

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.arguments import as_flags, given, size_of, with_address, without_model
-from launch.config_file import merged
 from launch.engines import LEVEL, World
 from launch.engines.of_flags import binds_first as binds_first
 from launch.engines.of_flags import config_of as config_of
 from launch.engines.of_flags import effective as effective
+from launch.engines.of_flags import key_of as key_of_flag
 from launch.engines.of_flags import names_of as names_of
 from launch.engines.of_flags import settle as settle
+from launch.engines.of_flags import words_of
 
 TITLE, PACKAGE, PROGRAM = "vLLM", "vllm", "vllm serve"
 IMAGE, VERSION = "docker.io/vllm/vllm-openai:latest", ""
@@ -46,13 +47,17 @@ def ready_words(version: str) -> bytes:
     return b"Application startup complete"
 
 
+def key_of(args: Sequence[str], environ: Mapping[str, str]) -> str:
+    return key_of_flag(args, environ) or environ.get("VLLM_API_KEY", "")
+
+
 def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
     return ("vllm", "serve", model, *args)
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
     """What the sizes are called, and the world that they make."""
-    words = merged(args)
+    words = words_of(args)
     tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
     world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
     return world.shape, world

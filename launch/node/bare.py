@@ -1,5 +1,7 @@
 """An engine without a container: a session of its own, to be signalled as one."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -23,7 +25,8 @@ class Run:
     """Run the engine from PATH; its exit code is ours. Nothing of its session outlives it or us."""
 
     engine: list[str]
-    gpus: list[int] = field(default_factory=list)  # which of those that we see; []: all
+    # Which of those that we see, by number; or in CUDA's own words. []: all.
+    gpus: list[int | str] = field(default_factory=list)
     ask_every: float = 60
 
     def __call__(self) -> int:
@@ -67,13 +70,14 @@ def ends_with_us(session: int) -> None:
     HELD.append(attendant)
 
 
-def some(gpus: list[int], visible: str) -> str:
-    """The first, third, ... of the GPUs that we see, in CUDA's words: Slurm has its own numbers."""
-    every = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
-    if max(gpus) >= len(every):
+def some(gpus: list[int | str], visible: str) -> str:
+    """In CUDA's words, which need not be Slurm's: the first, third, ... of those that we see."""
+    last = max((gpu for gpu in gpus if isinstance(gpu, int)), default=-1)
+    every = visible.split(",") if visible else [str(gpu) for gpu in range(last + 1)]
+    if last >= len(every):
         wanted = ", ".join(map(str, gpus))
         raise OSError(f"CUDA_VISIBLE_DEVICES={visible} has too few GPUs (wanted: {wanted})")
-    return ",".join(every[gpu] for gpu in gpus)
+    return ",".join(every[gpu] if isinstance(gpu, int) else gpu for gpu in gpus)
 
 
 def give_time(session: int) -> None:

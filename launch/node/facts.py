@@ -45,6 +45,7 @@ class Survey:
             addresses=addresses(),
             network=network(),
             gpus=count_gpus(),
+            visible=visible_gpus(self.runtime),
             efa=len(glob("/dev/infiniband/uverbs*")),
             gdrdrv=os.path.exists("/dev/gdrdrv"),
             taken=who_listen(self.ports),
@@ -93,6 +94,15 @@ def count_gpus() -> int:
     if devices := glob("/dev/nvidia[0-9]*"):
         return len(devices)
     return sum(line.startswith("GPU") for line in ask("nvidia-smi", "-L")[1].splitlines())
+
+
+def visible_gpus(runtime: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES leaves to an engine here, in its words; [] where that says nothing.
+
+    A container does not see the variable.
+    """
+    words = os.environ.get("CUDA_VISIBLE_DEVICES", "") if runtime == "bare" else ""
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 def who_listen(ports: list[int]) -> dict[str, str]:

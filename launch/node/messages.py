@@ -13,6 +13,7 @@ class Facts:
     addresses: list[str] = field(default_factory=list)  # first that of the way to the launcher
     network: str = ""  # which loopback is ours
     gpus: int = 0
+    visible: list[str] = field(default_factory=list)  # of runtime bare: CUDA_VISIBLE_DEVICES
     efa: int = 0
     gdrdrv: bool = False
     taken: dict[str, str] = field(default_factory=dict)

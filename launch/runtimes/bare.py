@@ -1,9 +1,11 @@
 """No container: the engine from the node's PATH, within one node."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.findings import Finding, Node, Wanted
+from common.talk import die
+from launch.findings import Finding, Node, Wanted, named
 from launch.image import NONE, Image
 from launch.node.bare import Run
 from launch.node.containers import AskOwner
@@ -13,6 +15,7 @@ from launch.plan import Plan, Replica
 HAS_IMAGE = False
 OVER_NODES = False
 ATTENDED = False
+GPUS = re.compile(r"auto|none|all|\d+|(\"?)device=[\w.:,-]+\1")
 
 
 def find_image(asked: str, workspace: Path) -> Image:
@@ -20,7 +23,11 @@ def find_image(asked: str, workspace: Path) -> Image:
 
 
 def check(plan: Plan) -> None:
-    """There is nothing that it cannot do."""
+    """Failure for GPUs in words that only Docker knows."""
+    for gpus in {replica.gpus for replica in plan.replicas}:
+        if not GPUS.fullmatch(gpus):
+            hint = "auto, none, 2 for the first two, or device=2,3 for some of them"
+            die(f"GPUS={gpus} cannot be had without a container", hint=hint)
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:
@@ -34,11 +41,14 @@ def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
     return Command(plan.place.on(1, first=replica.first, gpus=gpus), order)
 
 
-def which(plan: Plan, replica: Replica) -> list[int]:
+def which(plan: Plan, replica: Replica) -> list[int | str]:
     """Its GPUs among those that its step sees; [] for all. Slurm shows a step the job's alone."""
+    if replica.gpus.isdecimal():
+        return list(range(int(replica.gpus)))
     node = "".join(plan.place.allocation.nodes[replica.first : replica.first + 1])
     share = plan.place.allocation.shares.get(node)
-    return [share.each.index(gpu) if share else int(gpu) for gpu in replica.devices]
+    ours, wanted = share.each if share else [], replica.devices or named(replica.gpus)
+    return [ours.index(gpu) if gpu in ours else gpu for gpu in wanted]
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
