@@ -24,6 +24,7 @@ class Candidate:
     shape: str  # in the words of the field: `TP 8, EP 8`
     gpus: int
     replicas: int = 1
+    settings: str = ""  # all that the engine is given, the contents of its file, too
 
     @property
     def words(self) -> list[str]:
@@ -82,8 +83,7 @@ def expand(
             same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
             if same in found:
                 raise Failure(f"the same as {found[same].name}")
-            candidate = Candidate(name, tuple(args), shape, world.size * count, count)
-            found[same] = candidate
+            found[same] = Candidate(name, tuple(args), shape, world.size * count, count, same)
         except Failure as failure:
             left_out.append(LeftOut(name, failure.message))
     return list(found.values()), left_out

@@ -28,7 +28,7 @@ from search.candidates import (
 )
 from search.nodes import Nodes
 from search.race import LOADS, Point
-from search.tuner import Tuner
+from search.tuner import ASKED, Tuner
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "simulator"))
@@ -222,6 +222,60 @@ def test_no_server_is_started_that_nothing_could_be_measured_of(tmp_path: Path) 
     assert not tuner.is_late()
     tuner.round({made.candidates[0]: [1]})
     assert "--minutes" in made.unfinished and not list(tmp_path.iterdir())
+
+
+def kept(folder: Path, *streams: int, repeats: int = 2) -> None:
+    """Results of bench.py in a candidate's folder."""
+    for load in streams:
+        for repeat, record in enumerate(group(*[100.0] * repeats).records):
+            case = record["case"] | {"concurrency": load, "label": f"c{load}", "name": "c"}
+            whole = record | {"case": case, "date": "20260101-000000", "model_id": "m"}
+            write_json(folder / f"c{load}-{repeat}.json", whole)
+
+
+def resumed(folder: Path, **changed: Any) -> Tuner:
+    made = outcome({"a": {}})
+    made.groups.clear()
+    made.candidates = [Candidate("a", (), "TP", 1, settings=changed.pop("settings", "{}"))]
+    made.bench = ["--input-len", "8", "--repeat", "2"]
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return Tuner(made, folder, [1, 4], 1, math.inf, Nodes([""], 1))
+
+
+def test_to_go_on_takes_what_was_measured_of_the_same(tmp_path: Path) -> None:
+    kept(tmp_path / "a", 1)
+    kept(tmp_path / "a", 4, repeats=1)
+    first = resumed(tmp_path)
+    (tmp_path / "a" / ASKED).write_text(first.asked(first.outcome.candidates[0]))
+    first.read_earlier()
+    assert list(first.found("a")) == [1]  # bench.py adds what is missing of the other
+    first.read("a", [4])
+    assert list(first.found("a")) == [1, 4]
+    less = resumed(tmp_path, bench=["--input-len", "8", "--repeat", "1"])
+    less.read_earlier()
+    assert list(less.found("a")) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"bench": ["--input-len", "64", "--repeat", "2"]},
+        {"command": ["org/other"]},
+        {"command": ["org/it's", "--max_seq_len", "4096"]},
+        {"settings": '{"max_batch_size": "8"}'},
+    ],
+)
+def test_to_go_on_takes_nothing_that_was_measured_of_something_else(
+    changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept(tmp_path / "a", 1)
+    before = resumed(tmp_path)
+    (tmp_path / "a" / ASKED).write_text(before.asked(before.outcome.candidates[0]))
+    now = resumed(tmp_path, **changed)
+    now.read_earlier()
+    assert not now.found("a") and list((tmp_path / "a.before1").glob("c1-*"))
+    assert "a: its folder holds results of other arguments" in capsys.readouterr().err
 
 
 # --- how long it takes ----------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_stopped_at_any_moment_it_keeps_what_it_has_and_goes_on(
     run = tune(environ, folder, *SPACE, *SHORT, "--resume")
     talk = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode == 0, talk
-    assert "max_batch_size1: measured before: 1 streams" in talk
+    assert "max_batch_size1: loads measured before: 1" in talk
     assert first.read_text() == kept
     document = json.loads((folder / "tune.json").read_text())
     assert not document["unfinished"] and loads(document, "max_batch_size8")
