@@ -117,8 +117,8 @@ compare: $(READY) ## Compare result folders, each with the first (BEFORE= AFTER=
 	IFS=, read -ra after <<<"$${AFTER:?BEFORE= and AFTER= name the folders}"; $(PY) -m report compare "$${BEFORE:?BEFORE= names the first folder}" "$${after[@]}"
 
 .PHONY: tune
-tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
-	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_STOPPED)
+tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 REPLICAS=1,auto CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
+	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(call flag,REPLICAS,--replicas) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: static-bench
 static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)

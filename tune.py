@@ -12,8 +12,10 @@ run_sbatch.py. Stopped at any moment, it keeps what it has; --resume goes on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from pathlib import Path
 from common.settings import setting
 from common.talk import counted, die, misused, say
 from launch import cli
-from launch.arguments import from_home
+from launch.arguments import from_home, is_count, value_of
 from launch.engines import engine
 from launch.image import newest_tarball
 from launch.node.facts import count_gpus
@@ -35,6 +37,8 @@ from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
 from search.nodes import Nodes
 from search.tuner import Tuner
+
+FLAGS = ("ENGINE", "RUNTIME", "IMAGE", "CONTAINER_MOUNT")  # settings that say what is served
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +60,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     for name, what in zip(SIZES, ("tensor", "pipeline", "expert"), strict=True):
         group(f"--{name}", type=numbers, default=(), metavar="N,N", help=f"{what} parallel sizes")
-    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto")
+    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto (1)")
     group(
         "--set",
         nargs="+",
@@ -87,23 +91,26 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     group("-o", "--output", type=Path, metavar="DIR", help="(results/tune-DATE-TIME)")
     group("--resume", action="store_true", help="go on in -o")
     group("--dry-run", action="store_true", help="list the candidates, and serve none")
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, rest = parser.parse_known_args(words[:end])
     if args.resume and not args.output:
         parser.error("--resume needs -o, the folder to go on in")
     args.loads = sorted(set(args.loads))
-    return args, rest
+    return args, [*rest, *words[end:]]
 
 
 def space_of(args: argparse.Namespace) -> Space:
-    settings = {}
+    settings: dict[str, tuple[str, ...]] = {}
     for word in args.set:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
             misused(f"--set {word}: write KEY=VALUE,VALUE")
-        settings[key] = tuple(values.split(","))
-    replicas = tuple(filter(None, args.replicas.split(",")))
-    if wrong := [each for each in replicas if each != "auto" and not each.isdecimal()]:
+        settings[key] = (*settings.get(key, ()), *values.split(","))
+    replicas = tuple(filter(None, (args.replicas or setting("REPLICAS")).split(",")))
+    if wrong := [each for each in replicas if not (each == "auto" or is_count(each))]:
         misused(f"--replicas {wrong[0]}: neither a number nor auto")
+    replicas = () if replicas == ("1",) else replicas  # as if nobody had asked
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if not args.tp and setting("TP"):
         sizes["tp"] = numbers(setting("TP"))
@@ -133,6 +140,18 @@ def of_workspace(launching: argparse.Namespace) -> list[str]:
         *(["--image", str(tarball)] if tarball else []),
         *([] if mounted else ["--container-mount", str(launching.workspace)]),
     ]
+
+
+def command_of(words: Sequence[str], model: Sequence[str]) -> list[str]:
+    """The launcher's words, as they were given, and what the environment adds to them.
+
+    The answer has them to be pasted, where the environment may be another one.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    flags = {name: f"--{name.lower().replace('_', '-')}" for name in FLAGS}
+    found = [(flag, os.environ.get(name) or "") for name, flag in flags.items()]
+    added = [each for each in found if each[1] and value_of(words[:end], each[0]) is None]
+    return [*model, *words[:end], *itertools.chain(*added), *words[end:]]
 
 
 def folder_of(args: argparse.Namespace) -> Path:
@@ -167,9 +186,9 @@ def tune(argv: Sequence[str] | None = None) -> int:
     args, rest = parse(argv)
     launching, words = cli.parse(rest, "")
     kind, place = engine(launching.engine), find_place(os.environ)
-    model, common, port = kind.read(words, setting("PORT"))
-    model, nodes = find_model(model), nodes_of(place)
-    own = [word for word in map(from_home, rest) if word != model]
+    given, common, port = kind.read(words, setting("PORT"))
+    model, nodes = find_model(given), nodes_of(place)
+    command = command_of(list(map(from_home, rest)), [] if given else [model])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if args.dry_run else folder_of(args)
         found = expand(space_of(args), kind, common, model_config(model),
@@ -180,7 +199,7 @@ def tune(argv: Sequence[str] | None = None) -> int:
     candidates, left_out = found
     if not candidates:
         die("; ".join(["no candidate is left", *(f"{e.name}: {e.why}" for e in left_out)]))
-    outcome = answer.Outcome(model, [model, *own], dict(args.goodput), candidates, left_out,
+    outcome = answer.Outcome(model, command, dict(args.goodput), candidates, left_out,
                              bench_words(args))  # fmt: skip
     deadline = time.monotonic() + args.minutes * 60
     say(f"{counted(len(candidates), 'candidate')}; results in {folder}")

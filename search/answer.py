@@ -45,8 +45,8 @@ class Outcome:
         return next(each for each in self.candidates if each.name == name)
 
     def command_of(self, name: str) -> str:
-        words = self.candidate(name).words
-        return shlex.join([".venv/bin/python", "run_sbatch.py", *self.command, *words])
+        words = self.candidate(name).words(self.command)
+        return shlex.join([".venv/bin/python", "run_sbatch.py", *words])
 
 
 def points_of(found: Mapping[int, Group]) -> dict[int, race.Point]:
@@ -202,7 +202,7 @@ def document(outcome: Outcome) -> Record:
                 "shape": each.shape,
                 "gpus": each.gpus,
                 "replicas": each.replicas,
-                "arguments": list(each.words),
+                "arguments": list(each.args),
                 "failed": outcome.failed.get(each.name),
                 "loads": [
                     {

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.settings import setting
 from common.talk import Failure
+from launch.arguments import value_of
 from launch.engines import Engine
 
 SIZES = ("tp", "pp", "ep")
@@ -26,10 +28,14 @@ class Candidate:
     replicas: int = 1
     settings: str = ""  # all that the engine is given, the contents of its file, too
 
-    @property
-    def words(self) -> list[str]:
-        """What follows MODEL on the launcher's command line."""
-        return [*(["--replicas", str(self.replicas)] if self.replicas > 1 else []), *self.args]
+    def words(self, common: Sequence[str], *options: str) -> list[str]:
+        """The launcher's: those that all have, options before their `--`, the engine's arguments.
+
+        How many servers is said in any case: the setting REPLICAS may say something else.
+        """
+        end = common.index("--") if "--" in common else len(common)
+        options = (*options, "--replicas", str(self.replicas))
+        return [*common[:end], *options, *common[end:], *self.args]
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,15 @@ def expand(
     """
     found: dict[str, Candidate] = {}
     left_out: list[LeftOut] = []
+    names: set[str] = set()
     for config, sizes, replicas, settings in space.combinations():
-        name = name_of(config, sizes, replicas, settings)
+        name = free(name_of(config, sizes, replicas, settings), names)
+        names.add(name)
         try:
             args = engine.tuned(config, sizes, settings, folder / f"{name}.yaml")
             shape, world = engine.check([*common, *args])
+            if setting("TP") and not value_of([*common, *args], *engine.TP):
+                args += [engine.TP[0], str(world.tp)]  # else the launcher adds that of the setting
             refuse_by_model(model, world.tp, world.pp)
             count = number_of(replicas, world.size, gpus)
             same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
@@ -99,6 +109,12 @@ def name_of(
     words += [f"{key}{value}" for key, value in settings.items()]
     plain = "-".join(words) or "default"
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in plain)[:100]
+
+
+def free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where another candidate has it: `a/tp.yaml` and `b/tp.yaml`."""
+    others = (f"{name}-{n}" for n in itertools.count(2))
+    return next(each for each in itertools.chain([name], others) if each not in taken)
 
 
 def number_of(replicas: str, world: int, gpus: int) -> int:

@@ -140,11 +140,12 @@ class Tuner:
         self, candidate: Candidate, nodes: Sequence[str]
     ) -> AbstractContextManager[Serving]:
         port = self.port + PORTS_APART * next(self.served)
-        command = [*self.outcome.command, *self.more, "--port", str(port)]
         folder = self.folder / candidate.name
+        own = ("--workspace", str(folder), *self.more)
+        words = [*candidate.words(self.outcome.command, *own), "--port", str(port)]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ASKED).write_text(self.asked(candidate))
-        return serving(candidate, command, nodes, folder, self.began)
+        return serving(words, nodes, folder, self.began)
 
     def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
         """By bench.py, as its user would. Failure where the server is gone."""

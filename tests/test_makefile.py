@@ -80,6 +80,14 @@ def test_of_a_fleet(checkout: Path) -> None:
     assert make(checkout, "serve", "MODEL=m", *given) == ["run_sbatch.py", "m", *words]
 
 
+def test_of_a_search(checkout: Path) -> None:
+    given = {"MODEL": "m", "TP": "1,2", "REPLICAS": "1,auto", "CONFIGS": "a.yaml b.yaml",
+             "GOODPUT": "ttft:1 tpot:2"}  # fmt: skip
+    words = make(checkout, "tune", *(f"{name}={value}" for name, value in given.items()))
+    assert words == ["tune.py", "m", "--tp", "1,2", "--replicas", "1,auto",
+                     "--config", "a.yaml", "b.yaml", "--goodput", "ttft:1", "tpot:2"]  # fmt: skip
+
+
 def test_the_version_of_the_image_is_an_argument_of_its_build(checkout: Path) -> None:
     """Docker takes the value of a build argument that has none from the environment."""
     build = ["build", "--tag", "tensorrt-llm-serve:latest", "--build-arg", "TRTLLM_VERSION", "."]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import tune
 from common.talk import Failure, write_json
 from launch.engines import engine
 from report.results import Group
@@ -94,8 +95,64 @@ def test_what_cannot_be_is_left_out_with_its_reason(
 def test_auto_is_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     found, _ = tried(Space((), {"tp": (1, 2, 8)}, ("auto",)), tmp_path)
     assert [(c.replicas, c.gpus) for c in found] == [(8, 8), (4, 8), (1, 8)]
-    assert found[0].words[:2] == ["--replicas", "8"] and "--replicas" not in found[2].words
+    assert found[0].words(["m"])[:3] == ["m", "--replicas", "8"]
     assert "give --gpus" in tried(Space((), {}, ("auto",)), tmp_path, gpus=0)[1][0].why
+
+
+def test_two_candidates_never_have_one_name_between_them(tmp_path: Path) -> None:
+    for folder, size in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tp.yaml").write_text(f"tensor_parallel_size: {size}\n")
+    configs = tuple(str(tmp_path / folder / "tp.yaml") for folder in "ab")
+    found, _ = tried(Space(configs, {}, (), {"max_batch_size": ("8",)}), tmp_path)
+    assert [c.name for c in found] == ["tp-max_batch_size8", "tp-max_batch_size8-2"]
+    assert [Path(c.args[-1]).read_text()[-2:] for c in found] == ["1\n", "2\n"]
+    long = Space((), {}, (), {"x" * 120: ("1", "2")})
+    assert len({c.name for c in tried(long, tmp_path)[0]}) == 2
+
+
+def test_the_size_of_the_setting_does_not_come_back_in_a_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TP", "8")  # the launcher adds it where the arguments do not say it
+    (tmp_path / "tp.yaml").write_text("max_batch_size: 8\n")
+    [one], _ = tried(Space((str(tmp_path / "tp.yaml"),)), tmp_path)
+    assert one.gpus == 1 and one.args[-2:] == ("--tp_size", "1")
+    [two], _ = tried(Space((), {"tp": (2,)}), tmp_path)
+    assert two.args == ("--tp_size", "2")
+
+
+def test_the_launchers_options_come_before_what_is_the_engines() -> None:
+    one = Candidate("x", ("--tp_size", "2"), "TP 2", 2)
+    words = one.words(["m", "-v", "--", "--a", "1"], "--workspace", "w")
+    assert words[:6] == ["m", "-v", "--workspace", "w", "--replicas", "1"]
+    assert words[6:] == ["--", "--a", "1", "--tp_size", "2"]
+
+
+def test_the_command_says_what_the_environment_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tune.FLAGS:
+        monkeypatch.delenv(name, raising=False)
+    own = ["org/m", "--engine", "vllm", "--tokenizer", "org/m", "--", "--x", "1"]
+    assert tune.command_of(own, []) == own
+    monkeypatch.setenv("ENGINE", "sglang")
+    monkeypatch.setenv("CONTAINER_MOUNT", "/data")
+    assert tune.command_of(own, []) == [*own[:5], "--container-mount", "/data", *own[5:]]
+    assert tune.command_of([], ["m"])[:3] == ["m", "--engine", "sglang"]
+
+
+def space(monkeypatch: pytest.MonkeyPatch, *words: str, **settings: str) -> Space:
+    for name in ("TP", "REPLICAS"):
+        monkeypatch.setenv(name, settings.get(name, ""))
+    return tune.space_of(tune.parse(["m", *words])[0])
+
+
+def test_what_is_spanned_is_read_from_words_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert space(monkeypatch, "--set", "k=1", "--set", "k=8").settings == {"k": ("1", "8")}
+    assert space(monkeypatch).replicas == () == space(monkeypatch, "--replicas", "1").replicas
+    assert space(monkeypatch, REPLICAS="2").replicas == ("2",)
+    assert space(monkeypatch, "--replicas", "1,auto", REPLICAS="2").replicas == ("1", "auto")
+    with pytest.raises(Failure, match="--replicas 0: neither"):
+        space(monkeypatch, "--replicas", "0")
 
 
 def test_names_are_folders() -> None:
@@ -350,7 +407,7 @@ def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> N
     assert "within TTFT <= 200 ms: a, 100 tokens/s per GPU at 1 stream, 50% of TTFT left" in said
     assert "within E2EL <= 1000 ms: b, 300 tokens/s per GPU at 4 streams" in said
     assert "within TTFT <= 200 ms, E2EL <= 1000 ms: a" in said
-    serve = """.venv/bin/python run_sbatch.py 'org/it'"'"'s' --tp_size 1"""
+    serve = """.venv/bin/python run_sbatch.py 'org/it'"'"'s' --replicas 1 --tp_size 1"""
     assert f"  serve it: {serve}" in said
     assert "dead: n1: out of memory" in said and "left out: tp3: too odd" in said
     assert document(made)["best"][0]["margin"] == {"ttft": 0.5}

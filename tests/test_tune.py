@@ -65,7 +65,7 @@ def test_what_serves_is_the_answer_and_what_does_not_start_is_a_row(
     document = json.loads((folder / "tune.json").read_text())
     assert document["best"][0]["name"] == "tp1-max_batch_size8"
     assert loads(document, "tp1-max_batch_size8") == [1, 4]
-    assert "serve it: .venv/bin/python run_sbatch.py org/m --tp_size 1 --config" in said
+    assert "serve it: .venv/bin/python run_sbatch.py org/m --runtime bare" in said
     assert "Only 1 GPUs are available" in said  # of TP 16
     assert "Only 1 GPUs" in (folder / "tune.html").read_text()
     results = folder / "tp1-max_batch_size8/concurrency-in8-out8-c4.json"
