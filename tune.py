@@ -100,20 +100,38 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, [*rest, *words[end:]]
 
 
+def split(values: str) -> list[str]:
+    """At the commas that are in no brackets and no quotes: a value may be a list."""
+    found, depth, quote = [""], 0, ""
+    for char in values:
+        if quote or char in "\"'":
+            quote = "" if char == quote else quote or char
+        else:
+            depth += (char in "[{") - (char in "]}")
+        if char == "," and not depth and not quote:
+            found.append("")
+        else:
+            found[-1] += char
+    return found
+
+
 def space_of(args: argparse.Namespace) -> Space:
     settings: dict[str, tuple[str, ...]] = {}
     for word in args.set:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
             misused(f"--set {word}: write KEY=VALUE,VALUE")
-        settings[key] = (*settings.get(key, ()), *values.split(","))
+        settings[key] = (*settings.get(key, ()), *split(values))
     replicas = tuple(filter(None, (args.replicas or setting("REPLICAS")).split(",")))
     if wrong := [each for each in replicas if not (each == "auto" or is_count(each))]:
         misused(f"--replicas {wrong[0]}: neither a number nor auto")
     replicas = () if replicas == ("1",) else replicas  # as if nobody had asked
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if not args.tp and setting("TP"):
-        sizes["tp"] = numbers(setting("TP"))
+        try:
+            sizes["tp"] = numbers(setting("TP"))
+        except (ValueError, argparse.ArgumentTypeError):
+            misused(f"TP is {setting('TP')!r}, not a size, nor several as in 4,8")
     return Space(tuple(args.config), sizes, replicas, settings)
 
 

@@ -153,6 +153,22 @@ def test_what_is_spanned_is_read_from_words_and_settings(monkeypatch: pytest.Mon
     assert space(monkeypatch, "--replicas", "1,auto", REPLICAS="2").replicas == ("1", "auto")
     with pytest.raises(Failure, match="--replicas 0: neither"):
         space(monkeypatch, "--replicas", "0")
+    for wrong in ("abc", "0", "1,,2"):
+        with pytest.raises(Failure, match=f"TP is '{wrong}'"):
+            space(monkeypatch, TP=wrong)
+
+
+def test_a_value_may_be_a_list() -> None:
+    assert tune.split("1,8") == ["1", "8"]
+    assert tune.split("[1,2],[[3],{a: 4,b: 5}]") == ["[1,2]", "[[3],{a: 4,b: 5}]"]
+    assert tune.split("'a,b',\"it's,\"") == ["'a,b'", '"it\'s,"']
+
+
+def test_a_value_that_is_not_yaml_is_left_out(tmp_path: Path) -> None:
+    space = Space((), {}, (), {"a.b": ("[1,2]", "[1")})
+    [found], [left] = tried(space, tmp_path)
+    assert Path(found.args[-1]).read_text() == "a:\n  b:\n  - 1\n  - 2\n"
+    assert left.why.startswith("a.b=[1 is not YAML: while parsing")
 
 
 def test_names_are_folders() -> None:
