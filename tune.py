@@ -15,6 +15,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from common.talk import counted, die, misused, say
 from launch import cli
 from launch.arguments import from_home, is_count, value_of
 from launch.engines import engine
+from launch.findings import Node, gpus_of
 from launch.image import newest_tarball
 from launch.node.facts import count_gpus
 from launch.nodes import Place, find_place
@@ -137,8 +139,12 @@ def space_of(args: argparse.Namespace) -> Space:
 
 def gpus_there(asked: int | None, place: Place) -> int:
     """GPUs to plan with; 0 where nobody knows."""
-    if asked or setting("GPUS") == "none":
+    gpus = setting("GPUS")
+    if asked or gpus == "none":
         return asked or 0
+    count = re.match("[1-9][0-9]*", gpus.removeprefix("count="))
+    if named := int(count[0]) if count else len(gpus_of(Node(""), gpus)):
+        return named * place.size
     return sum(share.count for share in place.allocation.shares.values()) or count_gpus()
 
 

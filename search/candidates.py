@@ -88,7 +88,7 @@ def expand(
             shape, world = engine.check([*common, *args])
             if setting("TP") and not value_of([*common, *args], *engine.TP):
                 args += [engine.TP[0], str(world.tp)]  # else the launcher adds that of the setting
-            refuse_by_model(model, world.tp, world.pp)
+            refuse_by_model(model, 1 if "attention DP" in shape else world.tp, world.pp)
             count = number_of(replicas, world.size, gpus)
             same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
             if same in found:
@@ -131,7 +131,10 @@ def number_of(replicas: str, world: int, gpus: int) -> int:
 
 
 def refuse_by_model(model: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Failure where the model's own numbers say that the engine cannot split it so."""
+    """Failure where the model's own numbers say that the engine cannot split it so.
+
+    `tp` is the number of parts of each layer's attention.
+    """
     inner = model.get("text_config")
     text = inner if isinstance(inner, dict) else model
     heads, layers = text.get("num_attention_heads"), text.get("num_hidden_layers")

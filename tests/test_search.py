@@ -15,6 +15,7 @@ import pytest
 import tune
 from common.talk import Failure, write_json
 from launch.engines import engine
+from launch.nodes import Place
 from report.results import Group
 from search import estimate, race
 from search.answer import Outcome, answers, document, html, text
@@ -90,6 +91,33 @@ def test_what_cannot_be_is_left_out_with_its_reason(
 ) -> None:
     found, [left] = tried(space, tmp_path, model=model)
     assert len(found) == 1 and why in left.why
+
+
+def test_attention_dp_does_not_split_the_heads(tmp_path: Path) -> None:
+    sizes = {"tp": (3,)}
+    space = Space((), sizes, (), {"enable_attention_dp": ("true", "false")})
+    [found], [left] = tried(space, tmp_path, model={"num_attention_heads": 32})
+    assert "attention DP" in found.shape and "32 attention heads" in left.why
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "gpus"),
+    [
+        ("2", None, 2),
+        ("count=2", None, 2),
+        ('"device=0,1,5"', None, 3),
+        ("2", 4, 4),
+        ("none", None, 0),
+        ("all", None, 7),
+        ("auto", None, 7),
+    ],
+)
+def test_gpus_that_the_setting_names_are_those_there_are(
+    setting: str, asked: int | None, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUS", setting)
+    monkeypatch.setattr(tune, "count_gpus", lambda: 7)
+    assert tune.gpus_there(asked, Place("x", 1, ())) == gpus
 
 
 def test_auto_is_as_many_as_there_is_room_for(tmp_path: Path) -> None:
