@@ -25,8 +25,8 @@ HOST :=
 endif
 # An exported PORT is the launcher's default, too: only `make test PORT=...` names a server by it.
 SERVER_PORT := $(if $(filter command,$(origin PORT)),$(if $(value PORT),--port "$$PORT"))
-# An exported JOB is anybody's.
-STOP_JOB := $(if $(filter command,$(origin JOB)),$(if $(value JOB),="$$JOB"))
+# An exported JOB is anybody's. An empty one is a slip, which has to stop nothing.
+STOP_JOB := $(if $(filter command,$(origin JOB)),="$$JOB")
 # An exported IMAGE is the server's; `make bench IMAGE=...` asks for NVIDIA's client in it.
 ifeq ($(origin IMAGE),command line)
 BENCH_IMAGE := $(value IMAGE)

@@ -158,6 +158,12 @@ def test_only_a_port_on_the_command_line_names_a_server(
     assert make(checkout, target, "PORT=$(x)") == [script, "--port", "$(x)"]
 
 
+def test_only_a_job_on_the_command_line_is_stopped_alone(checkout: Path) -> None:
+    assert make(checkout, "stop", JOB="7") == ["run_sbatch.py", "--stop"]
+    assert make(checkout, "stop", "JOB=$(x)") == ["run_sbatch.py", "--stop=$(x)"]
+    assert make(checkout, "stop", "JOB=") == ["run_sbatch.py", "--stop="]
+
+
 @pytest.mark.parametrize(
     ("target", "words"), [("report", "RESULTS= names"), ("compare", "BEFORE= and AFTER= name")]
 )

@@ -95,6 +95,11 @@ def test_flags_win_over_settings() -> None:
     assert args.container_mount == args.asked_mount == "/f"
 
 
+def test_all_of_a_workspace_is_stopped_only_where_no_job_is_named() -> None:
+    assert cli.parse(["--stop"])[0].stop == ""
+    assert cli.parse(["--stop", "41_3"])[0].stop == "41_3"
+
+
 def test_a_server_is_probed_but_not_restarted_unless_asked() -> None:
     args, _ = cli.parse([])
     assert (args.probe_seconds, args.probe_timeout, args.restart) == (60, 60, 0)
@@ -175,6 +180,8 @@ def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
         (["--image", ""], {}, "--image is empty"),
         (["--container-mount="], {}, "--container-mount is empty"),
         (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
+        (["--stop", ""], {}, "--stop is empty"),
+        (["--stop="], {}, "--stop is empty"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
         (["-w", "~no-such-user/x"], {}, "is not a directory"),
         (["-w", "n" * 300], {}, "is not a directory"),
