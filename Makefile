@@ -43,6 +43,7 @@ $(foreach name,$(GIVEN),$(eval $(call take,$(name))))
 # that has said all, unless the recipe ends well. Programs call the scripts, whose exit codes tell.
 OR_STOPPED := || [ $$? = 130 ]
 OR_SAID    := || [ $$? = 1 ]
+OR_EITHER  := || [[ $$? = 1 || $$? = 130 ]]
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
@@ -118,7 +119,7 @@ compare: $(READY) ## Compare result folders, each with the first (BEFORE= AFTER=
 
 .PHONY: tune
 tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 REPLICAS=1,auto CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
-	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(call flag,REPLICAS,--replicas) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_STOPPED)
+	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(call flag,REPLICAS,--replicas) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_EITHER)
 
 .PHONY: static-bench
 static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from common.settings import setting
@@ -35,10 +36,11 @@ from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
 from load.arguments import count, limit, numbers, positive
+from load.matrix import Case, too_few
 from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
 from search.nodes import Nodes
-from search.tuner import Tuner
+from search.tuner import PORTS_APART, TURNS, Tuner
 
 FLAGS = ("ENGINE", "RUNTIME", "IMAGE", "CONTAINER_MOUNT")  # settings that say what is served
 
@@ -182,6 +184,18 @@ def folder_of(args: argparse.Namespace) -> Path:
     return bench_place.result_folder(args.output, args.resume, "*", "tune-").resolve()
 
 
+def check_load(args: argparse.Namespace, port: int) -> None:
+    """What of the command line cannot be measured, and what of it does less than one may think."""
+    if args.output_len == 1 and "tpot" in dict(args.goodput):
+        misused("--goodput tpot: answers of one token have no TPOT", hint="--output-len 2 or more")
+    if port + PORTS_APART * TURNS > 65536:
+        what = f"the port is {port}, and a search takes {PORTS_APART * TURNS} from there on"
+        misused(what, hint=f"PORT={65536 - PORTS_APART * TURNS} or less")
+    streams = args.loads[-1]
+    if few := too_few(Case("concurrency", 1, 1, args.num_prompts or streams, streams)):
+        say(few)
+
+
 def bench_words(args: argparse.Namespace) -> list[str]:
     """What bench.py is given for every load."""
     words = ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
@@ -213,16 +227,18 @@ def tune(argv: Sequence[str] | None = None) -> int:
     given, common, port = kind.read(words, setting("PORT"))
     model, nodes = find_model(given), nodes_of(place)
     command = command_of(list(map(from_home, rest)), [] if given else [model])
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if args.dry_run else folder_of(args)
-        found = expand(space_of(args), kind, common, model_config(model),
-                       gpus_there(args.gpus, place), folder)  # fmt: skip
-        if args.dry_run:
-            dry_run(*found, args, nodes, model)
-            return 0
-    candidates, left_out = found
+    span = partial(expand, space_of(args), kind, common, model_config(model),
+                   gpus_there(args.gpus, place))  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:  # no folder is left where nothing is to be done
+        candidates, left_out = span(Path(scratch))
+    check_load(args, port)
+    if args.dry_run:
+        dry_run(candidates, left_out, args, nodes, model)
+        return 0
     if not candidates:
         die("; ".join(["no candidate is left", *(f"{e.name}: {e.why}" for e in left_out)]))
+    folder = folder_of(args)
+    candidates, left_out = span(folder)
     outcome = answer.Outcome(model, command, dict(args.goodput), candidates, left_out,
                              bench_words(args))  # fmt: skip
     deadline = time.monotonic() + args.minutes * 60

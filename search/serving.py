@@ -16,7 +16,7 @@ from launch.node.base import ending_with_us
 
 ROOT = Path(__file__).resolve().parents[1]
 TICK = 0.1  # seconds between two looks for the endpoint
-ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*)$", re.M)
+ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*(?:\n +next: .*)?)$", re.M)
 Process = subprocess.Popen[bytes]
 
 
@@ -36,9 +36,10 @@ class Serving:
     def cause(self) -> str:
         """Why it ended, in its own words."""
         said = self.words.read_text(errors="replace")
-        found = ERROR.findall(said)
+        if found := ERROR.findall(said):
+            return re.sub(r"\n +", "; ", found[-1])
         last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        return found[-1] if found else f"exit code {self.launcher.returncode}: {last[0]}"
+        return f"exit code {self.launcher.returncode}: {last[0]}"
 
 
 @contextlib.contextmanager

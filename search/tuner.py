@@ -23,6 +23,7 @@ from search.serving import ROOT, Process, Serving, serving
 
 ASKED = "asked.txt"  # in a candidate's folder: what its results are of
 PORTS_APART = 20  # a candidate never meets the port of the one before, nor a fleet's replicas
+TURNS = 16  # after so many the first port is free again
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Tuner:
     def serving(
         self, candidate: Candidate, nodes: Sequence[str]
     ) -> AbstractContextManager[Serving]:
-        port = self.port + PORTS_APART * next(self.served)
+        port = self.port + PORTS_APART * (next(self.served) % TURNS)
         folder = self.folder / candidate.name
         own = ("--workspace", str(folder), *self.more)
         words = [*candidate.words(self.outcome.command, *own), "--port", str(port)]
@@ -229,7 +230,7 @@ class Tuner:
         point = self.points(name)[streams]
         words = f"{answer.number(point.gpu)} tokens/s per GPU, {point.user:,.1f} per user"
         latencies = ", ".join(
-            f"{answer.NAMES[m]} p99 {point.p99[m]:,.1f} ms" for m in ("ttft", "tpot")
+            f"{answer.NAMES[m]} p99 {answer.ms(point, m)} ms" for m in ("ttft", "tpot")
         )
         wrong = "" if point.valid else f"INVALID: {'; '.join(group.problems)}"
         say(f"{name}, {counted(streams, 'stream')}: {wrong or f'{words}, {latencies}'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import tune
 from common.talk import Failure, write_json
 from launch.engines import engine
 from launch.nodes import Place
+from load import bench_place
 from report.results import Group
 from search import estimate, race
 from search.answer import Outcome, answers, document, html, text
@@ -30,6 +32,7 @@ from search.candidates import (
 )
 from search.nodes import Nodes
 from search.race import LOADS, Point
+from search.serving import Serving
 from search.tuner import ASKED, Tuner
 from tests.conftest import ROOT
 
@@ -459,9 +462,60 @@ def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> N
     assert "out of memory" in html(made)
 
 
-def test_nothing_within_the_limits_is_said() -> None:
-    [best] = answers(made := outcome({"a": {1: group(100)}}, ttft=1.0))
-    assert best.name == "" and "no candidate keeps that" in text(made)
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({1: group(100)}, "no candidate keeps that"),
+        ({1: group(100, valid=False)}, "every load was invalid"),
+        ({}, "nothing was measured"),
+    ],
+)
+def test_why_there_is_no_best_one_is_said(found: dict[int, Group], words: str) -> None:
+    [best] = answers(made := outcome({"a": found}, ttft=1.0))
+    assert best.name == "" and f"within TTFT <= 1 ms: {words}" in text(made)
+
+
+def test_what_was_not_measured_keeps_no_limit() -> None:
+    """TPOT of answers of one token."""
+    records = ({**group(100).records[0], "p99_tpot_ms": None},)
+    [best] = answers(made := outcome({"a": {1: Group("c", records)}}, tpot=30.0))
+    assert best.name == "" and "100.0         -" in text(made)
+    assert document(made)["candidates"][0]["loads"][0]["p99_tpot_ms"] is None
+    html(made)
+
+
+def test_one_run_says_nothing_of_the_spread() -> None:
+    assert "measured once" in text(outcome({"a": {1: group(100)}}))
+    assert "measured once" not in text(outcome({"a": {1: group(100, 101)}}))
+
+
+def test_what_ended_a_launcher_is_told_with_what_to_do_next(tmp_path: Path) -> None:
+    said = "[10:00:00] ERROR no room\n           next: lower --tp\n[10:00:01] bye\n"
+    (tmp_path / "launcher.txt").write_text(said)
+    launcher = subprocess.Popen(["false"])
+    assert Serving(launcher, tmp_path).cause() == "no room; next: lower --tp"
+    launcher.wait()
+    (tmp_path / "launcher.txt").write_text("[10:00:00] bye\n")
+    assert Serving(launcher, tmp_path).cause() == "exit code 1: [10:00:00] bye"
+
+
+def test_two_searches_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    names = [bench_place.new_folder(tmp_path / "results/tune-1").name for _ in range(3)]
+    assert names == ["tune-1", "tune-1-2", "tune-1-3"]
+
+
+def test_what_cannot_be_measured_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    def check(*words: str, port: int = 8000) -> None:
+        tune.check_load(tune.parse(["m", *words])[0], port)
+
+    with pytest.raises(Failure, match="one token have no TPOT"):
+        check("--output-len", "1", "--goodput", "ttft:5", "tpot:30")
+    with pytest.raises(Failure, match="the port is 65530"):
+        check(port=65530)
+    check("--loads", "1,16", "--num-prompts", "16", port=65536 - 320)
+    assert not capsys.readouterr().err
+    check("--loads", "1,16", "--num-prompts", "8")
+    assert "no more than 8 of 16 streams are in flight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

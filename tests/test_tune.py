@@ -131,6 +131,7 @@ def test_wrong_usage_is_one_sentence(
     run = tune(environ, tmp_path / "x", *words)
     talk = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode in (1, 2) and sentence in talk and "Traceback" not in talk
+    assert not (tmp_path / "x").exists()
 
 
 def test_to_go_on_needs_the_folder(environ: dict[str, str], tmp_path: Path) -> None:
