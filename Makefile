@@ -53,6 +53,8 @@ POOLS = $(call flag,PREFILL,--prefill) $(call flag,DECODE,--decode) $(call flag,
 EXTRA_ARGS ?=
 BENCH_ARGS ?=
 
+SAVED := tensorrt-llm-serve-latest.tar
+
 ##@ Image
 .PHONY: docker
 docker: ## Build the image from the Dockerfile (IMAGE= TRTLLM_VERSION=)
@@ -63,8 +65,8 @@ save: $(READY) ## Save the image as a tarball for the nodes (IMAGE= FILE= COMPRE
 	$(PY) save_image.py $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
 
 .PHONY: load
-load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
-	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
+load: $(READY) ## Load a tarball into this machine's Docker (FILE=; without it the newest that `make save` wrote)
+	newest=$$(ls -t $(SAVED){.gz,.zst,} 2>/dev/null | head -n 1 || :); $(PY) save_image.py --load "$${FILE:-$${newest:-$(SAVED).gz}}"
 
 .PHONY: image-check
 image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)

@@ -134,7 +134,7 @@ def space_of(args: argparse.Namespace) -> Space:
     if not args.tp and setting("TP"):
         try:
             sizes["tp"] = numbers(setting("TP"))
-        except (ValueError, argparse.ArgumentTypeError):
+        except argparse.ArgumentTypeError:
             misused(f"TP is {setting('TP')!r}, not a size, nor several as in 4,8")
     return Space(tuple(args.config), sizes, replicas, settings)
 

@@ -104,6 +104,15 @@ def test_several_folders_are_compared(checkout: Path) -> None:
     assert make(checkout, "compare", "BEFORE=a", "AFTER=b")[3:] == ["a", "b"]
 
 
+def test_the_newest_tarball_is_loaded(checkout: Path) -> None:
+    for time, codec in enumerate(("gz", "zst")):
+        tarball = checkout / f"tensorrt-llm-serve-latest.tar.{codec}"
+        tarball.touch()
+        os.utime(tarball, (time, time))
+    assert make(checkout, "load") == ["save_image.py", "--load", tarball.name]
+    assert make(checkout, "load", "FILE=$(x)") == ["save_image.py", "--load", "$(x)"]
+
+
 TARGETS = {
     "serve": ["run_sbatch.py"],
     "stop": ["run_sbatch.py", "--stop"],

@@ -189,6 +189,24 @@ def test_what_is_spanned_is_read_from_words_and_settings(monkeypatch: pytest.Mon
             space(monkeypatch, TP=wrong)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tp", "abc"), "--tp: 'abc' is not a whole number"),
+        (("--tp", "1,"), "--tp: '' is not a whole number"),
+        (("--repeat", "1.5"), "--repeat: '1.5' is not a whole number"),
+        (("--minutes", "x"), "--minutes: 'x' is not a number"),
+        (("--goodput", "ttft:x"), "--goodput: 'x' is not a number"),
+    ],
+)
+def test_what_is_no_number_is_said(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tune.parse(["m", *words])
+    assert said in capsys.readouterr().err
+
+
 def test_a_value_may_be_a_list() -> None:
     assert tune.split("1,8") == ["1", "8"]
     assert tune.split("[1,2],[[3],{a: 4,b: 5}]") == ["[1,2]", "[[3],{a: 4,b: 5}]"]
