@@ -11,6 +11,11 @@ run_sbatch.py. Stopped at any moment, it keeps what it has; --resume goes on.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
+
 import argparse
 import itertools
 import math

@@ -134,6 +134,23 @@ def test_wrong_usage_is_one_sentence(
     assert not (tmp_path / "x").exists()
 
 
+EARLY = """import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name in ("common", "launch"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["tune.py", "bench.py", "run_sbatch.py"])
+def test_an_interrupt_while_a_script_is_imported_is_no_traceback(script: str) -> None:
+    command = [sys.executable, "-c", EARLY, str(ROOT / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_to_go_on_needs_the_folder(environ: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tune.py"), "org/m", "--resume"]
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True)
