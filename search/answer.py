@@ -174,7 +174,7 @@ def say(outcome: Outcome, best: Best) -> list[str]:
         others = ", ".join(best.ties)
         lines.append(f"  a tie with {others}: the repeats differ by more than they do")
     if len(outcome.groups[best.name][best.load].records) < 2:
-        lines.append("  measured once: how much repeats differ, and what is a tie, is not known")
+        lines.append("  measured once: how much runs differ is not known, nor what is a tie")
     return [*lines, f"  serve it: {outcome.command_of(best.name)}"]
 
 

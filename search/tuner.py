@@ -145,7 +145,7 @@ class Tuner:
         own = ("--workspace", str(folder), *self.more)
         words = [*candidate.words(self.outcome.command, *own), "--port", str(port)]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ASKED).write_text(self.asked(candidate))
+        (folder / ASKED).write_bytes(self.asked(candidate))
         return serving(words, nodes, folder, self.began)
 
     def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
@@ -203,18 +203,19 @@ class Tuner:
                 done = ", ".join(map(str, sorted(found)))
                 say(f"{candidate.name}: loads measured before: {done}")
 
-    def asked(self, candidate: Candidate) -> str:
+    def asked(self, candidate: Candidate) -> bytes:
         """What makes results comparable: what is served, and with what it is measured."""
         bench = without(self.outcome.bench, "--repeat")  # of which there may be more
-        return "\n".join([shlex.join(self.outcome.command), candidate.settings, shlex.join(bench)])
+        words = [shlex.join(self.outcome.command), candidate.settings, shlex.join(bench)]
+        return "\n".join(words).encode(errors="surrogateescape")  # a path need not be UTF-8
 
     def set_aside(self, candidate: Candidate) -> None:
         """A folder with results of something else is kept by another name."""
         folder = self.folder / candidate.name
         try:
-            before = (folder / ASKED).read_text()
+            before = (folder / ASKED).read_bytes()
         except OSError:
-            before = ""
+            before = b""
         if not any(folder.glob("[!.]*.json")) or before == self.asked(candidate):
             return
         names = (folder.with_name(f"{folder.name}.before{n}") for n in itertools.count(1))

@@ -369,7 +369,7 @@ def test_to_go_on_takes_what_was_measured_of_the_same(tmp_path: Path) -> None:
     kept(tmp_path / "a", 1)
     kept(tmp_path / "a", 4, repeats=1)
     first = resumed(tmp_path)
-    (tmp_path / "a" / ASKED).write_text(first.asked(first.outcome.candidates[0]))
+    (tmp_path / "a" / ASKED).write_bytes(first.asked(first.outcome.candidates[0]))
     first.read_earlier()
     assert list(first.found("a")) == [1]  # bench.py adds what is missing of the other
     first.read("a", [4])
@@ -384,6 +384,7 @@ def test_to_go_on_takes_what_was_measured_of_the_same(tmp_path: Path) -> None:
     [
         {"bench": ["--input-len", "64", "--repeat", "2"]},
         {"command": ["org/other"]},
+        {"command": ["org/\udcff"]},
         {"command": ["org/it's", "--max_seq_len", "4096"]},
         {"settings": '{"max_batch_size": "8"}'},
     ],
@@ -393,7 +394,7 @@ def test_to_go_on_takes_nothing_that_was_measured_of_something_else(
 ) -> None:
     kept(tmp_path / "a", 1)
     before = resumed(tmp_path)
-    (tmp_path / "a" / ASKED).write_text(before.asked(before.outcome.candidates[0]))
+    (tmp_path / "a" / ASKED).write_bytes(before.asked(before.outcome.candidates[0]))
     now = resumed(tmp_path, **changed)
     now.read_earlier()
     assert not now.found("a") and list((tmp_path / "a.before1").glob("c1-*"))
