@@ -25,8 +25,8 @@ HOST :=
 endif
 # An exported PORT is the launcher's default, too: only `make test PORT=...` names a server by it.
 SERVER_PORT := $(if $(filter command,$(origin PORT)),$(if $(value PORT),--port "$$PORT"))
-# An exported JOB is anybody's.
-STOP_JOB := $(if $(filter command,$(origin JOB)),$(if $(value JOB),="$$JOB"))
+# An exported JOB is anybody's. An empty one is a slip, which has to stop nothing.
+STOP_JOB := $(if $(filter command,$(origin JOB)),="$$JOB")
 # An exported IMAGE is the server's; `make bench IMAGE=...` asks for NVIDIA's client in it.
 ifeq ($(origin IMAGE),command line)
 BENCH_IMAGE := $(value IMAGE)
@@ -43,6 +43,7 @@ $(foreach name,$(GIVEN),$(eval $(call take,$(name))))
 # that has said all, unless the recipe ends well. Programs call the scripts, whose exit codes tell.
 OR_STOPPED := || [ $$? = 130 ]
 OR_SAID    := || [ $$? = 1 ]
+OR_EITHER  := || [[ $$? = 1 || $$? = 130 ]]
 
 # $(call flag,NAME,--flag): the flag with the shell's "$NAME", where NAME was given.
 flag = $(if $(value $(1)),$(2) "$$$(1)")
@@ -51,6 +52,8 @@ POOLS = $(call flag,PREFILL,--prefill) $(call flag,DECODE,--decode) $(call flag,
 # CONFIGS and GOODPUT of `make tune`.
 EXTRA_ARGS ?=
 BENCH_ARGS ?=
+
+SAVED := tensorrt-llm-serve-latest.tar
 
 ##@ Image
 .PHONY: docker
@@ -62,8 +65,8 @@ save: $(READY) ## Save the image as a tarball for the nodes (IMAGE= FILE= COMPRE
 	$(PY) save_image.py $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
 
 .PHONY: load
-load: $(READY) ## Load a tarball into this machine's Docker (FILE=)
-	$(PY) save_image.py --load "$${FILE:-tensorrt-llm-serve-latest.tar.gz}"
+load: $(READY) ## Load a tarball into this machine's Docker (FILE=; without it the newest that `make save` wrote)
+	newest=$$(ls -t $(SAVED){.gz,.zst,} 2>/dev/null | head -n 1 || :); $(PY) save_image.py --load "$${FILE:-$${newest:-$(SAVED).gz}}"
 
 .PHONY: image-check
 image-check: ## Show what the image contains: engine, MPI, NCCL, EFA, GDRCopy (IMAGE=)
@@ -117,8 +120,8 @@ compare: $(READY) ## Compare result folders, each with the first (BEFORE= AFTER=
 	IFS=, read -ra after <<<"$${AFTER:?BEFORE= and AFTER= name the folders}"; $(PY) -m report compare "$${BEFORE:?BEFORE= names the first folder}" "$${after[@]}"
 
 .PHONY: tune
-tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
-	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_STOPPED)
+tune: $(READY) ## Find the best configuration for a model (MODEL= TP=1,2,4,8 REPLICAS=1,auto CONFIGS='a.yaml b.yaml' GOODPUT='ttft:500 tpot:30' EXTRA_ARGS=)
+	$(PY) tune.py $(call flag,MODEL,) $(call flag,TP,--tp) $(call flag,REPLICAS,--replicas) $(if $(value CONFIGS),--config $$CONFIGS) $(if $(value GOODPUT),--goodput $$GOODPUT) $(EXTRA_ARGS) $(OR_EITHER)
 
 .PHONY: static-bench
 static-bench: $(READY) ## Benchmark the engine alone, without a server, with trtllm-bench (MODEL= TP= IMAGE=)

@@ -10,6 +10,11 @@ on stdout is one JSON document. Defaults are in brackets.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
+
 import argparse
 import json
 import math

@@ -25,6 +25,11 @@ options. More settings, such as PORT and TP, are in env.example.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
+
 import os
 import subprocess
 import sys

@@ -154,7 +154,7 @@ def judge(reply: object, ask: Facts) -> Facts:
     if ask.get("stream") and "stream_options" not in ask:  # refused: nothing has to be counted
         return {"detail": "uncounted tokens"}
     limit = ask.get("max_tokens") or ask["max_completion_tokens"]
-    return {"detail": f"{completion_tokens(reply, count * limit)} tokens"}
+    return {"detail": f"{(n := completion_tokens(reply, count * limit))} token{'s' * (n != 1)}"}
 
 
 def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:

@@ -11,19 +11,29 @@ run_sbatch.py. Stopped at any moment, it keeps what it has; --resume goes on.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
+
 import argparse
+import itertools
 import math
 import os
+import re
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from common.settings import setting
 from common.talk import counted, die, misused, say
 from launch import cli
-from launch.arguments import from_home
+from launch.arguments import from_home, is_count, value_of
 from launch.engines import engine
+from launch.findings import Node, gpus_of
 from launch.image import newest_tarball
 from launch.node.facts import count_gpus
 from launch.nodes import Place, find_place
@@ -31,10 +41,13 @@ from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
 from load.arguments import count, limit, numbers, positive
+from load.matrix import Case, too_few
 from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
 from search.nodes import Nodes
-from search.tuner import Tuner
+from search.tuner import PORTS_APART, TURNS, Tuner
+
+FLAGS = ("ENGINE", "RUNTIME", "IMAGE", "CONTAINER_MOUNT")  # settings that say what is served
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     for name, what in zip(SIZES, ("tensor", "pipeline", "expert"), strict=True):
         group(f"--{name}", type=numbers, default=(), metavar="N,N", help=f"{what} parallel sizes")
-    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto")
+    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto (1)")
     group(
         "--set",
         nargs="+",
@@ -87,33 +100,58 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     group("-o", "--output", type=Path, metavar="DIR", help="(results/tune-DATE-TIME)")
     group("--resume", action="store_true", help="go on in -o")
     group("--dry-run", action="store_true", help="list the candidates, and serve none")
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, rest = parser.parse_known_args(words[:end])
     if args.resume and not args.output:
         parser.error("--resume needs -o, the folder to go on in")
     args.loads = sorted(set(args.loads))
-    return args, rest
+    return args, [*rest, *words[end:]]
+
+
+def split(values: str) -> list[str]:
+    """At the commas that are in no brackets and no quotes: a value may be a list."""
+    found, depth, quote = [""], 0, ""
+    for char in values:
+        if quote or char in "\"'":
+            quote = "" if char == quote else quote or char
+        else:
+            depth += (char in "[{") - (char in "]}")
+        if char == "," and not depth and not quote:
+            found.append("")
+        else:
+            found[-1] += char
+    return found
 
 
 def space_of(args: argparse.Namespace) -> Space:
-    settings = {}
+    settings: dict[str, tuple[str, ...]] = {}
     for word in args.set:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
             misused(f"--set {word}: write KEY=VALUE,VALUE")
-        settings[key] = tuple(values.split(","))
-    replicas = tuple(filter(None, args.replicas.split(",")))
-    if wrong := [each for each in replicas if each != "auto" and not each.isdecimal()]:
+        settings[key] = (*settings.get(key, ()), *split(values))
+    replicas = tuple(filter(None, (args.replicas or setting("REPLICAS")).split(",")))
+    if wrong := [each for each in replicas if not (each == "auto" or is_count(each))]:
         misused(f"--replicas {wrong[0]}: neither a number nor auto")
+    replicas = () if replicas == ("1",) else replicas  # as if nobody had asked
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if not args.tp and setting("TP"):
-        sizes["tp"] = numbers(setting("TP"))
+        try:
+            sizes["tp"] = numbers(setting("TP"))
+        except argparse.ArgumentTypeError:
+            misused(f"TP is {setting('TP')!r}, not a size, nor several as in 4,8")
     return Space(tuple(args.config), sizes, replicas, settings)
 
 
 def gpus_there(asked: int | None, place: Place) -> int:
     """GPUs to plan with; 0 where nobody knows."""
-    if asked or setting("GPUS") == "none":
+    gpus = setting("GPUS")
+    if asked or gpus == "none":
         return asked or 0
+    count = re.match("[1-9][0-9]*", gpus.removeprefix("count="))
+    if named := int(count[0]) if count else len(gpus_of(Node(""), gpus)):
+        return named * place.size
     return sum(share.count for share in place.allocation.shares.values()) or count_gpus()
 
 
@@ -135,8 +173,32 @@ def of_workspace(launching: argparse.Namespace) -> list[str]:
     ]
 
 
+def command_of(words: Sequence[str], model: Sequence[str]) -> list[str]:
+    """The launcher's words, as they were given, and what the environment adds to them.
+
+    The answer has them to be pasted, where the environment may be another one.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    flags = {name: f"--{name.lower().replace('_', '-')}" for name in FLAGS}
+    found = [(flag, os.environ.get(name) or "") for name, flag in flags.items()]
+    added = [each for each in found if each[1] and value_of(words[:end], each[0]) is None]
+    return [*model, *words[:end], *itertools.chain(*added), *words[end:]]
+
+
 def folder_of(args: argparse.Namespace) -> Path:
     return bench_place.result_folder(args.output, args.resume, "*", "tune-").resolve()
+
+
+def check_load(args: argparse.Namespace, port: int) -> None:
+    """What of the command line cannot be measured, and what of it does less than one may think."""
+    if args.output_len == 1 and "tpot" in dict(args.goodput):
+        misused("--goodput tpot: answers of one token have no TPOT", hint="--output-len 2 or more")
+    if port + PORTS_APART * TURNS > 65536:
+        what = f"the port is {port}, and a search takes {PORTS_APART * TURNS} from there on"
+        misused(what, hint=f"PORT={65536 - PORTS_APART * TURNS} or less")
+    streams = args.loads[-1]
+    if few := too_few(Case("concurrency", 1, 1, args.num_prompts or streams, streams)):
+        say(few)
 
 
 def bench_words(args: argparse.Namespace) -> list[str]:
@@ -167,20 +229,22 @@ def tune(argv: Sequence[str] | None = None) -> int:
     args, rest = parse(argv)
     launching, words = cli.parse(rest, "")
     kind, place = engine(launching.engine), find_place(os.environ)
-    model, common, port = kind.read(words, setting("PORT"))
-    model, nodes = find_model(model), nodes_of(place)
-    own = [word for word in map(from_home, rest) if word != model]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) if args.dry_run else folder_of(args)
-        found = expand(space_of(args), kind, common, model_config(model),
-                       gpus_there(args.gpus, place), folder)  # fmt: skip
-        if args.dry_run:
-            dry_run(*found, args, nodes, model)
-            return 0
-    candidates, left_out = found
+    given, common, port = kind.read(words, setting("PORT"))
+    model, nodes = find_model(given), nodes_of(place)
+    command = command_of(list(map(from_home, rest)), [] if given else [model])
+    span = partial(expand, space_of(args), kind, common, model_config(model),
+                   gpus_there(args.gpus, place))  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:  # no folder is left where nothing is to be done
+        candidates, left_out = span(Path(scratch))
+    check_load(args, port)
+    if args.dry_run:
+        dry_run(candidates, left_out, args, nodes, model)
+        return 0
     if not candidates:
         die("; ".join(["no candidate is left", *(f"{e.name}: {e.why}" for e in left_out)]))
-    outcome = answer.Outcome(model, [model, *own], dict(args.goodput), candidates, left_out,
+    folder = folder_of(args)
+    candidates, left_out = span(folder)
+    outcome = answer.Outcome(model, command, dict(args.goodput), candidates, left_out,
                              bench_words(args))  # fmt: skip
     deadline = time.monotonic() + args.minutes * 60
     say(f"{counted(len(candidates), 'candidate')}; results in {folder}")

@@ -118,7 +118,7 @@ def with_address(args: Sequence[str], port: str) -> tuple[list[str], int]:
     """The arguments with the host and port that are not given, and the port."""
     port = value_of(args, "--port") or port
     if not is_count(port) or int(port) > 65535:
-        die(f"the port is {port!r}, not a number from 1 to 65535")
+        misused(f"the port is {port!r}, not a number from 1 to 65535")
     host = [] if value_of(args, "--host") is not None else ["--host", "0.0.0.0"]
     return [*args, *host, *([] if value_of(args, "--port") else ["--port", port])], int(port)
 
@@ -127,7 +127,7 @@ def size_of(args: Sequence[str], *flags: str) -> int:
     """A size by any of its flags; 1 where it is not given. Failure where it is no number."""
     value = value_of(args, *flags)
     if value is not None and not is_count(value):
-        die(f"{flags[0]} is {value!r}, not a number of GPUs")
+        misused(f"{flags[0]} is {value!r}, not a number of GPUs")
     return int(value or 1)
 
 

@@ -22,7 +22,8 @@ GPU_WORDS = re.compile(
     "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
 )
 GIVEN = """image workspace container_mount engine ready_timeout restart runtime replicas
-    load_at_once""".split()
+    load_at_once stop""".split()
+EVERY = "*"  # a --stop without a JOB
 POOL_ARGS = "--prefill-args", "--decode-args"
 FOREVER = 1e9  # seconds, 30 years; no timer takes more than ten times that
 
@@ -97,7 +98,7 @@ def parse(
     what.add_argument("--status", action="store_true", help="show what runs from this workspace")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
     what.add_argument(
-        "--stop", metavar="JOB", nargs="?", const="", help="stop it, or only what runs in JOB"
+        "--stop", metavar="JOB", nargs="?", const=EVERY, help="stop it, or only what runs in JOB"
     )
     what.add_argument(
         "--logs",
@@ -138,6 +139,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in GIVEN:
         if getattr(args, name) == "":  # of an unset variable in somebody's script
             parser.error(f"--{name.replace('_', '-')} is empty")
+    args.stop = "" if args.stop == EVERY else args.stop
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
     args.container_mount = args.asked_mount or setting("CONTAINER_MOUNT")
     args.image = args.image or setting("IMAGE")

@@ -1,6 +1,7 @@
 """An engine's configuration file: YAML, of which a mapping of settings is expected."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,31 @@ def read_config(path: str) -> dict[str, Any] | None:
     import yaml
 
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        with refusing(f"the config file {path}"):
+            config = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         die(f"cannot read the config file {path}: {error.strerror}")
+    if not isinstance(config, dict | None):
+        die(f"the config file {path} is not a mapping of settings")
+    return config
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Failure for what is not YAML."""
+    import yaml
+
+    try:
+        yield
     except RecursionError:
-        die(f"the config file {path} is not YAML: nested too deeply")
+        die(f"{what} is not YAML: nested too deeply")
     except (
         yaml.YAMLError,
         ValueError,
         LookupError,
         AttributeError,
     ) as error:  # a date that is none
-        die(f"the config file {path} is not YAML: {' '.join(str(error).split())[:300]}")
-    if not isinstance(config, dict | None):
-        die(f"the config file {path} is not a mapping of settings")
-    return config
+        die(f"{what} is not YAML: {' '.join(str(error).split())[:300]}")
 
 
 def merged(args: Sequence[str]) -> list[str]:
@@ -63,5 +74,6 @@ def write_with(path: str, settings: Mapping[str, str], file: Path) -> None:
             if not isinstance(inner.setdefault(name, {}), dict):
                 die(f"{key}: {name} is not a mapping in {path}")
             inner = inner[name]
-        inner[last] = yaml.safe_load(value)
+        with refusing(f"{key}={value}"):
+            inner[last] = yaml.safe_load(value)
     file.write_text(yaml.safe_dump(config))

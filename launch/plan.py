@@ -145,7 +145,8 @@ def is_directory(path: Path | str) -> bool:
 def find_model(given: str | None) -> str:
     if given is None:
         given = from_home(setting("MODEL"))
-        say(f"no MODEL given: serving the default, {given}")
+        whose = "the setting's" if os.environ.get("MODEL") else "the default"
+        say(f"no MODEL given: serving {whose}, {given}")
     if not given.strip() or given.startswith("-"):
         wrong = f"{given}, which is no model" if given.strip() else "empty"
         misused(f"MODEL is {wrong}", hint="give a Hugging Face id or a path")

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 from load.matrix import SWEEP, TYPES
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
+N = TypeVar("N", int, float)
+
+
+def number(text: str, kind: Callable[[str], N]) -> N:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    found = tuple(int(word) for word in text.split(","))
+    found = tuple(number(word, int) for word in text.split(","))
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text}: all have to be 1 or more")
     return found
@@ -22,7 +33,7 @@ def streams(text: str) -> tuple[int | None, ...]:
 
 
 def rates(text: str) -> tuple[float, ...]:
-    found = tuple(float(word) for word in text.split(","))
+    found = tuple(number(word, float) for word in text.split(","))
     if not all(rate > 0 for rate in found):
         raise argparse.ArgumentTypeError(
             f"{text}: a rate is requests a second, more than 0, or inf"
@@ -31,7 +42,7 @@ def rates(text: str) -> tuple[float, ...]:
 
 
 def positive(text: str) -> float:
-    found = float(text)
+    found = number(text, float)
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
     return found
@@ -59,7 +70,7 @@ def count(text: str) -> int:
 
 
 def whole(text: str) -> int:
-    if (found := int(text)) < 0:
+    if (found := number(text, int)) < 0:
         raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
     return found
 

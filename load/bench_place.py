@@ -66,11 +66,25 @@ def environment() -> dict[str, str]:
 
 def result_folder(asked: Path | None, resume: bool, results: str, name: str = "") -> Path:
     """Where results go, made; `results` matches those that only --resume may add to."""
-    folder = asked or Path(RESULTS) / (name + time.strftime("%Y%m%d-%H%M%S"))
+    if not asked:
+        return new_folder(Path(RESULTS) / (name + time.strftime("%Y%m%d-%H%M%S")))
+    folder = asked
     if not resume and any(folder.glob(results)):
         die(f"{folder} holds results already", hint="--resume goes on; or name another with -o")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def new_folder(path: Path) -> Path:
+    """Made, and by nobody else: others may have started in the same second."""
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
 
 
 def is_installed() -> bool:

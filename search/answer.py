@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from common.talk import counted, whole_file, write_json
+from common.talk import clean, counted, whole_file, write_json
 from report import page
 from report.charts import Chart
 from report.charts import Point as Dot
@@ -45,8 +45,8 @@ class Outcome:
         return next(each for each in self.candidates if each.name == name)
 
     def command_of(self, name: str) -> str:
-        words = self.candidate(name).words
-        return shlex.join([".venv/bin/python", "run_sbatch.py", *self.command, *words])
+        words = self.candidate(name).words(self.command)
+        return shlex.join([".venv/bin/python", "run_sbatch.py", *words])
 
 
 def points_of(found: Mapping[int, Group]) -> dict[int, race.Point]:
@@ -54,11 +54,18 @@ def points_of(found: Mapping[int, Group]) -> dict[int, race.Point]:
 
 
 def point_of(group: Group) -> race.Point:
-    def value(key: str) -> float:
-        return group.value(key) or 0.0
+    def value(key: str, otherwise: float = 0.0) -> float:
+        found = group.value(key)
+        return otherwise if found is None else found
 
-    p99 = {name: value(f"p99_{name}_ms") for name in NAMES}
+    p99 = {name: value(f"p99_{name}_ms", math.nan) for name in NAMES}
     return race.Point(value("user_throughput"), value("gpu_throughput"), p99, group.valid)
+
+
+def ms(point: race.Point, name: str, digits: int = 1) -> str:
+    """A p99 in words; `-` of what there was none of, as TPOT of answers of one token."""
+    value = point.p99[name]
+    return "-" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def row(outcome: Outcome, name: str, load: int, mark: str) -> list[str]:
     point = point_of(group)
     around = group.spread("gpu_throughput")
     per_gpu = number(point.gpu) + (f" ±{around:.1%}" if len(group.records) > 1 else "")
-    latencies = [f"{point.p99[metric]:,.1f}" for metric in ("ttft", "tpot")]
+    latencies = [ms(point, metric) for metric in ("ttft", "tpot")]
     return [name, str(gpus), str(load), per_gpu, f"{point.user:,.1f}", *latencies, mark]
 
 
@@ -155,7 +162,10 @@ def say(outcome: Outcome, best: Best) -> list[str]:
     """What is best, by how much, and the command line for it."""
     goal = f"within {in_words(best.limits)}" if best.limits else "most throughput a GPU"
     if not best.name:
-        return [f"{goal}: no candidate keeps that, at any load"]
+        found = [p for by_load in outcome.measured.values() for p in by_load.values()]
+        if any(point.valid for point in found):
+            return [f"{goal}: no candidate keeps that, at any load"]
+        return [f"{goal}: {'every load was invalid' if found else 'nothing was measured'}"]
     point = outcome.measured[best.name][best.load]
     left = ", ".join(f"{share:.0%} of {NAMES[name]} left" for name, share in best.margin.items())
     words = [f"{number(point.gpu)} tokens/s per GPU at {counted(best.load, 'stream')}", left]
@@ -163,6 +173,8 @@ def say(outcome: Outcome, best: Best) -> list[str]:
     if best.ties:
         others = ", ".join(best.ties)
         lines.append(f"  a tie with {others}: the repeats differ by more than they do")
+    if len(outcome.groups[best.name][best.load].records) < 2:
+        lines.append("  measured once: how much runs differ is not known, nor what is a tie")
     return [*lines, f"  serve it: {outcome.command_of(best.name)}"]
 
 
@@ -202,7 +214,7 @@ def document(outcome: Outcome) -> Record:
                 "shape": each.shape,
                 "gpus": each.gpus,
                 "replicas": each.replicas,
-                "arguments": list(each.words),
+                "arguments": list(each.args),
                 "failed": outcome.failed.get(each.name),
                 "loads": [
                     {
@@ -211,7 +223,7 @@ def document(outcome: Outcome) -> Record:
                         "user_throughput": point.user,
                         "gpu_throughput": point.gpu,
                         "spread": spread(outcome, each.name, load),
-                        **{f"p99_{metric}_ms": value for metric, value in point.p99.items()},
+                        **{f"p99_{metric}_ms": clean(value) for metric, value in point.p99.items()},
                     }
                     for load, point in sorted(measured.get(each.name, {}).items())
                 ],
@@ -268,8 +280,8 @@ def charts(outcome: Outcome) -> Iterable[Chart]:
     for name, found in measured.items():
         valid = [(load, point) for load, point in sorted(found.items()) if point.valid]
         tips = [f"{name}, {counted(load, 'stream')}: {number(p.gpu)} per GPU, "
-                f"{p.user:,.1f} per user, p99 of TTFT {p.p99['ttft']:,.1f} ms, "
-                f"of TPOT {p.p99['tpot']:,.2f} ms"
+                f"{p.user:,.1f} per user, p99 of TTFT {ms(p, 'ttft')} ms, "
+                f"of TPOT {ms(p, 'tpot', 2)} ms"
                 for load, p in valid]  # fmt: skip
         ys = [point.gpu for _, point in valid]
         for chart, xs in (

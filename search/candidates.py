@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.settings import setting
 from common.talk import Failure
+from launch.arguments import value_of
 from launch.engines import Engine
 
 SIZES = ("tp", "pp", "ep")
@@ -24,11 +26,16 @@ class Candidate:
     shape: str  # in the words of the field: `TP 8, EP 8`
     gpus: int
     replicas: int = 1
+    settings: str = ""  # all that the engine is given, the contents of its file, too
 
-    @property
-    def words(self) -> list[str]:
-        """What follows MODEL on the launcher's command line."""
-        return [*(["--replicas", str(self.replicas)] if self.replicas > 1 else []), *self.args]
+    def words(self, common: Sequence[str], *options: str) -> list[str]:
+        """The launcher's: those that all have, options before their `--`, the engine's arguments.
+
+        How many servers is said in any case: the setting REPLICAS may say something else.
+        """
+        end = common.index("--") if "--" in common else len(common)
+        options = (*options, "--replicas", str(self.replicas))
+        return [*common[:end], *options, *common[end:], *self.args]
 
 
 @dataclass(frozen=True)
@@ -72,18 +79,21 @@ def expand(
     """
     found: dict[str, Candidate] = {}
     left_out: list[LeftOut] = []
+    names: set[str] = set()
     for config, sizes, replicas, settings in space.combinations():
-        name = name_of(config, sizes, replicas, settings)
+        name = free(name_of(config, sizes, replicas, settings), names)
+        names.add(name)
         try:
             args = engine.tuned(config, sizes, settings, folder / f"{name}.yaml")
             shape, world = engine.check([*common, *args])
-            refuse_by_model(model, world.tp, world.pp)
+            if setting("TP") and not value_of([*common, *args], *engine.TP):
+                args += [engine.TP[0], str(world.tp)]  # else the launcher adds that of the setting
+            refuse_by_model(model, 1 if "attention DP" in shape else world.tp, world.pp)
             count = number_of(replicas, world.size, gpus)
             same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
             if same in found:
                 raise Failure(f"the same as {found[same].name}")
-            candidate = Candidate(name, tuple(args), shape, world.size * count, count)
-            found[same] = candidate
+            found[same] = Candidate(name, tuple(args), shape, world.size * count, count, same)
         except Failure as failure:
             left_out.append(LeftOut(name, failure.message))
     return list(found.values()), left_out
@@ -101,6 +111,12 @@ def name_of(
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in plain)[:100]
 
 
+def free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where another candidate has it: `a/tp.yaml` and `b/tp.yaml`."""
+    others = (f"{name}-{n}" for n in itertools.count(2))
+    return next(each for each in itertools.chain([name], others) if each not in taken)
+
+
 def number_of(replicas: str, world: int, gpus: int) -> int:
     """How many servers. Failure where they need more GPUs than there are."""
     if replicas == "auto":
@@ -115,7 +131,10 @@ def number_of(replicas: str, world: int, gpus: int) -> int:
 
 
 def refuse_by_model(model: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Failure where the model's own numbers say that the engine cannot split it so."""
+    """Failure where the model's own numbers say that the engine cannot split it so.
+
+    `tp` is the number of parts of each layer's attention.
+    """
     inner = model.get("text_config")
     text = inner if isinstance(inner, dict) else model
     heads, layers = text.get("num_attention_heads"), text.get("num_hidden_layers")

@@ -7,6 +7,7 @@ there; else the load in the middle is measured.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,11 @@ class Point:
 
     user: float
     gpu: float
-    p99: Mapping[str, float]  # ttft, tpot, e2el
+    p99: Mapping[str, float]  # ttft, tpot, e2el; nan, which keeps no limit, where there is none
     valid: bool = True
 
     def keeps(self, limits: Mapping[str, float]) -> bool:
-        return self.valid and all(self.p99.get(n, 0.0) <= most for n, most in limits.items())
+        return self.valid and all(self.p99.get(n, math.nan) <= most for n, most in limits.items())
 
 
 Measured = Mapping[str, Mapping[int, Point]]  # by candidate and load

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from common.talk import Failure, read_json, say
 from launch.node.base import ending_with_us
-from search.candidates import Candidate
 
 ROOT = Path(__file__).resolve().parents[1]
 TICK = 0.1  # seconds between two looks for the endpoint
-ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*)$", re.M)
+ERROR = re.compile(r"^\[\d\d:\d\d:\d\d\] ERROR (.*(?:\n +next: .*)?)$", re.M)
 Process = subprocess.Popen[bytes]
 
 
@@ -37,24 +36,23 @@ class Serving:
     def cause(self) -> str:
         """Why it ended, in its own words."""
         said = self.words.read_text(errors="replace")
-        found = ERROR.findall(said)
+        if found := ERROR.findall(said):
+            return re.sub(r"\n +", "; ", found[-1])
         last = said.strip().splitlines()[-1:] or ["it said nothing"]
-        return found[-1] if found else f"exit code {self.launcher.returncode}: {last[0]}"
+        return f"exit code {self.launcher.returncode}: {last[0]}"
 
 
 @contextlib.contextmanager
 def serving(
-    candidate: Candidate, command: Sequence[str], nodes: Sequence[str], folder: Path,
-    started: Callable[[Process], None],
-) -> Iterator[Serving]:  # fmt: skip
+    words: Sequence[str], nodes: Sequence[str], folder: Path, started: Callable[[Process], None]
+) -> Iterator[Serving]:
     """Serve it on these nodes for as long as the block lasts. Failure where it is not ready.
 
-    `command` is what all candidates have: the launcher's options, MODEL, the engine's arguments.
-    `started` is told of the launcher, before it is ready.
-    Its workspace is a folder of its own: several of a job would have one record between them.
+    `words` are the launcher's, `folder` is the workspace that they name, one for each candidate:
+    several of a job would have one record between them. `started` is told of the launcher, before
+    it is ready.
     """
-    own = ["--workspace", str(folder), *candidate.words]
-    program = [sys.executable, str(ROOT / "run_sbatch.py"), *command, *own]
+    program = [sys.executable, str(ROOT / "run_sbatch.py"), *words]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "launcher.txt").open("wb") as talk:
         launcher = subprocess.Popen(
@@ -62,7 +60,7 @@ def serving(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # the engine's log, which is in logs/, too
             stderr=talk,
-            env={**os.environ, "NODELIST": ",".join(nodes), "TP": ""},
+            env={**os.environ, "NODELIST": ",".join(nodes)},
             start_new_session=True,  # a ^C is for us: we end it once it is safe
             preexec_fn=ending_with_us(signal.SIGTERM),  # then it ends what it started
         )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.talk import Failure, counted, say
+from launch.arguments import value_of, without
 from report.results import Group, groups, load
 from search import answer, race
 from search.answer import points_of
@@ -19,7 +21,9 @@ from search.candidates import Candidate
 from search.nodes import Nodes, side_by_side
 from search.serving import ROOT, Process, Serving, serving
 
+ASKED = "asked.txt"  # in a candidate's folder: what its results are of
 PORTS_APART = 20  # a candidate never meets the port of the one before, nor a fleet's replicas
+TURNS = 16  # after so many the first port is free again
 
 
 @dataclass
@@ -136,10 +140,13 @@ class Tuner:
     def serving(
         self, candidate: Candidate, nodes: Sequence[str]
     ) -> AbstractContextManager[Serving]:
-        port = self.port + PORTS_APART * next(self.served)
-        command = [*self.outcome.command, *self.more, "--port", str(port)]
+        port = self.port + PORTS_APART * (next(self.served) % TURNS)
         folder = self.folder / candidate.name
-        return serving(candidate, command, nodes, folder, self.began)
+        own = ("--workspace", str(folder), *self.more)
+        words = [*candidate.words(self.outcome.command, *own), "--port", str(port)]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ASKED).write_bytes(self.asked(candidate))
+        return serving(words, nodes, folder, self.began)
 
     def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
         """By bench.py, as its user would. Failure where the server is gone."""
@@ -159,7 +166,7 @@ class Tuner:
             self.began(bench)
             bench.wait()
         took = time.monotonic() - began
-        self.read(candidate.name)
+        self.read(candidate.name, loads)
         found = self.found(candidate.name)
         count = sum(len(found[each].records) for each in loads if each in found)
         self.outcome.runs += [took / count for _ in range(count)]
@@ -170,22 +177,51 @@ class Tuner:
         if served.launcher.poll() is not None:
             raise Failure(served.cause())
 
-    def read(self, name: str) -> None:
-        """What its folder holds: runs of bench.py, several of a load where it was repeated."""
+    def read(self, name: str, now: Sequence[int] = ()) -> None:
+        """What its folder holds: runs of bench.py, several of a load where it was repeated.
+
+        Of loads that were not measured `now` or before, only those that bench.py would not repeat.
+        """
         with suppress(Failure):
             records = [r for r in load(self.folder / name).records if r["case"]["concurrency"]]
-            self.outcome.groups[name] = {int(g.case["concurrency"]): g for g in groups(records)}
+            found = {int(g.case["concurrency"]): g for g in groups(records)}
+            known = {*self.found(name), *now}
+            self.outcome.groups[name] = {
+                each: g for each, g in found.items() if each in known or self.is_whole(g)
+            }
+
+    def is_whole(self, group: Group) -> bool:
+        repeats = int(value_of(self.outcome.bench, "--repeat") or 1)
+        return group.valid and len(group.records) >= repeats
 
     def read_earlier(self) -> None:
         """With --resume: what an earlier search has measured is not measured again."""
         for candidate in self.outcome.candidates:
+            self.set_aside(candidate)
             self.read(candidate.name)
-            found = self.found(candidate.name)
-            for invalid in [each for each, group in found.items() if not group.valid]:
-                del found[invalid]
-            if found:
+            if found := self.found(candidate.name):
                 done = ", ".join(map(str, sorted(found)))
-                say(f"{candidate.name}: measured before: {done} streams")
+                say(f"{candidate.name}: loads measured before: {done}")
+
+    def asked(self, candidate: Candidate) -> bytes:
+        """What makes results comparable: what is served, and with what it is measured."""
+        bench = without(self.outcome.bench, "--repeat")  # of which there may be more
+        words = [shlex.join(self.outcome.command), candidate.settings, shlex.join(bench)]
+        return "\n".join(words).encode(errors="surrogateescape")  # a path need not be UTF-8
+
+    def set_aside(self, candidate: Candidate) -> None:
+        """A folder with results of something else is kept by another name."""
+        folder = self.folder / candidate.name
+        try:
+            before = (folder / ASKED).read_bytes()
+        except OSError:
+            before = b""
+        if not any(folder.glob("[!.]*.json")) or before == self.asked(candidate):
+            return
+        names = (folder.with_name(f"{folder.name}.before{n}") for n in itertools.count(1))
+        aside = folder.rename(next(name for name in names if not name.exists()))
+        what = "its folder holds results of other arguments, settings or lengths"
+        say(f"{candidate.name}: {what}: measured again; they are now in {aside.name}")
 
     def tell(self, name: str, streams: int) -> None:
         group = self.found(name).get(streams)
@@ -195,7 +231,7 @@ class Tuner:
         point = self.points(name)[streams]
         words = f"{answer.number(point.gpu)} tokens/s per GPU, {point.user:,.1f} per user"
         latencies = ", ".join(
-            f"{answer.NAMES[m]} p99 {point.p99[m]:,.1f} ms" for m in ("ttft", "tpot")
+            f"{answer.NAMES[m]} p99 {answer.ms(point, m)} ms" for m in ("ttft", "tpot")
         )
         wrong = "" if point.valid else f"INVALID: {'; '.join(group.problems)}"
         say(f"{name}, {counted(streams, 'stream')}: {wrong or f'{words}, {latencies}'}")

@@ -80,6 +80,14 @@ def test_of_a_fleet(checkout: Path) -> None:
     assert make(checkout, "serve", "MODEL=m", *given) == ["run_sbatch.py", "m", *words]
 
 
+def test_of_a_search(checkout: Path) -> None:
+    given = {"MODEL": "m", "TP": "1,2", "REPLICAS": "1,auto", "CONFIGS": "a.yaml b.yaml",
+             "GOODPUT": "ttft:1 tpot:2"}  # fmt: skip
+    words = make(checkout, "tune", *(f"{name}={value}" for name, value in given.items()))
+    assert words == ["tune.py", "m", "--tp", "1,2", "--replicas", "1,auto",
+                     "--config", "a.yaml", "b.yaml", "--goodput", "ttft:1", "tpot:2"]  # fmt: skip
+
+
 def test_the_version_of_the_image_is_an_argument_of_its_build(checkout: Path) -> None:
     """Docker takes the value of a build argument that has none from the environment."""
     build = ["build", "--tag", "tensorrt-llm-serve:latest", "--build-arg", "TRTLLM_VERSION", "."]
@@ -94,6 +102,15 @@ def test_several_folders_are_compared(checkout: Path) -> None:
     words = make(checkout, "compare", "BEFORE=a b", "AFTER=c $(x),d'e")
     assert words == ["-m", "report", "compare", "a b", "c $(x)", "d'e"]
     assert make(checkout, "compare", "BEFORE=a", "AFTER=b")[3:] == ["a", "b"]
+
+
+def test_the_newest_tarball_is_loaded(checkout: Path) -> None:
+    for time, codec in enumerate(("gz", "zst")):
+        tarball = checkout / f"tensorrt-llm-serve-latest.tar.{codec}"
+        tarball.touch()
+        os.utime(tarball, (time, time))
+    assert make(checkout, "load") == ["save_image.py", "--load", tarball.name]
+    assert make(checkout, "load", "FILE=$(x)") == ["save_image.py", "--load", "$(x)"]
 
 
 TARGETS = {
@@ -148,6 +165,12 @@ def test_only_a_port_on_the_command_line_names_a_server(
 ) -> None:
     assert make(checkout, target, PORT="81") == [script]
     assert make(checkout, target, "PORT=$(x)") == [script, "--port", "$(x)"]
+
+
+def test_only_a_job_on_the_command_line_is_stopped_alone(checkout: Path) -> None:
+    assert make(checkout, "stop", JOB="7") == ["run_sbatch.py", "--stop"]
+    assert make(checkout, "stop", "JOB=$(x)") == ["run_sbatch.py", "--stop=$(x)"]
+    assert make(checkout, "stop", "JOB=") == ["run_sbatch.py", "--stop="]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from launch.node import facts
 from launch.node.facts import network
 from launch.node.messages import Facts
 from launch.nodes import Place
-from launch.plan import user_name
+from launch.plan import find_model, user_name
 from tests.conftest import (
     COMMON,
     HOSTILE,
@@ -93,6 +93,11 @@ def test_flags_win_over_settings() -> None:
     args, _ = cli.parse(flags)
     assert (args.image, args.runtime, args.ready_timeout) == ("f", "docker", 6.0)
     assert args.container_mount == args.asked_mount == "/f"
+
+
+def test_all_of_a_workspace_is_stopped_only_where_no_job_is_named() -> None:
+    assert cli.parse(["--stop"])[0].stop == ""
+    assert cli.parse(["--stop", "41_3"])[0].stop == "41_3"
 
 
 def test_a_server_is_probed_but_not_restarted_unless_asked() -> None:
@@ -175,6 +180,8 @@ def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
         (["--image", ""], {}, "--image is empty"),
         (["--container-mount="], {}, "--container-mount is empty"),
         (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
+        (["--stop", ""], {}, "--stop is empty"),
+        (["--stop="], {}, "--stop is empty"),
         (["-w", "/no/such"], {}, "/no/such is not a directory"),
         (["-w", "~no-such-user/x"], {}, "is not a directory"),
         (["-w", "n" * 300], {}, "is not a directory"),
@@ -200,6 +207,15 @@ def test_gpus_are_what_docker_takes(gpus: str) -> None:
     cli.parse([])
 
 
+def test_a_model_of_the_settings_is_not_called_the_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert find_model(None) in capsys.readouterr().err.partition("serving the default, ")[2]
+    os.environ["MODEL"] = "org/m"
+    assert find_model(None) == "org/m"
+    assert "serving the setting's, org/m" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "env", "said"),
     [
@@ -212,6 +228,8 @@ def test_gpus_are_what_docker_takes(gpus: str) -> None:
         (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
         (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
         (["m", "--tp_size="], {}, "--tp_size needs a value"),
+        (["m"], {"PORT": "x"}, "the port is 'x', not a number from 1 to 65535"),
+        (["m"], {"TP": "0"}, "tensor_parallel_size is '0', not a number of GPUs"),
     ],
 )
 def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
@@ -1124,7 +1142,6 @@ def test_a_node_that_does_not_answer_is_a_failure(fakes: Fakes, launch: Launcher
         (("/no/such/model",), "/no/such/model is not mounted into the container"),
         (("./no-model",), "no-model is not there, or not readable"),
         (("m", "--config", "none.yaml"), "cannot read the config file none.yaml"),
-        (("m", "--port", "x"), "not a number from 1 to 65535"),
         (("m", "--container-mount", "/no/such"), "container mount /no/such is not a directory"),
         (("m", "--runtime", "bare"), "trtllm-serve: not found in PATH"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 
+import tune
 from common.talk import Failure, write_json
 from launch.engines import engine
+from launch.nodes import Place
+from load import bench_place
 from report.results import Group
 from search import estimate, race
 from search.answer import Outcome, answers, document, html, text
@@ -28,7 +32,8 @@ from search.candidates import (
 )
 from search.nodes import Nodes
 from search.race import LOADS, Point
-from search.tuner import Tuner
+from search.serving import Serving
+from search.tuner import ASKED, Tuner
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "simulator"))
@@ -91,11 +96,128 @@ def test_what_cannot_be_is_left_out_with_its_reason(
     assert len(found) == 1 and why in left.why
 
 
+def test_attention_dp_does_not_split_the_heads(tmp_path: Path) -> None:
+    sizes = {"tp": (3,)}
+    space = Space((), sizes, (), {"enable_attention_dp": ("true", "false")})
+    [found], [left] = tried(space, tmp_path, model={"num_attention_heads": 32})
+    assert "attention DP" in found.shape and "32 attention heads" in left.why
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "gpus"),
+    [
+        ("2", None, 2),
+        ("count=2", None, 2),
+        ('"device=0,1,5"', None, 3),
+        ("2", 4, 4),
+        ("none", None, 0),
+        ("all", None, 7),
+        ("auto", None, 7),
+    ],
+)
+def test_gpus_that_the_setting_names_are_those_there_are(
+    setting: str, asked: int | None, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUS", setting)
+    monkeypatch.setattr(tune, "count_gpus", lambda: 7)
+    assert tune.gpus_there(asked, Place("x", 1, ())) == gpus
+
+
 def test_auto_is_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     found, _ = tried(Space((), {"tp": (1, 2, 8)}, ("auto",)), tmp_path)
     assert [(c.replicas, c.gpus) for c in found] == [(8, 8), (4, 8), (1, 8)]
-    assert found[0].words[:2] == ["--replicas", "8"] and "--replicas" not in found[2].words
+    assert found[0].words(["m"])[:3] == ["m", "--replicas", "8"]
     assert "give --gpus" in tried(Space((), {}, ("auto",)), tmp_path, gpus=0)[1][0].why
+
+
+def test_two_candidates_never_have_one_name_between_them(tmp_path: Path) -> None:
+    for folder, size in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tp.yaml").write_text(f"tensor_parallel_size: {size}\n")
+    configs = tuple(str(tmp_path / folder / "tp.yaml") for folder in "ab")
+    found, _ = tried(Space(configs, {}, (), {"max_batch_size": ("8",)}), tmp_path)
+    assert [c.name for c in found] == ["tp-max_batch_size8", "tp-max_batch_size8-2"]
+    assert [Path(c.args[-1]).read_text()[-2:] for c in found] == ["1\n", "2\n"]
+    long = Space((), {}, (), {"x" * 120: ("1", "2")})
+    assert len({c.name for c in tried(long, tmp_path)[0]}) == 2
+
+
+def test_the_size_of_the_setting_does_not_come_back_in_a_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TP", "8")  # the launcher adds it where the arguments do not say it
+    (tmp_path / "tp.yaml").write_text("max_batch_size: 8\n")
+    [one], _ = tried(Space((str(tmp_path / "tp.yaml"),)), tmp_path)
+    assert one.gpus == 1 and one.args[-2:] == ("--tp_size", "1")
+    [two], _ = tried(Space((), {"tp": (2,)}), tmp_path)
+    assert two.args == ("--tp_size", "2")
+
+
+def test_the_launchers_options_come_before_what_is_the_engines() -> None:
+    one = Candidate("x", ("--tp_size", "2"), "TP 2", 2)
+    words = one.words(["m", "-v", "--", "--a", "1"], "--workspace", "w")
+    assert words[:6] == ["m", "-v", "--workspace", "w", "--replicas", "1"]
+    assert words[6:] == ["--", "--a", "1", "--tp_size", "2"]
+
+
+def test_the_command_says_what_the_environment_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tune.FLAGS:
+        monkeypatch.delenv(name, raising=False)
+    own = ["org/m", "--engine", "vllm", "--tokenizer", "org/m", "--", "--x", "1"]
+    assert tune.command_of(own, []) == own
+    monkeypatch.setenv("ENGINE", "sglang")
+    monkeypatch.setenv("CONTAINER_MOUNT", "/data")
+    assert tune.command_of(own, []) == [*own[:5], "--container-mount", "/data", *own[5:]]
+    assert tune.command_of([], ["m"])[:3] == ["m", "--engine", "sglang"]
+
+
+def space(monkeypatch: pytest.MonkeyPatch, *words: str, **settings: str) -> Space:
+    for name in ("TP", "REPLICAS"):
+        monkeypatch.setenv(name, settings.get(name, ""))
+    return tune.space_of(tune.parse(["m", *words])[0])
+
+
+def test_what_is_spanned_is_read_from_words_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert space(monkeypatch, "--set", "k=1", "--set", "k=8").settings == {"k": ("1", "8")}
+    assert space(monkeypatch).replicas == () == space(monkeypatch, "--replicas", "1").replicas
+    assert space(monkeypatch, REPLICAS="2").replicas == ("2",)
+    assert space(monkeypatch, "--replicas", "1,auto", REPLICAS="2").replicas == ("1", "auto")
+    with pytest.raises(Failure, match="--replicas 0: neither"):
+        space(monkeypatch, "--replicas", "0")
+    for wrong in ("abc", "0", "1,,2"):
+        with pytest.raises(Failure, match=f"TP is '{wrong}'"):
+            space(monkeypatch, TP=wrong)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--tp", "abc"), "--tp: 'abc' is not a whole number"),
+        (("--tp", "1,"), "--tp: '' is not a whole number"),
+        (("--repeat", "1.5"), "--repeat: '1.5' is not a whole number"),
+        (("--minutes", "x"), "--minutes: 'x' is not a number"),
+        (("--goodput", "ttft:x"), "--goodput: 'x' is not a number"),
+    ],
+)
+def test_what_is_no_number_is_said(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tune.parse(["m", *words])
+    assert said in capsys.readouterr().err
+
+
+def test_a_value_may_be_a_list() -> None:
+    assert tune.split("1,8") == ["1", "8"]
+    assert tune.split("[1,2],[[3],{a: 4,b: 5}]") == ["[1,2]", "[[3],{a: 4,b: 5}]"]
+    assert tune.split("'a,b',\"it's,\"") == ["'a,b'", '"it\'s,"']
+
+
+def test_a_value_that_is_not_yaml_is_left_out(tmp_path: Path) -> None:
+    space = Space((), {}, (), {"a.b": ("[1,2]", "[1")})
+    [found], [left] = tried(space, tmp_path)
+    assert Path(found.args[-1]).read_text() == "a:\n  b:\n  - 1\n  - 2\n"
+    assert left.why.startswith("a.b=[1 is not YAML: while parsing")
 
 
 def test_names_are_folders() -> None:
@@ -224,6 +346,61 @@ def test_no_server_is_started_that_nothing_could_be_measured_of(tmp_path: Path) 
     assert "--minutes" in made.unfinished and not list(tmp_path.iterdir())
 
 
+def kept(folder: Path, *streams: int, repeats: int = 2) -> None:
+    """Results of bench.py in a candidate's folder."""
+    for load in streams:
+        for repeat, record in enumerate(group(*[100.0] * repeats).records):
+            case = record["case"] | {"concurrency": load, "label": f"c{load}", "name": "c"}
+            whole = record | {"case": case, "date": "20260101-000000", "model_id": "m"}
+            write_json(folder / f"c{load}-{repeat}.json", whole)
+
+
+def resumed(folder: Path, **changed: Any) -> Tuner:
+    made = outcome({"a": {}})
+    made.groups.clear()
+    made.candidates = [Candidate("a", (), "TP", 1, settings=changed.pop("settings", "{}"))]
+    made.bench = ["--input-len", "8", "--repeat", "2"]
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return Tuner(made, folder, [1, 4], 1, math.inf, Nodes([""], 1))
+
+
+def test_to_go_on_takes_what_was_measured_of_the_same(tmp_path: Path) -> None:
+    kept(tmp_path / "a", 1)
+    kept(tmp_path / "a", 4, repeats=1)
+    first = resumed(tmp_path)
+    (tmp_path / "a" / ASKED).write_bytes(first.asked(first.outcome.candidates[0]))
+    first.read_earlier()
+    assert list(first.found("a")) == [1]  # bench.py adds what is missing of the other
+    first.read("a", [4])
+    assert list(first.found("a")) == [1, 4]
+    less = resumed(tmp_path, bench=["--input-len", "8", "--repeat", "1"])
+    less.read_earlier()
+    assert list(less.found("a")) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"bench": ["--input-len", "64", "--repeat", "2"]},
+        {"command": ["org/other"]},
+        {"command": ["org/\udcff"]},
+        {"command": ["org/it's", "--max_seq_len", "4096"]},
+        {"settings": '{"max_batch_size": "8"}'},
+    ],
+)
+def test_to_go_on_takes_nothing_that_was_measured_of_something_else(
+    changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept(tmp_path / "a", 1)
+    before = resumed(tmp_path)
+    (tmp_path / "a" / ASKED).write_bytes(before.asked(before.outcome.candidates[0]))
+    now = resumed(tmp_path, **changed)
+    now.read_earlier()
+    assert not now.found("a") and list((tmp_path / "a.before1").glob("c1-*"))
+    assert "a: its folder holds results of other arguments" in capsys.readouterr().err
+
+
 # --- how long it takes ----------------------------------------------------------------------------
 
 
@@ -296,7 +473,7 @@ def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> N
     assert "within TTFT <= 200 ms: a, 100 tokens/s per GPU at 1 stream, 50% of TTFT left" in said
     assert "within E2EL <= 1000 ms: b, 300 tokens/s per GPU at 4 streams" in said
     assert "within TTFT <= 200 ms, E2EL <= 1000 ms: a" in said
-    serve = """.venv/bin/python run_sbatch.py 'org/it'"'"'s' --tp_size 1"""
+    serve = """.venv/bin/python run_sbatch.py 'org/it'"'"'s' --replicas 1 --tp_size 1"""
     assert f"  serve it: {serve}" in said
     assert "dead: n1: out of memory" in said and "left out: tp3: too odd" in said
     assert document(made)["best"][0]["margin"] == {"ttft": 0.5}
@@ -304,9 +481,60 @@ def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> N
     assert "out of memory" in html(made)
 
 
-def test_nothing_within_the_limits_is_said() -> None:
-    [best] = answers(made := outcome({"a": {1: group(100)}}, ttft=1.0))
-    assert best.name == "" and "no candidate keeps that" in text(made)
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({1: group(100)}, "no candidate keeps that"),
+        ({1: group(100, valid=False)}, "every load was invalid"),
+        ({}, "nothing was measured"),
+    ],
+)
+def test_why_there_is_no_best_one_is_said(found: dict[int, Group], words: str) -> None:
+    [best] = answers(made := outcome({"a": found}, ttft=1.0))
+    assert best.name == "" and f"within TTFT <= 1 ms: {words}" in text(made)
+
+
+def test_what_was_not_measured_keeps_no_limit() -> None:
+    """TPOT of answers of one token."""
+    records = ({**group(100).records[0], "p99_tpot_ms": None},)
+    [best] = answers(made := outcome({"a": {1: Group("c", records)}}, tpot=30.0))
+    assert best.name == "" and "100.0         -" in text(made)
+    assert document(made)["candidates"][0]["loads"][0]["p99_tpot_ms"] is None
+    html(made)
+
+
+def test_one_run_says_nothing_of_the_spread() -> None:
+    assert "measured once" in text(outcome({"a": {1: group(100)}}))
+    assert "measured once" not in text(outcome({"a": {1: group(100, 101)}}))
+
+
+def test_what_ended_a_launcher_is_told_with_what_to_do_next(tmp_path: Path) -> None:
+    said = "[10:00:00] ERROR no room\n           next: lower --tp\n[10:00:01] bye\n"
+    (tmp_path / "launcher.txt").write_text(said)
+    launcher = subprocess.Popen(["false"])
+    assert Serving(launcher, tmp_path).cause() == "no room; next: lower --tp"
+    launcher.wait()
+    (tmp_path / "launcher.txt").write_text("[10:00:00] bye\n")
+    assert Serving(launcher, tmp_path).cause() == "exit code 1: [10:00:00] bye"
+
+
+def test_two_searches_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    names = [bench_place.new_folder(tmp_path / "results/tune-1").name for _ in range(3)]
+    assert names == ["tune-1", "tune-1-2", "tune-1-3"]
+
+
+def test_what_cannot_be_measured_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    def check(*words: str, port: int = 8000) -> None:
+        tune.check_load(tune.parse(["m", *words])[0], port)
+
+    with pytest.raises(Failure, match="one token have no TPOT"):
+        check("--output-len", "1", "--goodput", "ttft:5", "tpot:30")
+    with pytest.raises(Failure, match="the port is 65530"):
+        check(port=65530)
+    check("--loads", "1,16", "--num-prompts", "16", port=65536 - 320)
+    assert not capsys.readouterr().err
+    check("--loads", "1,16", "--num-prompts", "8")
+    assert "no more than 8 of 16 streams are in flight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,12 @@ def test_a_bad_completion_is_told_in_a_sentence(reply: object, sentence: str) ->
     assert sentence in verdict("completions", reply)
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "1 token"), (3, "3 tokens")])
+def test_the_tokens_of_an_answer_are_counted(count: int, words: str) -> None:
+    found = smoke.judge(completion(usage=usage(7, count)), {"prompt": "x", "max_tokens": 9})
+    assert found == {"detail": words}
+
+
 @pytest.mark.parametrize(
     ("message", "accepted"),
     [

@@ -65,7 +65,7 @@ def test_what_serves_is_the_answer_and_what_does_not_start_is_a_row(
     document = json.loads((folder / "tune.json").read_text())
     assert document["best"][0]["name"] == "tp1-max_batch_size8"
     assert loads(document, "tp1-max_batch_size8") == [1, 4]
-    assert "serve it: .venv/bin/python run_sbatch.py org/m --tp_size 1 --config" in said
+    assert "serve it: .venv/bin/python run_sbatch.py org/m --runtime bare" in said
     assert "Only 1 GPUs are available" in said  # of TP 16
     assert "Only 1 GPUs" in (folder / "tune.html").read_text()
     results = folder / "tp1-max_batch_size8/concurrency-in8-out8-c4.json"
@@ -94,7 +94,7 @@ def test_stopped_at_any_moment_it_keeps_what_it_has_and_goes_on(
     run = tune(environ, folder, *SPACE, *SHORT, "--resume")
     talk = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode == 0, talk
-    assert "max_batch_size1: measured before: 1 streams" in talk
+    assert "max_batch_size1: loads measured before: 1" in talk
     assert first.read_text() == kept
     document = json.loads((folder / "tune.json").read_text())
     assert not document["unfinished"] and loads(document, "max_batch_size8")
@@ -131,6 +131,24 @@ def test_wrong_usage_is_one_sentence(
     run = tune(environ, tmp_path / "x", *words)
     talk = run.communicate(timeout=PATIENCE)[1]
     assert run.returncode in (1, 2) and sentence in talk and "Traceback" not in talk
+    assert not (tmp_path / "x").exists()
+
+
+EARLY = """import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name in ("common", "launch"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["tune.py", "bench.py", "run_sbatch.py"])
+def test_an_interrupt_while_a_script_is_imported_is_no_traceback(script: str) -> None:
+    command = [sys.executable, "-c", EARLY, str(ROOT / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_to_go_on_needs_the_folder(environ: dict[str, str], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def size_of(settings: Mapping[str, Any], key: str) -> int:
     if value is None:
         return 1
     if isinstance(value, bool) or not is_count(str(value)):
-        die(f"{key} is {value!r}, not a number of GPUs")
+        misused(f"{key} is {value!r}, not a number of GPUs")
     return int(value)
 
 
