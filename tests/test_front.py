@@ -19,11 +19,12 @@ import pytest
 
 from common.talk import Failure
 from launch import front
-from launch.front import Front, programs, text
+from launch.front import PAGE, Front, in_flight, programs, text
 from launch.node import front as node
 from launch.node.messages import Listens
 from launch.nodes import Place
 from launch.order import Command
+from launch.status import page
 from tests.conftest import PATIENCE, Script, free_port, wait_until
 from tests.loopback import DONE, HEAD, LAST, Answer, Request, Server, chunk, serving, token
 
@@ -220,11 +221,16 @@ def chat(text: str) -> dict[str, Any]:
 def spread(port: int, asks: Sequence[dict[str, Any]]) -> tuple[float, set[Any]]:
     """Each request eight times: the share of those on its main replica, and all that were asked.
 
-    A request that follows the last at once may find its replica counted as busy.
+    One that follows the last at once may find its replica counted as busy: the last is over.
     """
+
+    def answers(ask: dict[str, Any]) -> Any:
+        wait_until(lambda: not any(in_flight(page(f"http://127.0.0.1:{port}{PAGE}")).values()))
+        return get(port, **ask)[1]
+
     mains, every = 0, Counter[Any]()
     for ask in asks:
-        whom = Counter(get(port, **ask)[1] for _ in range(8))
+        whom = Counter(answers(ask) for _ in range(8))
         mains, every = mains + max(whom.values()), every + whom
     return mains / every.total(), set(every)
 
