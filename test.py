@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
-"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit
-0 if all pass.
+"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit 0 if all pass.
 
-It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1,
-logprobs, long prompts). Other servers can be tested, too: what one does not
-serve (completions) or refuses (top_k) is left out, and said.
+It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1, logprobs, long
+prompts). What another server does not serve or refuses (top_k) is left out, and said.
 
 logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
 MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
@@ -135,7 +133,9 @@ def whole(chunks: list[Any]) -> Facts:
     """The reply that the stream was cut from; some put a usage of zeros into each chunk."""
     choices = [choice for chunk in chunks for choice in objects(chunk, "choices", [])]
     end = next(filter(None, (choice.get("finish_reason") for choice in reversed(choices))), None)
-    counts = [u for chunk in reversed(chunks) if isinstance(u := chunk.get("usage"), dict)]
+    parts = [*(chunk.get("x_groq") for chunk in chunks), *choices, *chunks]  # Groq, Moonshot, all
+    said = [part.get("usage") for part in reversed(parts) if isinstance(part, dict)]
+    counts = [usage for usage in said if isinstance(usage, dict)]
     usage = next((u for u in counts if u.get("completion_tokens")), counts[0] if counts else None)
     message = {"content": "".join(map(words, chunks))}
     return {"choices": [{"message": message, "finish_reason": end}], "usage": usage}

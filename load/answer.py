@@ -32,6 +32,7 @@ from load.events import (
     split_events,
     token_events,
     usage,
+    usage_of,
 )
 
 LATE = 1.5  # times the usual pace
@@ -125,9 +126,9 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)
     outcome.first = outcome.last = reply.stamps[-1]
-    if said := document.get("usage"):
-        outcome.prompt_tokens = counted(said.get("prompt_tokens"))
-        outcome.output_tokens = counted(said.get("completion_tokens"))
+    said = usage_of(document)
+    outcome.prompt_tokens = counted(said.get("prompt_tokens"))
+    outcome.output_tokens = counted(said.get("completion_tokens"))
     for choice in document.get("choices") or ():
         outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
 

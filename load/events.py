@@ -137,11 +137,20 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
         if prompt and output:
             break
         if USAGE.search(event.text):
-            said = event.read()["usage"]
+            said = usage_of(event.read())
             prompt = prompt or counted(said.get("prompt_tokens"))
             output = output or counted(said.get("completion_tokens"))
             cached = from_cache(said) if cached is None else cached
     return prompt, output, cached
+
+
+def usage_of(document: Json) -> Json:
+    """At the top, as OpenAI has it; in a choice, as Moonshot, or under a name, as Groq has it."""
+    if not isinstance(document, dict):
+        return {}
+    holders = (document, *(document.get("choices") or ()), document.get("x_groq"))
+    found = (holder.get("usage") for holder in holders if isinstance(holder, dict))
+    return next((said for said in found if isinstance(said, dict)), {})
 
 
 def from_cache(usage: Json) -> int | None:

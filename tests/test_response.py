@@ -326,6 +326,30 @@ def test_which_events_are_tokens(
     assert (out.first, out.events, out.output_tokens) == ((first + 1) * MS, count, wanted)
 
 
+COUNTS = {"prompt_tokens": 4, "completion_tokens": 1}
+LAST_WORD = {"index": 0, "text": " word", "finish_reason": "length"}
+ELSEWHERE: dict[str, dict[str, object]] = {
+    "a choice": {"choices": [{**LAST_WORD, "usage": COUNTS}]},
+    "x_groq": {"choices": [LAST_WORD], "x_groq": {"usage": COUNTS}},
+    "a choice, null at the top": {"choices": [{**LAST_WORD, "usage": COUNTS}], "usage": None},
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_usage_may_be_in(where: str) -> None:
+    out = read(HEAD, chunk(event(ELSEWHERE[where])), chunk(DONE) + LAST)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == ("", 4, 1)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"meta": {"usage": {}}}, {"choices": [{"a": {"usage": {}}}]}, {"x_groq": [{"usage": {}}]}],
+)
+def test_usage_anywhere_else_is_none(odd: dict[str, object]) -> None:
+    out = read(HEAD, chunk(token()), chunk(event(odd)), chunk(DONE) + LAST)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == ("", None, None)
+
+
 def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:
     reply, outcome = Reply(), Outcome(0, 0, 0)
     reply.add(b"HTTP/1.1 413 Too Large\r\nContent-Length: 99\r\n\r\ntoo long a prompt", 0, 0)

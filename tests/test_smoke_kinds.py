@@ -88,6 +88,19 @@ def test_counts_of_zero_are_no_counts() -> None:
     assert "32 tokens" in passes(Kind(pieces=zeros_last))["streaming"]["detail"]
 
 
+@pytest.mark.parametrize("where", ["a choice", "x_groq"])
+def test_usage_may_be_in(where: str) -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        *most, (_, usage), done = usual(ask)
+        said = {"usage": json.loads(usage[6:])["usage"]}
+        choice = {"index": 0, "delta": {}}
+        yield from most
+        yield 0, event({"choices": [{**choice, **said}]} if where == "a choice" else {where: said})
+        yield done
+
+    assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
+
+
 def test_a_whole_stream_without_done_is_whole() -> None:
     found = passes(Kind(pieces=lambda ask: list(usual(ask))[:-1]))
     assert found["streaming"]["detail"].endswith("but no [DONE] at the end")
