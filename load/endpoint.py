@@ -152,8 +152,23 @@ def fleet(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
+def up(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of a fleet that answer."""
+    return [each for each in fleet(record) if each.get("state", "ready") == "ready"]
+
+
+def not_up(endpoint: Endpoint) -> list[str]:
+    """A note, where some of a fleet do not."""
+    record = read_record(endpoint.record)
+    every, ready = fleet(record), up(record)
+    rest = [f"{each.get('name')} ({each.get('state')})" for each in every if each not in ready]
+    verb = "is" if len(rest) == 1 else "are"
+    words = f"{len(rest)} of {len(every)} replicas {verb} not up: {', '.join(rest)}"
+    return [words] if rest else []
+
+
 def replicas_of(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(each.get("name")), url) for each in fleet(record) if (url := left_url(each)))
+    return tuple((str(each.get("name")), url) for each in up(record) if (url := left_url(each)))
 
 
 def base_url(host: str, port: int | None, default: int) -> str:
