@@ -78,12 +78,12 @@ def is_ok(answer: Answer, ask: Facts) -> Facts:
 def lists_model(answer: Answer, ask: Facts) -> Facts:
     """An engine echoes whatever name a request carries: only this list tells what it serves."""
     is_ok(answer, ask)
-    reply = parse(answer.body)  # some send the bare array, or call it `models`
-    key = "models" if isinstance(reply, dict) and "models" in reply else "data"
-    cards = objects({key: reply} if isinstance(reply, list) else reply, key)
-    ids = [card.get("id") or card.get("name") for card in cards]
-    names = [name for name in ids if isinstance(name, str) and name]
-    if not names or names != ids:
+    reply = parse(answer.body)  # some call it `models`, send the bare array, or only names
+    found = (reply.get("models") or reply.get("data")) if isinstance(reply, dict) else reply
+    listed = found if isinstance(found, list) else []
+    cards = objects({"data": [{"id": c} if isinstance(c, str) else c for c in listed]}, "data")
+    names = [card.get("id") or card.get("name") or card.get("model") for card in cards]
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
     for name in served_as(ask["model"]) if ask["model"] else names:
         if name in names:

@@ -249,6 +249,9 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
     [
         ([{"id": MODEL}], ()),
         ({"models": [{"name": MODEL}]}, ()),
+        ({"data": [{"model": MODEL}]}, ()),
+        ({"data": [MODEL]}, ()),
+        ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
     ],
 )
