@@ -39,6 +39,7 @@ DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
+ABORTED, CUT_OFF = ("", "error", "abort", "cancelled"), ("length", "max_tokens")  # finish reasons
 SHOWN = 500  # characters of a wrong answer that are worth reading
 
 Facts = dict[str, Any]
@@ -133,12 +134,11 @@ def whole(chunks: list[Any]) -> Facts:
     """The reply that the stream was cut from; some put a usage of zeros into each chunk."""
     choices = [choice for chunk in chunks for choice in objects(chunk, "choices", [])]
     end = next(filter(None, (choice.get("finish_reason") for choice in reversed(choices))), None)
-    parts = [*(chunk.get("x_groq") for chunk in chunks), *choices, *chunks]  # Groq, Moonshot, all
-    said = [part.get("usage") for part in reversed(parts) if isinstance(part, dict)]
-    counts = [usage for usage in said if isinstance(usage, dict)]
+    parts = [*chunks[::-1], *choices[::-1], *(c.get("x_groq") for c in chunks)]  # Moonshot, Groq
+    counts = [u for p in parts if isinstance(p, dict) and isinstance(u := p.get("usage"), dict)]
     usage = next((u for u in counts if u.get("completion_tokens")), counts[0] if counts else None)
-    message = {"content": "".join(map(words, chunks))}
-    return {"choices": [{"message": message, "finish_reason": end}], "usage": usage}
+    said = {"message": {"content": "".join(map(words, chunks))}, "finish_reason": end}
+    return {"choices": [said], "usage": usage}
 
 
 def judge(reply: object, ask: Facts) -> Facts:
@@ -160,9 +160,9 @@ def judge(reply: object, ask: Facts) -> Facts:
 def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:
     text = text_of(choice, "message" if "messages" in ask else "")
     end, stop = choice.get("finish_reason"), ask.get("stop")
-    if end not in ("stop", "length"):
+    if not isinstance(end, str) or end in ABORTED:
         raise Wrong(f"finish_reason is {end!r} instead of 'stop' or 'length'")
-    if not text.strip() and not silent and not (stop and end == "stop"):
+    if not text.strip() and not silent and not (stop and end not in CUT_OFF):
         raise Wrong("the text is empty")
     if stop and stop in text:
         raise Wrong(f"the text runs on past the stop sequence {stop!r}")

@@ -29,6 +29,7 @@ SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
 CLOCK_STEP_MS = 1.0
 BUSY = 0.9  # of a core
+CUT_OFF = ("", "length", "max_tokens", "content_filter")  # finish reasons that are not the model's
 FRESH = 0.05  # share of requests on new connections that is worth a word
 
 
@@ -235,7 +236,8 @@ def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
 def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
     """By the model's own word, and not because something cut it short."""
     asked = wanted.output_lens(outcome.index) if wanted.output_lens else wanted.output_len or 0
-    return outcome.finish == "stop" and (outcome.output_tokens or 0) < asked
+    its_own = outcome.finish.lower() not in CUT_OFF  # stop, eos, eos_token, end_turn, ...
+    return its_own and (outcome.output_tokens or 0) < asked
 
 
 def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:

@@ -1135,6 +1135,16 @@ def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_place.run(bench_place.prefix("image:1", [], {}), {})
 
 
+@pytest.mark.parametrize(
+    ("finish", "early"),
+    [("stop", True), ("eos", True), ("eos_token", True), ("STOP", True), ("end_turn", True),
+     ("length", False), ("MAX_TOKENS", False), ("content_filter", False), ("", False)],
+)  # fmt: skip
+def test_whether_an_output_ended_by_the_models_own_word(finish: str, early: bool) -> None:
+    found = outcome(output_tokens=3, finish=finish)
+    assert metrics.ended_early(found, Wanted(MODEL, 8)) is early
+
+
 def test_one_token_without_text_is_none_that_is_missing() -> None:
     one = Result([outcome(has_text=False, output_tokens=1, last=50 * MS)])
     assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]

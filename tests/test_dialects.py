@@ -172,8 +172,9 @@ def ends_at(count: int, finish: str) -> Callable[[Ask], Iterator[Piece]]:
     return pieces
 
 
-def test_an_end_of_sequence_that_ignore_eos_did_not_stop_is_a_note() -> None:
-    said, _ = run(Kind(pieces=ends_at(5, "stop")))
+@pytest.mark.parametrize("finish", ["stop", "eos"])
+def test_an_end_of_sequence_that_ignore_eos_did_not_stop_is_a_note(finish: str) -> None:
+    said, _ = run(Kind(pieces=ends_at(5, finish)))
     assert said.code == 0, said.said
     assert "ignores ignore_eos: 4 of 4 outputs ended early, after 5 tokens" in said.notes
 

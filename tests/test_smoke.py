@@ -276,6 +276,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (completion(text="", usage=thoughts(0)), "the text is empty"),
         (completion(finish_reason=None), "finish_reason is None"),
         (completion(finish_reason=["stop"]), "finish_reason is ['stop']"),
+        (completion(finish_reason="abort"), "finish_reason is 'abort'"),
         (completion(index=1), "indices are [1]"),
         (completion(index={}), "indices are [{}]"),
         (completion(usage=None), "usage is missing"),
@@ -333,6 +334,8 @@ def test_a_completion_is_not_taken_for_chat() -> None:
         (" 6", "stop", True),
         ("", "stop", True),  # it stopped at once
         (" six seven", "length", True),  # no comma came
+        ("", "eos_token", True),  # TGI's word for stop
+        ("", "max_tokens", False),
         ("", "length", False),
         (" 6, 7", "length", False),
         (" 6,", "stop", False),
