@@ -196,7 +196,9 @@ class Builtin:
         if isinstance(prompts, RandomPrompts):
             prompts = replace(prompts, seed=f"warm-up {prompts.seed}")
         if isinstance(prompts, Conversations):
-            prompts = Conversations(prompts.turns[load.count :] or prompts.turns)
+            rest = prompts.turns[load.count :]  # none, if the data set is as small as the run
+            other = RandomPrompts(WARM_UP_TOKENS, WARM_UP_TOKENS, f"warm-up {load.seed}", text=True)
+            prompts = Conversations(rest) if rest else other
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
