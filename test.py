@@ -6,8 +6,6 @@ prompts). What another server does not serve or refuses (top_k) is left out, and
 
 logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
 MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
-
-examples:
   test.py -H 10.0.128.193 -p 8000
   test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json
 """
@@ -35,7 +33,9 @@ from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
-DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]*)")  # of an event
+EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
+PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
@@ -110,15 +110,17 @@ def streams(answer: Answer, ask: Facts) -> Facts:
     if not answer.content_type.lower().startswith("text/event-stream"):
         raise Wrong(f"the content type is {answer.content_type!r} instead of text/event-stream")
     done = DONE.search(answer.body)
-    said = list(DATA.finditer(answer.body, 0, done.start() if done else len(answer.body)))
-    chunks = [parse(event[1]) for event in said]
+    events = list(EVENT.finditer(answer.body, 0, done.start() if done else len(answer.body)))
+    said = [(event.end(), b"\n".join(DATA.findall(event[0])).strip()) for event in events]
+    said = [(end, data) for end, data in said if data[:1] == b"{"]  # the others are heartbeats
+    chunks = [parse(data) for _, data in said]
     for chunk in chunks or ([parse(answer.body)] if answer.body.startswith(b"{") else []):
         if isinstance(chunk, dict) and chunk.get("error"):
             raise Wrong(f"there is an error in the stream: {json.dumps(chunk['error'])}")
     if len(chunks) < 2:
         raise Wrong(f"{len(chunks)} event is not a stream")
     detail = judge(whole(chunks), ask)["detail"] + ("" if done else ", but no [DONE] at the end")
-    ends = [event.end() for event, chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
+    ends = [end for (end, _), chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
     came = [next(ms for length, ms in answer.stamps if length >= end) for end in ends]
     ttft = round(came[0], 1)
     if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < ttft / 50:
@@ -148,9 +150,9 @@ def judge(reply: object, ask: Facts) -> Facts:
     indices = [choice.get("index", 0 if count == 1 else None) for choice in choices]
     if len(choices) != count or any(i not in indices for i in range(count)):
         raise Wrong(f"the choices' indices are {indices} instead of {list(range(count))}")
-    silent = re.search('"reasoning_tokens": [1-9]', json.dumps(reply))  # on hidden thoughts
+    thoughts = re.search('"(reasoning_tokens": [1-9]|completion_tokens": 0)', json.dumps(reply))
     for choice in choices:
-        judge_choice(choice, ask, silent is not None)
+        judge_choice(choice, ask, thoughts is not None)
     if ask.get("stream") and "stream_options" not in ask:  # refused: nothing has to be counted
         return {"detail": "uncounted tokens"}
     limit = ask.get("max_tokens") or ask["max_completion_tokens"]
@@ -172,8 +174,8 @@ def completion_tokens(reply: object, limit: int) -> int:
     match reply:
         case {"usage": {"prompt_tokens": int(p), "completion_tokens": int(c), "total_tokens": t}}:
             # Google counts thoughts in the total alone.
-            if p > 0 and 0 < c <= limit and isinstance(t, int) and p + c <= t:
-                return c
+            if p > 0 and 0 <= c <= limit and isinstance(t, int) and p + max(c, 1) <= t:
+                return c or t - p
             raise Wrong(f"usage: {p} prompt + {c} completion = {t} tokens, with {limit} allowed")
     raise Wrong("usage is missing, or not three numbers")
 
@@ -184,7 +186,7 @@ def text_of(choice: Facts, key: str) -> str:
     # A reasoning model may spend all its tokens before the first word of content.
     keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
     found = [part.get(key) for key in keys] if isinstance(part, dict) else []
-    return "".join(text for text in found if isinstance(text, str))
+    return "".join(t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in found)
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:
@@ -514,10 +516,8 @@ def seconds(text: str) -> float:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = (__doc__ or "").partition("examples:")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=raw, allow_abbrev=False)
-    parser.epilog = f"examples:{examples}"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
     add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")

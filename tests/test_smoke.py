@@ -315,6 +315,8 @@ def test_a_bad_completion_is_told_in_a_sentence(reply: object, sentence: str) ->
         ({"content": "", "reasoning": "Let me"}, True),
         ({"content": None}, False),
         ({"content": [{"type": "text"}]}, False),
+        ({"content": [{"type": "text", "text": "one"}]}, True),
+        ({"content": [{"type": "thinking", "thinking": [{"text": "Let me"}]}]}, True),
         ({}, False),
         (None, False),
     ],
@@ -322,6 +324,12 @@ def test_a_bad_completion_is_told_in_a_sentence(reply: object, sentence: str) ->
 def test_chat_wants_words_of_content_or_of_reasoning(message: object, accepted: bool) -> None:
     reply = completion(message=message)
     assert (verdict("chat", reply) == "") is accepted
+
+
+def test_all_tokens_may_be_thoughts_that_only_the_total_counts() -> None:
+    silent = completion(message={"content": None}, usage=usage(7, 0) | {"total_tokens": 36})
+    assert verdict("chat", silent) == ""
+    assert "the text is empty" in verdict("chat", completion(message={}, usage=usage(7, 3)))
 
 
 def test_a_completion_is_not_taken_for_chat() -> None:
@@ -358,6 +366,7 @@ def test_batch_choices_may_come_in_any_order() -> None:
 
 
 STREAM = stream("trtllm", {})[2]
+BEATS = (b"event: ping\ndata: ping", b"data: null", b'data: ""', b"data: [KEEPALIVE]", b"data: 1")
 
 
 @pytest.mark.parametrize(
@@ -373,7 +382,7 @@ STREAM = stream("trtllm", {})[2]
         (STREAM.replace(b"one", b"\xff"), "not JSON"),
         (b'data: {"error": {"message": "died"}}\n\n' + STREAM, 'an error in the stream: {"mess'),
         (b'{"error": {"message": "died"}}', 'an error in the stream: {"message": "died"}'),
-        (b"data: null\n\n" + STREAM, "no list of objects"),
+        (b"data: ping\n\ndata: null\n\n", "0 event is not a stream"),
         (b'data: {"choices": [null]}\n\n' + STREAM, "no list of objects"),
         (b"data: {\n\n" + STREAM, "not JSON"),
     ],
@@ -393,6 +402,9 @@ def test_a_bad_stream_is_told_in_a_sentence(content: bytes, sentence: str) -> No
         STREAM.replace(b"data: ", b"data:\n\ndata: "),  # an empty one, for a heartbeat
         STREAM.replace(b"data: ", b"data: \n\ndata: "),  # and with a space in it
         STREAM + b'data: {"after": "the end"}\n\n',
+        *(beat + b"\n\n" + STREAM for beat in BEATS),
+        STREAM.replace(b', "usage"', b',\ndata: "usage"'),  # events of two lines
+        STREAM.replace(b'"one"', b'[{"type": "text", "text": "one"}]'),  # Mistral's
         b'data: {"type": "ping"}\n\n' + STREAM,
     ],
 )
@@ -990,7 +1002,7 @@ def test_help_fits_a_screen_and_imports_little() -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "requests" not in done.stderr and "dotenv" not in done.stderr
-    assert lines[-1].startswith("  test.py ") and "logs/endpoint.json, else" in done.stdout
+    assert "\n  test.py -H " in done.stdout and "logs/endpoint.json, else" in done.stdout
 
 
 def test_a_strange_flag_is_a_usage_error() -> None:

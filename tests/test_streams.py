@@ -102,9 +102,11 @@ def in_turn(ask: Ask) -> Iterator[Piece]:
 
 def heartbeats(ask: Ask) -> Iterator[Piece]:
     beats = (b": PROCESSING\n\n", b"data:\n\n", b"data: \n\n", b"event: ping\ndata: now\n\n",
-             b"retry: 3000\n\n", b"\n\n", b'event: ping\ndata: {"type": "ping"}\n\n')  # fmt: skip
+             b"retry: 3000\n\n", b"\n\n", b'event: ping\ndata: {"type": "ping"}\n\n',
+             b"data: [KEEPALIVE]\n\n", b"data: ping\n\n", b"data: null\n\n")  # fmt: skip
     for wait, text in usual(ask):
-        yield from ((0.0, beat) for beat in beats)
+        # Text behind the last object would be an error's.
+        yield from ((0.0, beat) for beat in (beats[:-3] if text == DONE else beats))
         yield wait, text
 
 
