@@ -97,8 +97,9 @@ def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
     if head is None:
         raise Malformed(BROKEN_OFF if reply.raw else NO_ANSWER)
     body = read_body(reply.raw, head)
-    if head.status != 200:
-        raise Told(f"HTTP {head.status}: {head.moved or error_message(body.data)}")
+    if head.status not in range(200, 204):  # some say 201 Created, as to any POST
+        words = f"HTTP {head.status}: {head.moved or error_message(body.data)}"
+        raise Told(f"{words} (Retry-After: {head.retry_after})" if head.retry_after else words)
     read = _read_stream if is_stream(body.data, head.kind) else _read_document
     try:
         read(reply, body, outcome, chat)

@@ -177,7 +177,8 @@ class Builtin:
         """What the answers have to be like, now that it is known what the server understands."""
         dialect = self.server.dialect
         input_len = None if dialect.text else case.input_len
-        wanted = Wanted(self.server.model, case.output_len, input_len, exact=dialect.ignore_eos)
+        name, asked = self.server.model, self.endpoint.model
+        wanted = Wanted(name, case.output_len, input_len, asked, exact=dialect.ignore_eos)
         if case.output_len is None:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         return wanted

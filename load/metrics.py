@@ -40,6 +40,7 @@ class Wanted:
     model: str
     output_len: int | None  # None: each request has its own
     input_len: int | None = None  # None: only the server knows
+    asked: str = ""  # the name that was asked for, if answers have another
     exact: bool = True  # ignore_eos was accepted, so outputs cannot end early
     output_lens: Callable[[int], int] | None = None  # by request, when each has its own
 
@@ -202,7 +203,7 @@ def find_problems(load: Load, outcomes: Sequence[Outcome], wanted: Wanted) -> li
     return [
         *failures(load, outcomes),
         *odd_outputs(good, wanted),
-        *other_models(good, wanted.model),
+        *other_models(good, wanted),
     ]
 
 
@@ -271,9 +272,13 @@ def unlike_asked(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
             f"not {wrong[0][1]})"]  # fmt: skip
 
 
-def other_models(good: Sequence[Outcome], model: str) -> list[str]:
-    others = sorted({o.model for o in good if o.model and o.model != model})
-    return [f"answers came from {', '.join(others)}, not from {model}"] if others else []
+def other_models(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    others = sorted({o.model for o in good if o.model and o.model != wanted.model})
+    if not others:
+        return []
+    alias = wanted.asked not in ("", wanted.model)  # of several, or of one with another to fall to
+    first = f", which answered for {wanted.asked} at first" if alias else ""
+    return [f"answers came from {', '.join(others)}, not from {wanted.model}{first}"]
 
 
 def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:

@@ -26,7 +26,9 @@ ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
 # With these the server means another thing than the fields of the request.
 OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
 BUSY = re.compile("HTTP (429|50[234])")
-NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) within")
+RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
+PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
+NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) within|HTTP 429")
 REFUSED = re.compile("HTTP [45]|error from the server")
 
 WITHOUT = {  # in the order in which they matter least
@@ -62,6 +64,17 @@ class Prober:
     names: set[str] = field(default_factory=set)
 
     def __call__(self, dialect: Dialect) -> Outcome:
+        """The answer; where the server wants to be asked later, that of later."""
+        answer = self.once(dialect)
+        for pause in PAUSES:
+            if not answer.error.startswith("HTTP 429"):
+                break
+            later = RETRY_AFTER.search(answer.error)
+            time.sleep(min(float(later[1]), LONGEST) if later else pause)
+            answer = self.once(dialect)
+        return answer
+
+    def once(self, dialect: Dialect) -> Outcome:
         prompts = RandomPrompts(PROMPT, OUTPUT, f"probe {self.sent}", dialect.text)
         self.sent += 1
         load = Load(
@@ -86,7 +99,7 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
     ask = Prober(endpoint, timeout)
     dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
     answer = ask(dialect)
-    if BUSY.match(answer.error):
+    if re.match("HTTP 50[234]", answer.error):
         time.sleep(1)
         answer = ask(dialect)
     if refused(answer):
@@ -133,7 +146,7 @@ def pieced_together(
         richer: Dialect = replace(plain, **{name: True})  # type: ignore[arg-type]
         if refused(again := ask(richer)):
             notes.append(f"the server refuses {what}: {so} ({again.error})")
-        else:
+        elif not BUSY.match(again.error):
             plain, answer = richer, again
     return plain, answer, notes
 

@@ -15,6 +15,7 @@ import pytest
 from common.talk import Failure
 from load import endpoint
 from load.endpoint import Endpoint
+from load.probe import explore
 from tests.loopback import DONE, MODEL, Answer, Request, Server, serving
 from tests.servers import Ask, Kind, Piece, Said, bench, running, tokens, usual
 
@@ -126,6 +127,27 @@ def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
     assert "ignore_eos" in bodies(server)[-1]
 
 
+def test_a_server_that_counts_requests_is_asked_again_when_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it answers then tells what it takes; 429 does not."""
+    waits: list[float] = []
+    monkeypatch.setattr("load.probe.time.sleep", waits.append)
+    strict, seen = refuses("ignore_eos"), itertools.count()
+
+    def answer(request: Request) -> None:
+        if next(seen) % 2 == 0:
+            fields = "Retry-After: 3\r\n"
+            request.document({"error": {"message": "slow"}}, "429 Too Many", fields)
+        else:
+            strict(request)
+
+    with serving(answer) as server:
+        found = explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
+    assert not found.error and not found.dialect.ignore_eos and found.dialect.stream_options
+    assert 3.0 in waits
+
+
 # --- fields that are ignored ----------------------------------------------------------------------
 
 
@@ -207,7 +229,8 @@ def test_the_model_behind_an_alias_is_a_note(args: tuple[str, ...]) -> None:
 def test_a_model_that_changes_meanwhile_makes_the_run_invalid() -> None:
     """A gateway that falls back to another one."""
     said, _ = run(answers_as(lambda ask: BEHIND if ask.request.number < 8 else "org/fallback"))
-    assert said.run["problems"] == [f"answers came from org/fallback, not from {BEHIND}"]
+    first = f"{BEHIND}, which answered for {MODEL} at first"
+    assert said.run["problems"] == [f"answers came from org/fallback, not from {first}"]
 
 
 def not_found(request: Request) -> None:

@@ -219,6 +219,15 @@ def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
     assert all(o.sent > at for o, at in zip(outcomes[1:], closed, strict=True))
 
 
+def test_a_server_far_away_closes_later() -> None:
+    """The farther it is, the longer it takes until we hear that it had closed."""
+    stream = connection.Stream(None)  # type: ignore[arg-type]
+    stream.served, sent = 1, Outcome(0, 0, 0)
+    assert stream.may_retry(sent, 99 * MS) and not stream.may_retry(sent, 300 * MS)
+    stream.took = 150 * MS
+    assert stream.may_retry(sent, 300 * MS) and not stream.may_retry(sent, 500 * MS)
+
+
 def test_a_fresh_connection_that_breaks_is_not_tried_again() -> None:
     outcomes = put(lambda r: r.socket.shutdown(socket.SHUT_RDWR), 2)
     assert [(o.error, o.retried) for o in outcomes] == [(NO_ANSWER, False)] * 2

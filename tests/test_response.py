@@ -208,6 +208,15 @@ def test_the_words_of_an_error(body: bytes, words: str) -> None:
     assert read(head + body).error == f"HTTP 502: {words}"
 
 
+def test_created_is_as_good_as_ok() -> None:
+    assert read(stream().replace(b"200 OK", b"201 Created")).output_tokens == 3
+
+
+def test_an_error_says_when_to_come_back() -> None:
+    head = b"HTTP/1.1 429 Slow\r\nRetry-After: 3\r\nContent-Length: 4\r\n\r\n"
+    assert read(head + b"wait").error == "HTTP 429: wait (Retry-After: 3)"
+
+
 def test_an_answer_that_breaks_off_is_an_error() -> None:
     reply = Reply()
     assert not reply.add(stream()[:-40], 0, 0)

@@ -409,7 +409,8 @@ def test_a_bad_stream_is_told_in_a_sentence(content: bytes, sentence: str) -> No
     ],
 )
 def test_a_stream_may_use_all_of_the_event_grammar(content: bytes) -> None:
-    assert verdict("streaming", content, content_type="text/event-stream") == ""
+    for status in (200, 201):
+        assert verdict("streaming", content, status, "text/event-stream") == ""
 
 
 def test_a_stream_must_say_that_it_is_one() -> None:
