@@ -123,7 +123,7 @@ def streams(answer: Answer, ask: Facts) -> Facts:
     ends = [end for (end, _), chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
     came = [next(ms for length, ms in answer.stamps if length >= end) for end in ends]
     ttft = round(came[0], 1)
-    if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < ttft / 50:
+    if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < min(ttft / 10, 2 * len(came)):
         return {"detail": f"{detail}, all at once after {ttft} ms: buffered on its way?"}
     return {"detail": f"TTFT {ttft} ms, {detail}", "ttft_ms": ttft}
 

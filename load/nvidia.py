@@ -194,10 +194,11 @@ def without_times(record: Record) -> list[str]:
 
 def shapes(record: Record) -> Iterator[Shape]:
     """How the answers came, where it writes down the gaps."""
-    counted = zip_lists(record, "output_lens", "errors")
-    for (tokens, error), gaps in zip(counted, record.get("itls", []), strict=False):
+    counted, gaps_of = zip_lists(record, "output_lens", "errors"), record.get("itls", [])
+    ttfts = record.get("ttfts") or [0.0] * len(gaps_of)
+    for (tokens, error), gaps, ttft in zip(counted, gaps_of, ttfts, strict=False):
         if not error:
-            yield shape([gap * 1e3 for gap in gaps], tokens)
+            yield shape([gap * 1e3 for gap in gaps], tokens, waited=(ttft or 0.0) * 1e3)
 
 
 def without_figures(case: Case, record: Record) -> list[str]:

@@ -1210,6 +1210,13 @@ def test_what_the_other_client_wrote_that_is_no_number_is_left_out(
     assert any(name.endswith("percentiles_ms") for name in judged)
 
 
+def test_what_was_collected_on_its_way_to_the_other_client_is_noted() -> None:
+    record = {"output_lens": [32], "errors": [""], "completed": 1, "total_input_tokens": 128,
+              "ttfts": [0.7], "itls": [[0.0005] * 31]}  # fmt: skip
+    judged = nvidia.judge(Case("latency", 128, 32, 1), record, False)
+    assert judged["valid"] and "less than a tenth" in " ".join(judged["notes"])
+
+
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
     record = {"ttfts": [0.5, 1.0], "itls": [[0.1, 0.1], []]}
     assert nvidia.end_to_end(record) == pytest.approx([0.7, 1.0])

@@ -67,6 +67,14 @@ def test_a_stream_that_was_buffered_has_no_ttft() -> None:
     assert "buffered on its way?" in streaming["detail"]
 
 
+def test_a_stream_that_was_collected_and_sent_on_event_by_event_has_no_ttft_either() -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        texts = [data for _, data in usual(ask)]
+        yield from ((0.0005 if i else 0.7, data) for i, data in enumerate(texts))
+
+    assert "buffered on its way?" in passes(Kind(pieces=pieces))["streaming"]["detail"]
+
+
 def test_a_quick_engine_is_not_taken_for_a_buffer() -> None:
     assert passes(Kind(ttft=0.001, itl=0))["streaming"]["ttft_ms"]
 

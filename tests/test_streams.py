@@ -427,6 +427,21 @@ def outcome(*gaps: float, output: int | None = None) -> Outcome:
     return found
 
 
+@pytest.mark.parametrize(
+    ("gap", "tokens", "ttft", "noted"),
+    [(0.5, 64, 700, True), (0.5, 64, 100, False), (3, 8, 700, False), (0.5, 4, 700, False),
+     (10, 64, 700, False)],
+)  # fmt: skip
+def test_an_answer_that_was_collected_and_sent_on_event_by_event_is_noted(
+    gap: float, tokens: int, ttft: int, noted: bool
+) -> None:
+    replayed = outcome(*[gap] * (tokens - 1))
+    replayed.sent = replayed.first - ttft * 1_000_000
+    found = judge([replayed] * 4)
+    assert not found.problems
+    assert ("4 of 4 answers came whole in less than a tenth" in " ".join(found.notes)) == noted
+
+
 def test_speculation_a_hiccup_and_pairs_are_no_proxy() -> None:
     speculating = outcome(*[20] * 15, output=64)
     hiccup = outcome(*[10] * 20, 60, 0, 0, 0, 0, *[10] * 20)
