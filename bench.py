@@ -126,6 +126,7 @@ class Bench:
     def watched(self, case: Case) -> Record:
         """The client's record, with what became of the server meanwhile."""
         before = same.identity(self.server)
+        down = endpoint.not_up(self.server)
         witnesses = list(map(same.Witness, self.server.each))
         try:
             found = self.client(case, self.folder)
@@ -138,7 +139,7 @@ class Bench:
         problems = [*found["problems"], *changed]
         # What the launcher or the server itself tells is more than a sign.
         notes = [] if problems or before["launched"] or before["started"] else notes
-        return {**found, "problems": problems, "notes": [*found["notes"], *seen, *notes]}
+        return {**found, "problems": problems, "notes": [*found["notes"], *down, *seen, *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
@@ -335,7 +336,7 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
 def world_size(server: Endpoint, gpus: list[str]) -> int | None:
     """GPUs that the server uses: by the launcher's record, or of a machine with one."""
     record = endpoint.read_record(server.record)
-    fleet = [each.get("gpus") for each in endpoint.fleet(record)]
+    fleet = [each.get("gpus") for each in endpoint.up(record)]
     counts = [len(ids) for ids in fleet if isinstance(ids, list)]
     if counts and len(counts) == len(fleet) and all(counts):
         return sum(counts)

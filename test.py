@@ -1,15 +1,11 @@
 #!/usr/bin/env python3
-"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit
-0 if all pass.
+"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit 0 if all pass.
 
-It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1,
-logprobs, long prompts). Other servers can be tested, too: what one does not
-serve (completions) or refuses (top_k) is left out, and said.
+It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1, logprobs, long
+prompts). What another server does not serve or refuses (top_k) is left out, and said.
 
 logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
 MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
-
-examples:
   test.py -H 10.0.128.193 -p 8000
   test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json
 """
@@ -37,10 +33,13 @@ from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
-DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n \t][^\r\n]*)")  # of an event
+EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
+PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
+ABORTED, CUT_OFF = ("", "error", "abort", "cancelled"), ("length", "max_tokens")  # finish reasons
 SHOWN = 500  # characters of a wrong answer that are worth reading
 
 Facts = dict[str, Any]
@@ -71,7 +70,7 @@ SPARE = {"top_k": "", "stream_options": "", "temperature": "",
 
 
 def is_ok(answer: Answer, ask: Facts) -> Facts:
-    if answer.broken or answer.status != 200:
+    if answer.broken or answer.status not in range(200, 204):  # some say 201 Created
         status = f"status {answer.status} instead of 200{HINTS.get(answer.status, '')}"
         raise Wrong(answer.broken or status)
     return {"detail": ""}  # trtllm-serve's /health has an empty body, others' do not
@@ -80,12 +79,12 @@ def is_ok(answer: Answer, ask: Facts) -> Facts:
 def lists_model(answer: Answer, ask: Facts) -> Facts:
     """An engine echoes whatever name a request carries: only this list tells what it serves."""
     is_ok(answer, ask)
-    reply = parse(answer.body)  # some send the bare array, or call it `models`
-    key = "models" if isinstance(reply, dict) and "models" in reply else "data"
-    cards = objects({key: reply} if isinstance(reply, list) else reply, key)
-    ids = [card.get("id") or card.get("name") for card in cards]
-    names = [name for name in ids if isinstance(name, str) and name]
-    if not names or names != ids:
+    reply = parse(answer.body)  # some call it `models`, send the bare array, or only names
+    found = (reply.get("models") or reply.get("data")) if isinstance(reply, dict) else reply
+    listed = found if isinstance(found, list) else []
+    cards = objects({"data": [{"id": c} if isinstance(c, str) else c for c in listed]}, "data")
+    names = [card.get("id") or card.get("name") or card.get("model") for card in cards]
+    if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
     for name in served_as(ask["model"]) if ask["model"] else names:
         if name in names:
@@ -111,18 +110,20 @@ def streams(answer: Answer, ask: Facts) -> Facts:
     if not answer.content_type.lower().startswith("text/event-stream"):
         raise Wrong(f"the content type is {answer.content_type!r} instead of text/event-stream")
     done = DONE.search(answer.body)
-    said = list(DATA.finditer(answer.body, 0, done.start() if done else len(answer.body)))
-    chunks = [parse(event[1]) for event in said]
+    events = list(EVENT.finditer(answer.body, 0, done.start() if done else len(answer.body)))
+    said = [(event.end(), b"\n".join(DATA.findall(event[0])).strip()) for event in events]
+    said = [(end, data) for end, data in said if data[:1] == b"{"]  # the others are heartbeats
+    chunks = [parse(data) for _, data in said]
     for chunk in chunks or ([parse(answer.body)] if answer.body.startswith(b"{") else []):
         if isinstance(chunk, dict) and chunk.get("error"):
             raise Wrong(f"there is an error in the stream: {json.dumps(chunk['error'])}")
     if len(chunks) < 2:
         raise Wrong(f"{len(chunks)} event is not a stream")
     detail = judge(whole(chunks), ask)["detail"] + ("" if done else ", but no [DONE] at the end")
-    ends = [event.end() for event, chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
+    ends = [end for (end, _), chunk in zip(said, chunks, strict=True) if words(chunk)] or [0]
     came = [next(ms for length, ms in answer.stamps if length >= end) for end in ends]
     ttft = round(came[0], 1)
-    if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < ttft / 50:
+    if ttft > BUFFERED_MS and len(came) > 2 and came[-1] - ttft < min(ttft / 10, 2 * len(came)):
         return {"detail": f"{detail}, all at once after {ttft} ms: buffered on its way?"}
     return {"detail": f"TTFT {ttft} ms, {detail}", "ttft_ms": ttft}
 
@@ -135,10 +136,11 @@ def whole(chunks: list[Any]) -> Facts:
     """The reply that the stream was cut from; some put a usage of zeros into each chunk."""
     choices = [choice for chunk in chunks for choice in objects(chunk, "choices", [])]
     end = next(filter(None, (choice.get("finish_reason") for choice in reversed(choices))), None)
-    counts = [u for chunk in reversed(chunks) if isinstance(u := chunk.get("usage"), dict)]
+    parts = [*chunks[::-1], *choices[::-1], *(c.get("x_groq") for c in chunks)]  # Moonshot, Groq
+    counts = [u for p in parts if isinstance(p, dict) and isinstance(u := p.get("usage"), dict)]
     usage = next((u for u in counts if u.get("completion_tokens")), counts[0] if counts else None)
-    message = {"content": "".join(map(words, chunks))}
-    return {"choices": [{"message": message, "finish_reason": end}], "usage": usage}
+    said = {"message": {"content": "".join(map(words, chunks))}, "finish_reason": end}
+    return {"choices": [said], "usage": usage}
 
 
 def judge(reply: object, ask: Facts) -> Facts:
@@ -148,9 +150,9 @@ def judge(reply: object, ask: Facts) -> Facts:
     indices = [choice.get("index", 0 if count == 1 else None) for choice in choices]
     if len(choices) != count or any(i not in indices for i in range(count)):
         raise Wrong(f"the choices' indices are {indices} instead of {list(range(count))}")
-    silent = re.search('"reasoning_tokens": [1-9]', json.dumps(reply))  # on hidden thoughts
+    thoughts = re.search('"(reasoning_tokens": [1-9]|completion_tokens": 0)', json.dumps(reply))
     for choice in choices:
-        judge_choice(choice, ask, silent is not None)
+        judge_choice(choice, ask, thoughts is not None)
     if ask.get("stream") and "stream_options" not in ask:  # refused: nothing has to be counted
         return {"detail": "uncounted tokens"}
     limit = ask.get("max_tokens") or ask["max_completion_tokens"]
@@ -160,9 +162,9 @@ def judge(reply: object, ask: Facts) -> Facts:
 def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:
     text = text_of(choice, "message" if "messages" in ask else "")
     end, stop = choice.get("finish_reason"), ask.get("stop")
-    if end not in ("stop", "length"):
+    if not isinstance(end, str) or end in ABORTED:
         raise Wrong(f"finish_reason is {end!r} instead of 'stop' or 'length'")
-    if not text.strip() and not silent and not (stop and end == "stop"):
+    if not text.strip() and not silent and not (stop and end not in CUT_OFF):
         raise Wrong("the text is empty")
     if stop and stop in text:
         raise Wrong(f"the text runs on past the stop sequence {stop!r}")
@@ -172,8 +174,8 @@ def completion_tokens(reply: object, limit: int) -> int:
     match reply:
         case {"usage": {"prompt_tokens": int(p), "completion_tokens": int(c), "total_tokens": t}}:
             # Google counts thoughts in the total alone.
-            if p > 0 and 0 < c <= limit and isinstance(t, int) and p + c <= t:
-                return c
+            if p > 0 and 0 <= c <= limit and isinstance(t, int) and p + max(c, 1) <= t:
+                return c or t - p
             raise Wrong(f"usage: {p} prompt + {c} completion = {t} tokens, with {limit} allowed")
     raise Wrong("usage is missing, or not three numbers")
 
@@ -184,7 +186,7 @@ def text_of(choice: Facts, key: str) -> str:
     # A reasoning model may spend all its tokens before the first word of content.
     keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
     found = [part.get(key) for key in keys] if isinstance(part, dict) else []
-    return "".join(text for text in found if isinstance(text, str))
+    return "".join(t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in found)
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:
@@ -514,10 +516,8 @@ def seconds(text: str) -> float:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    about, _, examples = (__doc__ or "").partition("examples:")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=raw, allow_abbrev=False)
-    parser.epilog = f"examples:{examples}"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
     add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")

@@ -45,6 +45,7 @@ class Head(NamedTuple):
     encoding: str  # gzip and its like, which was not asked for; mostly ''
     location: str
     server: str
+    retry_after: str = ""
 
     @property
     def moved(self) -> str:
@@ -96,6 +97,7 @@ def read_head(text: str, end: int) -> Head:
         encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
         location=fields.get("location", ""),
         server=fields.get("server", ""),
+        retry_after=fields.get("retry-after", "")[:40],
     )
 
 

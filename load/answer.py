@@ -32,6 +32,7 @@ from load.events import (
     split_events,
     token_events,
     usage,
+    usage_of,
 )
 
 LATE = 1.5  # times the usual pace
@@ -96,8 +97,9 @@ def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
     if head is None:
         raise Malformed(BROKEN_OFF if reply.raw else NO_ANSWER)
     body = read_body(reply.raw, head)
-    if head.status != 200:
-        raise Told(f"HTTP {head.status}: {head.moved or error_message(body.data)}")
+    if head.status not in range(200, 204):  # some say 201 Created, as to any POST
+        words = f"HTTP {head.status}: {head.moved or error_message(body.data)}"
+        raise Told(f"{words} (Retry-After: {head.retry_after})" if head.retry_after else words)
     read = _read_stream if is_stream(body.data, head.kind) else _read_document
     try:
         read(reply, body, outcome, chat)
@@ -125,9 +127,9 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)
     outcome.first = outcome.last = reply.stamps[-1]
-    if said := document.get("usage"):
-        outcome.prompt_tokens = counted(said.get("prompt_tokens"))
-        outcome.output_tokens = counted(said.get("completion_tokens"))
+    said = usage_of(document)
+    outcome.prompt_tokens = counted(said.get("prompt_tokens"))
+    outcome.output_tokens = counted(said.get("completion_tokens"))
     for choice in document.get("choices") or ():
         outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
 

@@ -31,7 +31,12 @@ def check(
         "probes": found.probes,
         "client": client,
         **understood(found),
-        "notes": [*found.notes, *surprises(planned, change), *missing(planned, options)],
+        "notes": [
+            *endpoint.not_up(server),
+            *found.notes,
+            *surprises(planned, change),
+            *missing(planned, options),
+        ],
         "error": found.error,
         "hint": found.hint,
         "requests": sum(case.num_prompts + warm_up[case.name] for case in planned),

@@ -177,7 +177,8 @@ class Builtin:
         """What the answers have to be like, now that it is known what the server understands."""
         dialect = self.server.dialect
         input_len = None if dialect.text else case.input_len
-        wanted = Wanted(self.server.model, case.output_len, input_len, exact=dialect.ignore_eos)
+        name, asked = self.server.model, self.endpoint.model
+        wanted = Wanted(name, case.output_len, input_len, asked, exact=dialect.ignore_eos)
         if case.output_len is None:
             wanted = replace(wanted, output_lens=lambda index: prompts(index)[1])
         return wanted
@@ -196,7 +197,9 @@ class Builtin:
         if isinstance(prompts, RandomPrompts):
             prompts = replace(prompts, seed=f"warm-up {prompts.seed}")
         if isinstance(prompts, Conversations):
-            prompts = Conversations(prompts.turns[load.count :] or prompts.turns)
+            rest = prompts.turns[load.count :]  # none, if the data set is as small as the run
+            other = RandomPrompts(WARM_UP_TOKENS, WARM_UP_TOKENS, f"warm-up {load.seed}", text=True)
+            prompts = Conversations(rest) if rest else other
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)

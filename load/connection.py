@@ -78,6 +78,7 @@ class Stream:
         self.reply = Reply()
         self.opening = False
         self.since = 0  # when it began to open
+        self.took = 0  # ns to open it: the way there and back, at least
         self.error = 0
 
     # opening
@@ -119,10 +120,10 @@ class Stream:
         self.opened()
 
     def opened(self) -> None:
-        self.opening = False
+        self.opening, self.took = False, time.time_ns() - self.since
         self.loop.watch(self, self.idle, select.EPOLLIN, known=True)
         if self.outcome:
-            self.outcome.connect = time.time_ns() - self.since
+            self.outcome.connect = self.took
             self.transmit()
         else:
             self.loop.opened(self)
@@ -262,7 +263,8 @@ class Stream:
 
     def may_retry(self, outcome: Outcome, now: int) -> bool:
         """A kept-alive connection that the server closed just as our request went out."""
-        return self.served > 0 and not outcome.retried and now - outcome.sent < RETRY_WITHIN
+        soon = now - outcome.sent < RETRY_WITHIN + 2 * self.took
+        return self.served > 0 and not outcome.retried and soon
 
     def is_done(self, now: int) -> bool:
         """[DONE] came, and the end of the transfer does not."""

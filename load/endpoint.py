@@ -22,15 +22,10 @@ from load.target import Target
 
 TIMEOUT = 10.0
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
-LACKING = (403, 404, 405, 500, 501, 502, 503)  # what gateways say that have no such list
 
 
 class Unanswered(Failure):
     """A server is there; this question it does not answer as it should."""
-
-
-class Unlisted(Unanswered):
-    """It answers, and has no list of models for us, or an empty one."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
     """The name that the server has for it; where it has no list of models, -m's own."""
     try:
         cards = model_cards(endpoint)
-    except Unlisted as e:
+    except Unanswered as e:
         if not model:
             raise Failure(e.message, e.hint or "-m NAME does without the list of models") from None
         say(f"{e.message}: -m {model} is taken at its word")
@@ -152,8 +147,23 @@ def fleet(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
+def up(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of a fleet that answer."""
+    return [each for each in fleet(record) if each.get("state", "ready") == "ready"]
+
+
+def not_up(endpoint: Endpoint) -> list[str]:
+    """A note, where some of a fleet do not."""
+    record = read_record(endpoint.record)
+    every, ready = fleet(record), up(record)
+    rest = [f"{each.get('name')} ({each.get('state')})" for each in every if each not in ready]
+    verb = "is" if len(rest) == 1 else "are"
+    words = f"{len(rest)} of {len(every)} replicas {verb} not up: {', '.join(rest)}"
+    return [words] if rest else []
+
+
 def replicas_of(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(each.get("name")), url) for each in fleet(record) if (url := left_url(each)))
+    return tuple((str(each.get("name")), url) for each in up(record) if (url := left_url(each)))
 
 
 def base_url(host: str, port: int | None, default: int) -> str:
@@ -231,20 +241,20 @@ def models(endpoint: Endpoint) -> list[str]:
 
 
 def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
-    """Under `data`, as OpenAI has it; some send the bare array, others call it `models`."""
+    """Under `data`, as OpenAI has it; some call it `models`, send the bare array, or only names."""
     answer = get(endpoint, "/v1/models")
     if isinstance(answer, dict):
-        answer = answer.get("data") or answer.get("models") or answer.get("data")
+        answer = answer.get("data") or answer.get("models")
     listed = answer if isinstance(answer, list) else []
-    found = [card for card in listed if isinstance(card, dict) and card_id(card)]
+    cards = [{"id": card} if isinstance(card, str) else card for card in listed]
+    found = [card for card in cards if isinstance(card, dict) and card_id(card)]
     if not found:
-        kind = Unlisted if answer == [] else Unanswered
-        raise kind(f"{endpoint.url}/v1/models names no model")
+        raise Unanswered(f"{endpoint.url}/v1/models names no model")
     return found
 
 
 def card_id(card: Mapping[str, Any]) -> str:
-    return str(card.get("id") or card.get("name") or "")
+    return str(card.get("id") or card.get("name") or card.get("model") or "")
 
 
 def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
@@ -253,7 +263,7 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
         return answer.json()
     except ValueError as e:
         if answer.body.lstrip()[:1] == b"<":
-            raise Unlisted(
+            raise Unanswered(
                 f"{endpoint.url}{path} is HTML, no JSON: a login page, or another service",
                 "-H and -p name the API itself",
             ) from None
@@ -277,8 +287,7 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     if answer.status != 200:
         words = endpoint.target.without_key(answer.moved or error_message(answer.body))
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
-        kind = Unlisted if answer.status in LACKING else Unanswered
-        raise kind(f"{url}: {answer.status}: {words}", hint)
+        raise Unanswered(f"{url}: {answer.status}: {words}", hint)
     return answer
 
 

@@ -12,6 +12,7 @@ from common.response import Malformed, error_message
 COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # inside a JSON string quotes are escaped
 BLANK_LINES = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
 BOM = b"\xef\xbb\xbf"
+BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\])[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
@@ -61,14 +62,18 @@ def is_stream(data: bytes, kind: str) -> bool:
 
 
 def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
-    """The events that carry choices, and the others, told apart without decoding them."""
-    tokens, others = [], []
+    """The events that carry choices, and the others, told apart without decoding them.
+
+    Data that is no object is a heartbeat where one with an object follows, and else an error's text.
+    """
+    tokens, others, last = [], [], 0
     for end, text in pieces(data):
         if COMPACT in text or SPACED in text:
             tokens.append(Event(end, text))
         elif text:
             others.append(Event(end, text))
-    return tokens, others
+        last = end if b"{" in text else last
+    return tokens, [event for event in others if event.end > last or not BEAT.match(event.text)]
 
 
 def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -137,11 +142,20 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
         if prompt and output:
             break
         if USAGE.search(event.text):
-            said = event.read()["usage"]
+            said = usage_of(event.read())
             prompt = prompt or counted(said.get("prompt_tokens"))
             output = output or counted(said.get("completion_tokens"))
             cached = from_cache(said) if cached is None else cached
     return prompt, output, cached
+
+
+def usage_of(document: Json) -> Json:
+    """At the top, as OpenAI has it; in a choice, as Moonshot, or under a name, as Groq has it."""
+    if not isinstance(document, dict):
+        return {}
+    holders = (document, *(document.get("choices") or ()), document.get("x_groq"))
+    found = (holder.get("usage") for holder in holders if isinstance(holder, dict))
+    return next((said for said in found if isinstance(said, dict)), {})
 
 
 def from_cache(usage: Json) -> int | None:

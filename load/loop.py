@@ -92,7 +92,10 @@ class Loop:
         return stream.receive_tls if self.tls else stream.receive
 
     def opened(self, stream: Stream) -> None:
-        self.spare.append(stream)
+        if self.none_left():
+            stream.close()
+        else:
+            self.spare.append(stream)
 
     def lost(self, stream: Stream, why: str) -> None:
         """A connection without a request is gone."""
@@ -112,15 +115,19 @@ class Loop:
         self.unread_bytes += len(stream.reply.raw)
         self.finished += 1
         self.hung = 0
-        if not self.load.open_loop:
-            if self.next < len(self.indices):
-                self.dispatch(stream, when)
+        if self.none_left():
+            stream.close()  # idle, it may hold the worker that another stream is waiting for
+        elif not self.load.open_loop:
+            self.dispatch(stream, when)
         elif stream.sock:
             self.spare.append(stream)
         else:
             self.streams.discard(stream)
 
     # sending
+
+    def none_left(self) -> bool:
+        return self.next == len(self.indices)
 
     def dispatch(self, stream: Stream, intended: int) -> None:
         if not self.requests:
@@ -144,13 +151,16 @@ class Loop:
     def send_due(self) -> None:
         """Send what is due; at the limit of streams it waits, and its lateness says so."""
         while self.due is not None and self.due <= time.time_ns() and not self.full():
-            if self.next == len(self.indices):  # the first streams were quick and took them all
+            if self.none_left():  # the first streams were quick and took them all
                 self.due = None
-                return
+                break
             stream = self.spare.pop() if self.spare else self.new_stream()
             due, self.due = self.due, next(self.arrivals, None)
             self.dispatch(stream, due)
-        if self.load.open_loop and self.due and not (self.refused or self.closing):
+        if self.due is None:
+            while self.spare:
+                self.spare.pop().close()
+        elif self.load.open_loop and not (self.refused or self.closing):
             self.keep_spares()
 
     def keep_spares(self) -> None:

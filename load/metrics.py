@@ -29,6 +29,7 @@ SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
 BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
 CLOCK_STEP_MS = 1.0
 BUSY = 0.9  # of a core
+CUT_OFF = ("", "length", "max_tokens", "content_filter")  # finish reasons that are not the model's
 FRESH = 0.05  # share of requests on new connections that is worth a word
 
 
@@ -39,6 +40,7 @@ class Wanted:
     model: str
     output_len: int | None  # None: each request has its own
     input_len: int | None = None  # None: only the server knows
+    asked: str = ""  # the name that was asked for, if answers have another
     exact: bool = True  # ignore_eos was accepted, so outputs cannot end early
     output_lens: Callable[[int], int] | None = None  # by request, when each has its own
 
@@ -201,7 +203,7 @@ def find_problems(load: Load, outcomes: Sequence[Outcome], wanted: Wanted) -> li
     return [
         *failures(load, outcomes),
         *odd_outputs(good, wanted),
-        *other_models(good, wanted.model),
+        *other_models(good, wanted),
     ]
 
 
@@ -235,7 +237,8 @@ def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
 def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
     """By the model's own word, and not because something cut it short."""
     asked = wanted.output_lens(outcome.index) if wanted.output_lens else wanted.output_len or 0
-    return outcome.finish == "stop" and (outcome.output_tokens or 0) < asked
+    its_own = outcome.finish.lower() not in CUT_OFF  # stop, eos, eos_token, end_turn, ...
+    return its_own and (outcome.output_tokens or 0) < asked
 
 
 def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:
@@ -269,9 +272,13 @@ def unlike_asked(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
             f"not {wrong[0][1]})"]  # fmt: skip
 
 
-def other_models(good: Sequence[Outcome], model: str) -> list[str]:
-    others = sorted({o.model for o in good if o.model and o.model != model})
-    return [f"answers came from {', '.join(others)}, not from {model}"] if others else []
+def other_models(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
+    others = sorted({o.model for o in good if o.model and o.model != wanted.model})
+    if not others:
+        return []
+    alias = wanted.asked not in ("", wanted.model)  # of several, or of one with another to fall to
+    first = f", which answered for {wanted.asked} at first" if alias else ""
+    return [f"answers came from {', '.join(others)}, not from {wanted.model}{first}"]
 
 
 def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.talk import read_json
 from load import bench_place
@@ -17,6 +18,12 @@ from load.matrix import Case
 from load.metrics import DETAILS, KINDS, METRICS, PERCENTILES, Distribution, growth, percentiles
 from load.streams import Shape, judge_shapes, shape
 
+TOO_MUCH = 1e15  # of anything that is measured
+TOTALS = (
+    "duration", "total_input_tokens", "total_output_tokens", "request_throughput",
+    "output_throughput", "total_token_throughput", "user_throughput",
+)  # fmt: skip
+FIGURES = (*TOTALS, *(f"{k}_{name}_ms" for k in KINDS for name in METRICS), "request_goodput:")
 UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
 
@@ -32,7 +39,7 @@ class BenchmarkServing:
     def __call__(self, case: Case, folder: Path) -> Record:
         options = self.options
         die_if_silent(self.endpoint, options)  # this client would wait for hours
-        file = folder.resolve() / f".{case.name}.benchmark_serving.json"
+        file = folder.resolve() / f"{case.name}.benchmark_serving"  # no .json: it is no result yet
         file.unlink(missing_ok=True)
         environ = unproxied(options.environ, self.endpoint.target.host)
         command = [
@@ -51,14 +58,14 @@ class BenchmarkServing:
         except (OSError, ValueError):
             return nothing(case, "benchmark_serving wrote no result (exit code "
                            f"{status}): {words or 'it said nothing'}")  # fmt: skip
-        finally:
-            file.unlink(missing_ok=True)
         try:
             record = judge(case, record, options.detailed)
-            self.counters.add_to(record, case.name)
-            return record
         except (LookupError, TypeError, ValueError, AttributeError) as e:
-            return nothing(case, f"benchmark_serving's result cannot be read: {e!r}")
+            return nothing(case, f"benchmark_serving's result cannot be read: {e!r}; it is kept as "
+                           f"{file.name}")  # fmt: skip
+        file.unlink()
+        self.counters.add_to(record, case.name)
+        return record
 
     def mounts(self, folder: Path) -> list[Path]:
         model = Path(self.options.tokenizer or self.endpoint.asked)
@@ -126,6 +133,7 @@ def data_set(case: Case, options: Options) -> list[str]:
 
 def judge(case: Case, record: Record, detailed: bool) -> Record:
     """Its exit status says nothing: it ends well when every request failed."""
+    lost, record = without_times(record), sound(record)
     errors = [e for e in record.get("errors", []) if e]
     outputs = [n for n, e in zip_lists(record, "output_lens", "errors") if not e]
     missing = case.num_prompts - record.get("completed", 0)
@@ -152,26 +160,51 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
             record.pop(key, None)
     record.pop("generated_texts", None)
     record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
-    share = (record["request_goodput"] or 0) * record.get("duration", 0) / case.num_prompts
+    share = (record["request_goodput"] or 0) * (record.get("duration") or 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
-    notes = [UNKNOWN, *without_figures(case, record), *streams.notes]
+    notes = [UNKNOWN, *without_figures(case, record), *lost, *streams.notes]
     problems += streams.problems
     found = {"valid": not problems, "problems": problems, "notes": notes, "client": {}}
     return record | found | {"invalid_metrics": streams.wrong}
 
 
+def sound(record: Record) -> Record:
+    """The same, with numbers where numbers belong: a mean or time that is none becomes None."""
+    figures = {name: figure(record[name]) for name in FIGURES if name in record}
+    times = {name: [*map(figure, record[name])] for name in ("ttfts", "e2els") if name in record}
+    gaps = [numbers(gaps or ()) for gaps in record.get("itls", ())]
+    return {**record, **figures, **times, "itls": gaps}
+
+
+def figure(value: Any) -> float | None:  # noqa: ANN401
+    return value if type(value) in (int, float) and abs(value) < TOO_MUCH else None
+
+
+def numbers(values: Iterable[Any]) -> list[float]:
+    return [value for value in map(figure, values) if value is not None]
+
+
+def without_times(record: Record) -> list[str]:
+    lists = [*(record.get(name, ()) for name in ("ttfts", "e2els")), *record.get("itls", ())]
+    values = [value for found in lists for value in found or ()]
+    lost = len(values) - len(numbers(values))
+    words = f"{lost} of {len(values)} times that NVIDIA's client wrote down are no numbers"
+    return [f"{words}: they are left out"] if lost else []
+
+
 def shapes(record: Record) -> Iterator[Shape]:
     """How the answers came, where it writes down the gaps."""
-    counted = zip_lists(record, "output_lens", "errors")
-    for (tokens, error), gaps in zip(counted, record.get("itls", []), strict=False):
+    counted, gaps_of = zip_lists(record, "output_lens", "errors"), record.get("itls", [])
+    ttfts = record.get("ttfts") or [0.0] * len(gaps_of)
+    for (tokens, error), gaps, ttft in zip(counted, gaps_of, ttfts, strict=False):
         if not error:
-            yield shape([gap * 1e3 for gap in gaps], tokens)
+            yield shape([gap * 1e3 for gap in gaps], tokens, waited=(ttft or 0.0) * 1e3)
 
 
 def without_figures(case: Case, record: Record) -> list[str]:
     """It writes NaN for the mean of nothing."""
     expected = METRICS if case.output_len != 1 else ("ttft", "e2el")
-    names = [f"{kind}_{name}_ms" for name in expected for kind in KINDS]
+    names = [*TOTALS, *(f"{kind}_{name}_ms" for name in expected for kind in KINDS)]
     missing = [name for name in names if name in record and record[name] is None]
     return [f"NVIDIA's client has no figure for {', '.join(missing)}"] if missing else []
 
@@ -179,7 +212,8 @@ def without_figures(case: Case, record: Record) -> list[str]:
 def distributions(record: Record) -> Record:
     """In ms, of what it writes down in seconds for each request."""
     gaps = [gap for gaps in record.get("itls", []) for gap in gaps]
-    values = {"ttft": record.get("ttfts", []), "itl": gaps, "e2el": end_to_end(record)}
+    ttfts = numbers(record.get("ttfts", ()))
+    values = {"ttft": ttfts, "itl": gaps, "e2el": end_to_end(record)}
     return {f"{name}_percentiles_ms": percentiles(Distribution(s * 1e3 for s in found))
             for name, found in values.items() if found}  # fmt: skip
 
@@ -187,7 +221,8 @@ def distributions(record: Record) -> Record:
 def end_to_end(record: Record) -> list[float]:
     """Seconds of each request; not every version of the script writes them down."""
     parts = zip(record.get("ttfts", []), record.get("itls", []), strict=False)
-    return record.get("e2els") or [ttft + sum(gaps) for ttft, gaps in parts]
+    added_up = [ttft + sum(gaps) for ttft, gaps in parts if ttft is not None]
+    return numbers(record.get("e2els", ())) or added_up
 
 
 def zip_lists(record: Record, first: str, second: str) -> list[tuple[int, str]]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from common.response import ERROR_LENGTH
+from common.talk import Failure
 from load.answer import Outcome
-from load.endpoint import Endpoint
+from load.endpoint import Endpoint, models
 from load.loadgen import measure
 from load.payload import Dialect, RandomPrompts, Requests
 from load.target import Load, LoadError
@@ -23,6 +26,9 @@ ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
 # With these the server means another thing than the fields of the request.
 OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
 BUSY = re.compile("HTTP (429|50[234])")
+RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
+PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
+NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) within|HTTP 429")
 REFUSED = re.compile("HTTP [45]|error from the server")
 
 WITHOUT = {  # in the order in which they matter least
@@ -58,6 +64,17 @@ class Prober:
     names: set[str] = field(default_factory=set)
 
     def __call__(self, dialect: Dialect) -> Outcome:
+        """The answer; where the server wants to be asked later, that of later."""
+        answer = self.once(dialect)
+        for pause in PAUSES:
+            if not answer.error.startswith("HTTP 429"):
+                break
+            later = RETRY_AFTER.search(answer.error)
+            time.sleep(min(float(later[1]), LONGEST) if later else pause)
+            answer = self.once(dialect)
+        return answer
+
+    def once(self, dialect: Dialect) -> Outcome:
         prompts = RandomPrompts(PROMPT, OUTPUT, f"probe {self.sent}", dialect.text)
         self.sent += 1
         load = Load(
@@ -82,7 +99,7 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
     ask = Prober(endpoint, timeout)
     dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
     answer = ask(dialect)
-    if BUSY.match(answer.error):
+    if re.match("HTTP 50[234]", answer.error):
         time.sleep(1)
         answer = ask(dialect)
     if refused(answer):
@@ -129,7 +146,7 @@ def pieced_together(
         richer: Dialect = replace(plain, **{name: True})  # type: ignore[arg-type]
         if refused(again := ask(richer)):
             notes.append(f"the server refuses {what}: {so} ({again.error})")
-        else:
+        elif not BUSY.match(again.error):
             plain, answer = richer, again
     return plain, answer, notes
 
@@ -145,14 +162,19 @@ def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[
 
 def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
     """Which flag helps, where no request of this kind is answered."""
-    if re.match("HTTP 40[13]", answer.error):
+    if answer.error.startswith("HTTP 401"):
         return "set OPENAI_API_KEY"
-    if not answer.error.startswith("HTTP "):
+    if NOBODY.match(answer.error):
         return ""
     other = replace(PLAINEST, chat=not chat)
     if any(not ask(replace(other, length=length)).error for length in LENGTHS):
         name = "openai-chat" if other.chat else "openai"
         return f"--backend {name}: {other.path} is answered"
+    if answer.error.startswith("HTTP 403"):
+        return "set OPENAI_API_KEY"
     if ask.endpoint.unlisted:
         return f"-m: is {ask.endpoint.model} what the server calls its model?"
+    with suppress(Failure):
+        rest = [name for name in models(ask.endpoint) if name != ask.endpoint.model]
+        return f"-m: it also serves {', '.join(rest)[:ERROR_LENGTH]}" if rest else ""
     return ""

@@ -11,7 +11,16 @@ from typing import Any
 
 from common.response import ERROR_LENGTH
 from common.talk import Failure
-from load.endpoint import TIMEOUT, Endpoint, Unanswered, fetch, fleet, models, read_record
+from load.endpoint import (
+    TIMEOUT,
+    Endpoint,
+    Unanswered,
+    fetch,
+    models,
+    read_record,
+    replicas_of,
+    up,
+)
 
 LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
 LOOKS_AFTER = 8  # until a process shows that was there before
@@ -36,7 +45,7 @@ def launches(endpoint: Endpoint) -> dict[str, Any]:
     record = read_record(endpoint.record)
     if not record.get("started"):
         return {}
-    each = {str(r.get("name")): (r.get("restarts"), r.get("started")) for r in fleet(record)}
+    each = {str(r.get("name")): (r.get("restarts"), r.get("started")) for r in up(record)}
     return {"": record["started"], **each}
 
 
@@ -74,10 +83,14 @@ def changes(
         notes.append("several processes answer at this address (by their start times): the figures "
                      "are of all of them")  # fmt: skip
     was, launched = before.get("launched", {}), launches(endpoint)
-    gone = {*ended, *(name for name in {**was, **launched} if was.get(name) != launched.get(name))}
+    gone = {*ended, *(name for name in {"", *was} if was.get(name) != launched.get(name))}
     if not problems and (gone or restarted(known, now)):
         names = ", ".join(sorted(filter(None, gone)))
         problems = [f"{names} ended, or was restarted, during the run" if names else RESTARTED]
+    other = set(endpoint.replicas) ^ set(replicas_of(read_record(endpoint.record)))
+    if other and not problems:
+        names = ", ".join(sorted(name for name, _ in other))
+        problems = [f"{names} came up or went down after bench.py began: it counts other GPUs"]
     return problems, notes
 
 

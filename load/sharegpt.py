@@ -33,8 +33,10 @@ LONGEST_WORD = 16  # characters of JSON's words and escapes: one may be cut by t
 NEWLINE = "\n"
 BETWEEN = re.compile(r"[\s,\[\]\x1e]*")  # entries; JSON Lines have no brackets and no commas
 TURNS = ("conversations", "conversation", "messages")
+ASIDE = ("system", "developer", "tool")
+USERS = ("user", "human", "prompter")
 TEXTS = ("value", "content", "text")
-QUESTIONS = ("prompt", "question", "instruction", "input")
+QUESTIONS = ("prompt", "question")
 ANSWERS = ("completion", "response", "answer", "output")
 
 
@@ -79,16 +81,31 @@ def first_turns(entry: dict[str, Any]) -> tuple[str, str]:
     found: list[Any] = next(
         (entry[name] for name in TURNS if isinstance(entry.get(name), list)), []
     )
-    turns = [turn for turn in found if isinstance(turn, dict)]
-    said = [words(turn, TEXTS) for turn in turns
-            if "system" not in (turn.get("from"), turn.get("role"))]  # fmt: skip
-    prompt, answer, *_ = *said, "", ""
-    return prompt or words(entry, QUESTIONS), answer or words(entry, ANSWERS)
+    turns = [turn for turn in found if isinstance(turn, dict) and role(turn) not in ASIDE]
+    # A greeting of the assistant's may come first; where no roles are known, the first one asks.
+    at = next((i for i, turn in enumerate(turns) if role(turn) in USERS), 0)
+    asked = [words(turn, TEXTS) for turn in turns[at : at + 1]]
+    said = [words(turn, TEXTS) for turn in turns[at + 1 :] if role(turn) not in USERS]
+    prompt, answer = "".join(asked), next(filter(None, said), "")
+    return prompt or question(entry), answer or words(entry, ANSWERS)
+
+
+def role(turn: dict[str, Any]) -> str:
+    return str(turn.get("from") or turn.get("role")).lower()
+
+
+def question(entry: dict[str, Any]) -> str:
+    """Alpaca's instructions are about an input, Dolly's about a context."""
+    parts = [words(entry, (name,)) for name in ("instruction", "input", "context")]
+    return words(entry, QUESTIONS) or "\n\n".join(filter(None, parts))
 
 
 def words(holder: dict[str, Any], names: tuple[str, ...]) -> str:
     """The first text under one of these names. Half a surrogate pair is none that can be sent."""
-    text = next((holder[name] for name in names if isinstance(holder.get(name), str)), "")
+    text = next((holder[name] for name in names if isinstance(holder.get(name), str | list)), "")
+    if isinstance(text, list):  # of OpenAI's parts
+        parts = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in parts if isinstance(part, str))
     return text.encode(errors="replace").decode()
 
 

@@ -15,6 +15,7 @@ from load.answer import TOGETHER, Outcome
 
 FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
 PAIRS = 1.5
+HURRY = 2.0  # ms a token
 CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
 HEAD_CLUMP = 5  # the same, at the beginning alone
 SPOILT, ODD = 0.5, 0.05  # shares of the answers: a problem (a server may just stall), a note
@@ -44,6 +45,13 @@ class Shape:
     bursts: int  # in which they came
     first: int  # events in the first of them
     collected: bool
+    waited: float = 0.0  # ms until the first
+    lasted: float = 0.0  # ms from the first to the last
+
+    @property
+    def replayed(self) -> bool:
+        """One after the other, and yet at once: faster than nearly all engines write."""
+        return self.lasted < min(self.waited / 10, (self.tokens - 1) * HURRY)
 
     @property
     def whole(self) -> bool:
@@ -54,16 +62,21 @@ class Shape:
         return self.tokens / self.bursts
 
 
-def shape(gaps: Sequence[float], tokens: int | None, collected: bool = False) -> Shape:
+def shape(
+    gaps: Sequence[float], tokens: int | None, collected: bool = False, waited: float = 0.0
+) -> Shape:
     """Of the gaps between an answer's events, in ms, and the tokens that the server counted."""
     events = len(gaps) + 1
     apart = [i for i, gap in enumerate(gaps, 1) if gap > TOGETHER]
-    return Shape(min(events, tokens or events), 1 + len(apart), (*apart, events)[0], collected)
+    count, first = min(events, tokens or events), (*apart, events)[0]
+    return Shape(count, 1 + len(apart), first, collected, waited, sum(gaps))
 
 
 def judge(good: Sequence[Outcome]) -> Judgement:
     """Which of the metrics the answers can bear."""
-    found = judge_shapes([shape(o.gaps, o.output_tokens, o.collected) for o in good])
+    found = judge_shapes(
+        [shape(o.gaps, o.output_tokens, o.collected, (o.first - o.sent) / 1e6) for o in good]
+    )
     found.notes += [*pieces(good), *quirks(good)]
     return found
 
@@ -89,8 +102,19 @@ def judge_shapes(shapes: Sequence[Shape]) -> Judgement:
     elif len(clumps) > ODD * len(shapes):
         found.notes = [f"{len(clumps)} of {len(shapes)} answers came in clumps of tokens: a part "
                        "of TTFT and ITL is of what held them back on their way"]  # fmt: skip
+    else:
+        found.notes = replays([s for s in many if s.replayed], shapes)
     found.notes += [*together(shapes), *in_pairs(many)]
     return found
+
+
+def replays(hurried: Sequence[Shape], shapes: Sequence[Shape]) -> list[str]:
+    """A proxy may collect an answer and send it on event by event; a small model can be as fast."""
+    if len(hurried) <= SPOILT * len(shapes):
+        return []
+    return [f"{len(hurried)} of {len(shapes)} answers came whole in less than a tenth of the time "
+            "to their first token: a fast engine, or a proxy that collects them and sends them on "
+            "piece by piece; then TTFT, ITL and TPOT mean nothing"]  # fmt: skip
 
 
 def average(shapes: Sequence[Shape]) -> float:

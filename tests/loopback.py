@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,10 @@ class Server:
     most_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     sockets: list[socket.socket] = field(default_factory=list)
+    workers: AbstractContextManager[Any] = field(default_factory=nullcontext)  # or a semaphore
 
     def serve(self, connection: socket.socket, tls: ssl.SSLContext | None) -> None:
-        with suppress(OSError, ValueError):
+        with self.workers, suppress(OSError, ValueError):
             if tls:
                 connection = tls.wrap_socket(connection, server_side=True)
             file = connection.makefile("rb")

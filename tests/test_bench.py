@@ -38,6 +38,7 @@ from load.matrix import Case
 from load.metrics import Distribution, Wanted, goodput_of, summarise
 from load.payload import RandomPrompts, Requests
 from load.target import Load, Result, Target
+from report.results import is_sound
 from tests.conftest import PATIENCE
 from tests.loopback import (
     MODEL,
@@ -865,7 +866,7 @@ def test_benchmark_serving_on_sharegpt(capfd: pytest.CaptureFixture[str]) -> Non
         ("short=1", "1 outputs are not 4 tokens long (one has 3)"),
         ("silent=1", "benchmark_serving wrote no result (exit code 0): ======"),
         ("half=1", "benchmark_serving wrote no result (exit code 0)"),
-        ("odd=1", "benchmark_serving's result cannot be read: TypeError"),
+        ("odd=1", "it is kept as throughput-in512-out4-c2.benchmark_serving"),
         ("die=1", "benchmark_serving wrote no result (exit code 1): OSError: no such tokenizer"),
     ],
 )
@@ -876,6 +877,8 @@ def test_its_exit_status_is_not_trusted(
     run = Run(capfd, obedient, "-t", "throughput", *SHORT)
     assert run.code == 1
     assert words in run.record("throughput-in512-out4-c2")["problems"][0]
+    kept = list(Path("out").glob("*.benchmark_serving"))
+    assert bool(kept) == (fault in ("half=1", "odd=1"))
 
 
 @pytest.mark.usefixtures("installed")
@@ -1132,6 +1135,16 @@ def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_place.run(bench_place.prefix("image:1", [], {}), {})
 
 
+@pytest.mark.parametrize(
+    ("finish", "early"),
+    [("stop", True), ("eos", True), ("eos_token", True), ("STOP", True), ("end_turn", True),
+     ("length", False), ("MAX_TOKENS", False), ("content_filter", False), ("", False)],
+)  # fmt: skip
+def test_whether_an_output_ended_by_the_models_own_word(finish: str, early: bool) -> None:
+    found = outcome(output_tokens=3, finish=finish)
+    assert metrics.ended_early(found, Wanted(MODEL, 8)) is early
+
+
 def test_one_token_without_text_is_none_that_is_missing() -> None:
     one = Result([outcome(has_text=False, output_tokens=1, last=50 * MS)])
     assert summarise(LOAD, one, Wanted(MODEL, 1, 4), {})["valid"]
@@ -1166,6 +1179,42 @@ def test_what_the_other_client_read_in_clumps_is_no_stream_either(
     judged = nvidia.judge(Case("latency", 128, 32, 1), record, False)
     assert (judged["valid"], judged["invalid_metrics"]) == (not problem, wrong)
     assert problem in " ".join(judged["problems"])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("odd", "note"),
+    [
+        ({"ttfts": [0.1, None]}, "1 of 66 times that NVIDIA's client wrote down are no numbers"),
+        ({"ttfts": [NAN, NAN]}, "2 of 66 times"),
+        ({"itls": [[0.01] * 30 + [NAN], [0.01] * 31]}, "1 of 66 times"),
+        ({"e2els": ["x", 10**400]}, "2 of 66 times"),
+        ({"mean_ttft_ms": [1, 2]}, "no figure for mean_ttft_ms"),
+        ({"p99_itl_ms": 1e999}, "no figure for p99_itl_ms"),
+        ({"duration": None, "request_goodput:": 3.0}, "no figure for duration"),
+    ],
+)
+def test_what_the_other_client_wrote_that_is_no_number_is_left_out(
+    odd: dict[str, Any], note: str
+) -> None:
+    record = {"output_lens": [32, 32], "errors": ["", ""], "completed": 2, "duration": 1.0,
+              "total_input_tokens": 256, "ttfts": [0.1, 0.2], "e2els": [0.4, 0.5],
+              "itls": [[0.01] * 31] * 2, "mean_ttft_ms": 150.0, "p99_itl_ms": 10.0}  # fmt: skip
+    judged = nvidia.judge(Case("latency", 128, 32, 2), {**record, **odd}, False)
+    assert judged["valid"], judged["problems"]
+    assert note in " ".join(judged["notes"])
+    assert is_sound({**judged, "case": {**Case("latency", 128, 32, 2).facts()}, "date": "",
+                     "model_id": ""})  # fmt: skip
+    assert any(name.endswith("percentiles_ms") for name in judged)
+
+
+def test_what_was_collected_on_its_way_to_the_other_client_is_noted() -> None:
+    record = {"output_lens": [32], "errors": [""], "completed": 1, "total_input_tokens": 128,
+              "ttfts": [0.7], "itls": [[0.0005] * 31]}  # fmt: skip
+    judged = nvidia.judge(Case("latency", 128, 32, 1), record, False)
+    assert judged["valid"] and "less than a tenth" in " ".join(judged["notes"])
 
 
 def test_latencies_are_added_up_where_the_other_client_has_none() -> None:

@@ -11,7 +11,10 @@ import pytest
 
 from common.talk import Failure
 from load import sharegpt
-from tests.loopback import serving
+from load.clients import Builtin, Options
+from load.endpoint import Endpoint
+from load.matrix import Case
+from tests.loopback import MODEL, serving
 from tests.servers import Kind, bench, running
 
 pytestmark = pytest.mark.usefixtures("clean_environment", "same_signals", "any_machine")
@@ -49,6 +52,51 @@ ENTRIES: dict[str, Callable[[int], Any]] = {
     "instructions": lambda n: {"instruction": question(n), "input": "", "output": ANSWER},
     "prompts and completions": lambda n: {"prompt": question(n), "completion": ANSWER},
 }  # fmt: skip
+
+
+def messages(*said: tuple[str, Any]) -> Any:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+ASKS = "What is the weather like?"
+IN_PARTS = [{"type": "text", "text": ASKS[:9]}, {"type": "image_url"}, {"text": ASKS[9:]}]
+ODD: dict[str, Any] = {
+    "a developer's word": messages(("developer", "be kind"), ("user", ASKS), ("assistant", ANSWER)),
+    "roles in capitals": messages(("System", "be kind"), ("USER", ASKS), ("Assistant", ANSWER)),
+    "a greeting": messages(("assistant", "Hello!"), ("user", ASKS), ("assistant", ANSWER)),
+    "two questions": messages(("user", ASKS), ("user", "well?"), ("assistant", ANSWER)),
+    "a tool": messages(("user", ASKS), ("assistant", None), ("tool", "{}"), ("assistant", ANSWER)),
+    "parts": messages(("user", IN_PARTS), ("assistant", [{"type": "text", "text": ANSWER}])),
+    "no roles": {"conversations": [{"value": ASKS}, {"value": ANSWER}]},
+    "other roles": {
+        "conversations": [{"from": "ann", "value": ASKS}, {"from": "bob", "value": ANSWER}]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ODD.values(), ids=ODD)
+def test_the_question_of_a_conversation_with(entry: Any) -> None:
+    assert sharegpt.first_turns(entry) == (ASKS, ANSWER)
+
+
+@pytest.mark.parametrize("name", ["input", "context"])
+def test_an_instruction_comes_with_what_it_is_about(name: str) -> None:
+    entry = {"instruction": "Translate this.", name: "Good morning.", "output": ANSWER}
+    assert sharegpt.first_turns(entry) == ("Translate this.\n\nGood morning.", ANSWER)
+
+
+@pytest.mark.parametrize(("more", "own"), [(0, False), (1, True), (16, True)])
+def test_the_warm_up_asks_nothing_that_is_measured(more: int, own: bool) -> None:
+    DATA.write_text(json.dumps([turns(n) for n in range(8 + more)]))
+    client = Builtin(Endpoint("http://h:1", MODEL, MODEL), Options(DATA))
+    load = client.load_for(Case("sharegpt", None, None, 8, 4), 1)
+    warm_up = client.warm_up_load(load, 4)
+    bodies = [json.loads(warm_up.body(i)) for i in range(4)]
+    assert not {b["prompt"] for b in bodies} & {
+        json.loads(load.body(i))["prompt"] for i in range(8)
+    }
+    assert all(body["max_tokens"] <= 32 for body in bodies)
+    assert all(body["prompt"].startswith("question") == own for body in bodies)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

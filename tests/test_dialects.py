@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.loopback import DONE, MODEL, Answer, Request, Server
+from common.talk import Failure
+from load import endpoint
+from load.endpoint import Endpoint
+from load.probe import explore
+from tests.loopback import DONE, MODEL, Answer, Request, Server, serving
 from tests.servers import Ask, Kind, Piece, Said, bench, running, tokens, usual
 
 pytestmark = [
@@ -122,6 +127,27 @@ def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
     assert "ignore_eos" in bodies(server)[-1]
 
 
+def test_a_server_that_counts_requests_is_asked_again_when_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it answers then tells what it takes; 429 does not."""
+    waits: list[float] = []
+    monkeypatch.setattr("load.probe.time.sleep", waits.append)
+    strict, seen = refuses("ignore_eos"), itertools.count()
+
+    def answer(request: Request) -> None:
+        if next(seen) % 2 == 0:
+            fields = "Retry-After: 3\r\n"
+            request.document({"error": {"message": "slow"}}, "429 Too Many", fields)
+        else:
+            strict(request)
+
+    with serving(answer) as server:
+        found = explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
+    assert not found.error and not found.dialect.ignore_eos and found.dialect.stream_options
+    assert 3.0 in waits
+
+
 # --- fields that are ignored ----------------------------------------------------------------------
 
 
@@ -168,8 +194,9 @@ def ends_at(count: int, finish: str) -> Callable[[Ask], Iterator[Piece]]:
     return pieces
 
 
-def test_an_end_of_sequence_that_ignore_eos_did_not_stop_is_a_note() -> None:
-    said, _ = run(Kind(pieces=ends_at(5, "stop")))
+@pytest.mark.parametrize("finish", ["stop", "eos"])
+def test_an_end_of_sequence_that_ignore_eos_did_not_stop_is_a_note(finish: str) -> None:
+    said, _ = run(Kind(pieces=ends_at(5, finish)))
     assert said.code == 0, said.said
     assert "ignores ignore_eos: 4 of 4 outputs ended early, after 5 tokens" in said.notes
 
@@ -202,7 +229,8 @@ def test_the_model_behind_an_alias_is_a_note(args: tuple[str, ...]) -> None:
 def test_a_model_that_changes_meanwhile_makes_the_run_invalid() -> None:
     """A gateway that falls back to another one."""
     said, _ = run(answers_as(lambda ask: BEHIND if ask.request.number < 8 else "org/fallback"))
-    assert said.run["problems"] == [f"answers came from org/fallback, not from {BEHIND}"]
+    first = f"{BEHIND}, which answered for {MODEL} at first"
+    assert said.run["problems"] == [f"answers came from org/fallback, not from {first}"]
 
 
 def not_found(request: Request) -> None:
@@ -218,9 +246,38 @@ LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "a bare array": ([{"id": MODEL}], ()),
     "another name for it": ({"models": [{"name": MODEL}]}, ()),
+    "another name for the name": ({"data": [{"model": MODEL}]}, ()),
+    "only names": ({"data": [MODEL]}, ()),
+    "an array of names": ([MODEL], ()),
     "a tag that nobody types": ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
     "a pattern": ({"data": [{"id": "test*"}]}, ("-m", MODEL)),
 }
+
+
+NO_LISTS = {
+    **{status: b"HTTP/1.1 %d\r\nContent-Length: 0\r\n\r\n" % status
+       for status in (307, 400, 401, 406, 410, 422, 429, 200)},
+    "OK": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK",
+    "a status": b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"status":"ok"}',
+    "gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n\x1f\x8b",
+    "too late": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sends", NO_LISTS.values(), ids=map(str, NO_LISTS))
+def test_a_name_does_without_a_list(sends: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: Request) -> None:
+        request.send(sends) if sends else threading.Event().wait(0.2)
+
+    if not sends:
+        monkeypatch.setattr(endpoint, "TIMEOUT", 0.1)
+    with serving(answer) as server:
+        nameless = Endpoint(f"http://127.0.0.1:{server.port}", "", "")
+        named = endpoint.with_model(nameless, MODEL)
+        assert named.model == MODEL and "no list of models" in named.unlisted
+        with pytest.raises(Failure) as failure:
+            endpoint.with_model(nameless, "")
+        assert failure.value.hint
 
 
 @pytest.mark.parametrize(("models", "args"), LISTS.values(), ids=LISTS)
@@ -250,15 +307,27 @@ def test_without_a_list_and_without_a_name(models: Any, words: str) -> None:
 # --- where nothing works, the flag that does ------------------------------------------------------
 
 
-def serves_only(path: str, status: str = "404 Not Found") -> Answer:
+def serves_only(path: str, otherwise: Answer = not_found) -> Answer:
     def answer(request: Request) -> None:
         wrong = request.body and f" {path} " not in request.line
-        request.document({"detail": "no such thing"}, status) if wrong else Kind()(request)
+        otherwise(request) if wrong else Kind()(request)
 
     return answer
 
 
-@pytest.mark.parametrize("status", ["404 Not Found", "405 No", "400 Bad Request", "501 No"])
+def no_such_thing(status: str) -> Answer:
+    return lambda request: request.document({"error": "no such thing"}, status)
+
+
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"
+OTHERWISE: dict[str, Answer] = {
+    **{s: no_such_thing(f"{s} No") for s in ("404", "405", "400", "501", "403", "200")},
+    "a page of HTML": lambda request: request.send(PAGE),
+    "no answer at all": Request.hang_up,
+}
+
+
+@pytest.mark.parametrize("otherwise", OTHERWISE.values(), ids=OTHERWISE)
 @pytest.mark.parametrize(
     ("path", "backend", "other"),
     [
@@ -266,8 +335,10 @@ def serves_only(path: str, status: str = "404 Not Found") -> Answer:
         ("/v1/completions", "openai-chat", "openai"),
     ],
 )
-def test_the_api_that_is_there_is_named(path: str, backend: str, other: str, status: str) -> None:
-    said, _ = run(serves_only(path, status), "--backend", backend)
+def test_the_api_that_is_there_is_named(
+    path: str, backend: str, other: str, otherwise: Answer
+) -> None:
+    said, _ = run(serves_only(path, otherwise), "--backend", backend)
     assert said.code == 1
     assert f"next: --backend {other}: {path} is answered" in said.err
 
@@ -278,6 +349,19 @@ def test_a_name_that_the_server_does_not_know_either() -> None:
 
     said, _ = run(answer, "-m", "nonsense")
     assert "next: -m: is nonsense what the server calls its model?" in said.err
+
+
+def test_where_neither_api_is_allowed_the_key_is_missing() -> None:
+    said, _ = run(Kind(answers=no_such_thing("403 Forbidden")))
+    assert "next: set OPENAI_API_KEY" in said.err
+
+
+def test_of_several_models_the_first_may_write_no_text() -> None:
+    """A list that begins with a model for embeddings."""
+    refuses = lambda body: "does not support generate" if body["model"] != MODEL else ""  # noqa: E731
+    models = {"data": [{"id": "bge-m3"}, {"id": MODEL}]}
+    said, _ = run(Kind(models=models, refuses=refuses))
+    assert f"next: -m: it also serves {MODEL}" in said.err
 
 
 # --- --check --------------------------------------------------------------------------------------

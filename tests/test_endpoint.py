@@ -144,7 +144,7 @@ def test_a_directory_is_served_under_its_name() -> None:
         choose("org/Qwen", ["Qwen"], "")
 
 
-@pytest.mark.parametrize("document", [[], [1], {"data": None}, {"data": 7}, {"data": ["x"]}])
+@pytest.mark.parametrize("document", [[], [1], {"data": None}, {"data": 7}, {"data": [{}]}])
 def test_a_list_of_models_that_is_none(document: Any) -> None:
     with (
         serving(lambda request: request.document(document)) as server,

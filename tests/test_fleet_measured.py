@@ -14,9 +14,9 @@ import pytest
 
 import bench as bench_script
 import test as smoke_script
-from load import bench_place
+from load import bench_place, same
 from load.counters import of_iterations
-from load.endpoint import find_endpoint
+from load.endpoint import Endpoint, find_endpoint
 from tests.loopback import Request, Server
 from tests.servers import Ask, Kind, Said, call, running, tokens, usual
 from tests.test_front import addresses, fronting
@@ -144,6 +144,43 @@ def test_a_fleet_is_measured_by_its_front() -> None:
         assert min(servers.asked) > 0
     metadata = result()["metadata"]
     assert (metadata["replicas"], metadata["world_size"]) == (3, 6)
+
+
+def down(servers: Fleet, state: str = "restarting") -> None:
+    record = json.loads(Path("logs/endpoint.json").read_text())
+    record["replicas"][1] |= {"state": state, "started": None}
+    servers.record(replicas=record["replicas"])
+
+
+def test_a_replica_that_is_down_has_no_gpus_and_is_named() -> None:
+    note = "1 of 3 replicas is not up: r1 (restarting)"
+    with fleet() as servers:
+        down(servers)
+        checked, said = bench("--check"), bench()
+    assert said.code == 0, said.said
+    assert note in checked.last["notes"] and list(checked.last["replicas"]) == ["r0", "r2"]
+    metadata = result()["metadata"]
+    assert (metadata["replicas"], metadata["world_size"]) == (2, 4)
+    assert note in result()["notes"]
+
+
+def test_a_replica_that_comes_or_goes_makes_the_run_invalid() -> None:
+    with fleet() as servers:
+        named, before = here(), same.identity(here())
+        assert same.changes(named, before) == ([], [])
+        down(servers)
+        problem = ["r1 ended, or was restarted, during the run"]
+        assert same.changes(named, before) == (problem, [])
+        problem = ["r1 came up or went down after bench.py began: it counts other GPUs"]
+        assert same.changes(named, same.identity(named)) == (problem, [])  # in the next run
+        fewer, before = here(), same.identity(here())
+        assert same.changes(fewer, before) == ([], [])
+        servers.record()
+        assert same.changes(fewer, before) == (problem, [])
+
+
+def here() -> Endpoint:
+    return find_endpoint("", None, "", {})
 
 
 def test_check_names_the_replicas() -> None:

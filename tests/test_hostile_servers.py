@@ -175,10 +175,11 @@ def timeout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(seconds)
 
 
-QUICK = [
+NAMELESS = [
     *("-t", "throughput", "--num-prompts", "2", "--concurrency", "2", "--input-len", "4"),
-    *("--output-len", "4", "--warmup", "0", "-o", "out", "-m", MODEL),
+    *("--output-len", "4", "--warmup", "0", "-o", "out"),
 ]
+QUICK = [*NAMELESS, "-m", MODEL]
 
 
 @pytest.mark.parametrize("kind", SERVERS)
@@ -186,7 +187,7 @@ QUICK = [
 def test_a_question_to_a_server_that(kind: str) -> None:
     misbehave, words, _ = SERVERS[kind]
     with serving(misbehave) as there:
-        code, out, err = call(bench.main, "-H", f"http://127.0.0.1:{there.port}", *QUICK)
+        code, out, err = call(bench.main, "-H", f"http://127.0.0.1:{there.port}", *NAMELESS)
     assert (code, out) == (1, b"") and "ERROR" in err and words in err, err
     assert not Path("out").exists()
 
@@ -235,7 +236,7 @@ def test_a_redirect_is_not_followed_and_takes_no_key(
         for answer in (away, model_server(away)):
             with serving(answer) as there:
                 url = f"http://127.0.0.1:{there.port}"
-                code, out, err = call(bench.main, "-H", url, *QUICK)
+                code, out, err = call(bench.main, "-H", url, *NAMELESS)
                 assert code == 1 and (f"{status}" in err or f"HTTP {status}" in out.decode())
                 assert not health.Health(url, [MODEL])._ask()
         assert other.connections == 0

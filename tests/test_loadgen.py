@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 
 from common.response import BROKEN_OFF, NO_ANSWER
 from common.signals import obey
-from load import connection
+from load import connection, loop
 from load.answer import Outcome
 from load.loadgen import measure, merged, shards_for
 from load.loop import arrivals
@@ -188,6 +189,20 @@ def test_a_server_that_says_it_closes_is_connected_to_again() -> None:
     assert server.connections == 3
 
 
+@pytest.mark.parametrize(
+    ("count", "streams", "rate"), [(4, 2, math.inf), (4, None, 1000.0), (8, None, 50.0)]
+)
+def test_idle_connections_leave_a_servers_workers_to_the_others(
+    count: int, streams: int | None, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with one worker, which stays with a connection until that is closed."""
+    monkeypatch.setattr(loop, "PREOPENED", 1)
+    with serving(lambda r: obedient(r, 0.03)) as server:
+        server.workers = threading.Semaphore(1)
+        result = load_on(server, count, streams, rate=rate, timeout=2.0)
+    assert [o.error for o in result.outcomes] == [""] * count
+
+
 def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
     def answer(request: Request) -> None:
         if request.on_connection == 2:  # the request had been on its way when the server closed
@@ -202,6 +217,15 @@ def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
     assert [(o.error, o.output_tokens) for o in outcomes] == [("", 3)] * 3
     assert [o.retried for o in outcomes] == [False, True, True]
     assert all(o.sent > at for o, at in zip(outcomes[1:], closed, strict=True))
+
+
+def test_a_server_far_away_closes_later() -> None:
+    """The farther it is, the longer it takes until we hear that it had closed."""
+    stream = connection.Stream(None)  # type: ignore[arg-type]
+    stream.served, sent = 1, Outcome(0, 0, 0)
+    assert stream.may_retry(sent, 99 * MS) and not stream.may_retry(sent, 300 * MS)
+    stream.took = 150 * MS
+    assert stream.may_retry(sent, 300 * MS) and not stream.may_retry(sent, 500 * MS)
 
 
 def test_a_fresh_connection_that_breaks_is_not_tried_again() -> None:

@@ -208,6 +208,15 @@ def test_the_words_of_an_error(body: bytes, words: str) -> None:
     assert read(head + body).error == f"HTTP 502: {words}"
 
 
+def test_created_is_as_good_as_ok() -> None:
+    assert read(stream().replace(b"200 OK", b"201 Created")).output_tokens == 3
+
+
+def test_an_error_says_when_to_come_back() -> None:
+    head = b"HTTP/1.1 429 Slow\r\nRetry-After: 3\r\nContent-Length: 4\r\n\r\n"
+    assert read(head + b"wait").error == "HTTP 429: wait (Retry-After: 3)"
+
+
 def test_an_answer_that_breaks_off_is_an_error() -> None:
     reply = Reply()
     assert not reply.add(stream()[:-40], 0, 0)
@@ -324,6 +333,30 @@ def test_which_events_are_tokens(
     said = chunk(usage(1, wanted)) if wanted else b""
     out = read(HEAD, *map(chunk, events), said + chunk(DONE) + LAST)
     assert (out.first, out.events, out.output_tokens) == ((first + 1) * MS, count, wanted)
+
+
+COUNTS = {"prompt_tokens": 4, "completion_tokens": 1}
+LAST_WORD = {"index": 0, "text": " word", "finish_reason": "length"}
+ELSEWHERE: dict[str, dict[str, object]] = {
+    "a choice": {"choices": [{**LAST_WORD, "usage": COUNTS}]},
+    "x_groq": {"choices": [LAST_WORD], "x_groq": {"usage": COUNTS}},
+    "a choice, null at the top": {"choices": [{**LAST_WORD, "usage": COUNTS}], "usage": None},
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_usage_may_be_in(where: str) -> None:
+    out = read(HEAD, chunk(event(ELSEWHERE[where])), chunk(DONE) + LAST)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == ("", 4, 1)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"meta": {"usage": {}}}, {"choices": [{"a": {"usage": {}}}]}, {"x_groq": [{"usage": {}}]}],
+)
+def test_usage_anywhere_else_is_none(odd: dict[str, object]) -> None:
+    out = read(HEAD, chunk(token()), chunk(event(odd)), chunk(DONE) + LAST)
+    assert (out.error, out.prompt_tokens, out.output_tokens) == ("", None, None)
 
 
 def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:

@@ -276,6 +276,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (completion(text="", usage=thoughts(0)), "the text is empty"),
         (completion(finish_reason=None), "finish_reason is None"),
         (completion(finish_reason=["stop"]), "finish_reason is ['stop']"),
+        (completion(finish_reason="abort"), "finish_reason is 'abort'"),
         (completion(index=1), "indices are [1]"),
         (completion(index={}), "indices are [{}]"),
         (completion(usage=None), "usage is missing"),
@@ -320,6 +321,8 @@ def test_the_tokens_of_an_answer_are_counted(count: int, words: str) -> None:
         ({"content": "", "reasoning": "Let me"}, True),
         ({"content": None}, False),
         ({"content": [{"type": "text"}]}, False),
+        ({"content": [{"type": "text", "text": "one"}]}, True),
+        ({"content": [{"type": "thinking", "thinking": [{"text": "Let me"}]}]}, True),
         ({}, False),
         (None, False),
     ],
@@ -327,6 +330,12 @@ def test_the_tokens_of_an_answer_are_counted(count: int, words: str) -> None:
 def test_chat_wants_words_of_content_or_of_reasoning(message: object, accepted: bool) -> None:
     reply = completion(message=message)
     assert (verdict("chat", reply) == "") is accepted
+
+
+def test_all_tokens_may_be_thoughts_that_only_the_total_counts() -> None:
+    silent = completion(message={"content": None}, usage=usage(7, 0) | {"total_tokens": 36})
+    assert verdict("chat", silent) == ""
+    assert "the text is empty" in verdict("chat", completion(message={}, usage=usage(7, 3)))
 
 
 def test_a_completion_is_not_taken_for_chat() -> None:
@@ -339,6 +348,8 @@ def test_a_completion_is_not_taken_for_chat() -> None:
         (" 6", "stop", True),
         ("", "stop", True),  # it stopped at once
         (" six seven", "length", True),  # no comma came
+        ("", "eos_token", True),  # TGI's word for stop
+        ("", "max_tokens", False),
         ("", "length", False),
         (" 6, 7", "length", False),
         (" 6,", "stop", False),
@@ -361,6 +372,7 @@ def test_batch_choices_may_come_in_any_order() -> None:
 
 
 STREAM = stream("trtllm", {})[2]
+BEATS = (b"event: ping\ndata: ping", b"data: null", b'data: ""', b"data: [KEEPALIVE]", b"data: 1")
 
 
 @pytest.mark.parametrize(
@@ -376,7 +388,7 @@ STREAM = stream("trtllm", {})[2]
         (STREAM.replace(b"one", b"\xff"), "not JSON"),
         (b'data: {"error": {"message": "died"}}\n\n' + STREAM, 'an error in the stream: {"mess'),
         (b'{"error": {"message": "died"}}', 'an error in the stream: {"message": "died"}'),
-        (b"data: null\n\n" + STREAM, "no list of objects"),
+        (b"data: ping\n\ndata: null\n\n", "0 event is not a stream"),
         (b'data: {"choices": [null]}\n\n' + STREAM, "no list of objects"),
         (b"data: {\n\n" + STREAM, "not JSON"),
     ],
@@ -396,11 +408,15 @@ def test_a_bad_stream_is_told_in_a_sentence(content: bytes, sentence: str) -> No
         STREAM.replace(b"data: ", b"data:\n\ndata: "),  # an empty one, for a heartbeat
         STREAM.replace(b"data: ", b"data: \n\ndata: "),  # and with a space in it
         STREAM + b'data: {"after": "the end"}\n\n',
+        *(beat + b"\n\n" + STREAM for beat in BEATS),
+        STREAM.replace(b', "usage"', b',\ndata: "usage"'),  # events of two lines
+        STREAM.replace(b'"one"', b'[{"type": "text", "text": "one"}]'),  # Mistral's
         b'data: {"type": "ping"}\n\n' + STREAM,
     ],
 )
 def test_a_stream_may_use_all_of_the_event_grammar(content: bytes) -> None:
-    assert verdict("streaming", content, content_type="text/event-stream") == ""
+    for status in (200, 201):
+        assert verdict("streaming", content, status, "text/event-stream") == ""
 
 
 def test_a_stream_must_say_that_it_is_one() -> None:
@@ -993,7 +1009,7 @@ def test_help_fits_a_screen_and_imports_little() -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
     assert "requests" not in done.stderr and "dotenv" not in done.stderr
-    assert lines[-1].startswith("  test.py ") and "logs/endpoint.json, else" in done.stdout
+    assert "\n  test.py -H " in done.stdout and "logs/endpoint.json, else" in done.stdout
 
 
 def test_a_strange_flag_is_a_usage_error() -> None:

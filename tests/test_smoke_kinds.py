@@ -67,6 +67,14 @@ def test_a_stream_that_was_buffered_has_no_ttft() -> None:
     assert "buffered on its way?" in streaming["detail"]
 
 
+def test_a_stream_that_was_collected_and_sent_on_event_by_event_has_no_ttft_either() -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        texts = [data for _, data in usual(ask)]
+        yield from ((0.0005 if i else 0.7, data) for i, data in enumerate(texts))
+
+    assert "buffered on its way?" in passes(Kind(pieces=pieces))["streaming"]["detail"]
+
+
 def test_a_quick_engine_is_not_taken_for_a_buffer() -> None:
     assert passes(Kind(ttft=0.001, itl=0))["streaming"]["ttft_ms"]
 
@@ -86,6 +94,19 @@ def zeros_last(ask: Ask) -> Iterator[Piece]:
 def test_counts_of_zero_are_no_counts() -> None:
     assert "32 tokens" in passes(Kind(pieces=zeros_first))["streaming"]["detail"]
     assert "32 tokens" in passes(Kind(pieces=zeros_last))["streaming"]["detail"]
+
+
+@pytest.mark.parametrize("where", ["a choice", "x_groq"])
+def test_usage_may_be_in(where: str) -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        *most, (_, usage), done = usual(ask)
+        said = {"usage": json.loads(usage[6:])["usage"]}
+        choice = {"index": 0, "delta": {}}
+        yield from most
+        yield 0, event({"choices": [{**choice, **said}]} if where == "a choice" else {where: said})
+        yield done
+
+    assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
 
 
 def test_a_whole_stream_without_done_is_whole() -> None:
@@ -236,6 +257,9 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
     [
         ([{"id": MODEL}], ()),
         ({"models": [{"name": MODEL}]}, ()),
+        ({"data": [{"model": MODEL}]}, ()),
+        ({"data": [MODEL]}, ()),
+        ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
     ],
 )

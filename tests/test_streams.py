@@ -102,9 +102,11 @@ def in_turn(ask: Ask) -> Iterator[Piece]:
 
 def heartbeats(ask: Ask) -> Iterator[Piece]:
     beats = (b": PROCESSING\n\n", b"data:\n\n", b"data: \n\n", b"event: ping\ndata: now\n\n",
-             b"retry: 3000\n\n", b"\n\n", b'event: ping\ndata: {"type": "ping"}\n\n')  # fmt: skip
+             b"retry: 3000\n\n", b"\n\n", b'event: ping\ndata: {"type": "ping"}\n\n',
+             b"data: [KEEPALIVE]\n\n", b"data: ping\n\n", b"data: null\n\n")  # fmt: skip
     for wait, text in usual(ask):
-        yield from ((0.0, beat) for beat in beats)
+        # Text behind the last object would be an error's.
+        yield from ((0.0, beat) for beat in (beats[:-3] if text == DONE else beats))
         yield wait, text
 
 
@@ -423,6 +425,21 @@ def outcome(*gaps: float, output: int | None = None) -> Outcome:
     found.events, found.prompt_tokens, found.has_text = len(gaps) + 1, 4, True
     found.output_tokens, found.model = output or found.events, MODEL
     return found
+
+
+@pytest.mark.parametrize(
+    ("gap", "tokens", "ttft", "noted"),
+    [(0.5, 64, 700, True), (0.5, 64, 100, False), (3, 8, 700, False), (0.5, 4, 700, False),
+     (10, 64, 700, False)],
+)  # fmt: skip
+def test_an_answer_that_was_collected_and_sent_on_event_by_event_is_noted(
+    gap: float, tokens: int, ttft: int, noted: bool
+) -> None:
+    replayed = outcome(*[gap] * (tokens - 1))
+    replayed.sent = replayed.first - ttft * 1_000_000
+    found = judge([replayed] * 4)
+    assert not found.problems
+    assert ("4 of 4 answers came whole in less than a tenth" in " ".join(found.notes)) == noted
 
 
 def test_speculation_a_hiccup_and_pairs_are_no_proxy() -> None:
