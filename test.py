@@ -186,7 +186,9 @@ def text_of(choice: Facts, key: str) -> str:
     # A reasoning model may spend all its tokens before the first word of content.
     keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
     found = [part.get(key) for key in keys] if isinstance(part, dict) else []
-    return "".join(t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in found)
+    return "".join(
+        t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in found
+    )
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:

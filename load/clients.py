@@ -133,7 +133,7 @@ class Builtin:
             *notes_for(case, record, load.body.dialect),
             *early_ends(load.body.dialect, result, wanted),
             *unlike_its_name(load, case, record),
-            *repeats(load.body.prompts, case.num_prompts),
+            *repeats(load.body.prompts, case.num_prompts, warmed),
         ]
         self.counters.add_to(record, case.name)
         return record | (details(load, result) if self.options.detailed else {})
@@ -197,9 +197,7 @@ class Builtin:
         if isinstance(prompts, RandomPrompts):
             prompts = replace(prompts, seed=f"warm-up {prompts.seed}")
         if isinstance(prompts, Conversations):
-            rest = prompts.turns[load.count :]  # none, if the data set is as small as the run
-            other = RandomPrompts(WARM_UP_TOKENS, WARM_UP_TOKENS, f"warm-up {load.seed}", text=True)
-            prompts = Conversations(rest) if rest else other
+            prompts = Conversations(prompts.turns[load.count :] or prompts.turns)
         body = replace(load.body, prompts=prompts, longest=WARM_UP_TOKENS)
         streams = min(count, load.width, WARM_UP_STREAMS)
         return replace(load, body=body, count=count, streams=streams, rate=math.inf, shards=1)
@@ -251,10 +249,13 @@ def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
     return [words] if (words := too_few(case)) else []
 
 
-def repeats(prompts: Prompts, count: int) -> list[str]:
-    """Whether a data set was too small for so many requests."""
-    if not isinstance(prompts, Conversations) or len(prompts.turns) >= count:
+def repeats(prompts: Prompts, count: int, warmed: int) -> list[str]:
+    """Whether a data set was too small for so many requests and those before them."""
+    if not isinstance(prompts, Conversations) or len(prompts.turns) > count:
         return []
+    if len(prompts.turns) == count:
+        return ["the data set has no conversation to spare: those of the warm-up were measured, too, "
+                "and a prefix cache knows them"] if warmed else []  # fmt: skip
     return [f"the data set has only {len(prompts.turns)} conversations for {count} requests: a "
             "prefix cache knows the repeated ones"]  # fmt: skip
 

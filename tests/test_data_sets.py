@@ -11,9 +11,10 @@ import pytest
 
 from common.talk import Failure
 from load import sharegpt
-from load.clients import Builtin, Options
+from load.clients import Builtin, Options, repeats
 from load.endpoint import Endpoint
 from load.matrix import Case
+from load.payload import Conversations
 from tests.loopback import MODEL, serving
 from tests.servers import Kind, bench, running
 
@@ -85,8 +86,8 @@ def test_an_instruction_comes_with_what_it_is_about(name: str) -> None:
     assert sharegpt.first_turns(entry) == ("Translate this.\n\nGood morning.", ANSWER)
 
 
-@pytest.mark.parametrize(("more", "own"), [(0, False), (1, True), (16, True)])
-def test_the_warm_up_asks_nothing_that_is_measured(more: int, own: bool) -> None:
+@pytest.mark.parametrize("more", [1, 16])
+def test_the_warm_up_asks_nothing_that_is_measured(more: int) -> None:
     DATA.write_text(json.dumps([turns(n) for n in range(8 + more)]))
     client = Builtin(Endpoint("http://h:1", MODEL, MODEL), Options(DATA))
     load = client.load_for(Case("sharegpt", None, None, 8, 4), 1)
@@ -96,7 +97,13 @@ def test_the_warm_up_asks_nothing_that_is_measured(more: int, own: bool) -> None
         json.loads(load.body(i))["prompt"] for i in range(8)
     }
     assert all(body["max_tokens"] <= 32 for body in bodies)
-    assert all(body["prompt"].startswith("question") == own for body in bodies)
+
+
+@pytest.mark.parametrize(("there", "warmed", "said"), [(9, 4, ""), (8, 0, ""), (8, 4, "to spare"),
+                                                       (7, 4, "only 7")])  # fmt: skip
+def test_what_a_prefix_cache_knows_is_said(there: int, warmed: int, said: str) -> None:
+    found = repeats(Conversations((("hello", 8),) * there), 8, warmed)
+    assert bool(found) == bool(said) and said in "".join(found)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
