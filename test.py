@@ -83,7 +83,7 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
     found = (reply.get("models") or reply.get("data")) if isinstance(reply, dict) else reply
     listed = found if isinstance(found, list) else []
     cards = objects({"data": [{"id": c} if isinstance(c, str) else c for c in listed]}, "data")
-    names = [card.get("id") or card.get("name") or card.get("model") for card in cards]
+    names: list[Any] = [card.get("id") or card.get("name") or card.get("model") for card in cards]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
     for name in served_as(ask["model"]) if ask["model"] else names:
@@ -185,10 +185,8 @@ def text_of(choice: Facts, key: str) -> str:
     part = choice.get(key) if key else choice
     # A reasoning model may spend all its tokens before the first word of content.
     keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
-    found = [part.get(key) for key in keys] if isinstance(part, dict) else []
-    return "".join(
-        t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in found
-    )
+    said = [part.get(key) for key in keys] if isinstance(part, dict) else []
+    return "".join(t if isinstance(t, str) else "".join(PARTS.findall(json.dumps(t))) for t in said)
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:

@@ -254,8 +254,8 @@ def repeats(prompts: Prompts, count: int, warmed: int) -> list[str]:
     if not isinstance(prompts, Conversations) or len(prompts.turns) > count:
         return []
     if len(prompts.turns) == count:
-        return ["the data set has no conversation to spare: those of the warm-up were measured, too, "
-                "and a prefix cache knows them"] if warmed else []  # fmt: skip
+        return ["the data set has no conversation to spare: those of the warm-up were measured, "
+                "too, and a prefix cache knows them"] if warmed else []  # fmt: skip
     return [f"the data set has only {len(prompts.turns)} conversations for {count} requests: a "
             "prefix cache knows the repeated ones"]  # fmt: skip
 

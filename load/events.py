@@ -64,7 +64,7 @@ def is_stream(data: bytes, kind: str) -> bool:
 def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
     """The events that carry choices, and the others, told apart without decoding them.
 
-    Data that is no object is a heartbeat where one with an object follows, and else an error's text.
+    Data that is no object is a heartbeat where one with an object follows, else an error's text.
     """
     tokens, others, last = [], [], 0
     for end, text in pieces(data):

@@ -254,7 +254,7 @@ LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 
 
-NO_LISTS = {
+NO_LISTS: dict[str | int, bytes] = {
     **{status: b"HTTP/1.1 %d\r\nContent-Length: 0\r\n\r\n" % status
        for status in (307, 400, 401, 406, 410, 422, 429, 200)},
     "OK": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nOK",
