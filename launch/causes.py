@@ -52,12 +52,12 @@ def any_of(*patterns: str) -> re.Pattern[str]:
 
 
 EXCEPTION = re.compile(
-    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+[A-Z]\w*|Exception"
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
     r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
 )
 LINKED = ("The above exception was the direct cause", "During handling of the above exception")
 OUTSIDE = any_of(  # the exception that follows has ended no process
-    r"Exception (ignored )?in\b",
+    r"Exception (ignored )?in\b(?! worker)",
     r"(Task|Future) exception was never retrieved",
     r"Error in (atexit|sys\.excepthook)",
     r"--- Logging error ---",
@@ -73,9 +73,11 @@ PLAIN = any_of(  # what says so is the cause
     r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
-    r"Assertion failed: |(Scheduler w|W)atchdog timeout",
+    r"Assertion failed: |Failed: \w+ error |nvcc fatal|Could not load library",
+    r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
+    r"double free or corruption|corrupted (size|double)|(free|malloc|realloc|munmap_chunk)\(\): ",
     r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
-    r".*(NVRM: Xid|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
+    r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
 SHELL = any_of(
     r".*: (command not found|not found$|cannot execute|version \S+ not found)",
@@ -88,13 +90,14 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
+    r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
     r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
-NCCL_WARNS = re.compile(r".*NCCL WARN (.+)")
+NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
-CUDA_WARNS = re.compile(r".*UserWarning: (CUDA initialization: .+)")
-NO_CUDA = any_of("No CUDA GPUs are available", "Failed to infer device type", "No accelerator ")
+CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
+NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
 REPORTED = any_of(  # what stands before the error itself
     r"Failed to initialize executor on rank \d+: (?=\S)",
@@ -215,7 +218,14 @@ class Reader:
             else:
                 self.take(at, self.lines[at])
             at += 1
-        return [f for f in self.found if self.counts(f)]
+        return [self.in_place(f) for f in self.found if self.counts(f)]
+
+    def in_place(self, f: Finding) -> Finding:
+        """A warning of NCCL's counts from the failure on: it may have been survived for long."""
+        if f.warning_of is not NCCL_FAILED:
+            return f
+        failed = (e.at for e in self.found if e.at > f.at and NCCL_FAILED.search(e.text))
+        return replace(f, at=min(failed, default=f.at))
 
     def counts(self, f: Finding) -> bool:
         """NCCL and CUDA warn of much, which counts where they fail."""
@@ -271,7 +281,7 @@ class Reader:
         """What is no exception of Python's."""
         text = line.text.strip()
         if found := NCCL_WARNS.match(text):
-            yield replace(judge(found[1], at), warning_of=NCCL_FAILED)
+            yield replace(judge((found[1] or "") + found[2], at), warning_of=NCCL_FAILED)
         elif found := CUDA_WARNS.match(text):
             yield replace(judge(found[1], at), warning_of=NO_CUDA)
         elif found := WHAT.match(text):
