@@ -91,11 +91,14 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
     r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
-    r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
+    r".*UCX +FATAL|\*\*\* An error occurred in MPI|Failed, NCCL error",
+    r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
 NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
+UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
+UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
 CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
 NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
@@ -204,6 +207,7 @@ class Reader:
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
+    failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
 
     def read(self) -> list[Finding]:
@@ -220,18 +224,29 @@ class Reader:
             at += 1
         return [self.in_place(f) for f in self.found if self.counts(f)]
 
+    def failures(self, of: re.Pattern[str]) -> Sequence[int]:
+        """The lines of what is warned of, in order."""
+        if of not in self.failed:
+            others = (each for each in self.found if each.warning_of is not of)
+            self.failed[of] = sorted(each.at for each in others if of.search(each.text))
+        return self.failed[of]
+
     def in_place(self, f: Finding) -> Finding:
-        """A warning of NCCL's counts from the failure on: it may have been survived for long."""
-        if f.warning_of is not NCCL_FAILED:
+        """A warning counts from the failure on: it may have been survived for long."""
+        if not f.warning_of or f.warning_of is NO_CUDA:
             return f
-        failed = (e.at for e in self.found if e.at > f.at and NCCL_FAILED.search(e.text))
-        return replace(f, at=min(failed, default=f.at))
+        failed = next((at for at in self.failures(f.warning_of) if at > f.at), None)
+        if f.warning_of is UCX_FAILED and failed is None:
+            return replace(f, weight=max(f.weight, Weight.REMARK))
+        return replace(f, at=failed or f.at)
 
     def counts(self, f: Finding) -> bool:
-        """NCCL and CUDA warn of much, which counts where they fail."""
-        if of := f.warning_of:
-            failed = max((each.at for each in self.found if of.search(each.text)), default=-1)
-            return f.at < failed or (f.kind is not None and failed >= 0)
+        """NCCL and CUDA warn of much, which counts where they fail; UCX's may end it alone."""
+        if f.warning_of:
+            failed = self.failures(f.warning_of)
+            if failed and f.at < failed[-1]:
+                return True
+            return f.kind is not None and (bool(failed) or f.warning_of is UCX_FAILED)
         if FATAL.search(f.text):
             return True
         asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
@@ -282,6 +297,8 @@ class Reader:
         text = line.text.strip()
         if found := NCCL_WARNS.match(text):
             yield replace(judge((found[1] or "") + found[2], at), warning_of=NCCL_FAILED)
+        elif UCX_WARNS.match(text):
+            yield replace(judge(text, at, unknown=Weight.REPORT), warning_of=UCX_FAILED)
         elif found := CUDA_WARNS.match(text):
             yield replace(judge(found[1], at), warning_of=NO_CUDA)
         elif found := WHAT.match(text):
