@@ -75,7 +75,9 @@ PLAIN = any_of(  # what says so is the cause
     r".*: (error while loading shared libraries|symbol lookup error):",
     r"Assertion failed: |Failed: \w+ error |nvcc fatal|Could not load library",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
-    r"double free or corruption|corrupted (size|double)|(free|malloc|realloc|munmap_chunk)\(\): ",
+    r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
+    r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
+    r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
     r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
     r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
