@@ -82,7 +82,7 @@ PLAIN = any_of(  # what says so is the cause
     r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
 SHELL = any_of(
-    r".*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
 FAMILIAR = any_of(  # what counts where the table knows it
