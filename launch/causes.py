@@ -117,7 +117,10 @@ THAT_NOT_WHY = any_of(  # something failed, but not what of
 NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
 OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
 RULE = re.compile(r"-{70,78}\s*\Z")
-REMARKS = any_of(r"By default, for Open MPI", "A process has executed", "No OpenFabrics")
+REMARKS = any_of(
+    r"By default, for Open MPI|A process has executed|No OpenFabrics",
+    r"Open MPI failed an OFI|PMIx was unable to find a usable compression",
+)
 STARTS = any_of(*(engine.STARTS for engine in every()))
 IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
