@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 TABLE = Path(__file__).parent / "engines/causes.yaml"
-SUPPOSED = re.compile(r"(?<=[.;:)]) If ")
+SUPPOSED = re.compile(r"(?<=[.;:)]) (If|There are some potential) ")
 MARKS = ("<!-- causes: begin -->\n", "<!-- causes: end -->\n")
 
 

@@ -52,12 +52,12 @@ def any_of(*patterns: str) -> re.Pattern[str]:
 
 
 EXCEPTION = re.compile(
-    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+[A-Z]\w*|Exception"
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
     r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
 )
 LINKED = ("The above exception was the direct cause", "During handling of the above exception")
 OUTSIDE = any_of(  # the exception that follows has ended no process
-    r"Exception (ignored )?in\b",
+    r"Exception (ignored )?in\b(?! worker)",
     r"(Task|Future) exception was never retrieved",
     r"Error in (atexit|sys\.excepthook)",
     r"--- Logging error ---",
@@ -73,12 +73,16 @@ PLAIN = any_of(  # what says so is the cause
     r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
-    r"Assertion failed: |(Scheduler w|W)atchdog timeout",
+    r"Assertion failed: |Failed: \w+ error |nvcc fatal|Could not load library",
+    r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
+    r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
+    r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
+    r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
     r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
-    r".*(NVRM: Xid|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
+    r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
 SHELL = any_of(
-    r".*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
 FAMILIAR = any_of(  # what counts where the table knows it
@@ -88,13 +92,17 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
-    r".*UCX +(ERROR|FATAL)|\[\S+:\d+\].*\b(ERROR|Error):? |Failed, NCCL error",
+    r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
+    r".*UCX +FATAL|\*\*\* An error occurred in MPI|Failed, NCCL error",
+    r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
-NCCL_WARNS = re.compile(r".*NCCL WARN (.+)")
+NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
-CUDA_WARNS = re.compile(r".*UserWarning: (CUDA initialization: .+)")
-NO_CUDA = any_of("No CUDA GPUs are available", "Failed to infer device type", "No accelerator ")
+UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
+UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
+CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
+NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
 REPORTED = any_of(  # what stands before the error itself
     r"Failed to initialize executor on rank \d+: (?=\S)",
@@ -109,7 +117,10 @@ THAT_NOT_WHY = any_of(  # something failed, but not what of
 NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
 OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
 RULE = re.compile(r"-{70,78}\s*\Z")
-REMARKS = any_of(r"By default, for Open MPI", "A process has executed", "No OpenFabrics")
+REMARKS = any_of(
+    r"By default, for Open MPI|A process has executed|No OpenFabrics",
+    r"Open MPI failed an OFI|PMIx was unable to find a usable compression",
+)
 STARTS = any_of(*(engine.STARTS for engine in every()))
 IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
@@ -201,6 +212,7 @@ class Reader:
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
+    failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
 
     def read(self) -> list[Finding]:
@@ -215,13 +227,31 @@ class Reader:
             else:
                 self.take(at, self.lines[at])
             at += 1
-        return [f for f in self.found if self.counts(f)]
+        return [self.in_place(f) for f in self.found if self.counts(f)]
+
+    def failures(self, of: re.Pattern[str]) -> Sequence[int]:
+        """The lines of what is warned of, in order."""
+        if of not in self.failed:
+            others = (each for each in self.found if each.warning_of is not of)
+            self.failed[of] = sorted(each.at for each in others if of.search(each.text))
+        return self.failed[of]
+
+    def in_place(self, f: Finding) -> Finding:
+        """A warning counts from the failure on: it may have been survived for long."""
+        if not f.warning_of or f.warning_of is NO_CUDA:
+            return f
+        failed = next((at for at in self.failures(f.warning_of) if at > f.at), None)
+        if f.warning_of is UCX_FAILED and failed is None:
+            return replace(f, weight=max(f.weight, Weight.REMARK))
+        return replace(f, at=failed or f.at)
 
     def counts(self, f: Finding) -> bool:
-        """NCCL and CUDA warn of much, which counts where they fail."""
-        if of := f.warning_of:
-            failed = max((each.at for each in self.found if of.search(each.text)), default=-1)
-            return f.at < failed or (f.kind is not None and failed >= 0)
+        """NCCL and CUDA warn of much, which counts where they fail; UCX's may end it alone."""
+        if f.warning_of:
+            failed = self.failures(f.warning_of)
+            if failed and f.at < failed[-1]:
+                return True
+            return f.kind is not None and (bool(failed) or f.warning_of is UCX_FAILED)
         if FATAL.search(f.text):
             return True
         asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
@@ -271,7 +301,9 @@ class Reader:
         """What is no exception of Python's."""
         text = line.text.strip()
         if found := NCCL_WARNS.match(text):
-            yield replace(judge(found[1], at), warning_of=NCCL_FAILED)
+            yield replace(judge((found[1] or "") + found[2], at), warning_of=NCCL_FAILED)
+        elif UCX_WARNS.match(text):
+            yield replace(judge(text, at, unknown=Weight.REPORT), warning_of=UCX_FAILED)
         elif found := CUDA_WARNS.match(text):
             yield replace(judge(found[1], at), warning_of=NO_CUDA)
         elif found := WHAT.match(text):
