@@ -1,9 +1,12 @@
 """The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
 
 import re
+import threading
 import time
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 
-from common.talk import die, say
+from common.talk import HEARTBEAT, counted, die, say
 from launch import slurm
 from launch.engines import packages
 from launch.image import ECR, SLOWEST, Image
@@ -89,9 +92,12 @@ def provide(
     nodes = 1 if image.squash else nodes or place.size
     login = password_command(image)
     secret = run(login).strip() + "\n" if login else ""
-    progress, errors, have, words = Progress(image.packed), {}, {}, []
+    progress, words = Progress(image.packed), []
+    errors: dict[str, str] = {}
+    have: dict[str, str] = {}
     releases: dict[str, str] = {}
-    with held(provide_command(image, place, nodes, ask_release=ask_release), secret=secret) as step:
+    order = provide_command(image, place, nodes, ask_release=ask_release)
+    with saying_so(image, nodes, have), held(order, secret=secret) as step:
         for told in step.told():
             message = told.message
             if isinstance(message, messages.Present):
@@ -110,7 +116,7 @@ def provide(
         # It kills what is unpacking, too, and that looks like a broken tarball.
         die(word, hint=slurm.SEE_NODES)
     if errors:
-        die(slurm.by_node(sorted(errors.items())), hint=advice(image))
+        die(slurm.by_node(sorted(errors.items())), hint=advice(image, str(errors).lower()))
     if len(have) < nodes:
         reached = f"the image reached {len(have)} of {nodes} nodes"
         die(f"{reached}: {slurm.last_words(talk, 3)}")
@@ -120,7 +126,30 @@ def provide(
     return releases
 
 
-def advice(image: Image) -> str:
+@contextmanager
+def saying_so(image: Image, nodes: int, have: Sized) -> Iterator[None]:
+    """A line now and then that it is still being fetched: what does so is silent until it has it.
+
+    A tarball tells how far it is.
+    """
+    over, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not over.wait(HEARTBEAT):
+            where = f"{nodes - len(have)} of {counted(nodes, 'node')}"
+            say(f"image: still being fetched by {where} after {time.monotonic() - began:.0f} s")
+
+    if not image.tarball:
+        threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def advice(image: Image, why: str) -> str:
+    if "no space left" in why:
+        return "make room there (`docker system df` shows what Docker holds), or leave the node out"
     if image.squash:
         login = "a private registry's password goes into ~/.config/enroot/.credentials"
         return f"check the name, and that enroot and squashfs-tools are there; {login}"

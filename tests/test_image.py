@@ -784,7 +784,26 @@ def test_providing_names_the_node_where_it_failed(on_path: Fakes, tmp_path: Path
     on_path.set(full=True)
     with pytest.raises(Failure, match=r"^local: docker load: .*no space left") as failure:
         provide.provide(image_file(tmp_path / "x"), HERE)
+    assert failure.value.hint.startswith("make room there")
+
+
+def test_a_tarball_that_is_none_is_to_be_written_again(on_path: Fakes, tmp_path: Path) -> None:
+    tarball = image_file(tmp_path / "x")
+    error = json.dumps({"node": "n1", "Error": {"why": "docker load: unexpected EOF"}})
+    on_path.program("broken", f"print({error!r})")
+    with pytest.raises(Failure, match="unexpected EOF") as failure:
+        provide.provide(tarball, Place("1", 1, ("broken",)))
     assert "make save" in failure.value.hint
+
+
+def test_a_long_pull_says_so_now_and_then(
+    on_path: Fakes, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provide, "HEARTBEAT", 0.05)
+    there = json.dumps({"node": "n1", "Present": {"id": "a"}})
+    on_path.program("slow", f"import time; time.sleep(0.5); print({there!r})")
+    provide.provide(Image("x:1", registry="r.io"), Place("1", 1, ("slow",)))
+    assert "image: still being fetched by 1 of 1 node after " in capfd.readouterr().err
 
 
 def test_a_node_that_says_nothing_has_no_image(on_path: Fakes, tmp_path: Path) -> None:
