@@ -24,6 +24,7 @@ from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
 from launch.front import PAGE, Front, has_found
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
+from launch.lookout import Lookout
 from launch.plan import Plan
 from launch.progress import Progress
 from launch.status import page
@@ -78,6 +79,7 @@ class Launch:
     begun: float = field(default_factory=time.monotonic)
     announced: dict[str, object] | None = None  # of a fleet: what stays the same
     front: Front | None = None
+    lookout: Lookout | None = None
 
     @property
     def logs(self) -> Path:
@@ -159,12 +161,16 @@ class Launch:
         )
         self.front = Front(*where, servers, self.args.affinity, models)
         self.front.start()
+        self.lookout = Lookout(self.plan.place, self.nodes[0].name, host, self.url)
+        self.lookout.die_if_walled()
 
     def tend_front(self) -> None:
-        """Start it anew where it has ended, unless the job has."""
+        """Start it anew where it has ended, unless the job has; see whether it answers."""
         if self.front and self.front.step and self.front.step.poll() is not None:
             die_with_the_job(self.plan, self.limit, self.nodes[0].name)
             self.front.tick()
+        if self.lookout and self.lookout.is_due:
+            self.lookout.look()
 
     def await_front(self, name: str) -> None:
         """Until it has found that this one is ready: it looks twice a second."""
