@@ -31,7 +31,7 @@ from launch.status import page
 from launch.timelimit import TimeLimit
 
 LOOK_EVERY = 0.1  # seconds between two looks of the main thread
-NOTICES_WITHIN = 5.0
+NOTICES_WITHIN = 10.0
 
 
 def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:
@@ -80,6 +80,7 @@ class Launch:
     announced: dict[str, object] | None = None  # of a fleet: what stays the same
     front: Front | None = None
     lookout: Lookout | None = None
+    unfound: set[Life] = field(default_factory=set)  # whom it did not reach at its last look
 
     @property
     def logs(self) -> Path:
@@ -169,16 +170,39 @@ class Launch:
         if self.front and self.front.step and self.front.step.poll() is not None:
             die_with_the_job(self.plan, self.limit, self.nodes[0].name)
             self.front.tick()
-        if self.lookout and self.lookout.is_due:
-            self.lookout.look()
+        if self.lookout and self.lookout.is_due and (found := self.lookout.look()):
+            with self.lock:
+                self.note_found(found)
 
-    def await_front(self, name: str) -> None:
-        """Until it has found that this one is ready: it looks twice a second."""
-        deadline = time.monotonic() + NOTICES_WITHIN
+    def await_front(self, name: str) -> bool:
+        """Until it has found that this one is ready, False where it does not: it looks often."""
+        found, deadline = "", time.monotonic() + NOTICES_WITHIN
         while self.front and time.monotonic() < deadline:
-            if has_found(page(self.url + PAGE), name):
-                return
+            if has_found(found := page(self.url + PAGE), name):
+                return True
             pause(self.over, LOOK_EVERY)
+        return not found  # then there is none, or we cannot tell
+
+    def note_found(self, found: str) -> None:
+        """By its page, whom it reaches. One may be away for a moment: two looks in a row count."""
+        ready = [life for life in self.left if life.is_ready]
+        lost = {life for life in ready if life.is_well and not has_found(found, life.replica.label)}
+        before = [life.reached for life in ready]
+        for life in ready:
+            if life not in lost or life in self.unfound:
+                self.note_reached(life, life not in lost)
+        self.unfound = lost
+        if before != [life.reached for life in ready]:
+            self.go_on()
+
+    def note_reached(self, life: Life, reached: bool) -> None:
+        """Whether the front reaches it; told when that changes."""
+        if reached != life.reached and reached:
+            life.say("the front reaches it now")
+        elif reached != life.reached:
+            what = f"the front on {self.nodes[0].name} cannot reach {urlsplit(life.url).netloc}"
+            life.say(f"ready, but {what}: a firewall between the nodes?")
+        life.reached = reached
 
     def wait(self) -> NoReturn:
         """Until a signal, or what ends the launch."""
@@ -208,7 +232,7 @@ class Launch:
     # --- what lives tell, in their own threads ----------------------------------------------------
 
     def ready(self, life: Life) -> None:
-        self.await_front(life.replica.label)
+        reached = self.await_front(life.replica.label)
         with self.lock:
             if self.over.is_set() or not life.server:
                 return
@@ -218,6 +242,7 @@ class Launch:
                 where = f"{life.url} on {', '.join(node.name for node in life.own_nodes)}"
                 gpus = f", GPUs {','.join(life.replica.devices)}" if life.replica.devices else ""
                 life.say(f"ready after {life.server.age:.1f} s: {where}{gpus}")
+                self.note_reached(life, reached)
                 self.go_on()
                 return
             self.keeper.announced = announce(life.server, self.nodes, self.endpoint)
@@ -278,7 +303,7 @@ class Launch:
         """The fleet's records as it is now; READY, once all are that have not failed meanwhile."""
         self.note_states()
         self.start_orchestrator()
-        ready = [life for life in self.left if life.is_ready]
+        ready = [life for life in self.left if life.is_ready and life.reached]
         if not ready:
             self.keeper.take_back()
         elif self.announced:
