@@ -14,10 +14,9 @@ from launch.node.messages import Owner
 from launch.nodes import ask
 from launch.order import Command
 from launch.server import TICK, Server, die_of_a_node
-from launch.timelimit import is_suspended
+from launch.timelimit import outlast_suspension
 from launch.world import ABSENCE
 
-LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
 FIREWALL = "is a firewall between them? Run the launcher on the node itself, with sbatch"
 SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
@@ -39,18 +38,12 @@ def await_ready(server: Server, timeout: float) -> None:
 @contextlib.contextmanager
 def patience(server: Server) -> Iterator[None]:
     """A failure while Slurm has the job suspended is none: wait, and judge anew."""
-    place = server.plan.place
     try:
         yield
     except Failure as failure:
-        if not (failure.passing and is_suspended(place)):
+        if not (failure.passing and (waited := outlast_suspension(server.plan.place, server.over))):
             raise
-        begun = time.monotonic()
-        say(f"job {place.job} is suspended (scontrol suspend, or another job's turn): waiting")
-        while is_suspended(place):
-            pause(server.over, LOOK_EVERY)
-        server.forgive(time.monotonic() - begun)
-        say(f"job {place.job} is resumed")
+        server.forgive(waited)
 
 
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:
