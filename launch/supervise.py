@@ -175,13 +175,13 @@ class Launch:
                 self.note_found(found)
 
     def await_front(self, name: str) -> bool:
-        """Until it has found that this one is ready, False where it does not: it looks often."""
+        """Wait until it has found that this one is ready; False where it does not find it."""
         found, deadline = "", time.monotonic() + NOTICES_WITHIN
         while self.front and time.monotonic() < deadline:
             if has_found(found := page(self.url + PAGE), name):
                 return True
             pause(self.over, LOOK_EVERY)
-        return not found  # then there is none, or we cannot tell
+        return not found  # without a page there is no telling
 
     def note_found(self, found: str) -> None:
         """By its page, whom it reaches. One may be away for a moment: two looks in a row count."""
