@@ -56,6 +56,7 @@ class Life(threading.Thread):
         self.starts = 0
         self.why = ""  # it is lost
         self.reached = True  # by the front, if there is one
+        self.unfound = 0  # looks in a row at which it was not
 
     @property
     def own_nodes(self) -> Sequence[Node]:

@@ -24,7 +24,7 @@ from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
 from launch.front import PAGE, Front, has_found
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
-from launch.lookout import Lookout
+from launch.lookout import MISSES, Lookout
 from launch.plan import Plan
 from launch.progress import Progress
 from launch.status import page
@@ -80,7 +80,6 @@ class Launch:
     announced: dict[str, object] | None = None  # of a fleet: what stays the same
     front: Front | None = None
     lookout: Lookout | None = None
-    unfound: set[Life] = field(default_factory=set)  # whom it did not reach at its last look
 
     @property
     def logs(self) -> Path:
@@ -184,14 +183,14 @@ class Launch:
         return not found  # without a page there is no telling
 
     def note_found(self, found: str) -> None:
-        """By its page, whom it reaches. One may be away for a moment: two looks in a row count."""
+        """Whom it reaches, by its page. It may miss one that has failed sooner than we do."""
         ready = [life for life in self.left if life.is_ready]
-        lost = {life for life in ready if life.is_well and not has_found(found, life.replica.label)}
         before = [life.reached for life in ready]
         for life in ready:
-            if life not in lost or life in self.unfound:
-                self.note_reached(life, life not in lost)
-        self.unfound = lost
+            is_found = has_found(found, life.replica.label)
+            life.unfound = 0 if is_found or not life.is_well else life.unfound + 1
+            if is_found or life.unfound == MISSES:
+                self.note_reached(life, is_found)
         if before != [life.reached for life in ready]:
             self.go_on()
 
@@ -202,7 +201,7 @@ class Launch:
         elif reached != life.reached:
             what = f"the front on {self.nodes[0].name} cannot reach {urlsplit(life.url).netloc}"
             life.say(f"ready, but {what}: a firewall between the nodes?")
-        life.reached = reached
+        life.reached, life.unfound = reached, 0
 
     def wait(self) -> NoReturn:
         """Until a signal, or what ends the launch."""

@@ -303,13 +303,16 @@ def test_whom_the_front_loses_for_longer_is_told(
     unwell = made.launch.lives[3].server
     assert unwell
     unwell.health.misses = 1
-    for up in (("r0", "r1"), ALL, ("r0", "r1", "r2")):
+    for up in (("r0", "r1"), ("r0", "r1"), ALL, *[("r0", "r1", "r2")] * 4):
         made.launch.note_found(page(*up))
     assert "cannot reach" not in capsys.readouterr().err
-    for _ in range(3):
+    for _ in range(5):
         made.launch.note_found(page("r0", "r1"))
     said = capsys.readouterr().err
     assert said.count("cannot reach") == said.count("r2: ready, but") == 1
+    made.launch.lives[2].server.health.misses = 1  # type: ignore[union-attr]
+    made.launch.note_found(page("r0", "r1"))
+    assert "reaches it now" not in capsys.readouterr().err
 
 
 def test_one_that_is_lost_leaves_the_others(
