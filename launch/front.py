@@ -28,6 +28,7 @@ from launch.node.messages import Error, Listens
 from launch.nodes import Place, Step, die_of_exit
 from launch.order import Command
 from launch.slurm import SEE_NODES, lost_nodes, slurms_word
+from launch.timelimit import outlast_suspension
 
 STARTS_WITHIN = 20.0  # seconds; it takes 0.2
 STEADY = 5.0  # seconds; what ends sooner is not started anew
@@ -171,7 +172,7 @@ class Front:
         lines = text(host, port, servers, affinity, models).splitlines()
         order = node.Front(programs(), lines, port)
         self.command = Command(place.on(1, first=0), order)
-        self.name, self.port = name, port
+        self.place, self.name, self.port = place, name, port
         self.step: Step | None = None
         self.began = 0.0
         self.said: list[str] = []
@@ -190,14 +191,21 @@ class Front:
             if self.step.poll() is not None:
                 self.die_of_end(self.step.process.returncode)
             if time.monotonic() - self.began > STARTS_WITHIN:
-                self.stop()
-                late = f"the front did not listen within {STARTS_WITHIN:g} s"
-                die(f"{self.name}: {late}", hint=SEE_NODES, passing=True)
+                self.die_of_slowness()
             time.sleep(0.01)
         if self.streams < FEW:
             limit = f"its limit of open files is {self.streams * 2 + node.OWN_FILES}"
             what = f"the front can hold {self.streams} streams at once, others wait: {limit}"
             say(f"{self.name}: {what}; raise it there (ulimit -Hn, LimitNOFILE of slurmd)")
+
+    def die_of_slowness(self) -> None:
+        """Failure, unless the job was suspended: then it is given its time anew."""
+        if outlast_suspension(self.place, threading.Event()):
+            self.began = time.monotonic()
+            return
+        self.stop()
+        late = f"the front did not listen within {STARTS_WITHIN:g} s"
+        die(f"{self.name}: {late}", hint=SEE_NODES, passing=True)
 
     def read(self, step: Step) -> None:
         """HAProxy's own words, on replicas that come and go, are for the launch's log."""

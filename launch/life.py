@@ -55,6 +55,8 @@ class Life(threading.Thread):
         self.restarts = 0  # those that count
         self.starts = 0
         self.why = ""  # it is lost
+        self.reached = True  # by the front, if there is one
+        self.unfound = 0  # looks in a row at which it was not
 
     @property
     def own_nodes(self) -> Sequence[Node]:
@@ -64,6 +66,11 @@ class Life(threading.Thread):
     def is_ready(self) -> bool:
         running = self.server
         return running is not None and running.ready_at is not None
+
+    @property
+    def is_well(self) -> bool:
+        running = self.server
+        return running is not None and not running.health.misses
 
     @property
     def state(self) -> str:

@@ -13,7 +13,7 @@ from common.prometheus import MADE, RUNNING, WAITING, of_engine, total
 from common.response import Malformed
 from common.talk import aligned, counted, say, visible
 from launch.busy import NAMES as ENGINES
-from launch.front import PAGE, in_flight
+from launch.front import PAGE, has_found, in_flight
 from launch.records import records, states_of
 
 TIMEOUT = 5.0
@@ -41,9 +41,9 @@ def described(record: Mapping[str, Any]) -> Row:
     found: Row = {name: record[name] for name in ("job", "url", "model")}
     found["state"] = health(record["url"])
     if rows := states_of(record["path"]):
-        sessions = in_flight(page(record["url"] + PAGE))
+        front = page(record["url"] + PAGE)
         with ThreadPoolExecutor(len(rows)) as pool:
-            found["replicas"] = list(pool.map(lambda row: measured(row, sessions), rows))
+            found["replicas"] = list(pool.map(lambda row: measured(row, front), rows))
     return found
 
 
@@ -55,8 +55,8 @@ def health(url: str) -> str:
     return "ready" if code == 200 else f"unhealthy ({code})"
 
 
-def measured(row: Row, sessions: Mapping[str, float]) -> Row:
-    """The row with what the replica itself says, and the front: None where nobody does."""
+def measured(row: Row, front: str) -> Row:
+    """The row with what the replica itself says, and the front's page: None where nobody does."""
     if row["state"] != "ready":
         return {**row, "running": None, "waiting": None, "tokens_per_second": None}
     before, began, made = of_engine(ENGINES, page(row["metrics"])), time.monotonic(), None
@@ -65,11 +65,13 @@ def measured(row: Row, sessions: Mapping[str, float]) -> Row:
         now = total(of_engine(ENGINES, page(row["metrics"])), MADE)
         took = time.monotonic() - began
         made = None if now is None else max(now - already, 0) / took
-    running = total(before, RUNNING)
+    running, state = total(before, RUNNING), health(row["url"])
+    if state == "ready" and front and not has_found(front, row["name"]):
+        state = "not reached by the front"
     return {
         **row,
-        "state": health(row["url"]),
-        "running": sessions.get(row["name"]) if running is None else running,
+        "state": state,
+        "running": in_flight(front).get(row["name"]) if running is None else running,
         "waiting": total(before, WAITING),
         "tokens_per_second": made,
     }

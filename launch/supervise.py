@@ -24,13 +24,14 @@ from launch.announce import announce, facts, say_how_to_use, say_ready, write
 from launch.findings import Node
 from launch.front import PAGE, Front, has_found
 from launch.life import JobOver, Life, Terms, die_with_the_job, mark
+from launch.lookout import MISSES, Lookout
 from launch.plan import Plan
 from launch.progress import Progress
 from launch.status import page
 from launch.timelimit import TimeLimit
 
 LOOK_EVERY = 0.1  # seconds between two looks of the main thread
-NOTICES_WITHIN = 5.0
+NOTICES_WITHIN = 10.0
 
 
 def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:
@@ -78,6 +79,7 @@ class Launch:
     begun: float = field(default_factory=time.monotonic)
     announced: dict[str, object] | None = None  # of a fleet: what stays the same
     front: Front | None = None
+    lookout: Lookout | None = None
 
     @property
     def logs(self) -> Path:
@@ -159,20 +161,47 @@ class Launch:
         )
         self.front = Front(*where, servers, self.args.affinity, models)
         self.front.start()
+        self.lookout = Lookout(self.plan.place, self.nodes[0].name, host, self.url)
+        self.lookout.die_if_walled()
 
     def tend_front(self) -> None:
-        """Start it anew where it has ended, unless the job has."""
+        """Start it anew where it has ended, unless the job has; see whether it answers."""
         if self.front and self.front.step and self.front.step.poll() is not None:
             die_with_the_job(self.plan, self.limit, self.nodes[0].name)
             self.front.tick()
+        if self.lookout and self.lookout.is_due and (found := self.lookout.look()):
+            with self.lock:
+                self.note_found(found)
 
-    def await_front(self, name: str) -> None:
-        """Until it has found that this one is ready: it looks twice a second."""
-        deadline = time.monotonic() + NOTICES_WITHIN
+    def await_front(self, name: str) -> bool:
+        """Wait until it has found that this one is ready; False where it does not find it."""
+        found, deadline = "", time.monotonic() + NOTICES_WITHIN
         while self.front and time.monotonic() < deadline:
-            if has_found(page(self.url + PAGE), name):
-                return
+            if has_found(found := page(self.url + PAGE), name):
+                return True
             pause(self.over, LOOK_EVERY)
+        return not found  # without a page there is no telling
+
+    def note_found(self, found: str) -> None:
+        """Whom it reaches, by its page. It may miss one that has failed sooner than we do."""
+        ready = [life for life in self.left if life.is_ready]
+        before = [life.reached for life in ready]
+        for life in ready:
+            is_found = has_found(found, life.replica.label)
+            life.unfound = 0 if is_found or not life.is_well else life.unfound + 1
+            if is_found or life.unfound == MISSES:
+                self.note_reached(life, is_found)
+        if before != [life.reached for life in ready]:
+            self.go_on()
+
+    def note_reached(self, life: Life, reached: bool) -> None:
+        """Whether the front reaches it; told when that changes."""
+        if reached != life.reached and reached:
+            life.say("the front reaches it now")
+        elif reached != life.reached:
+            what = f"the front on {self.nodes[0].name} cannot reach {urlsplit(life.url).netloc}"
+            life.say(f"ready, but {what}: a firewall between the nodes?")
+        life.reached, life.unfound = reached, 0
 
     def wait(self) -> NoReturn:
         """Until a signal, or what ends the launch."""
@@ -202,7 +231,7 @@ class Launch:
     # --- what lives tell, in their own threads ----------------------------------------------------
 
     def ready(self, life: Life) -> None:
-        self.await_front(life.replica.label)
+        reached = self.await_front(life.replica.label)
         with self.lock:
             if self.over.is_set() or not life.server:
                 return
@@ -212,6 +241,7 @@ class Launch:
                 where = f"{life.url} on {', '.join(node.name for node in life.own_nodes)}"
                 gpus = f", GPUs {','.join(life.replica.devices)}" if life.replica.devices else ""
                 life.say(f"ready after {life.server.age:.1f} s: {where}{gpus}")
+                self.note_reached(life, reached)
                 self.go_on()
                 return
             self.keeper.announced = announce(life.server, self.nodes, self.endpoint)
@@ -272,7 +302,7 @@ class Launch:
         """The fleet's records as it is now; READY, once all are that have not failed meanwhile."""
         self.note_states()
         self.start_orchestrator()
-        ready = [life for life in self.left if life.is_ready]
+        ready = [life for life in self.left if life.is_ready and life.reached]
         if not ready:
             self.keeper.take_back()
         elif self.announced:

@@ -5,10 +5,12 @@ import subprocess
 import threading
 import time
 
+from common.signals import pause
 from common.talk import say
 from launch.nodes import Place
 from launch.slurm import squeue, unfiltered
 
+LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
@@ -32,14 +34,14 @@ class TimeLimit(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.is_set():
-            pause = ASK_EVERY
+            wait = ASK_EVERY
             if (left := self._ask()) is not None:
                 self.end_at = time.monotonic() + left
                 if left <= NOTICE:
                     self._tell(left)
                 else:
-                    pause = min(pause, left - NOTICE)
-            self.ended.wait(pause)
+                    wait = min(wait, left - NOTICE)
+            self.ended.wait(wait)
 
     def _ask(self) -> float | None:
         """Seconds left; None without a limit, or where Slurm does not say."""
@@ -109,6 +111,18 @@ def is_suspended(place: Place) -> bool:
     if not place.slurm or not (done := squeue(*of_job(place.job, "%A %T %L"))):
         return False
     return answer(place.job, done.stdout).split(" ")[0] in ("SUSPENDED", "STOPPED")
+
+
+def outlast_suspension(place: Place, over: threading.Event) -> float:
+    """Wait for as long as the job is suspended: so many seconds, 0 where it is not."""
+    if not is_suspended(place):
+        return 0.0
+    begun = time.monotonic()
+    say(f"job {place.job} is suspended (scontrol suspend, or another job's turn): waiting")
+    while is_suspended(place):
+        pause(over, LOOK_EVERY)
+    say(f"job {place.job} is resumed")
+    return time.monotonic() - begun
 
 
 def of_job(job: str, what: str) -> list[str]:

@@ -12,12 +12,13 @@ from common.talk import HEARTBEAT, Failure, die, say
 from launch.death import report_death
 from launch.node.messages import Owner
 from launch.nodes import ask
+from launch.order import Command
 from launch.server import TICK, Server, die_of_a_node
-from launch.timelimit import is_suspended
+from launch.timelimit import outlast_suspension
 from launch.world import ABSENCE
 
-LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 HANGS = "an engine can hang like this after a rank has died: start it again, or use --restart"
+FIREWALL = "is a firewall between them? Run the launcher on the node itself, with sbatch"
 SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
 
 
@@ -37,18 +38,12 @@ def await_ready(server: Server, timeout: float) -> None:
 @contextlib.contextmanager
 def patience(server: Server) -> Iterator[None]:
     """A failure while Slurm has the job suspended is none: wait, and judge anew."""
-    place = server.plan.place
     try:
         yield
     except Failure as failure:
-        if not (failure.passing and is_suspended(place)):
+        if not (failure.passing and (waited := outlast_suspension(server.plan.place, server.over))):
             raise
-        begun = time.monotonic()
-        say(f"job {place.job} is suspended (scontrol suspend, or another job's turn): waiting")
-        while is_suspended(place):
-            pause(server.over, LOOK_EVERY)
-        server.forgive(time.monotonic() - begun)
-        say(f"job {place.job} is resumed")
+        server.forgive(waited)
 
 
 def die_of_slowness(server: Server, timeout: float) -> NoReturn:
@@ -67,10 +62,9 @@ def die_if_unreached(server: Server) -> None:
 
 
 def die_if_walled(server: Server) -> None:
-    wall = walled(server)
-    if wall and not server.health.ready.wait(1):  # a slow machine is no wall
-        hint = "is a firewall between them? Run the launcher on the node itself, with sbatch"
-        die(wall, hint=f"{hint}; its log: {server.main_log.path}")
+    words = walled(server)
+    if words and not server.health.ready.wait(1):  # a slow machine is no wall
+        die(words, hint=f"{FIREWALL}; its log: {server.main_log.path}")
 
 
 def walled(server: Server) -> str:
@@ -79,14 +73,20 @@ def walled(server: Server) -> str:
         return ""
     if (owner := ask_owner(server)).answer != "200" or not (owner.own or owner.why):
         return ""
+    return wall(server.node, server.replica.port, server.url, server.health.answer)
+
+
+def wall(node: str, port: int, url: str, why: str) -> str:
     here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    serves = f"{server.node} serves on port {server.replica.port}"
-    return f"{serves}, but {server.url} cannot be reached from {here}: {server.health.answer}"
+    return f"{node} serves on port {port}, but {url} cannot be reached from {here}: {why}"
 
 
 def ask_owner(server: Server) -> Owner:
+    return owner_by(server.runtime.ask_owner(server.plan, server.replica))
+
+
+def owner_by(command: Command) -> Owner:
     """The node's own word on our port; of one that says nothing, that it is not known."""
-    command = server.runtime.ask_owner(server.plan, server.replica)
     with contextlib.suppress(Failure):
         for told in ask(command, "asking whose the port is", timeout=10):
             if isinstance(told.message, Owner):
@@ -132,9 +132,9 @@ def hold(server: Server) -> NoReturn:
 
 def judge(server: Server, fault: str, hint: str = HANGS) -> None:
     """Failure, unless it is only we who cannot reach it: then it goes on for those who can."""
-    if server.health.misses and (wall := walled(server)):
+    if server.health.misses and (words := walled(server)):
         if not server.walled:
-            say(f"{wall}; it goes on")
+            say(f"{words}; it goes on")
         server.forgive(0)
         server.walled, server.health.misses = True, 1
         return

@@ -335,6 +335,18 @@ def test_a_port_that_is_taken_is_a_sentence() -> None:
     assert failed.value.message == what
 
 
+def test_a_suspended_job_is_given_its_time_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is suspended, nothing of it can listen."""
+    waits = [30.0, 0.0]
+    monkeypatch.setattr(front, "STARTS_WITHIN", 0.05)
+    monkeypatch.setattr(front, "outlast_suspension", lambda *_: waits.pop(0))
+    monkeypatch.setattr(Command, "argv", ["sleep", "100"])
+    running = Front(HERE, "n1", "127.0.0.1", free_port(), {})
+    with pytest.raises(Failure, match=r"^n1: the front did not listen within 0.05 s$"):
+        running.start()
+    assert not waits and not running.step
+
+
 def test_few_open_files_are_told(script: Callable[..., Script], haproxy: str) -> None:
     lines = text("127.0.0.1", port := free_port(), {}).splitlines()
     few = ["sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"]

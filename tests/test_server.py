@@ -18,7 +18,7 @@ from typing import cast
 import pytest
 
 from common.talk import Failure, complain, say
-from launch import death, engines, health, server, slurm, watch
+from launch import death, engines, health, server, slurm, timelimit, watch
 from launch.death import report_death
 from launch.findings import Node
 from launch.log import Log
@@ -414,7 +414,7 @@ def test_a_failure_of_a_suspended_job_is_waited_out(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(watch, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(timelimit, "LOOK_EVERY", 0.1)
     running = run_plan("bash", "-c", "sleep 100", place=Place("77", 1, ONE_NODE))
     fakes.set(state="SUSPENDED")
     resume = threading.Timer(1, lambda: fakes.set(state="RUNNING"))

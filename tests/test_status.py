@@ -59,6 +59,19 @@ TRTLLM = """\
 trtllm_request_success_total{{engine_type="trtllm",finished_reason="length"}} {}
 trtllm_time_to_first_token_seconds_sum{{engine_type="trtllm"}} 0.5
 """
+OF_R0 = 'proxy="replicas",server="r0"'
+UP = f'haproxy_server_status{{{OF_R0},state="UP"}} 1\n'
+DOWN = f'haproxy_server_status{{{OF_R0},state="UP"}} 0\n'
+SESSIONS = f"haproxy_server_current_sessions{{{OF_R0}}} 9\n"
+
+
+@pytest.mark.parametrize(
+    ("front", "state"), [(UP, "ready"), (DOWN, "not reached by the front"), ("", "ready")]
+)
+def test_one_that_the_front_does_not_reach_is_not_ready(front: str, state: str) -> None:
+    with running(Kind()) as server:
+        assert status.measured(row(server.port), front)["state"] == state
+    assert status.measured(row(server.port), front)["state"] == "not ready"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +85,7 @@ def test_an_engine_says_what_it_does(
     monkeypatch.setattr(status, "LOOK", 0.01)
     made = itertools.count(1000, 500)
     with running(Kind(paths={"/metrics": page(lambda: text.format(next(made)))})) as server:
-        found = status.measured(row(server.port), {"r0": 9})
+        found = status.measured(row(server.port), UP + SESSIONS)
     assert (found["running"], found["waiting"]) == (running_, waiting)
     assert found["state"] == "ready"
     assert (found["tokens_per_second"] is None) == (waiting is None)

@@ -148,7 +148,8 @@ class Fleet:
         log = SimpleNamespace(path=self.workspace / replica.label, last_line="")
         made = SimpleNamespace(replica=replica, plan=self.plan, ready_at=None, age=1.0, served=0.0)
         made.began, made.started = time.time(), time.monotonic()
-        made.health, made.main_log, made.url = SimpleNamespace(model="m"), log, url
+        made.health = SimpleNamespace(model="m", misses=0)
+        made.main_log, made.url = log, url
         made.loading = SimpleNamespace(said="")
         return cast(Server, made)
 
@@ -247,6 +248,71 @@ def test_where_it_is_can_be_read_once_it_is_said(
     made.load(*ALL)
     wait_until(lambda: there)
     assert all(there)
+
+
+def page(*up: str) -> str:
+    """The front's, by which it reaches these."""
+    row = 'haproxy_server_status{{proxy="replicas",server="{}",state="UP"}} {}\n'
+    return "".join(row.format(name, int(name in up)) for name in ALL)
+
+
+@pytest.fixture
+def fronted(fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Fleet]:
+    """All are ready, and the front has this page."""
+
+    def make(text: str) -> Fleet:
+        monkeypatch.setattr(supervise, "page", lambda _: text)
+        monkeypatch.setattr(supervise, "NOTICES_WITHIN", 0.1)
+        made = fleet()
+        made.launch.front = cast(Any, SimpleNamespace(stop=lambda: None))
+        made.load(*ALL)
+        wait_until(lambda: made.states == "ready ready ready ready")
+        with made.launch.lock:  # until the last has said so
+            return made
+
+    return make
+
+
+def test_what_the_front_does_not_reach_does_not_count(
+    fronted: Callable[[str], Fleet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = fronted(page("r0", "r1"))
+    said = capsys.readouterr().err
+    assert "serves m with 2 of 4 replicas" in said
+    cannot = "ready, but the front on n1 cannot reach 127.0.0.1:"
+    assert f"r2: {cannot}8003: a firewall between the nodes?" in said and f"r3: {cannot}" in said
+    for _ in range(2):
+        made.launch.note_found(page(*ALL))
+    assert capsys.readouterr().err.count("r2: the front reaches it now") == 1
+
+
+def test_a_front_that_reaches_none_serves_nothing(
+    fronted: Callable[[str], Fleet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = fronted(page())
+    assert "READY" not in capsys.readouterr().err and not made.launch.endpoint.exists()
+    made.launch.note_found(page(*ALL))
+    assert "with 4 replicas" in capsys.readouterr().err and made.launch.endpoint.exists()
+
+
+def test_whom_the_front_loses_for_longer_is_told(
+    fronted: Callable[[str], Fleet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a moment's absence, nor what we miss as well: that is the replica's own end."""
+    made = fronted(page(*ALL))
+    unwell = made.launch.lives[3].server
+    assert unwell
+    unwell.health.misses = 1
+    for up in (("r0", "r1"), ("r0", "r1"), ALL, *[("r0", "r1", "r2")] * 4):
+        made.launch.note_found(page(*up))
+    assert "cannot reach" not in capsys.readouterr().err
+    for _ in range(5):
+        made.launch.note_found(page("r0", "r1"))
+    said = capsys.readouterr().err
+    assert said.count("cannot reach") == said.count("r2: ready, but") == 1
+    made.launch.lives[2].server.health.misses = 1  # type: ignore[union-attr]
+    made.launch.note_found(page("r0", "r1"))
+    assert "reaches it now" not in capsys.readouterr().err
 
 
 def test_one_that_is_lost_leaves_the_others(
