@@ -17,7 +17,7 @@ from typing import cast
 import pytest
 
 from common.talk import Failure, complain, say
-from launch import death, engines, health, server, slurm, watch
+from launch import death, engines, health, server, slurm, timelimit, watch
 from launch.death import report_death
 from launch.findings import Node
 from launch.log import Log
@@ -208,6 +208,27 @@ def test_a_job_that_is_preempted_runs_through_its_time_of_grace(
     record = f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   {times}\n"
     monkeypatch.setattr(death, "run", lambda *_, **__: record)
     assert death.how_the_job_ends("77") == ("was preempted" if preempted else "")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("SUSPENDED", "job 77 is suspended: .*`scontrol resume 77`"),
+        ("RUNNING", "could not confirm that the container is gone: no answer"),
+    ],
+)
+def test_why_a_node_could_not_be_asked_to_clean_up_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, words: str
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise Failure("no answer", "", False)
+
+    asked = subprocess.CompletedProcess([], 0, f"77 {state} 1:00\n", "")
+    monkeypatch.setattr(timelimit, "squeue", lambda *_: asked)
+    monkeypatch.setattr(server, "ask", ask)
+    made = replace(plan(), place=Place("77", 1, ("srun",)))
+    server.remove_once_more(made, made.replicas[0])
+    assert re.search(words, capsys.readouterr().err)
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
