@@ -1,17 +1,19 @@
 """Why a server ended: which process, how, and its own last words."""
 
+import contextlib
 import re
 import time
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from common.talk import die, say
+from common.talk import Failure, die, say
 from launch import slurm, world
 from launch.causes import cause_in, ranks_of
 from launch.engines import FINAL, meanings
 from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
+from launch.nodes import run
 from launch.server import TICK, Server, die_of_a_node
 from launch.timelimit import answer, of_job
 
@@ -24,6 +26,15 @@ ASKED_FOR = (
 KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
+}
+# What squeue says of a job, its state and the reason: it goes on, or how it ends.
+GOES_ON = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING")
+ENDS = {
+    "TIMEOUT": "TIME LIMIT",
+    "TimeLimit": "TIME LIMIT",
+    "NODE_FAIL": "NODE FAILURE",
+    "NodeDown": "NODE FAILURE",
+    "PREEMPTED": "PREEMPTION",
 }
 OF_SRUN = re.compile(r"^srun: error: ", re.M)
 KILLED_TASK = re.compile(r"^srun: error: \S+: task 0: (Killed|Terminated|Hangup)", re.M)
@@ -43,6 +54,9 @@ def report_death(server: Server, code: int) -> NoReturn:
     await_holders(server)
     who, code, path = culprit(server, code, death)
     die_of_signal(server, who, code, path)
+    if server.plan.place.slurm and cancelled and not death:
+        end = f"{server.node}: Slurm ended the server {server.when}: its step was cancelled"
+        die(end, hint=f"did somebody run scancel? Its log: {server.log.path}")
     other = "" if death else not_the_engine(server, code, said)
     code = shell_code(code)
     tail = "\n".join(end_since_start(server, path).splitlines()[-50:])
@@ -61,10 +75,13 @@ def report_death(server: Server, code: int) -> NoReturn:
 
 def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:
     """Failure where Slurm ended the step, or has lost a node of it."""
+    die_of_lost_nodes(server, said)
     if server.plan.place.slurm and cancelled:
-        how = f"job {server.plan.place.job} {slurm.how_cancelled(cancelled)}"
-        end = f"{server.node}: Slurm ended the server {server.when}: {how}"
-        die(end, hint=f"its log: {server.log.path}")
+        named = slurm.CANCEL_WORDS.get(cancelled[2], "")
+        die_of_the_job(server, named or how_the_job_ends(server.plan.place.job, "was cancelled"))
+
+
+def die_of_lost_nodes(server: Server, said: str) -> None:
     if lost := slurm.lost_nodes(said):
         hint = f"{slurm.SEE_NODES}; its log: {server.log.path}"
         die(f"{lost}, {server.when}", hint=hint, passing=not slurm.GIVEN_UP.search(said))
@@ -74,21 +91,41 @@ def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
     """Failure where our own program on the node was told to stop: the engine has not failed."""
     found = STOPPED_BY.search(end_since_start(server, path)) if code == STOPPED else None
     if found:
-        die_of_the_job(server)
+        die_of_lost_nodes(server, server.log.tail(10_000))
+        die_of_the_job(server, how_the_job_ends(server.plan.place.job))
         hint = f"{ASKED_FOR}; its log: {path}"
         die(f"{who} stopped {server.when}: {found[1]} was sent to its step", hint=hint)
 
 
-def die_of_the_job(server: Server) -> None:
-    """Failure where Slurm ends the whole job: its signal may come before its word, or without."""
-    job = server.plan.place.job
+def die_of_the_job(server: Server, how: str) -> None:
+    """Failure where Slurm ends the whole job, in words; nothing where it goes on ('')."""
+    if how:
+        advice = f"{slurm.SEE_NODES}; " if how == slurm.CANCEL_WORDS["NODE FAILURE"] else ""
+        how = f"job {server.plan.place.job} {how}"
+        end = f"{server.node}: Slurm ended the server {server.when}: {how}"
+        die(end, hint=f"{advice}its log: {server.log.path}")
+
+
+def how_the_job_ends(job: str, untold: str = "") -> str:
+    """In words; '' where the job goes on, `untold` where Slurm does not say.
+
+    What Slurm writes of a step it has ended seldom names the reason, and its signal comes first.
+    """
     done = slurm.squeue(*of_job(job, "%A %T %r"))
-    state = answer(job, done.stdout) if done else ""
-    if state and not state.startswith(("RUNNING", "SUSPENDED")):
-        late = "TIMEOUT" in state or "TimeLimit" in state
-        how = slurm.CANCEL_WORDS["TIME LIMIT"] if late else "was cancelled"
-        end = f"{server.node}: Slurm ended the server {server.when}: job {job} {how}"
-        die(end, hint=f"its log: {server.log.path}")
+    if not done or not (state := answer(job, done.stdout)):
+        return untold
+    if state.startswith(GOES_ON):
+        return slurm.CANCEL_WORDS["PREEMPTION"] if is_preempted(job) else ""
+    found = (slurm.CANCEL_WORDS[word] for says, word in ENDS.items() if says in state)
+    return next(found, "was cancelled")
+
+
+def is_preempted(job: str) -> bool:
+    """Whether its nodes are to be another's: while it has time to end, Slurm calls it RUNNING."""
+    with contextlib.suppress(Failure):
+        record = slurm.record_of(job, run(["scontrol", "show", "job", "-d", job], timeout=10))
+        return bool(re.search(r"^\s*(PreemptEligibleTime=\S+ )?PreemptTime=\d", record, re.M))
+    return False
 
 
 def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, int, Path]:

@@ -13,6 +13,7 @@ from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.records import living, process_of, records, tell_to_stop
 from launch.status import status
+from launch.timelimit import ASLEEP, state_of
 
 REPLICA = re.compile(r"(r|prefill|decode)\d+|orchestrator")
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
@@ -56,6 +57,9 @@ def stop(logs: Path, job: str = "") -> int:
 
 def die_of_a_deaf_one(record: dict[str, Any]) -> NoReturn:
     who, pid = process_of(record), record["launcher"].split(":")[1]
+    if state_of(record["job"]) in ASLEEP:  # and so is a launcher that runs on its nodes
+        hint = f"`scontrol resume {record['job']}`: then it stops by itself"
+        die(f"job {record['job']} is suspended, and hears of no stop", hint=hint)
     what = f"the launcher of {record['job']}, {who}, did not stop within {PATIENCE:g} s"
     end = f"`kill -KILL {pid}` there ends it and all that it started"
     die(what, hint=f"{end}; if it is gone, remove {record['path']}")

@@ -107,8 +107,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
     allocation = ask_slurm(job)
     bend = (name for name in environ if BENDS.match(name) and not KEPT.match(name))
     leaks = [word for name in sorted(bend) for word in ("-u", name)]
+    # A heterogeneous job takes steps by its first job's number, and for the component they name.
+    first, which = allocation.component or ("", "")
+    component = [f"--jobid={first}", f"--het-group={which}"] if first else []
     # --overlap: a step without it waits for the other steps to end.
-    srun = (*(["env", *leaks] if leaks else []), "srun", "--overlap", "--export=ALL")
+    srun = (*(["env", *leaks] if leaks else []), "srun", *component, "--overlap", "--export=ALL")
     return part_of(
         Place(job, len(allocation.nodes), srun, allocation), setting("NODELIST", environ)
     )

@@ -29,6 +29,7 @@ from launch.placement import choose
 from launch.plan import Plan
 from launch.runtimes import runtime
 from launch.slurm import Share, by_node, share_of, squeue
+from launch.timelimit import state_of
 
 PATIENCE = 60.0  # seconds for all nodes together
 
@@ -49,7 +50,7 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     """
     patience = max(PATIENCE, patience if place.slurm else 0)
     over = threading.Event()
-    threading.Thread(target=say_waiting, args=(patience, over), daemon=True).start()
+    threading.Thread(target=say_waiting, args=(place, patience, over), daemon=True).start()
     try:
         nodes = gather(ask_until(survey_command(wanted, place), time.monotonic() + patience))
     finally:
@@ -75,11 +76,14 @@ def ask_until(command: Command, deadline: float) -> list[Told]:
         time.sleep(2)
 
 
-def say_waiting(patience: float, over: threading.Event) -> None:
+def say_waiting(place: Place, patience: float, over: threading.Event) -> None:
     begun, names = time.monotonic(), os.environ.get("SLURM_JOB_NODELIST", "the nodes")
     while not over.wait(HEARTBEAT):
         waited = f"after {time.monotonic() - begun:.0f} s of at most {patience:.0f}"
-        say(f"no answer yet from {names} {waited} (--ready-timeout): booting, or in a Prolog?")
+        why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
+        if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say so, and tries again
+            why = f"Slurm calls job {place.job} {state}"
+        say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
 
 
 def gather(told: Iterable[Told]) -> list[Node]:

@@ -20,10 +20,11 @@ from launch.log import Log
 from launch.node.clients import WatchClients
 from launch.node.messages import Left, Lingers
 from launch.node.port import AwaitPort
-from launch.nodes import Step, ask, held
+from launch.nodes import Place, Step, ask, held
 from launch.order import Command
 from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
+from launch.timelimit import is_suspended
 
 TICK = 0.05  # seconds between two looks at the processes and their logs
 UNREACHED = 4.0  # seconds without an answer from an engine that says that it listens
@@ -211,11 +212,21 @@ def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Ste
     left = holders.await_farewell()
     for step in steps:
         step.stop(1)
+    if any(left.values()) and say_if_suspended(plan.place):
+        return
     if "" in left.values():
         remove_once_more(plan, replica)
     for name, why in left.items():
         if why:
             say_left(plan, replica, name, why)
+
+
+def say_if_suspended(place: Place) -> bool:
+    """Whether the nodes are silent because Slurm has stopped the job's processes there."""
+    if suspended := is_suspended(place):
+        then = f"ends once it is resumed (`scontrol resume {place.job}`) or over"
+        say(f"job {place.job} is suspended: what is left on its nodes {then}")
+    return suspended
 
 
 def say_left(plan: Plan, replica: Replica, node: str, why: str) -> None:
@@ -230,6 +241,8 @@ def remove_once_more(plan: Plan, replica: Replica) -> None:
     try:
         told = ask(command, "removing what is left", timeout=REMOVE_WITHIN)
     except Failure as failure:
+        if say_if_suspended(plan.place):
+            return
         if "expired" not in failure.message:  # a cancelled job's step has cleaned up itself
             then = "It should end by itself once the node answers"
             otherwise = "else your next launch there removes it"

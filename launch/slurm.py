@@ -49,6 +49,7 @@ class Allocation:
     restarts: int = 0
     nodes: tuple[str, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out
+    component: tuple[str, str] | None = None  # of a heterogeneous job: its first job, and which
 
 
 NONE = Allocation()
@@ -77,7 +78,9 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
     all_of = dict(re.findall(r"^NodeName=(\S+) .*? Gres=(\S+)", known, re.M))
     shares = {node: share_of(has.get(node, ""), all_of.get(node, "")) for node in nodes}
     managed = {node: share for node, share in shares.items() if share.of}
-    return Allocation(name, int(restarts[1]) if restarts else 0, nodes, managed)
+    het = re.match(r"\s*JobId=\d+ HetJobId=(\d+) HetJobOffset=(\d+) ", record)
+    component = (het[1], het[2]) if het else None
+    return Allocation(name, int(restarts[1]) if restarts else 0, nodes, managed, component)
 
 
 def share_of(ours: str, every: str) -> Share:

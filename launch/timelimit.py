@@ -13,6 +13,7 @@ from launch.slurm import squeue, unfiltered
 LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
+ASLEEP = ("SUSPENDED", "STOPPED")
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
 
 
@@ -108,9 +109,13 @@ class TimeLimit(threading.Thread):
 
 def is_suspended(place: Place) -> bool:
     """Whether Slurm has stopped the job's processes for a while."""
-    if not place.slurm or not (done := squeue(*of_job(place.job, "%A %T %L"))):
-        return False
-    return answer(place.job, done.stdout).split(" ")[0] in ("SUSPENDED", "STOPPED")
+    return place.slurm and state_of(place.job) in ASLEEP
+
+
+def state_of(job: str) -> str:
+    """What Slurm calls the job's state; '' where it does not say."""
+    done = squeue(*of_job(job, "%A %T %L")) if job.isdecimal() else None
+    return answer(job, done.stdout).partition(" ")[0] if done else ""
 
 
 def outlast_suspension(place: Place, over: threading.Event) -> float:

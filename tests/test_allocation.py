@@ -61,6 +61,37 @@ def test_of_an_array_a_task_is_named_alone_and_has_gpus_of_its_own() -> None:
     assert record_of("4", ARRAY) == ""
 
 
+# The same of job 7, a heterogeneous one: 8 is its second component.
+HET = """\
+JobId=7 HetJobId=7 HetJobOffset=0 JobName=x
+   HetJobIdSet=7-8
+   JobState=RUNNING Reason=None Dependency=(null)
+   NodeList=n1
+     Nodes=n1 CPU_IDs=0 Mem=0 GRES=gpu:4(IDX:0-3)
+
+JobId=8 HetJobId=7 HetJobOffset=1 JobName=x HetJobOffset=9
+   HetJobIdSet=7-8
+   JobState=RUNNING Reason=None Dependency=(null)
+   NodeList=n2
+     Nodes=n2 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("job", "which", "node", "share"),
+    [("7", "0", "n1", Share(8, 4, "0,1,2,3")), ("8", "1", "n2", Share(8, 2, "0,1"))],
+)
+def test_a_step_in_a_heterogeneous_job_names_its_component(
+    fakes: Fakes, job: str, which: str, node: str, share: Share
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", f"import sys; print({HET!r} if 'job' in sys.argv else {NODES!r})")
+    place = find_place({"SLURM_JOB_ID": job, "SLURM_HET_SIZE": "2"})
+    assert place.allocation.shares == {node: share}
+    clean = ["env", "-u", "SLURM_HET_SIZE", "srun"]
+    assert place.every[:6] == [*clean, "--jobid=7", f"--het-group={which}"]
+
+
 def test_where_slurm_hands_out_no_gpus_there_are_no_shares() -> None:
     assert allocation_of(record_of("41", ARRAY), BARE_NODES, two).shares == {}
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from common.talk import Failure, write_json
-from launch import manage, records
+from launch import manage, records, timelimit
 from launch.identity import here, launcher, process_start
 from launch.nodes import Place
 from launch.slurm import Allocation
@@ -332,6 +332,20 @@ def test_a_launcher_elsewhere_finds_the_word_in_its_record(
     keeper.start()
     keeper.join(PATIENCE)
     assert signals == [(os.getpid(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("job", "state"), [("38", "SUSPENDED"), ("38", "STOPPED")])
+def test_a_launcher_of_a_suspended_job_is_resumed_and_not_killed(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, job: str, state: str
+) -> None:
+    """Slurm stops its process, too, where it runs on a node of the job."""
+    record(logs, job, ELSEWHERE)
+    said = subprocess.CompletedProcess([], 0, f"37 RUNNING 1:00\n{job} {state} 1:00\n", "")
+    monkeypatch.setattr(timelimit, "squeue", lambda *_: said)
+    monkeypatch.setattr(manage, "PATIENCE", 0.1)
+    with pytest.raises(Failure, match="job 38 is suspended") as failure:
+        manage.stop(logs)
+    assert "`scontrol resume 38`" in failure.value.hint and "KILL" not in failure.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"stop": true}'])

@@ -588,6 +588,20 @@ def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
     assert "sinfo -R" in failure.value.hint
 
 
+@pytest.mark.parametrize("state", ["SUSPENDED", "CANCELLED"])
+def test_a_job_that_is_suspended_or_over_is_not_taken_for_nodes_that_boot(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], state: str
+) -> None:
+    fakes.set(state=state)
+    monkeypatch.setattr(preflight, "PATIENCE", 0.5)
+    monkeypatch.setattr(preflight, "HEARTBEAT", 0.1)
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
+    with pytest.raises(Failure):
+        preflight.ask_nodes(wanted(), slow())
+    said = capfd.readouterr().err
+    assert f"Slurm calls job 77 {state}" in said and "Prolog" not in said
+
+
 WITHOUT = "while [[ $1 = --* ]]; do shift; done; "  # srun's flags
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -143,22 +142,42 @@ def test_what_is_killed_here_is_not_the_engine(
         watch.await_ready(running, 60)
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("", "job 77 was cancelled"),
+        ("77 COMPLETING None", "job 77 was cancelled"),
+        ("77 COMPLETING NodeDown", "job 77 has lost a node"),
+        ("77 RUNNING None", "its step was cancelled"),
+    ],
+)
 def test_the_end_of_a_job_is_not_blamed_on_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
     run_plan: Callable[..., server.Server],
+    state: str,
+    words: str,
 ) -> None:
+    asked = subprocess.CompletedProcess([], 0, state, "")
+    monkeypatch.setattr(slurm, "squeue", lambda *_: asked)
+    monkeypatch.setattr(death, "is_preempted", lambda _: False)
     text = "echo 'slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025 ***'; exit 1"
     running = run_plan("bash", "-c", text, place=Place("77", 1, ONE_NODE))
-    with pytest.raises(Failure, match=r"Slurm ended the server .*job 77 was cancelled"):
+    with pytest.raises(Failure, match=f"Slurm ended the server .*: {words}$") as failure:
         watch.await_ready(running, 60)
+    assert ("sinfo -R" in failure.value.hint) == ("lost" in words)
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
         ("76 TIMEOUT TimeLimit\n77 RUNNING None\n", ""),
-        ("76 RUNNING None\n77 COMPLETING TimeLimit\n", "job 77 has reached its time limit"),
-        ("77 COMPLETING None\n", "job 77 was cancelled"),
+        ("76 RUNNING None\n77 COMPLETING TimeLimit\n", "has reached its time limit"),
+        ("77 COMPLETING None\n", "was cancelled"),
+        ("77 COMPLETING NodeDown\n", "has lost a node"),
+        ("77 NODE_FAIL NodeDown\n", "has lost a node"),
+        ("77 PREEMPTED None\n", "was preempted"),
         ("77 SUSPENDED None\n", ""),
+        ("77 SIGNALING None\n", ""),
         ("", ""),
     ],
 )
@@ -168,21 +187,55 @@ def test_whether_slurm_ends_the_job_is_told_by_the_jobs_own_line(
     """Of an array's last task squeue lists all tasks: they have its number in common."""
     asked = subprocess.CompletedProcess([], 0, said, "")
     monkeypatch.setattr(slurm, "squeue", lambda *_: asked)
-    log = SimpleNamespace(path=Path("x.log"))
-    job = SimpleNamespace(place=Place("77", 1, ("srun",)))
-    running = SimpleNamespace(plan=job, node="n1", when="while serving", log=log)
-    try:
-        death.die_of_the_job(cast(server.Server, running))
-        found = ""
-    except Failure as failure:
-        found = failure.message
-    assert found == (f"n1: Slurm ended the server while serving: {words}" if words else "")
+    assert death.how_the_job_ends("77") == words
+    assert death.how_the_job_ends("77", "was cancelled") == (words if said else "was cancelled")
+
+
+@pytest.mark.parametrize(
+    ("times", "preempted"),
+    [
+        ("PreemptTime=2026-11-29T22:10:11", True),
+        ("PreemptEligibleTime=2026-11-29T22:09:00 PreemptTime=2026-11-29T22:10:11", True),
+        ("PreemptEligibleTime=2026-11-29T22:09:00 PreemptTime=None", False),
+        ("Comment=PreemptTime=2026-11-29T22:10:11", False),
+    ],
+)
+def test_a_job_that_is_preempted_runs_through_its_time_of_grace(
+    monkeypatch: pytest.MonkeyPatch, times: str, preempted: bool
+) -> None:
+    running = subprocess.CompletedProcess([], 0, "77 RUNNING None\n", "")
+    monkeypatch.setattr(slurm, "squeue", lambda *_: running)
+    record = f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   {times}\n"
+    monkeypatch.setattr(death, "run", lambda *_, **__: record)
+    assert death.how_the_job_ends("77") == ("was preempted" if preempted else "")
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("SUSPENDED", "job 77 is suspended: .*`scontrol resume 77`"),
+        ("RUNNING", "could not confirm that the container is gone: no answer"),
+    ],
+)
+def test_why_a_node_could_not_be_asked_to_clean_up_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, words: str
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise Failure("no answer", "", False)
+
+    asked = subprocess.CompletedProcess([], 0, f"77 {state} 1:00\n", "")
+    monkeypatch.setattr(timelimit, "squeue", lambda *_: asked)
+    monkeypatch.setattr(server, "ask", ask)
+    made = replace(plan(), place=Place("77", 1, ("srun",)))
+    server.remove_once_more(made, made.replicas[0])
+    assert re.search(words, capsys.readouterr().err)
 
 
 FIRST = "srun: error: n2: task 9: Exited with exit code 3\n"
 SIGNALLED = FIRST.replace("3", "143")
 CANCEL = "slurmstepd: error: *** STEP 77.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 ***\n"
 LIMIT = CANCEL.replace(" ***\n", " DUE TO TIME LIMIT ***\n")
+LOST = "srun: error: Node failure on n2\n"
 REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
 
 
@@ -211,7 +264,9 @@ REST = "srun: Terminating StepId=77.1\nsrun: error: n1: tasks 0-7: Terminated\n"
             r"n1: ranks 0-7 ended with exit code 143 \(terminated\) .*: OSError: rank 0's",
             "_rank0",
         ),
-        ("srun: error: Node failure on n2\n", "n2: Slurm has lost this node, while serving", ""),
+        (LOST, "n2: Slurm has lost this node, while serving$", ""),
+        (LOST + CANCEL, "n2: Slurm has lost this node, while serving$", ""),
+        (SIGNALLED + LOST, "n2: Slurm has lost this node, while serving$", ""),
         ("", r"n1: trtllm-serve ended with exit code 1 .*: OSError: rank 0's words$", "_rank0"),
     ],
 )
