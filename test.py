@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Smoke-test the OpenAI API of a running server: eight checks, a line each, exit 0 if all pass.
+"""Smoke-test a server's OpenAI API: eight checks; exit 0 if all pass.
 
-It asks for nothing known to bring TensorRT-LLM down (max_tokens 0, top_k -1, logprobs, long
-prompts). What another server does not serve or refuses (top_k) is left out, and said.
+It asks for nothing known to bring TensorRT-LLM down (as top_k -1 does).
+What another server does not serve or refuses (top_k) is left out, and said.
 
 logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
 MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
