@@ -186,8 +186,12 @@ def test_make_stop_ends_one_task_of_an_array_and_then_the_other(
     submit = ["sbatch", "--parsable", "--array=1-2", str(REPO / "run_sbatch.py"), *serve_args()]
     array = cluster.ctl.run(*submit, cwd=str(workspace), env=QUICK).stdout.strip()
     wait_until(lambda: call("--status").count("\tready\t") == 2, "both ready")
-    said = "".join(path.read_text() for path in workspace.glob("slurm-*.out"))
-    assert f"make stop JOB={array}_1\n" in said and f"make stop JOB={array}_2\n" in said
+
+    def is_told(task: int) -> bool:
+        said = "".join(path.read_text() for path in workspace.glob("slurm-*.out"))
+        return f"make stop JOB={array}_{task}\n" in said
+
+    wait_until(lambda: is_told(1) and is_told(2), "how to stop them")  # once they see it ready, too
     call("--stop", f"{array}_2")
     other, *words = call("--status").split()
     assert int(other) > int(array)
