@@ -175,7 +175,7 @@ def test_sbatch_from_another_directory_runs_the_original(
 
 
 def test_make_stop_ends_one_task_of_an_array_and_then_the_other(
-    cluster: Cluster, launch: Launcher, workspace: Path
+    cluster: Cluster, launch: Launcher, workspace: Path, request: pytest.FixtureRequest
 ) -> None:
     """From the login node. The last task of an array has the array's own number."""
 
@@ -185,6 +185,7 @@ def test_make_stop_ends_one_task_of_an_array_and_then_the_other(
 
     submit = ["sbatch", "--parsable", "--array=1-2", str(REPO / "run_sbatch.py"), *serve_args()]
     array = cluster.ctl.run(*submit, cwd=str(workspace), env=QUICK).stdout.strip()
+    request.addfinalizer(lambda: cluster.ctl.run("scancel", "--quiet", array, check=False))
     wait_until(lambda: call("--status").count("\tready\t") == 2, "both ready")
 
     def is_told(task: int) -> bool:
