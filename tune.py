@@ -227,7 +227,7 @@ def dry_run(
 def tune(argv: Sequence[str] | None = None) -> int:
     bench_place.environment()
     args, rest = parse(argv)
-    launching, words = cli.parse(rest, "")
+    launching, words = cli.parse(["--replicas", "1", *rest], "")  # REPLICAS may be several here
     kind, place = engine(launching.engine), find_place(os.environ)
     given, common, port = kind.read(words, setting("PORT"))
     model, nodes = find_model(given), nodes_of(place)

@@ -63,7 +63,6 @@ PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG
 OLDER = {
     "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
     "HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE",
-    "TRANSFORMERS_CACHE": "HF_HUB_CACHE",
 }
 
 # Of make alone: it turns them into flags.
@@ -161,17 +160,13 @@ def load_env_files() -> list[str]:
 
 
 def heed_older(environ: MutableMapping[str, str]) -> None:
-    """Hugging Face's caches and token that go by older names, by those that we pass on.
-
-    TRANSFORMERS_CACHE counts only where HF_HOME does not say where the weights are.
-    """
-    home, xdg = environ.get("HF_HOME"), environ.get("XDG_CACHE_HOME")
+    """Hugging Face's caches and token that go by older names, by those that we pass on."""
     for name, newer in OLDER.items():
-        counts = environ.get(name) and not (home and name == "TRANSFORMERS_CACHE")
-        if counts and not environ.get(newer):
+        if environ.get(name) and not environ.get(newer):
             environ[newer] = environ[name]
-    if xdg and not home:
-        environ["HF_HOME"] = f"{xdg}/huggingface"
+    cache = Path(environ.get("XDG_CACHE_HOME", ""), "huggingface")
+    if cache.is_absolute() and cache.is_dir() and not environ.get("HF_HOME"):
+        environ["HF_HOME"] = str(cache)
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:

@@ -178,7 +178,7 @@ def say_useless(args: argparse.Namespace) -> None:
     """A line for what was asked for and does nothing in this launch."""
     alone, served = args.replicas == "1" and not args.prefill, engine(args.engine)
     of_several = {
-        "--load-at-once": args.load_at_once,
+        "--load-at-once": args.load_at_once and str(args.load_at_once) != setting("LOAD_AT_ONCE"),
         "--all-or-nothing": args.all_or_nothing,
         "--no-front": args.no_front,
         "--affinity": args.affinity,
@@ -192,7 +192,7 @@ def say_useless(args: argparse.Namespace) -> None:
     }
     for when, names in in_vain.items():
         if names:
-            say(f"{when}, {', '.join(names)} does nothing")
+            say(f"{when}, {', '.join(names)} {'does' if len(names) == 1 else 'do'} nothing")
 
 
 def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -17,7 +17,9 @@ from launch.node import messages
 
 PARTS = Path(__file__).parent / "node"
 # A flag whose value is a secret, and its values, in an order as it is shown.
-SECRET = re.compile(r'"(--api[-_]key)(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*')
+SECRET = re.compile(
+    r'"(--(?:admin[-_])?api[-_]key)(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
+)
 TOO_OLD = 39  # the exit code of a Python older than 3.9
 BOOT = (
     f"import sys; sys.version_info < (3, 9) and sys.exit({TOO_OLD}); "

@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from common.talk import HEARTBEAT, counted, die, say
@@ -97,7 +97,10 @@ def provide(
     have: dict[str, str] = {}
     releases: dict[str, str] = {}
     order = provide_command(image, place, nodes, ask_release=ask_release)
-    with saying_so(image, nodes, have), held(order, secret=secret) as step:
+    with (
+        saying_so(image, nodes, lambda: nodes - len({**have, **errors})),
+        held(order, secret=secret) as step,
+    ):
         for told in step.told():
             message = told.message
             if isinstance(message, messages.Present):
@@ -127,7 +130,7 @@ def provide(
 
 
 @contextmanager
-def saying_so(image: Image, nodes: int, have: Sized) -> Iterator[None]:
+def saying_so(image: Image, nodes: int, left: Callable[[], int]) -> Iterator[None]:
     """A line now and then that it is still being fetched: what does so is silent until it has it.
 
     A tarball tells how far it is.
@@ -136,8 +139,9 @@ def saying_so(image: Image, nodes: int, have: Sized) -> Iterator[None]:
 
     def speak() -> None:
         while not over.wait(HEARTBEAT):
-            where = f"{nodes - len(have)} of {counted(nodes, 'node')}"
-            say(f"image: still being fetched by {where} after {time.monotonic() - began:.0f} s")
+            if count := left():
+                where, waited = f"{count} of {counted(nodes, 'node')}", time.monotonic() - began
+                say(f"image: still being fetched by {where} after {waited:.0f} s")
 
     if not image.tarball:
         threading.Thread(target=speak, daemon=True).start()

@@ -31,7 +31,7 @@ from launch.status import page
 from launch.timelimit import TimeLimit
 
 LOOK_EVERY = 0.1  # seconds between two looks of the main thread
-NOTICES_WITHIN = 10.0
+NOTICES_WITHIN = 25.0  # seconds; one question of the front's may take ten
 
 
 def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:

@@ -78,9 +78,10 @@ def result_folder(asked: Path | None, resume: bool, results: str, name: str = ""
 def new_folder(path: Path) -> Path:
     """Made, and by nobody else: others may have started in the same second."""
     folder, number = path, 1
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             number += 1

@@ -70,7 +70,10 @@ class Prober:
             if not answer.error.startswith("HTTP 429"):
                 break
             later = RETRY_AFTER.search(answer.error)
-            time.sleep(min(float(later[1]), LONGEST) if later else pause)
+            wanted = float(later[1]) if later else pause
+            if wanted > LONGEST:
+                break  # no queue that empties: a quota that is used up
+            time.sleep(wanted)
             answer = self.once(dialect)
         return answer
 

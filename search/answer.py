@@ -1,6 +1,7 @@
 """The answer: table, tune.json and page. Which is best, by how much, and how to serve it."""
 
 import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.talk import clean, counted, whole_file, write_json
+from launch.arguments import given
 from report import page
 from report.charts import Chart
 from report.charts import Point as Dot
@@ -45,7 +47,10 @@ class Outcome:
         return next(each for each in self.candidates if each.name == name)
 
     def command_of(self, name: str) -> str:
+        """Ready to paste, but for the key of the API, which is nobody else's."""
         words = self.candidate(name).words(self.command)
+        for key in filter(None, (given(words, flag) for flag in ("--api-key", "--admin-api-key"))):
+            words = [re.sub(f"^(-[^=]+=)?{re.escape(key)}$", r"\1***", word) for word in words]
         return shlex.join([".venv/bin/python", "run_sbatch.py", *words])
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from common.talk import Failure, counted, say
@@ -204,10 +205,15 @@ class Tuner:
                 say(f"{candidate.name}: loads measured before: {done}")
 
     def asked(self, candidate: Candidate) -> bytes:
-        """What makes results comparable: what is served, and with what it is measured."""
+        """A digest of what makes results comparable: what is served, and how it is measured.
+
+        In words it could hold the key of the API.
+        """
         bench = without(self.outcome.bench, "--repeat")  # of which there may be more
-        words = [shlex.join(self.outcome.command), candidate.settings, shlex.join(bench)]
-        return "\n".join(words).encode(errors="surrogateescape")  # a path need not be UTF-8
+        command = without(without(self.outcome.command, "--ready-timeout"), "--restart")
+        words = "\n".join([shlex.join(command), candidate.settings, shlex.join(bench)])
+        # A path need not be UTF-8.
+        return sha256(words.encode(errors="surrogateescape")).hexdigest().encode()
 
     def set_aside(self, candidate: Candidate) -> None:
         """A folder with results of something else is kept by another name."""
@@ -220,7 +226,8 @@ class Tuner:
             return
         names = (folder.with_name(f"{folder.name}.before{n}") for n in itertools.count(1))
         aside = folder.rename(next(name for name in names if not name.exists()))
-        what = "its folder holds results of other arguments, settings or lengths"
+        known = "its folder holds results of other arguments, settings or lengths"
+        what = known if before else "what the results in its folder are of is not known"
         say(f"{candidate.name}: {what}: measured again; they are now in {aside.name}")
 
     def tell(self, name: str, streams: int) -> None:

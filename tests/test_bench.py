@@ -137,6 +137,12 @@ def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert request.body["max_tokens"] == 8  # of the probe
 
 
+def test_results_behind_a_link_to_nowhere_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "results").symlink_to("/no/such/place")
+    with pytest.raises(OSError, match=r"exists|No such"):
+        bench_place.new_folder(tmp_path / "results/x")
+
+
 def test_repeats_have_their_spread(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--repeat", "2")
     assert [r["name"][-3:] for r in run.last["runs"]] == ["-c2", "-r2"]

@@ -801,9 +801,11 @@ def test_a_long_pull_says_so_now_and_then(
 ) -> None:
     monkeypatch.setattr(provide, "HEARTBEAT", 0.05)
     there = json.dumps({"node": "n1", "Present": {"id": "a"}})
-    on_path.program("slow", f"import time; time.sleep(0.5); print({there!r})")
+    wait = "import time; time.sleep(0.5)"  # before it is there, and for the version after that
+    on_path.program("slow", f"{wait}; print({there!r}, flush=True); {wait}")
     provide.provide(Image("x:1", registry="r.io"), Place("1", 1, ("slow",)))
-    assert "image: still being fetched by 1 of 1 node after " in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "image: still being fetched by 1 of 1 node after " in err and "by 0 of" not in err
 
 
 def test_a_node_that_says_nothing_has_no_image(on_path: Fakes, tmp_path: Path) -> None:

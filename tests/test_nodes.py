@@ -564,11 +564,8 @@ def test_what_is_for_make_alone_is_what_the_makefile_takes() -> None:
         ({"HUGGINGFACE_HUB_CACHE": "/hub"}, {"HF_HUB_CACHE": "/hub"}),
         ({"HUGGINGFACE_HUB_CACHE": "/hub", "HF_HUB_CACHE": "/new"}, {}),
         ({"HUGGING_FACE_HUB_TOKEN": "t", "HF_TOKEN": ""}, {"HF_TOKEN": "t"}),
-        ({"TRANSFORMERS_CACHE": "/t"}, {"HF_HUB_CACHE": "/t"}),
-        ({"TRANSFORMERS_CACHE": "/t", "HUGGINGFACE_HUB_CACHE": "/h"}, {"HF_HUB_CACHE": "/h"}),
-        ({"TRANSFORMERS_CACHE": "/t", "HF_HOME": "/home"}, {}),
-        ({"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "/x/huggingface"}),
-        ({"XDG_CACHE_HOME": "/x", "HF_HOME": "/home"}, {}),
+        ({"XDG_CACHE_HOME": "/no/such"}, {}),
+        ({"XDG_CACHE_HOME": "/no/such", "HF_HOME": "/home"}, {}),
     ],
 )
 def test_hugging_faces_older_names_count_as_the_newer_ones(
@@ -579,6 +576,13 @@ def test_hugging_faces_older_names_count_as_the_newer_ones(
     assert environ == {**given, **then}
     say_useless(Path(".env"), given)
     assert not capsys.readouterr().err
+
+
+def test_a_cache_of_ones_own_counts_where_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "huggingface").mkdir()
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+    heed_older(environ)
+    assert environ["HF_HOME"] == f"{tmp_path}/huggingface"
 
 
 def test_a_token_of_an_older_name_is_passed_on(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_the_default_mount_was_not_asked_for() -> None:
     ("argv", "env", "said"),
     [
         (["--affinity=prefix", "--no-front"], {}, "with one server, --no-front, --affinity"),
-        (["--all-or-nothing"], {"LOAD_AT_ONCE": "2"}, "with one server, --load-at-once, --all-or"),
+        (["--all-or-nothing"], {"LOAD_AT_ONCE": "2"}, "server, --all-or-nothing does nothing"),
+        (["--no-front", "--load-at-once=1"], {}, "--load-at-once, --no-front do nothing"),
         (["--all-or-nothing", "--replicas=2"], {"LOAD_AT_ONCE": "2"}, ""),
         (["--load-at-once=1", "--prefill=1", "--decode=1"], {}, ""),
         ([], {"NODELIST": "n1"}, "without Slurm, NODELIST does nothing"),

@@ -377,6 +377,17 @@ def test_to_go_on_takes_what_was_measured_of_the_same(tmp_path: Path) -> None:
     less = resumed(tmp_path, bench=["--input-len", "8", "--repeat", "1"])
     less.read_earlier()
     assert list(less.found("a")) == [1, 4]
+    patient = resumed(tmp_path, command=[*first.outcome.command, "--ready-timeout", "7200"])
+    patient.read_earlier()
+    assert list(patient.found("a")) == [1]
+
+
+@pytest.mark.parametrize("words", [["--api-key", "sk-1"], ["--api_key=sk-1"]])
+def test_a_key_is_neither_printed_nor_kept(words: list[str], tmp_path: Path) -> None:
+    made = resumed(tmp_path, command=["org/m", *words, "--seed", "1"])
+    assert made.outcome.command_of("a").count("***") == 1
+    kept = made.outcome.command_of("a").encode() + made.asked(made.outcome.candidates[0])
+    assert b"sk-1" not in kept
 
 
 @pytest.mark.parametrize(

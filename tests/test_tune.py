@@ -134,6 +134,16 @@ def test_wrong_usage_is_one_sentence(
     assert not (tmp_path / "x").exists()
 
 
+def test_replicas_of_the_environment_may_be_several(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    environ["REPLICAS"] = "1,2"
+    said, err = tune(environ, tmp_path / "x", "--tp", "1", "--gpus", "2", "--dry-run").communicate(
+        timeout=PATIENCE
+    )
+    assert "tp1-x1: " in said and "tp1-x2: " in said and "does nothing" not in err, err
+
+
 EARLY = """import os, runpy, signal, sys
 class Finder:
     def find_spec(name, path, target=None):
