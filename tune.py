@@ -20,7 +20,6 @@ import argparse
 import itertools
 import math
 import os
-import re
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from common.talk import counted, die, misused, say
 from launch import cli
 from launch.arguments import from_home, is_count, value_of
 from launch.engines import engine
-from launch.findings import Node, gpus_of
+from launch.findings import named, number_of
 from launch.image import newest_tarball
 from launch.node.facts import count_gpus
 from launch.nodes import Place, find_place
@@ -149,9 +148,8 @@ def gpus_there(asked: int | None, place: Place) -> int:
     gpus = setting("GPUS")
     if asked or gpus == "none":
         return asked or 0
-    count = re.match("[1-9][0-9]*", gpus.removeprefix("count="))
-    if named := int(count[0]) if count else len(gpus_of(Node(""), gpus)):
-        return named * place.size
+    if each := len(named(gpus)) or number_of(gpus):
+        return each * place.size
     return sum(share.count for share in place.allocation.shares.values()) or count_gpus()
 
 

@@ -10,8 +10,9 @@ import math
 import os
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn
@@ -81,6 +82,22 @@ class Record:
         with contextlib.suppress(OSError, ValueError):  # a full disk must not stop a clean-up
             cls.file.write(line + "\n")
             cls.file.flush()
+
+
+@contextlib.contextmanager
+def speaking(speak: Callable[[float], object]) -> Iterator[None]:
+    """While the block lasts, `speak` is called now and then, with the seconds that it has taken."""
+    over, begun = threading.Event(), time.monotonic()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            speak(time.monotonic() - begun)
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def say(message: str, code: str = "") -> None:

@@ -78,9 +78,15 @@ def named(asked: str) -> list[str]:
     return [gpu for gpu in found[1].split(",") if "=" not in gpu] if found else []
 
 
+def number_of(asked: str) -> int | None:
+    """How many GPUs of a node GPUS gives as a number; None where it gives none."""
+    found = re.search(r"(?:^|count=)(\d+)", asked)
+    return int(found[1]) if found else None
+
+
 def usable(asked: str, there: int) -> int:
     """How many GPUs of a node's GPUS asks for."""
     if ids := named(asked):
         return len(ids)
-    number = re.search(r"(?:^|count=)(\d+)", asked)
-    return min(int(number[1]), there) if number else there
+    number = number_of(asked)
+    return there if number is None else min(number, there)

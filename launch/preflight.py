@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common.talk import HEARTBEAT, Failure, aligned, counted, die, say
+from common.talk import Failure, aligned, counted, die, say, speaking
 from launch import slurm
 from launch.engines import packages
 from launch.findings import Finding, Node, Wanted, gpus_of, usable
@@ -49,12 +48,8 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     A node that boots or runs a Prolog answers after minutes: Slurm's have `patience` seconds.
     """
     patience = max(PATIENCE, patience if place.slurm else 0)
-    over = threading.Event()
-    threading.Thread(target=say_waiting, args=(place, patience, over), daemon=True).start()
-    try:
+    with speaking(partial(say_waiting, place, patience)):
         nodes = gather(ask_until(survey_command(wanted, place), time.monotonic() + patience))
-    finally:
-        over.set()
     for node in nodes:
         node.share = place.allocation.shares.get(node.name)
     if len(nodes) < place.size:
@@ -76,14 +71,13 @@ def ask_until(command: Command, deadline: float) -> list[Told]:
         time.sleep(2)
 
 
-def say_waiting(place: Place, patience: float, over: threading.Event) -> None:
-    begun, names = time.monotonic(), os.environ.get("SLURM_JOB_NODELIST", "the nodes")
-    while not over.wait(HEARTBEAT):
-        waited = f"after {time.monotonic() - begun:.0f} s of at most {patience:.0f}"
-        why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
-        if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say so, and tries again
-            why = f"Slurm calls job {place.job} {state}"
-        say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
+def say_waiting(place: Place, patience: float, seconds: float) -> None:
+    names = os.environ.get("SLURM_JOB_NODELIST", "the nodes")
+    waited = f"after {seconds:.0f} s of at most {patience:.0f}"
+    why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
+    if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say so, and tries again
+        why = f"Slurm calls job {place.job} {state}"
+    say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
 
 
 def gather(told: Iterable[Told]) -> list[Node]:

@@ -1,12 +1,9 @@
 """The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
 
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-from common.talk import HEARTBEAT, counted, die, say
+from common.talk import counted, die, say, speaking
 from launch import slurm
 from launch.engines import packages
 from launch.image import ECR, SLOWEST, Image
@@ -97,10 +94,14 @@ def provide(
     have: dict[str, str] = {}
     releases: dict[str, str] = {}
     order = provide_command(image, place, nodes, ask_release=ask_release)
-    with (
-        saying_so(image, nodes, lambda: nodes - len({**have, **errors})),
-        held(order, secret=secret) as step,
-    ):
+
+    def say_on(seconds: float) -> None:
+        """What fetches is silent until it has it; a tarball tells how far it is."""
+        if not image.tarball and (left := nodes - len({**have, **errors})):
+            where = f"{left} of {counted(nodes, 'node')}"
+            say(f"image: still being fetched by {where} after {seconds:.0f} s")
+
+    with speaking(say_on), held(order, secret=secret) as step:
         for told in step.told():
             message = told.message
             if isinstance(message, messages.Present):
@@ -127,28 +128,6 @@ def provide(
     if image.registry and len(set(have.values())) > 1:
         die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
     return releases
-
-
-@contextmanager
-def saying_so(image: Image, nodes: int, left: Callable[[], int]) -> Iterator[None]:
-    """A line now and then that it is still being fetched: what does so is silent until it has it.
-
-    A tarball tells how far it is.
-    """
-    over, began = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        while not over.wait(HEARTBEAT):
-            if count := left():
-                where, waited = f"{count} of {counted(nodes, 'node')}", time.monotonic() - began
-                say(f"image: still being fetched by {where} after {waited:.0f} s")
-
-    if not image.tarball:
-        threading.Thread(target=speak, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
 
 
 def advice(image: Image, why: str) -> str:

@@ -799,7 +799,7 @@ def test_a_tarball_that_is_none_is_to_be_written_again(on_path: Fakes, tmp_path:
 def test_a_long_pull_says_so_now_and_then(
     on_path: Fakes, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(provide, "HEARTBEAT", 0.05)
+    monkeypatch.setattr("common.talk.HEARTBEAT", 0.05)
     there = json.dumps({"node": "n1", "Present": {"id": "a"}})
     wait = "import time; time.sleep(0.5)"  # before it is there, and for the version after that
     on_path.program("slow", f"{wait}; print({there!r}, flush=True); {wait}")

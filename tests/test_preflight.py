@@ -574,7 +574,7 @@ def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
     gives_up = "srun: error: Task launch for StepId=77.0 failed on node n2: Socket timed out on"
     first = f"mkdir {tmp_path}/once && echo '{gives_up} send/recv operation' >&2 && exit 1"
     monkeypatch.setattr(preflight, "PATIENCE", 0.1)
-    monkeypatch.setattr(preflight, "HEARTBEAT", 0.1)
+    monkeypatch.setattr("common.talk.HEARTBEAT", 0.1)
     os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]"))
     script = f'{first}; sleep 1; exec "$@"'
     [node] = preflight.ask_nodes(
@@ -594,7 +594,7 @@ def test_a_job_that_is_suspended_or_over_is_not_taken_for_nodes_that_boot(
 ) -> None:
     fakes.set(state=state)
     monkeypatch.setattr(preflight, "PATIENCE", 0.5)
-    monkeypatch.setattr(preflight, "HEARTBEAT", 0.1)
+    monkeypatch.setattr("common.talk.HEARTBEAT", 0.1)
     os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
     with pytest.raises(Failure):
         preflight.ask_nodes(wanted(), slow())
