@@ -21,6 +21,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -86,33 +87,14 @@ exit 0
 # This runtime clamps what is asked for to what the machine has, and is runc otherwise.
 CLAMPED_RUNC = """\
 #!/bin/sh
-case " $* " in *" create "*|*" exec "*) python3 -IS {state}/bin/clamp.py "$@" || exit 1 ;; esac
+for word; do
+  case $before in
+    --bundle) sed -Ei '{clamp}' "$word/config.json" ;;
+    --process) sed -Ei '{clamp}' "$word" ;;
+  esac
+  before=$word
+done
 exec /usr/sbin/runc "$@"
-"""
-
-CLAMP = """\
-import json, resource, sys
-
-def option(name):
-    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else None
-
-bundle, process = option("--bundle"), option("--process")
-path = process or f"{bundle or '.'}/config.json"
-with open(path) as file:
-    config = json.load(file)
-spec = config if process else config["process"]
-for limit in spec.get("rlimits") or []:
-    ceiling = resource.getrlimit(getattr(resource, limit["type"]))[1]
-    if ceiling != resource.RLIM_INFINITY:
-        limit["hard"] = min(limit["hard"], ceiling)
-        limit["soft"] = min(limit["soft"], limit["hard"])
-allowed = int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("CapBnd")), 16)
-if not allowed >> 24 & 1:
-    for names in (spec.get("capabilities") or {}).values():
-        if names and "CAP_SYS_RESOURCE" in names:
-            names.remove("CAP_SYS_RESOURCE")
-with open(path, "w") as file:
-    json.dump(config, file)
 """
 
 # dockerd runs this in place of containerd, whose collector of garbage looks every 50 times as long
@@ -164,6 +146,16 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENC
         raise ClusterError(f"{what}: not within {seconds:g} s")
 
 
+def clamp() -> str:
+    """The sed program that lowers what a container asks for; nothing where limits may be raised."""
+    status = Path("/proc/self/status").read_text()
+    if int(status.partition("CapBnd:")[2].split()[0], 16) >> 24 & 1:
+        return ""
+    most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    lower = rf's/("RLIMIT_MEMLOCK","hard":)[0-9]+,"soft":[0-9]+/\1{most},"soft":{most}/'
+    return f'{lower}; s/"CAP_SYS_RESOURCE",//g; s/,"CAP_SYS_RESOURCE"//g'
+
+
 def why_not() -> str | None:
     """Why no cluster can be made on this machine; None where one can."""
     if os.geteuid() != 0:
@@ -179,7 +171,7 @@ def root_tarball() -> Path:
     include = "python3,python3-mpi4py,openmpi-bin,libpmix2,curl"
     extra = (ROOT / "pyproject.toml").read_text().partition("\nsimulator = [")[2]
     libraries = ["PyYAML>=6.0", *re.findall(r'^    "([^"]+)",', extra.partition("\n]")[0], re.M)]
-    key = hashlib.sha256(f"bookworm {include} {libraries} 3".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"bookworm {include} {libraries} 4".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tensorrt-llm-serve"
     tarball = cache / f"rootfs-{key}.tar"
     if not tarball.exists():
@@ -219,11 +211,16 @@ def _install_libraries(root: Path, libraries: Sequence[str]) -> None:
     _run(*pip, "--target", str(scratch), "--no-deps", *openai)
     shutil.move(scratch / "openai/types/chat", target / "openai/types/chat")
     (target / "openai/__init__.py").touch()
-    _run("chroot", str(root), "python3", "-m", "compileall", "-q", f"/{target.relative_to(root)}")
+    _compile("chroot", str(root), "python3", "-m", "compileall", "-q", "/usr/local/lib")
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, text=True, capture_output=True)
+def _compile(*command: str) -> None:
+    """What is compiled goes beside its source, wherever our own Python keeps that."""
+    _run(*command, env={"PATH": PATH})
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, text=True, capture_output=True, env=env)
     if done.returncode:
         raise ClusterError(f"{command[0]} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
@@ -450,10 +447,9 @@ class Cluster:
             "nvidia-container-runtime-hook": GPU_HOOK,
             "nvidia-container-cli": GPU_HOOK,
             "clamped-runc": CLAMPED_RUNC,
-            "clamp.py": CLAMP,
             "containerd": CALM_CONTAINERD,
         }.items():
-            (self.state / "bin" / name).write_text(text.replace("{state}", str(self.state)))
+            (self.state / "bin" / name).write_text(text.replace("{clamp}", clamp()))
             (self.state / "bin" / name).chmod(0o755)
 
     def _pyxis(self) -> None:
@@ -631,6 +627,7 @@ def build_image(
         shutil.copytree(simulator, Path(context, "simulator"))
         # NVIDIA's benchmark client, in name and flags, beside the engine.
         shutil.copytree(simulator.parent / "tests/stand_in", Path(context, "simulator/stand_in"))
+        _compile("python3", "-m", "compileall", "-q", context)  # Debian's, as in the image
         # What Python knows of a package that is installed.
         package = Path(context, f"simulator/stand_in/tensorrt_llm-{engine}.dist-info")
         package.mkdir()
