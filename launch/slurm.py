@@ -13,7 +13,9 @@ SEE_NODES = "ask Slurm why: `sinfo -R`, `squeue`; leave a node out with salloc -
 
 TIMED_OUT = "Socket timed out on send/recv operation"  # a Prolog takes longer than MessageTimeout
 # The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
-CANCELLED = re.compile(r"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?")
+# One that was about to start on a node when its job ended has no step there yet, only that.
+REVOKED = "Job credential revoked"
+CANCELLED = re.compile(rf"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?|{REVOKED}")
 CANCEL_WORDS = {
     "TIME LIMIT": "has reached its time limit",
     "NODE FAILURE": "has lost a node",
@@ -116,7 +118,8 @@ GIVEN_UP = re.compile(r"Node failure on (\S+)")  # a job that goes on, goes on w
 
 def lost_nodes(text: str) -> str:
     """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
-    if failed := re.findall(r"Task launch for \S+ failed on node (\S+): (.+)", text):
+    launch = rf"Task launch for \S+ failed on node (\S+): (?!{REVOKED})(.+)"
+    if failed := re.findall(launch, text):
         return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
     lost = GIVEN_UP.findall(text)
     return by_node((node, "Slurm has lost this node") for node in lost)
