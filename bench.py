@@ -27,7 +27,7 @@ from pathlib import Path
 
 from common.settings import setting
 from common.signals import Stopped
-from common.talk import Failure, clean, read_json, say, write_json
+from common.talk import Failure, clean, counted, read_json, say, write_json
 from load import bench_place, check, endpoint, same, sharegpt
 from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
 from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
@@ -146,7 +146,8 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
     """Every case of the matrix, then the sweep; its knee."""
     planned = list(cases(types, change))
     requests = sum(case.num_prompts for case in planned)
-    ahead = [f"{len(planned)} runs of {requests:,} requests in all"] if planned else []
+    all_of_them = f"{requests:,} request{'s' * (requests != 1)} in all"
+    ahead = [f"{counted(len(planned), 'run')} of {all_of_them}"] if planned else []
     say(", then ".join([*ahead, *(["a sweep"] if SWEEP.type in types else [])]))
     for words in surprises(planned, change):
         say(words)

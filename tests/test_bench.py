@@ -103,6 +103,7 @@ def test_a_run_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert (run.last["valid"], run.last["model"]) == (True, MODEL)
     assert run.last["runs"][0]["name"] == name
     assert name in run.stdout
+    assert "1 run of 4 requests in all" in run.stderr
     for file in ("summary.json", "summary.csv", "report.html"):
         assert name in Path("out", file).read_text()
 
