@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator
 from math import inf
@@ -38,11 +37,11 @@ def enter(size: int) -> Any:  # noqa: ANN401 (mpi4py's communicator, or what sta
     if size == 1:
         return _alone()
     try:
-        importlib.import_module("mpi4py").rc.threads = False
+        importlib.import_module("mpi4py").rc.thread_level = "funneled"
         return importlib.import_module("mpi4py.MPI").COMM_WORLD
     except ImportError as error:
-        message = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
-        raise Fatal(type(error).__name__, message) from None
+        words = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
+        raise Fatal(type(error).__name__, words) from None
 
 
 def _alone() -> SimpleNamespace:
@@ -55,13 +54,9 @@ def _alone() -> SimpleNamespace:
         return done
 
     return SimpleNamespace(
-        Get_rank=lambda: 0,
-        Get_size=lambda: 1,
-        Ibarrier=lambda: done,
-        isend=isend,
-        iprobe=lambda tag: bool(boxes[tag]),
-        recv=lambda tag: boxes[tag].popleft(),
-    )
+        Get_rank=lambda: 0, Get_size=lambda: 1, Ibarrier=lambda: done, isend=isend,
+        iprobe=lambda tag: bool(boxes[tag]), recv=lambda tag: boxes[tag].popleft(),
+    )  # fmt: skip
 
 
 class Part:
@@ -166,6 +161,8 @@ def run_rank(work: Callable[[], bool]) -> int:
         crash(error)
         return 1
     except Exception:
+        import traceback  # dear, and hardly ever needed
+
         traceback.print_exc()
         os._exit(1)  # not by the normal way: MPI_Finalize would wait for all ranks
     if not whole:

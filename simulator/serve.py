@@ -1,11 +1,12 @@
 """The life of the server, in the real one's order: check, load the model, only then bind.
 
-1.2.1 binds the port before it loads; it listens there when it has loaded, too.
+1.2.1 binds the port before it loads; it listens there when it has loaded, too. Whatever a mistake
+in the arguments does not need is imported late: starting is most of what the simulator does.
 """
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import os
 import select
 import selectors
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arguments import command_line
 from console import Fatal, crash, log
-from cost import Cost, cost_of
+from cost import cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
@@ -26,6 +27,8 @@ from llm_args import LlmArgs, build_llm_args
 
 if TYPE_CHECKING:
     from uvicorn import Server
+
+HTTP: Any = {"http": "h11", "ws": "none"}
 
 
 class PreciseSelector(selectors.DefaultSelector):
@@ -50,21 +53,39 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
         sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
         faults = Faults(settings.faults)
         faults.begin()
-        _run(args, settings, faults, cost, _load(args, settings, faults), sockets)
+        leader = _load(args, settings, faults)
+        import uvicorn
+        from api import Api
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                faults.ready()
+                if leader:
+                    leader.on_broken(faults.lose_engine)
+
+            def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+                return nullcontext() if faults.ignores_term else super().capture_signals()
+
+        def server() -> Server:
+            app = Api(args, settings, faults, cost)
+            return Server(uvicorn.Config(app, args.host, args.port, **HTTP, timeout_keep_alive=5))
+
+        _until_stopped(server, sockets)
 
 
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
+        _prepare_import()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
         config = read_config(flags, version)
         sockets = None if version == "1.1.0" else [_bind(config.hostname, config.port)]
-        orchestrator = Orchestrator(config, flags, version)
-        where = uvicorn.Config(orchestrator.app, config.hostname, config.port, http="h11",
-                               ws="none", timeout_keep_alive=10)  # fmt: skip
-        _until_stopped(lambda: uvicorn.Server(where), sockets)
+        app = Orchestrator(config, flags, version).app
+        at = uvicorn.Config(app, config.hostname, config.port, **HTTP, timeout_keep_alive=10)
+        _until_stopped(lambda: uvicorn.Server(at), sockets)
 
 
 @contextmanager
@@ -94,64 +115,41 @@ def _bind(host: str, port: int) -> socket.socket:
 def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
     """Take the configured time, and the ranks' time too where there are ranks to wait for."""
     log("I", f"start MpiSession with {args.world_size} workers")
-    if not is_proxied(os.environ):
-        _show_loading(args, settings, faults)
-        return None
-    leader = Link(os.environ)
-    leader.join(args.world_size, args.gpus_per_node)
-    leader.send({"op": "load", "model": args.model})
-    _show_loading(args, settings, faults)
-    leader.receive()
-    return leader
-
-
-def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
-    """Give a sign of life about once a second."""
+    leader = Link(os.environ) if is_proxied(os.environ) else None
+    if leader:
+        leader.join(args.world_size, args.gpus_per_node)
+        leader.send({"op": "load", "model": args.model})
     began = time.monotonic()
     steps = 2 * max(1, round(settings.load_seconds / 2))  # even, so that one of them is half way
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1):  # a sign of life about once a second
         time.sleep(max(0.0, began + step * settings.load_seconds / steps - time.monotonic()))
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            import api  # noqa: F401 (its libraries take half a second of the load)
+            _prepare_import()
+            import api  # noqa: F401 (its libraries take a quarter of a second of the load)
+    if leader:
+        leader.receive()
+    return leader
 
 
-def _run(
-    args: LlmArgs,
-    settings: Settings,
-    faults: Faults,
-    cost: Cost | None,
-    leader: Link | None,
-    sockets: list[socket.socket] | None,
-) -> None:
-    import uvicorn
-    from api import Api
+def _prepare_import() -> None:
+    """A third of the time for FastAPI would go into classes that only /openapi.json needs."""
+    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # or all packages are asked for some
+    from pydantic import BaseModel
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            loop = asyncio.get_running_loop()
-            faults.ready(loop)
-            if leader:
-                leader.on_broken(loop, faults.lose_engine)
-
-        def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
-            return nullcontext() if faults.ignores_term else super().capture_signals()
-
-    def server() -> Server:
-        api, host, port = Api(args, settings, faults, cost), args.host, args.port
-        return Server(uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5))
-
-    _until_stopped(server, sockets)
+    BaseModel.model_config["defer_build"] = True
 
 
 def _until_stopped(server: Callable[[], Server], sockets: list[socket.socket] | None) -> None:
     """Serve until a signal comes and the running streams have ended, however long they take."""
+    import asyncio
 
     async def serve_http() -> None:  # what asks for the loop is made in it
         await server().serve(sockets)
 
+    gc.freeze()
+    gc.enable()
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
