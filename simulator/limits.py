@@ -73,11 +73,16 @@ def check_num_tokens(prompts: Iterable[Prompt], args: LlmArgs) -> None:
         refuse(most and share > most, f"{words}max_num_tokens ({most})")
 
 
-def check_engine(
-    request: Request, max_tokens: int | None, prompts: Iterable[Prompt], args: LlmArgs
-) -> None:
+def max_tokens_of(request: Request) -> int | None:
+    if isinstance(request, ChatCompletionRequest):
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
+def check_engine(request: Request, prompts: Iterable[Prompt], args: LlmArgs) -> None:
     """Raise RequestError for what only a worker refuses."""
     check_handoff(request, args)
+    max_tokens = max_tokens_of(request)
     for name, (rule, holds) in RANGES.items():
         value = getattr(request, name)
         if value is not None and not holds(value):

@@ -131,7 +131,6 @@ class Leader:
             client.sendall(seal(self._key, self._join(message)))
         elif message["op"] == "load":
             self._ask({**message, "gpus_per_node": self._gpus_per_node})
-            self._ask({"op": "meet"})  # no rank serves before all can
             client.sendall(seal(self._key, {"loaded": True}))
         elif message["op"] == "watch":
             self._ask({"op": "beat"}, PATIENCE)

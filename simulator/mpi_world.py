@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from math import inf
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from leader_link import Message
 
 POLL = 0.03  # seconds between two looks at MPI
 ORDER, REPORT = 1, 2  # tags of messages
+KILLED = 128 + signal.SIGKILL
 
 
 class Report(NamedTuple):
@@ -47,14 +48,13 @@ def enter(size: int) -> Any:  # noqa: ANN401 (mpi4py's communicator, or what sta
 def _alone() -> SimpleNamespace:
     """A world of one rank, which needs no MPI to talk to itself."""
     boxes: dict[int, deque[object]] = {ORDER: deque(), REPORT: deque()}
-    done = SimpleNamespace(Test=lambda: True)
 
     def isend(message: object, dest: int, tag: int) -> SimpleNamespace:
         boxes[tag].append(message)
-        return done
+        return SimpleNamespace(Test=lambda: True)
 
     return SimpleNamespace(
-        Get_rank=lambda: 0, Get_size=lambda: 1, Ibarrier=lambda: done, isend=isend,
+        Get_rank=lambda: 0, Get_size=lambda: 1, isend=isend,
         iprobe=lambda tag: bool(boxes[tag]), recv=lambda tag: boxes[tag].popleft(),
     )  # fmt: skip
 
@@ -64,11 +64,11 @@ class Part:
 
     def __init__(self, comm: Any, settings: Settings) -> None:  # noqa: ANN401
         self.rank, self.host = comm.Get_rank(), socket.gethostname()
-        self._comm = comm
-        self._settings = settings
+        self._comm, self._settings = comm, settings
         self._task: Generator[None, None, None] | None = None
         self._sent: list[Any] = []  # kept: MPI still reads what has not been sent yet
-        self._fault_at: float | None = None
+        self._fault_delay, self._code = _fate(self.rank, settings.faults)
+        self._fault_at = inf
 
     def turn(self) -> Message | None:
         """Do what there is to do; return the order to stop when it has come."""
@@ -80,7 +80,7 @@ class Part:
         if self._task and next(self._task, self) is self:
             self._task = None
             self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
-        if self._fault_at is not None and time.monotonic() >= self._fault_at:
+        if time.monotonic() >= self._fault_at:
             self._die()
         return None
 
@@ -95,12 +95,8 @@ class Part:
         """Do as ordered; yields where there is nothing to do but wait."""
         if order["op"] == "load":
             yield from self._load(order)
-        if order["op"] == "meet":
-            request = self._comm.Ibarrier()
-            while not request.Test():
-                yield
-        if order["op"] == "beat" and self._fault_at is None:  # the first: the server is ready
-            self._fault_at = time.monotonic() + (self._fault_delay() or inf)
+        elif order["op"] == "beat" and self._fault_at == inf:  # the first: the server is ready
+            self._fault_at = time.monotonic() + (self._fault_delay or inf)
 
     def _load(self, order: Message) -> Generator[None, None, None]:
         gpu = self.rank % int(order["gpus_per_node"])
@@ -110,28 +106,26 @@ class Part:
             deadline = time.monotonic() + self._settings.load_seconds / 2
             while time.monotonic() < deadline:
                 yield
-            if half == 1 and self._fault_delay() == 0:
+            if half == 1 and self._fault_delay == 0:
                 self._die()
         log("I", f"rank {self.rank} on {self.host}: loaded")
 
-    def _fault_delay(self) -> float | None:
-        """Return the seconds after loading at which this rank dies; 0: while it loads."""
-        faults = self._settings.faults
-        ours = [(faults.get("exit-rank"), 2), (faults.get("kill-rank"), 1)]
-        return min(
-            ((*said[at:], 0.0)[0] for said, at in ours if said and said[0] == self.rank),
-            default=None,
-        )
-
     def _die(self) -> None:
         """Crash: without a word to MPI, so that the others must find out by themselves."""
-        kill = self._settings.faults.get("kill-rank")
-        if kill and kill[0] == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-            os._exit(137)  # a container's first process cannot be killed from inside
-        code = int(self._settings.faults["exit-rank"][1])
-        log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {code}")
-        os._exit(code)
+        if self._code == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)  # a container's first process is spared, though
+        else:
+            log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {self._code}")
+        os._exit(self._code)
+
+
+def _fate(rank: int, faults: Mapping[str, Sequence[float]]) -> tuple[float | None, int]:
+    """How long after loading it dies, 0: half way through, and its exit code."""
+    for name, given in (("exit-rank", 2), ("kill-rank", 1)):
+        said = faults.get(name, [-1])
+        if said[0] == rank:
+            return (*said[given:], 0.0)[0], int(said[1]) if name == "exit-rank" else KILLED
+    return None, 0
 
 
 def obey(rank: int, size: int, settings: Settings) -> bool:

@@ -15,8 +15,10 @@ class Prompt(NamedTuple):
     echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
 
 
-def completion_prompts(request: CompletionRequest) -> list[Prompt]:
-    """Tell the four forms apart: a text, token ids, or a list of either."""
+def prompts_of(request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
+    """Of a completion in four forms: a text, token ids, or a list of either."""
+    if isinstance(request, ChatCompletionRequest):
+        return [_chat_prompt(request)]
     prompt: Any = request.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [_prompt(prompt, request.truncate_prompt_tokens)]
@@ -41,7 +43,7 @@ def chat_role(request: ChatCompletionRequest) -> str:
     return "assistant" if request.add_generation_prompt else str(request.messages[-1]["role"])
 
 
-def chat_prompt(request: ChatCompletionRequest) -> Prompt:
+def _chat_prompt(request: ChatCompletionRequest) -> Prompt:
     role, texts = chat_role(request), [_message_text(message) for message in request.messages]
     echo = texts[-1] if texts and request.messages[-1]["role"] == role else ""
     if (ids := request.prompt_token_ids) is not None:

@@ -23,7 +23,7 @@ from cost import cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
-from llm_args import LlmArgs, build_llm_args
+from llm_args import LlmArgs, build_llm_args, light_pydantic
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -77,7 +77,7 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
-        _prepare_import()
+        light_pydantic()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
@@ -126,19 +126,11 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            _prepare_import()
+            light_pydantic()
             import api  # noqa: F401 (its libraries take a quarter of a second of the load)
     if leader:
         leader.receive()
     return leader
-
-
-def _prepare_import() -> None:
-    """A third of the time for FastAPI would go into classes that only /openapi.json needs."""
-    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # or all packages are asked for some
-    from pydantic import BaseModel
-
-    BaseModel.model_config["defer_build"] = True
 
 
 def _until_stopped(server: Callable[[], Server], sockets: list[socket.socket] | None) -> None:
