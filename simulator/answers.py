@@ -9,11 +9,10 @@ from typing import Any
 
 from engine import Generation
 from handoff import handed_on, prompt_ids
-from prompts import chat_role
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
 from protocol import ChatCompletionRequest, CompletionRequest
 from pydantic_core import to_json
-from words import token_id
+from words import chat_role, token_id
 
 Json = dict[str, Any]
 Request = CompletionRequest | ChatCompletionRequest
@@ -52,7 +51,7 @@ def whole(request: Request, served: str, done: Sequence[Generation]) -> Json:
         body = _body(COMPLETION, request.model if one else served, choices, usage=usage)
     else:
         body = _body(CHAT, request.model, [_chat_choice(request, done[0])], usage=usage)
-    return {**body, "prompt_token_ids": _ids_handed_on(done[0]) if one else []}
+    return {**body, "prompt_token_ids": prompt_ids(done[0]) if one else []}
 
 
 def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json:
@@ -66,10 +65,6 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
         "disaggregated_params": handed_on(generation),
         "avg_decoded_tokens_per_iter": 1.0,
     }
-
-
-def _ids_handed_on(generation: Generation) -> list[int] | None:
-    return prompt_ids(generation.prompt) if generation.state else None
 
 
 def _completion_choice(

@@ -22,10 +22,9 @@ from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
 from limits import RequestError, check_engine, check_num_tokens, check_request, max_tokens_of
 from llm_args import LlmArgs
-from prompts import Prompt, prompts_of
 from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
-from words import continue_text, fingerprint
+from words import Prompt, continue_text, fingerprint, prompts_of
 
 QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
 OWNER = "tensorrt_llm_simulator"

@@ -11,8 +11,7 @@ from heapq import heappop, heappush
 from cost import Cost
 from environment import Settings
 from faults import Faults
-from prompts import Prompt
-from words import GENERATED, token_id
+from words import GENERATED, Prompt, token_id
 
 Stop = tuple[str | int, list[int]]  # what the client named, and the ids it is made of
 

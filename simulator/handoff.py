@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from engine import Generation
 from llm_args import LlmArgs
-from prompts import Prompt
-from words import TOKEN, continue_text, token_id
+from words import TOKEN, Prompt, continue_text, token_id
 
 CONTEXT, GENERATION, BOTH = KINDS = "context_only", "generation_only", "context_and_generation"
 request_ids = count(1)
@@ -55,8 +54,11 @@ def handed_on(generation: Generation) -> dict[str, Any] | None:
     }
 
 
-def prompt_ids(prompt: Prompt) -> list[int]:
-    """As many ids as the prompt has tokens."""
+def prompt_ids(generation: Generation) -> list[int] | None:
+    """As many ids as the prompt has tokens: a context server hands them on, too."""
+    prompt = generation.prompt
+    if not generation.state:
+        return None
     if isinstance(prompt.echo, list):
         return prompt.echo
     ids = [*map(token_id, TOKEN.findall(prompt.text))]

@@ -9,9 +9,8 @@ from typing import Any
 
 from handoff import CONTEXT, GENERATION, KINDS, kind_of, taken_over
 from llm_args import LlmArgs
-from prompts import Prompt
 from protocol import ChatCompletionRequest, CompletionRequest, refuse
-from words import VOCABULARY
+from words import VOCABULARY, Prompt
 
 Request = CompletionRequest | ChatCompletionRequest
 INT32 = range(-(1 << 31), 1 << 31)

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,10 +65,10 @@ class Part:
     def __init__(self, comm: Any, settings: Settings) -> None:  # noqa: ANN401
         self.rank, self.host = comm.Get_rank(), socket.gethostname()
         self._comm, self._settings = comm, settings
-        self._task: Generator[None, None, None] | None = None
         self._sent: list[Any] = []  # kept: MPI still reads what has not been sent yet
+        self._done_at = self._fault_at = inf
+        self._done = ""  # what to log then
         self._fault_delay, self._code = _fate(self.rank, settings.faults)
-        self._fault_at = inf
 
     def turn(self) -> Message | None:
         """Do what there is to do; return the order to stop when it has come."""
@@ -76,13 +76,29 @@ class Part:
             order: Message = self._comm.recv(tag=ORDER)
             if order["op"] == "stop":
                 return order
-            self._task = self._perform(order)
-        if self._task and next(self._task, self) is self:
-            self._task = None
-            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
+            self._begin(order)
         if time.monotonic() >= self._fault_at:
             self._die()
+        if time.monotonic() >= self._done_at:
+            if self._done:
+                log("I", self._done)
+            self._done, self._done_at = "", inf
+            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
         return None
+
+    def _begin(self, order: Message) -> None:
+        """Set the clocks: a rank does nothing but wait."""
+        self._done_at = now = time.monotonic()
+        if order["op"] == "load":
+            self._done_at += self._settings.load_seconds
+            name, gpu = f"rank {self.rank} on {self.host}", self.rank % int(order["gpus_per_node"])
+            share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
+            log("I", f"{name}: loading {share} on GPU {gpu}")
+            self._done = f"{name}: loaded"
+            if self._fault_delay == 0:
+                self._fault_at = now + self._settings.load_seconds / 2
+        elif order["op"] == "beat" and self._fault_at == inf:  # the first: the server is ready
+            self._fault_at = now + (self._fault_delay or inf)
 
     def send(self, message: object, rank: int, tag: int) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
@@ -90,25 +106,6 @@ class Part:
 
     def has_sent_all(self) -> bool:
         return all(request.Test() for request in self._sent)
-
-    def _perform(self, order: Message) -> Generator[None, None, None]:
-        """Do as ordered; yields where there is nothing to do but wait."""
-        if order["op"] == "load":
-            yield from self._load(order)
-        elif order["op"] == "beat" and self._fault_at == inf:  # the first: the server is ready
-            self._fault_at = time.monotonic() + (self._fault_delay or inf)
-
-    def _load(self, order: Message) -> Generator[None, None, None]:
-        gpu = self.rank % int(order["gpus_per_node"])
-        share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
-        log("I", f"rank {self.rank} on {self.host}: loading {share} on GPU {gpu}")
-        for half in (1, 2):
-            deadline = time.monotonic() + self._settings.load_seconds / 2
-            while time.monotonic() < deadline:
-                yield
-            if half == 1 and self._fault_delay == 0:
-                self._die()
-        log("I", f"rank {self.rank} on {self.host}: loaded")
 
     def _die(self) -> None:
         """Crash: without a word to MPI, so that the others must find out by themselves."""

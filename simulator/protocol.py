@@ -58,8 +58,6 @@ FORMATS = (
 )
 AnyFormat: Any = Union[FORMATS]  # noqa: UP007 (of a tuple)
 Format = Annotated[AnyFormat, Field(discriminator="type")]
-for model in FORMATS:
-    model.model_rebuild()
 
 
 class ResponseFormat(Strict):
@@ -272,17 +270,9 @@ class ChatCompletionRequest(Sampling, ChatHead):
         return salt
 
 
-# Read only to be refused: the real server answers this route for gpt-oss alone.
-RESPONSES = """
-    background include instructions max_output_tokens max_tool_calls metadata parallel_tool_calls
-    previous_response_id prompt reasoning service_tier store temperature text tool_choice tools
-    top_logprobs top_p truncation user request_id
-""".split()
-ResponsesRequest: Any = create(
-    "ResponsesRequest",
-    __base__=Strict,
-    input=(str | list[Any], ...),
-    model=(str, ...),
-    stream=(bool | None, False),
-    **dict.fromkeys(RESPONSES, (Any, None)),
-)
+class ResponsesRequest(BaseModel):
+    """Read only to be refused: the real server answers this route for gpt-oss alone."""
+
+    input: str | list[Any]
+    model: str
+    stream: bool | None = False
