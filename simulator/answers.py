@@ -9,13 +9,12 @@ from typing import Any
 
 from engine import Generation
 from handoff import handed_on, prompt_ids
+from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
-from protocol import ChatCompletionRequest, CompletionRequest
 from pydantic_core import to_json
 from words import chat_role, token_id
 
 Json = dict[str, Any]
-Request = CompletionRequest | ChatCompletionRequest
 COMPLETION = ("cmpl", "text_completion")
 CHAT = ("chatcmpl", "chat.completion")
 CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
@@ -43,7 +42,7 @@ def _usage_of(*done: Generation) -> Json:
 # -- whole answers --
 
 
-def whole(request: Request, served: str, done: Sequence[Generation]) -> Json:
+def whole(request: AnyRequest, served: str, done: Sequence[Generation]) -> Json:
     """Several prompts are answered under the server's name, one under the request's."""
     one, usage = len(done) == 1, _usage_of(*done)
     if isinstance(request, CompletionRequest):
@@ -117,7 +116,7 @@ def _logprob(piece: str) -> Json:
 # -- streamed answers: the events of one iteration --
 
 
-def events(request: Request, generation: Generation) -> Iterator[bytes]:
+def events(request: AnyRequest, generation: Generation) -> Iterator[bytes]:
     if isinstance(request, CompletionRequest):
         yield from _completion_events(request, generation)
     else:
@@ -161,7 +160,7 @@ def _chat_opening(request: ChatCompletionRequest, generation: Generation) -> Ite
         yield _event(_body(CHAT_CHUNK, request.model, [choice], **counted), b" \n\n")
 
 
-def _continuous(request: Request) -> bool:
+def _continuous(request: AnyRequest) -> bool:
     options = request.stream_options
     return bool(options and options.include_usage and options.continuous_usage_stats)
 

@@ -22,7 +22,7 @@ from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
 from limits import RequestError, check_engine, check_num_tokens, check_request, max_tokens_of
 from llm_args import LlmArgs
-from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
 from words import Prompt, continue_text, fingerprint, prompts_of
 
@@ -129,7 +129,7 @@ class Api:
     async def chat(self, request: ChatCompletionRequest, raw: Request) -> Response:
         return await self._answer(request, raw)
 
-    async def _answer(self, request: answers.Request, raw: Request) -> Response:
+    async def _answer(self, request: AnyRequest, raw: Request) -> Response:
         """What is refused before a worker sees it is told; later a stream has begun, and is cut."""
         try:
             if self._faults.broken:
@@ -145,7 +145,7 @@ class Api:
             return refusal(str(error))
 
     async def _whole(
-        self, request: answers.Request, prompts: list[Prompt], raw: Request
+        self, request: AnyRequest, prompts: list[Prompt], raw: Request
     ) -> answers.Json:
         """Return the answer once it is whole, or early when nobody waits for it any more."""
         await self._check_engine(request, prompts)
@@ -166,9 +166,7 @@ class Api:
                 end.cancel()
         return answers.whole(request, self._args.served_name, generations)
 
-    async def _stream(
-        self, request: answers.Request, prompts: list[Prompt]
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, request: AnyRequest, prompts: list[Prompt]) -> AsyncIterator[bytes]:
         await self._check_engine(request, prompts)
         queue = asyncio.Queue[bytes | Exception]()
 
@@ -192,7 +190,7 @@ class Api:
         finally:
             self._engine.cancel(generations)
 
-    async def _check_engine(self, request: answers.Request, prompts: list[Prompt]) -> None:
+    async def _check_engine(self, request: AnyRequest, prompts: list[Prompt]) -> None:
         check_engine(request, prompts, self._args)
         if max_tokens_of(request) == 0:  # the real engine survives the first request for nothing
             self._zero_token_requests += 1
@@ -204,7 +202,7 @@ class Api:
             await asyncio.Event().wait()
 
     def _generations(
-        self, request: answers.Request, prompts: list[Prompt], interval: float, sink: Sink
+        self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
     ) -> Iterator[Generation]:
         stop, kind = request.stop or [], kind_of(request)
         texts = [stop] if isinstance(stop, str) else stop
@@ -213,7 +211,7 @@ class Api:
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
             seed = self._seed(request, prompt)
             if kind == GENERATION:
-                _, _, seed, text, opening = taken_over(request.disaggregated_params, self._args)
+                seed, text, opening = taken_over(request.disaggregated_params, self._args)
                 prompt = prompt._replace(text=text, opening=opening)
             low, high = self._settings.output_tokens
             end = max(low + seed % (high - low + 1), request.min_tokens)
@@ -228,10 +226,10 @@ class Api:
                 stops=stops_of(texts, request.stop_token_ids or []),
                 keeps_stop=request.include_stop_str_in_output,
                 prefilled=kind == GENERATION,
-                state=state_of(prompt, seed, self._args).encoded() if kind == CONTEXT else "",
+                state=state_of(prompt, seed, self._args) if kind == CONTEXT else "",
             )
 
-    def _seed(self, request: answers.Request, prompt: Prompt) -> int:
+    def _seed(self, request: AnyRequest, prompt: Prompt) -> int:
         """Greedy answers follow from the prompt alone, sampled ones also from seed or chance."""
         chance = next(self._serial) if request.seed is None else request.seed
         greedy = request.temperature == 0

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 from console import Fatal, log
@@ -61,44 +61,25 @@ def _count_tokens(body: Json) -> int:
 # -- its file --
 
 
-class Config(NamedTuple):
-    hostname: str
-    port: int
-    max_retries: int
-    perf_metrics_max_requests: int
-    contexts: Router
-    generations: Router
-
-
-def read_config(flags: Mapping[str, Any], version: str) -> Config:
-    """What Python says of a wrong file is the last line of the real one's traceback, too."""
+def read_config(flags: Mapping[str, Any], version: str) -> Json:
     if flags["metadata_server_config_file"]:
         raise Fatal("NotImplementedError", "[simulator] there is no metadata server")
-    try:
-        config = read_yaml_file(flags["config_file"])
-        if version != "1.1.0" and config.get("disagg_cluster"):
-            raise NotImplementedError("[simulator] disagg_cluster is not simulated")
-        return _config(**config)
-    except Fatal:
-        raise
-    except Exception as error:
-        raise Fatal(type(error).__name__, str(error)) from None
+    config: Json = read_yaml_file(flags["config_file"])
+    if version != "1.1.0" and config.get("disagg_cluster"):
+        raise Fatal("NotImplementedError", "[simulator] disagg_cluster is not simulated")
+    return config
 
 
-def _config(
-    hostname: str = "localhost",
-    port: int = 8000,
-    max_retries: int = 1,
-    perf_metrics_max_requests: int = 0,
-    conditional_disagg_config: Json | None = None,
+def _routers(
     context_servers: Json | None = None,
     generation_servers: Json | None = None,
+    conditional_disagg_config: Json | None = None,
     **rest: Any,  # noqa: ANN401 (YAML)
-) -> Config:
+) -> list[Router]:
     """Any other key is one of both lists, where the workers' own arguments once had their place."""
-    context, generation = context_servers or {}, generation_servers or {}
+    lists = {"context": context_servers or {}, "generation": generation_servers or {}}
     for key, value in rest.items():
-        for name, section in (("context", context), ("generation", generation)):
+        for name, section in lists.items():
             if section.setdefault(key, value) != value:
                 where = f"both in the top-level and in the {name}_servers section"
                 raise ValueError(f"Parameter {key} is specified {where}, but with different values")
@@ -106,13 +87,11 @@ def _config(
         raise ValueError(
             "Generation router must be a KvCacheAwareRouter to enable conditional disaggregation"
         )
-    routers = _router(**context), _router(**generation)
-    for name, router in zip(("generation", "context"), reversed(routers), strict=True):
+    routers = [_router(**section) for section in lists.values()]
+    for name, router in reversed([*zip(lists, routers, strict=True)]):
         if not router.urls:
             raise ValueError(f"At least one {name} server must be provided")
-    if max_retries < 0:
-        raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
-    return Config(hostname, port, max_retries, perf_metrics_max_requests, *routers)
+    return routers
 
 
 def _router(
@@ -146,9 +125,25 @@ async def invalid(_: Request, error: Exception) -> Response:
 
 
 class Orchestrator:
-    def __init__(self, config: Config, flags: Mapping[str, Any], version: str) -> None:
-        self._config, self._flags, self._version = config, flags, version
-        self._urls = [*config.contexts.urls, *config.generations.urls]
+    """Made of its file: what Python says of a wrong one is the end of the real one's traceback."""
+
+    def __init__(
+        self,
+        flags: Mapping[str, Any],
+        version: str,
+        hostname: str = "localhost",
+        port: int = 8000,
+        max_retries: int = 1,
+        perf_metrics_max_requests: int = 0,
+        **rest: Any,  # noqa: ANN401 (YAML)
+    ) -> None:
+        self.hostname, self.port = hostname, port
+        self._flags, self._version = flags, version
+        self._retries, self._asks_for_metrics = max_retries, perf_metrics_max_requests
+        self._contexts, self._generations = _routers(**rest)
+        self._urls = [*self._contexts.urls, *self._generations.urls]
+        if max_retries < 0:
+            raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
         self.app = FastAPI(lifespan=self._lifespan, strict_content_type=False)
         self.app.add_exception_handler(RequestValidationError, invalid)
         for name in ("health", "version", "perf_metrics", "cluster_info"):
@@ -195,7 +190,7 @@ class Orchestrator:
 
     async def perf_metrics(self) -> Response:
         """Where they are wanted, every server is asked for its own; simulated ones have none."""
-        for url in self._urls if self._config.perf_metrics_max_requests else ():
+        for url in self._urls if self._asks_for_metrics else ():
             async with self._session.get(f"{url}/perf_metrics") as answer:
                 await answer.json()
         return JSONResponse([])
@@ -220,7 +215,7 @@ class Orchestrator:
             body[ids] = context["prompt_token_ids"]
             more = choice["finish_reason"] in CONTINUES
             with ExitStack() as held:
-                server = held.enter_context(self._config.generations.server(body))
+                server = held.enter_context(self._generations.server(body))
                 if body.get("stream"):
                     events = self._events(held.pop_all(), server + path, body if more else None)
                     return StreamingResponse(events, media_type="text/event-stream")
@@ -234,7 +229,7 @@ class Orchestrator:
     async def _prefill(self, path: str, body: Json) -> Json:
         only = {"disaggregated_params": {"request_type": CONTEXT}}
         asked = {**body, **only, "stream": False, "stream_options": None}
-        with self._config.contexts.server(asked) as server:
+        with self._contexts.server(asked) as server:
             context = await self._ask(server + path, asked)
         if context["choices"][0]["disaggregated_params"] is None:
             raise ValueError("Context server did not return disaggregated params")
@@ -242,8 +237,7 @@ class Orchestrator:
 
     async def _ask(self, url: str, body: Json) -> Json:
         """An answer that does not stream. Whatever went wrong, the same server is asked again."""
-        most = self._config.max_retries
-        for attempt in range(most + 1):
+        for attempt in range(self._retries + 1):
             try:
                 async with self._session.post(url, json=body) as response:
                     answer: Json = await response.json()
@@ -252,8 +246,8 @@ class Orchestrator:
                     response.raise_for_status()
                     return answer
             except (aiohttp.ClientError, OSError) as error:  # a timeout is one of these
-                if attempt < most:
-                    log("E", f"Client error: {error} - retry {attempt} of {most}")
+                if attempt < self._retries:
+                    log("E", f"Client error: {error} - retry {attempt} of {self._retries}")
                     await asyncio.sleep(RETRY_SECONDS)
         raise HTTPException(500, "Internal server error")
 

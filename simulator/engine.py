@@ -120,13 +120,11 @@ class Engine:
         self._arm()
 
     def _has_room(self) -> bool:
-        if self._cost and self._running and self._cached() > self._cost.room:
+        """In the batch, and for the keys and values that are kept, or will be."""
+        cached = sum(each.prompt.tokens + each.max_tokens for each in self._running)
+        if self._cost and self._running and cached > self._cost.room:
             return False
         return len(self._running) < self._max_batch_size
-
-    def _cached(self) -> int:
-        """Tokens whose keys and values are kept, or will be."""
-        return sum(each.prompt.tokens + each.max_tokens for each in self._running)
 
     def _first_token(self, generation: Generation) -> float:
         """When it comes. Prompts that cost go one after the other, a stage apart."""

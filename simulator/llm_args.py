@@ -120,24 +120,16 @@ def build_llm_args(
         iter_stats=bool(config.get("enable_iter_perf_stats")),
     )
     _check_moe(args, config)
-    if is_proxied(env):
-        _check_share(args, gpus)
-    else:
-        _check_gpus(args.world_size, per_node, gpus)
-        _check_mpi(args.world_size, env)
+    _check_gpus(args, per_node, gpus, env)
     return args
 
 
 def read_yaml_file(path: str) -> Any:  # noqa: ANN401 (YAML)
+    """What is wrong with it Python tells, as it does of the real one."""
     import yaml  # not where there is no such file
 
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            return yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fatal(type(error).__name__, str(error)) from None
-    except yaml.YAMLError as error:
-        raise Fatal(f"{type(error).__module__}.{type(error).__name__}", str(error)) from None
+    with Path(path).open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
 
 
 def _read_yaml(path: str | None, new: bool) -> dict[str, Any]:
@@ -216,11 +208,8 @@ def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:
         tp = world // ((ep := ep or 1) * cluster)
     ep = ep or world // (tp * cluster)
     if tp * ep * cluster != world:
-        raise Fatal(
-            "ValueError",
-            "moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, "
-            f"but got {tp} * {ep} * {cluster} != {world}",
-        )
+        words = "moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, but got"
+        raise Fatal("ValueError", f"{words} {tp} * {ep} * {cluster} != {world}")
     if ep != 1 and cluster > 1:
         raise Fatal("NotImplementedError", "moe_cluster_size > 1 needs moe_ep_size == 1")
     if ep != 1 and args.cp > 1 and cp_type != "HELIX":
@@ -229,45 +218,31 @@ def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:
 
 def _cp_type(cp_config: object) -> str | None:
     value = cp_config.get("cp_type") if isinstance(cp_config, dict) else None
-    if value is not None and str(value).upper() not in CP_TYPES:
-        raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
-    return None if value is None else str(value).upper()
+    if value is None or str(value).upper() in CP_TYPES:
+        return None if value is None else str(value).upper()
+    raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
 
 
-def _check_share(args: LlmArgs, gpus: int) -> None:
-    """Hold this node's share of ranks that exist already against its GPUs."""
-    nodes = -(-args.world_size // args.gpus_per_node)
-    if gpus < args.world_size // nodes:
-        raise _too_few_gpus(gpus, args.world_size)
-
-
-def _check_gpus(world: int, gpus_per_node: int | None, gpus: int) -> None:
-    """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise."""
-    per_node = min(world, world if gpus_per_node is None else gpus_per_node)
-    if world > 1 and gpus < per_node:
-        raise _too_few_gpus(gpus, world)
-    if world > per_node:
-        raise Fatal(
-            "mpi4py.MPI.Exception",
-            f"MPI_ERR_SPAWN: not enough slots for the {world} ranks that are required: with "
-            f"{per_node} a node they need several nodes, and this one was started alone",
-        )
-
-
-def _too_few_gpus(gpus: int, world: int) -> Fatal:
-    return Fatal("RuntimeError", f"Only {gpus} GPUs are available, but {world} are required.")
-
-
-def _check_mpi(world: int, env: Mapping[str, str]) -> None:
-    """Fail where MPI_Comm_spawn of the ranks would: inside somebody else's MPI or Slurm step."""
-    found = sorted(name for name in env if MPI_VARIABLE.match(name))
-    if world > 1 and found:
-        raise Fatal(
-            "mpi4py.MPI.Exception",
-            "MPI_ERR_SPAWN: could not spawn processes\n"
-            f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in an "
-            f"environment prepared for another launcher: {', '.join(found)}",
-        )
+def _check_gpus(
+    args: LlmArgs, asked_per_node: int | None, gpus: int, env: Mapping[str, str]
+) -> None:
+    """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise. Fail
+    where MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
+    world, spawned = args.world_size, not is_proxied(env)
+    per_node = world if spawned and asked_per_node is None else args.gpus_per_node
+    nodes = -(-world // per_node)
+    if gpus < world // nodes:
+        words = f"Only {gpus} GPUs are available, but {world} are required."
+        raise Fatal("RuntimeError", words)
+    if spawned and nodes > 1:
+        words = f"not enough slots for the {world} ranks that are required: with {per_node} a node "
+        words += "they need several nodes, and this one was started alone"
+        raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: {words}")
+    found = ", ".join(sorted(filter(MPI_VARIABLE.match, env)))
+    if spawned and world > 1 and found:
+        words = f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in "
+        words += f"an environment prepared for another launcher: {found}"
+        raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: could not spawn processes\n{words}")
 
 
 def _served_name(model: str) -> str:
@@ -276,9 +251,7 @@ def _served_name(model: str) -> str:
     if model and path.is_dir():
         return path.resolve().name if path.name in ("", "..") else path.name
     if not REPO_ID.fullmatch(model) or ".." in model or model.startswith("./"):
-        raise Fatal(
-            "huggingface_hub.errors.HFValidationError",
-            "Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
-            f"'{model}'. Use `repo_type` argument if needed.",
-        )
+        words = f"Repo id must be in the form 'repo_name' or 'namespace/repo_name': '{model}'. "
+        words += "Use `repo_type` argument if needed."
+        raise Fatal("huggingface_hub.errors.HFValidationError", words)
     return model

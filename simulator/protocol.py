@@ -270,6 +270,9 @@ class ChatCompletionRequest(Sampling, ChatHead):
         return salt
 
 
+AnyRequest = CompletionRequest | ChatCompletionRequest
+
+
 class ResponsesRequest(BaseModel):
     """Read only to be refused: the real server answers this route for gpt-oss alone."""
 

@@ -50,7 +50,7 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
         settings = read_settings(os.environ)
         args = build_llm_args(flags, settings.gpus, os.environ, version)
         cost = cost_of(settings.cost, args)  # or it does not fit
-        sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
+        sockets = _bind(version, args.host, args.port)
         faults = Faults(settings.faults)
         faults.begin()
         leader = _load(args, settings, faults)
@@ -81,10 +81,9 @@ def disaggregated(**flags: Any) -> None:  # noqa: ANN401
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
-        config = read_config(flags, version)
-        sockets = None if version == "1.1.0" else [_bind(config.hostname, config.port)]
-        app = Orchestrator(config, flags, version).app
-        at = uvicorn.Config(app, config.hostname, config.port, **HTTP, timeout_keep_alive=10)
+        it = Orchestrator(flags, version, **read_config(flags, version))
+        sockets = _bind(version, it.hostname, it.port)
+        at = uvicorn.Config(it.app, it.hostname, it.port, **HTTP, timeout_keep_alive=10)
         _until_stopped(lambda: uvicorn.Server(at), sockets)
 
 
@@ -102,14 +101,16 @@ def _ending_as_the_real_one() -> Iterator[str]:
         raise SystemExit(130) from None
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """As the real one does: IPv4 only, and without SO_REUSEADDR."""
+def _bind(version: str, host: str, port: int) -> list[socket.socket] | None:
+    """As the real one does: IPv4 only, and without SO_REUSEADDR. 1.1.0 does not, uvicorn does."""
+    if version == "1.1.0":
+        return None
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.bind((host, port))
     except OSError as error:
         raise Fatal("RuntimeError", f"Failed to bind socket to {host}:{port}: {error}") from None
-    return bound
+    return [bound]
 
 
 def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:

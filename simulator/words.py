@@ -13,7 +13,7 @@ from random import Random
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from protocol import ChatCompletionRequest, CompletionRequest
+from protocol import AnyRequest, ChatCompletionRequest
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 GENERATED = re.compile(r" ?\w+|[^\w\s]|\n+|\s")  # as the tokens of an answer are
@@ -95,7 +95,7 @@ class Prompt(NamedTuple):
     echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
 
 
-def prompts_of(request: CompletionRequest | ChatCompletionRequest) -> list[Prompt]:
+def prompts_of(request: AnyRequest) -> list[Prompt]:
     """Of a completion in four forms: a text, token ids, or a list of either."""
     if isinstance(request, ChatCompletionRequest):
         return [_chat_prompt(request)]
