@@ -16,15 +16,13 @@ class Faults:
     def __init__(self, wanted: Mapping[str, tuple[float, ...]]) -> None:
         self.unhealthy = self.hung = self.broken = False
         self.dead_engine = False  # it keeps every request waiting for ever
-        self.ignores_term = "ignore-term" in wanted
         self.health_delay = wanted.get("slow-health", (0.0,))[0]
         self._wanted = wanted
 
     def begin(self) -> None:
         """Start what does not wait for the server to be ready."""
-        if self.ignores_term:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if "ignore-term" in self._wanted:  # whatever handlers uvicorn sets
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
         if "log-flood" in self._wanted:
             threading.Thread(target=_flood, args=self._wanted["log-flood"], daemon=True).start()
         self._binary_log()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+import libraries
 from console import Fatal
 from leader_link import is_proxied
 
@@ -142,7 +141,7 @@ def _read_yaml(path: str | None, new: bool) -> dict[str, Any]:
 
 def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
     """Convert as pydantic does and refuse what it refuses, all mistakes at once."""
-    pydantic: Any = light_pydantic()
+    pydantic = libraries.pydantic()
     strict = {"extra": "forbid", "protected_namespaces": (), "arbitrary_types_allowed": True}
 
     def model(name: str, kinds: dict[str, Any]) -> Any:  # noqa: ANN401 (a class made here)
@@ -163,16 +162,6 @@ def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
     except pydantic.ValidationError as error:
         raise Fatal("pydantic_core._pydantic_core.ValidationError", str(error)) from None
     return dict(checked.model_dump(exclude_unset=True))
-
-
-def light_pydantic() -> ModuleType:
-    """Else it asks all packages for plug-ins, and builds every model whether it is used or not:
-    FastAPI has dozens that only /openapi.json needs."""
-    os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
-    import pydantic
-
-    pydantic.BaseModel.model_config["defer_build"] = True
-    return pydantic
 
 
 def _names(text: str, new: bool) -> tuple[str, ...]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal, Union
 
+from libraries import bare
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from typing_extensions import Required, TypedDict
 
-# Bare packages first: what openai's own __init__ imports, its client, takes a second.
-SPEC = find_spec("openai")
-assert SPEC and SPEC.origin
-for name in ("openai", "openai.types", "openai.types.chat"):
-    sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [str(Path(SPEC.origin).parents[1].joinpath(*name.split(".")))]
+bare("openai", "types", "types.chat")  # or its client comes, too, and takes a second
 from openai.types.chat import chat_completion_assistant_message_param as assistant  # noqa: E402
 from openai.types.chat import chat_completion_content_part_param as part  # noqa: E402
 from openai.types.chat import chat_completion_message_param as message  # noqa: E402

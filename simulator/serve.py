@@ -13,17 +13,18 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import libraries
 from arguments import command_line
 from console import Fatal, crash, log
 from cost import cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
-from llm_args import LlmArgs, build_llm_args, light_pydantic
+from llm_args import LlmArgs, build_llm_args
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -64,27 +65,22 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
                 if leader:
                     leader.on_broken(faults.lose_engine)
 
-            def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
-                return nullcontext() if faults.ignores_term else super().capture_signals()
-
-        def server() -> Server:
-            app = Api(args, settings, faults, cost)
-            return Server(uvicorn.Config(app, args.host, args.port, **HTTP, timeout_keep_alive=5))
-
-        _until_stopped(server, sockets)
+        app = Api(args, settings, faults, cost)
+        at = uvicorn.Config(app, args.host, args.port, **HTTP, timeout_keep_alive=5)
+        _until_stopped(Server(at), sockets)
 
 
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
-        light_pydantic()
+        libraries.pydantic()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
         it = Orchestrator(flags, version, **read_config(flags, version))
         sockets = _bind(version, it.hostname, it.port)
         at = uvicorn.Config(it.app, it.hostname, it.port, **HTTP, timeout_keep_alive=10)
-        _until_stopped(lambda: uvicorn.Server(at), sockets)
+        _until_stopped(uvicorn.Server(at), sockets)
 
 
 @contextmanager
@@ -127,26 +123,23 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            light_pydantic()
+            libraries.pydantic()
             import api  # noqa: F401 (its libraries take a quarter of a second of the load)
     if leader:
         leader.receive()
     return leader
 
 
-def _until_stopped(server: Callable[[], Server], sockets: list[socket.socket] | None) -> None:
+def _until_stopped(server: Server, sockets: list[socket.socket] | None) -> None:
     """Serve until a signal comes and the running streams have ended, however long they take."""
     import asyncio
-
-    async def serve_http() -> None:  # what asks for the loop is made in it
-        await server().serve(sockets)
 
     gc.freeze()
     gc.enable()
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(serve_http())
+        loop.run_until_complete(server.serve(sockets))
     except KeyboardInterrupt:  # uvicorn has finished, and dies of the signal that has ended it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
