@@ -121,10 +121,10 @@ class Engine:
 
     def _has_room(self) -> bool:
         """In the batch, and for the keys and values that are kept, or will be."""
+        if not (self._cost and self._running):
+            return len(self._running) < self._max_batch_size
         cached = sum(each.prompt.tokens + each.max_tokens for each in self._running)
-        if self._cost and self._running and cached > self._cost.room:
-            return False
-        return len(self._running) < self._max_batch_size
+        return len(self._running) < self._max_batch_size and cached <= self._cost.room
 
     def _first_token(self, generation: Generation) -> float:
         """When it comes. Prompts that cost go one after the other, a stage apart."""

@@ -68,21 +68,12 @@ def _numbers(first: int, last: int, opening: str) -> Iterator[str]:
 
 
 def _prose(rng: Random, opening: str) -> Iterator[str]:
-    for number in count():
-        words = _sentence(rng)
-        yield opening + next(words)
-        yield from (f" {word}" for word in words)
-        yield "."
-        opening = " "
-        if number % 3 == 0:
-            yield "\n\n"
-            opening = ""
-
-
-def _sentence(rng: Random) -> Iterator[str]:
     pick = rng.choice
-    yield from ("The", pick(ADJECTIVES), pick(NOUNS), "of", pick(PLACES), "is", "a", pick(NOUNS))
-    yield from ("and", "it", pick(VERBS), "the", pick(NOUNS))
+    for number in count():
+        subject = f"{opening}The {pick(ADJECTIVES)} {pick(NOUNS)} of {pick(PLACES)}"
+        does = f"is a {pick(NOUNS)} and it {pick(VERBS)} the {pick(NOUNS)}"
+        opening, end = ("", ".\n\n") if number % 3 == 0 else (" ", ".")
+        yield from GENERATED.findall(f"{subject} {does}{end}")
 
 
 # -- prompts out of requests --
