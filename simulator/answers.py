@@ -141,13 +141,14 @@ def _chat_events(request: ChatCompletionRequest, generation: Generation) -> Iter
     choice = {
         "index": 0,
         "delta": {"content": text, "reasoning_content": ""},
-        "logprobs": _logprobs(request, pieces),
+        "logprobs": _without_null(_logprobs(request, pieces)),
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "avg_decoded_tokens_per_iter": 1.0,
     }
+    choice = {key: value for key, value in choice.items() if value is not None}
     counted = {"usage": _usage_of(generation)} if _continuous(request) else {}
-    yield _event(_body(CHAT_CHUNK, request.model, [_without_null(choice)], **counted))
+    yield _event(_body(CHAT_CHUNK, request.model, [choice], **counted))
 
 
 def _chat_opening(request: ChatCompletionRequest, generation: Generation) -> Iterator[bytes]:
