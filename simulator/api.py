@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import count
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import answers
 from console import log
@@ -20,24 +20,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
-from limits import RequestError, check_engine, check_num_tokens, check_request
+from limits import RequestError, check_engine, check_num_tokens, check_request, max_tokens_of
 from llm_args import LlmArgs
-from prompts import Prompt, chat_prompt, completion_prompts
-from protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
+from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
-from words import continue_text, fingerprint
+from words import Prompt, continue_text, fingerprint, prompts_of
 
 QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
 OWNER = "tensorrt_llm_simulator"
 Sink = Callable[[Generation], None]
-
-
-class Job(NamedTuple):
-    request: answers.Request
-    prompts: list[Prompt]
-    max_tokens: int | None
-    events: Callable[[Any, Generation], Iterator[str]]
-    whole: Callable[[Any, str, list[Generation]], answers.Json]
 
 
 def refusal(message: str) -> Response:
@@ -62,18 +53,18 @@ class Api:
         # From 0.132 on, FastAPI minds a body without a type, unless told not to.
         self._app = FastAPI(strict_content_type=False)
         self._app.add_exception_handler(RequestValidationError, invalid)
-        route = self._app.add_api_route
+        get, post = self._app.get, self._app.post
         for name in ("health", "health_generate", "version", "metrics", "perf_metrics"):
-            route(f"/{name}", getattr(self, name), methods=["GET"])
-        route("/v1/models", self.models, methods=["GET"])
-        route("/steady_clock_offset", self.clock_offset, methods=["GET"])
-        route("/steady_clock_offset", self.set_clock_offset, methods=["POST"])
-        route("/kv_cache_events", self.metrics, methods=["POST"])
-        route("/v1/completions", self.completions, methods=["POST"])
-        route("/v1/chat/completions", self.chat, methods=["POST"])
-        route("/v1/responses", self.responses, methods=["POST"])
+            get(f"/{name}")(getattr(self, name))
+        get("/v1/models")(self.models)
+        get("/steady_clock_offset")(self.clock_offset)
+        post("/steady_clock_offset")(self.set_clock_offset)
+        post("/kv_cache_events")(self.metrics)
+        post("/v1/completions")(self.completions)
+        post("/v1/chat/completions")(self.chat)
+        post("/v1/responses")(self.responses)
         if args.prometheus:
-            route("/prometheus/metrics", self.prometheus, methods=["GET"])
+            get("/prometheus/metrics")(self.prometheus)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self._app
@@ -133,39 +124,38 @@ class Api:
     # -- generation --
 
     async def completions(self, request: CompletionRequest, raw: Request) -> Response:
-        shapes = (answers.completion_events, answers.completion)
-        return await self._answer(
-            lambda: Job(request, completion_prompts(request), request.max_tokens, *shapes), raw
-        )
+        return await self._answer(request, raw)
 
     async def chat(self, request: ChatCompletionRequest, raw: Request) -> Response:
-        limit, shapes = request.max_completion_tokens, (answers.chat_events, answers.chat)
-        return await self._answer(lambda: Job(request, [chat_prompt(request)], limit, *shapes), raw)
+        return await self._answer(request, raw)
 
-    async def _answer(self, make_job: Callable[[], Job], raw: Request) -> Response:
+    async def _answer(self, request: AnyRequest, raw: Request) -> Response:
         """What is refused before a worker sees it is told; later a stream has begun, and is cut."""
         try:
             if self._faults.broken:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            job = make_job()
-            check_request(job.request)
-            check_num_tokens(job.prompts, self._args)
-            if job.request.stream:
-                return StreamingResponse(self._stream(job), media_type="text/event-stream")
-            return JSONResponse(await self._whole(job, raw))
+            prompts = prompts_of(request)
+            check_request(request)
+            check_num_tokens(prompts, self._args)
+            if request.stream:
+                events = self._stream(request, prompts)
+                return StreamingResponse(events, media_type="text/event-stream")
+            return JSONResponse(await self._whole(request, prompts, raw))
         except Exception as error:
             return refusal(str(error))
 
-    async def _whole(self, job: Job, raw: Request) -> answers.Json:
+    async def _whole(
+        self, request: AnyRequest, prompts: list[Prompt], raw: Request
+    ) -> answers.Json:
         """Return the answer once it is whole, or early when nobody waits for it any more."""
-        await self._check_engine(job)
+        await self._check_engine(request, prompts)
         done = asyncio.Event()
 
         def take(_: Generation) -> None:
             if all(each.finish_reason for each in generations):
                 done.set()
 
-        generations = [*self._generations(job, math.inf, take)]
+        generations = [*self._generations(request, prompts, math.inf, take)]
         ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
         try:
             self._engine.submit(generations)
@@ -174,20 +164,21 @@ class Api:
             self._engine.cancel(generations)
             for end in ends:
                 end.cancel()
-        return job.whole(job.request, self._args.served_name, generations)
+        return answers.whole(request, self._args.served_name, generations)
 
-    async def _stream(self, job: Job) -> AsyncIterator[str]:
-        await self._check_engine(job)
-        queue = asyncio.Queue[str | Exception]()
+    async def _stream(self, request: AnyRequest, prompts: list[Prompt]) -> AsyncIterator[bytes]:
+        await self._check_engine(request, prompts)
+        queue = asyncio.Queue[bytes | Exception]()
 
         def take(generation: Generation) -> None:
             try:
-                for event in job.events(job.request, generation):
+                for event in answers.events(request, generation):
                     queue.put_nowait(event)
             except Exception as error:
                 queue.put_nowait(error)
 
-        generations = [*self._generations(job, self._args.stream_interval, take)]
+        interval = self._args.stream_interval
+        generations = [*self._generations(request, prompts, interval, take)]
         try:
             self._engine.submit(generations)
             while not queue.empty() or not all(each.finish_reason for each in generations):
@@ -195,13 +186,13 @@ class Api:
                 if isinstance(event, Exception):
                     raise event
                 yield event
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
         finally:
             self._engine.cancel(generations)
 
-    async def _check_engine(self, job: Job) -> None:
-        check_engine(job.request, job.max_tokens, job.prompts, self._args)
-        if job.max_tokens == 0:  # the real engine survives the first request for nothing
+    async def _check_engine(self, request: AnyRequest, prompts: list[Prompt]) -> None:
+        check_engine(request, prompts, self._args)
+        if max_tokens_of(request) == 0:  # the real engine survives the first request for nothing
             self._zero_token_requests += 1
             if self._zero_token_requests == 1:
                 raise RequestError("max_tokens must be greater than 0, but got 0")
@@ -210,15 +201,17 @@ class Api:
                 signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
 
-    def _generations(self, job: Job, interval: float, sink: Sink) -> Iterator[Generation]:
-        request, stop = job.request, job.request.stop or []
-        texts, kind = [stop] if isinstance(stop, str) else stop, kind_of(request)
-        limit = 1 if kind == CONTEXT else job.max_tokens
-        for index, prompt in enumerate(job.prompts):
+    def _generations(
+        self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
+    ) -> Iterator[Generation]:
+        stop, kind = request.stop or [], kind_of(request)
+        texts = [stop] if isinstance(stop, str) else stop
+        limit = 1 if kind == CONTEXT else max_tokens_of(request)
+        for index, prompt in enumerate(prompts):
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
             seed = self._seed(request, prompt)
             if kind == GENERATION:
-                _, _, seed, text, opening = taken_over(request.disaggregated_params, self._args)
+                seed, text, opening = taken_over(request.disaggregated_params, self._args)
                 prompt = prompt._replace(text=text, opening=opening)
             low, high = self._settings.output_tokens
             end = max(low + seed % (high - low + 1), request.min_tokens)
@@ -233,10 +226,10 @@ class Api:
                 stops=stops_of(texts, request.stop_token_ids or []),
                 keeps_stop=request.include_stop_str_in_output,
                 prefilled=kind == GENERATION,
-                state=state_of(prompt, seed, self._args).encoded() if kind == CONTEXT else "",
+                state=state_of(prompt, seed, self._args) if kind == CONTEXT else "",
             )
 
-    def _seed(self, request: answers.Request, prompt: Prompt) -> int:
+    def _seed(self, request: AnyRequest, prompt: Prompt) -> int:
         """Greedy answers follow from the prompt alone, sampled ones also from seed or chance."""
         chance = next(self._serial) if request.seed is None else request.seed
         greedy = request.temperature == 0

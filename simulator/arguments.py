@@ -9,8 +9,6 @@ import click
 
 # The other two exist in the real one but are not simulated.
 COMMANDS = ("disaggregated", "disaggregated_mpi_worker", "mm_embedding_serve", "serve")
-LEVELS = ("internal_error", "error", "warning", "info", "verbose", "debug", "trace")
-KINDS = {"integer": int, "float": float, "text": str, "flag": bool}
 
 
 class Backend(click.Choice[str]):
@@ -18,54 +16,48 @@ class Backend(click.Choice[str]):
         return super().convert("tensorrt" if value == "trt" else value, *rest)
 
 
-def Option(kind: str | click.Choice[str], default: object = None) -> dict[str, Any]:
-    """Return what click wants to know of an option."""
-    if kind == "flag":
-        return {"is_flag": True, "default": False}
-    return {"type": KINDS[kind] if isinstance(kind, str) else kind, "default": default}
-
-
-OPTIONS = {
-    "--tokenizer": Option("text"),
-    "--host": Option("text", "localhost"),
-    "--port": Option("integer", 8000),
-    "--backend": Option(Backend(["pytorch", "tensorrt", "_autodeploy"]), "pytorch"),
-    "--log_level": Option(click.Choice(LEVELS), "info"),
-    "--max_beam_width": Option("integer", 1),
-    "--max_batch_size": Option("integer", 2048),
-    "--max_num_tokens": Option("integer", 8192),
-    "--max_seq_len": Option("integer"),
-    "--tp_size": Option("integer", 1),
-    "--pp_size": Option("integer", 1),
-    "--ep_size": Option("integer"),
-    "--cluster_size": Option("integer"),
-    "--gpus_per_node": Option("integer"),
-    "--kv_cache_free_gpu_memory_fraction": Option("float", 0.9),
-    "--num_postprocess_workers": Option("integer", 0),
-    "--trust_remote_code": Option("flag"),
-    "--extra_llm_api_options": Option("text"),
-    "--reasoning_parser": Option(click.Choice(["deepseek-r1"])),
-    "--metadata_server_config_file": Option("text"),
-    "--server_role": Option("text"),
-    "--fail_fast_on_attention_window_too_large": Option("flag"),
+TEXT, NUMBER, FLAG = {"type": str}, {"type": int}, {"is_flag": True, "default": False}
+LEVELS = click.Choice("internal_error error warning info verbose debug trace".split())
+DIRECTORY = click.Path(exists=True, file_okay=False, readable=True)
+TOOL_PARSERS = click.Choice(
+    "qwen3 qwen3_coder kimi_k2 deepseek_v3 deepseek_v31 deepseek_v32".split()
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--tokenizer": TEXT,
+    "--host": {"default": "localhost"},
+    "--port": {"default": 8000},
+    "--backend": {"type": Backend("pytorch tensorrt _autodeploy".split()), "default": "pytorch"},
+    "--log_level": {"type": LEVELS, "default": "info"},
+    "--max_beam_width": {"default": 1},
+    "--max_batch_size": {"default": 2048},
+    "--max_num_tokens": {"default": 8192},
+    "--max_seq_len": NUMBER,
+    "--tp_size": {"default": 1},
+    "--pp_size": {"default": 1},
+    "--ep_size": NUMBER,
+    "--cluster_size": NUMBER,
+    "--gpus_per_node": NUMBER,
+    "--kv_cache_free_gpu_memory_fraction": {"default": 0.9},
+    "--num_postprocess_workers": {"default": 0},
+    "--trust_remote_code": FLAG,
+    "--extra_llm_api_options": TEXT,
+    "--reasoning_parser": {"type": click.Choice(["deepseek-r1"])},
+    "--metadata_server_config_file": TEXT,
+    "--server_role": TEXT,
+    "--fail_fast_on_attention_window_too_large": FLAG,
 }
-NEW_OPTIONS = {  # of 1.2.1, in which nothing of 1.1.0 is missing
-    "--cp_size": Option("integer", 1),
-    "--reasoning_parser": Option(click.Choice(["deepseek-r1", "qwen3", "nano-v3"])),
-    "--tool_parser": Option(
-        click.Choice("qwen3 qwen3_coder kimi_k2 deepseek_v3 deepseek_v31 deepseek_v32".split())
-    ),
-    "--custom_tokenizer": Option("text"),
-    "--custom_module_dirs": {
-        "type": click.Path(exists=True, file_okay=False, readable=True),
-        "multiple": True,
-    },
-    "--revision": Option("text"),
-    "--enable_chunked_prefill": Option("flag"),
-    "--media_io_kwargs": Option("text"),
-    "--chat_template": Option("text"),
-    "--otlp_traces_endpoint": Option("text"),
-    "--disagg_cluster_uri": Option("text"),
+NEW_OPTIONS: dict[str, dict[str, Any]] = {  # of 1.2.1, in which nothing of 1.1.0 is missing
+    "--cp_size": {"default": 1},
+    "--reasoning_parser": {"type": click.Choice(["deepseek-r1", "qwen3", "nano-v3"])},
+    "--tool_parser": {"type": TOOL_PARSERS},
+    "--custom_tokenizer": TEXT,
+    "--custom_module_dirs": {"type": DIRECTORY, "multiple": True},
+    "--revision": TEXT,
+    "--enable_chunked_prefill": FLAG,
+    "--media_io_kwargs": TEXT,
+    "--chat_template": TEXT,
+    "--otlp_traces_endpoint": TEXT,
+    "--disagg_cluster_uri": TEXT,
 }
 NEW_NAMES = {  # of 1.2.1, for options that keep their old one
     "--tp_size": "--tensor_parallel_size",
@@ -76,16 +68,14 @@ NEW_NAMES = {  # of 1.2.1, for options that keep their old one
     "--kv_cache_free_gpu_memory_fraction": "--free_gpu_memory_fraction",
     "--extra_llm_api_options": "--config",
 }
-
-
-DISAGGREGATED = {
-    ("-c", "--config_file"): Option("text"),
-    ("-m", "--metadata_server_config_file"): Option("text"),
-    ("-t", "--server_start_timeout"): Option("integer", 180),
-    ("-r", "--request_timeout"): Option("integer", 180),
-    ("-l", "--log_level"): Option(click.Choice(LEVELS), "info"),
-    ("--metrics-log-interval",): Option("integer", 0),
-}
+DISAGGREGATED: list[click.Parameter] = [
+    click.Option(["-c", "--config_file"], type=str),
+    click.Option(["-m", "--metadata_server_config_file"], type=str),
+    click.Option(["-t", "--server_start_timeout"], default=180),
+    click.Option(["-r", "--request_timeout"], default=180),
+    click.Option(["-l", "--log_level"], type=LEVELS, default="info"),
+    click.Option(["--metrics-log-interval"], default=0),
+]
 
 
 class DefaultGroup(click.Group):
@@ -103,13 +93,13 @@ class DefaultGroup(click.Group):
 def command_line(
     serve: Callable[..., object], disaggregated: Callable[..., object], version: str
 ) -> click.Group:
-    """Return the program: `serve` gets MODEL and the options by their older names, undashed."""
+    """Return the program: `serve` gets MODEL and the options by their newer names, undashed, which
+    are those of the YAML."""
     new = version != "1.1.0"
     params: list[click.Parameter] = [click.Argument(["model"])]
-    for name, how in (OPTIONS | (NEW_OPTIONS if new else {})).items():
+    for name, how in (OPTIONS | NEW_OPTIONS if new else OPTIONS).items():
         names = [NEW_NAMES[name], name] if new and name in NEW_NAMES else [name]
-        params.append(click.Option([name[2:], *names], **how))
+        params.append(click.Option([NEW_NAMES.get(name, name)[2:], *names], **how))
     command = click.Command("serve", params=params, callback=serve)
-    others: list[click.Parameter] = [click.Option(n, **how) for n, how in DISAGGREGATED.items()]
-    other = click.Command("disaggregated", params=others, callback=disaggregated)
+    other = click.Command("disaggregated", params=DISAGGREGATED, callback=disaggregated)
     return DefaultGroup("trtllm-serve", commands={"serve": command, "disaggregated": other})

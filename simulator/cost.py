@@ -8,15 +8,14 @@ reach these shares, expert parallelism, speculation, the cache's reuse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, log2
+from typing import NamedTuple
 
 from console import Fatal
 from llm_args import LlmArgs
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     weights: float  # bytes
     attention: float  # its share of them, which attention DP keeps whole on every rank
     parameters: float  # that a token is multiplied with
@@ -40,8 +39,7 @@ USABLE = 0.9  # of the memory
 LEAST = 1024  # tokens, without whose keys and values nothing can be served
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Of one server. Times in seconds; `context`: tokens of a sequence that are cached."""
 
     model: Model
@@ -88,8 +86,7 @@ def cost_of(name: str, args: LlmArgs) -> Cost | None:
     if not name:
         return None
     if name not in MODELS:
-        known = ", ".join(MODELS)
-        raise Fatal("ValueError", f"TRTLLM_SIM_COST={name}: must be one of {known}")
+        raise Fatal("ValueError", f"TRTLLM_SIM_COST={name}: must be one of {', '.join(MODELS)}")
     link = NETWORK if args.tp > args.gpus_per_node else LINK
     cost = Cost(MODELS[name], args.tp, args.pp, args.attention_dp, link)
     if cost.room < LEAST:

@@ -7,135 +7,46 @@ to a generation server. This orchestrator trusts its list: a server that has die
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import cycle
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
-import yaml
 from console import Fatal, log
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from handoff import CONTEXT, GENERATION
+from llm_args import read_yaml_file
 from protocol import ChatCompletionRequest, CompletionRequest
 
 Json = dict[str, Any]
 POLL_SECONDS, RETRY_SECONDS = 3, 1
-ROUTERS = ["round_robin", "load_balancing", "kv_cache_aware"]
-LISTS = ("context_servers", "generation_servers")
+ROUTERS = ROUND_ROBIN, _, CACHE_AWARE = ["round_robin", "load_balancing", "kv_cache_aware"]
 CONTINUES = ("length", "not_finished")  # how a context server's answer ends where there is more
 
 
-class Pool(NamedTuple):
-    urls: list[str]
-    router: str
-    by_tokens: bool
-
-
-class Config(NamedTuple):
-    hostname: str
-    port: int
-    max_retries: int
-    perf_metrics_max_requests: int
-    pools: list[Pool]  # context servers, generation servers
-
-
-# -- its file --
-
-
-def read_config(flags: Mapping[str, Any], version: str) -> Config:
-    """What Python says of a wrong file is the last line of the real one's traceback, too."""
-    if flags["metadata_server_config_file"]:
-        raise Fatal("NotImplementedError", "[simulator] there is no metadata server")
-    try:
-        with Path(flags["config_file"]).open() as file:
-            config = yaml.safe_load(file)
-        if version != "1.1.0" and config.get("disagg_cluster"):
-            raise NotImplementedError("[simulator] disagg_cluster is not simulated")
-        return _config(**config)
-    except yaml.YAMLError as error:
-        raise Fatal(f"{type(error).__module__}.{type(error).__name__}", str(error)) from None
-    except Exception as error:
-        raise Fatal(type(error).__name__, str(error)) from None
-
-
-def _config(
-    hostname: str = "localhost",
-    port: int = 8000,
-    max_retries: int = 1,
-    perf_metrics_max_requests: int = 0,
-    conditional_disagg_config: Json | None = None,
-    **rest: Any,  # noqa: ANN401 (YAML)
-) -> Config:
-    """Any other key is one of both lists, where the workers' own arguments once had their place."""
-    lists = {name: rest.pop(name, None) or {} for name in LISTS}
-    for key, value in rest.items():
-        for name, section in lists.items():
-            if section.setdefault(key, value) != value:
-                raise ValueError(
-                    f"Parameter {key} is specified both in the top-level and in the {name} "
-                    "section, but with different values"
-                )
-    if conditional_disagg_config:
-        raise ValueError(
-            "Generation router must be a KvCacheAwareRouter to enable conditional disaggregation"
-        )
-    pools = [_pool(**section) for section in lists.values()]
-    for pool, kind in reversed([*zip(pools, ("context", "generation"), strict=True)]):
-        if not pool.urls:
-            raise ValueError(f"At least one {kind} server must be provided")
-    if max_retries < 0:
-        raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
-    return Config(hostname, port, max_retries, perf_metrics_max_requests, pools)
-
-
-def _pool(
-    num_instances: int = 1,
-    urls: list[str] | None = None,
-    router: Json | None = None,
-    **_: Any,  # noqa: ANN401 (YAML)
-) -> Pool:
-    """Without a list the real one waits for a server that is called None."""
-    found = []
-    for url in urls or ():
-        host, port = url.split(":")
-        found.append(f"http://{host}:{int(port)}")
-    if found and len(found) != num_instances:
-        raise ValueError(
-            f"Number of hostnames ({len(found)}) should be equal to the number of instances "
-            f"({num_instances})"
-        )
-    kind = str((router or {}).get("type", ROUTERS[0])).lower()
-    if kind not in ROUTERS:
-        raise ValueError(f"Unsupported router type: {kind}. Supported types are: {ROUTERS}")
-    if kind == ROUTERS[2]:
-        raise NotImplementedError(f"[simulator] the router {kind} is not simulated")
-    by_tokens = bool((router or {}).get("use_tokens"))
-    return Pool(found or ["http://None:None"] * num_instances, kind, by_tokens)
-
-
 class Router:
-    """Which server of a pool is next: each in turn, or the one with the least to do."""
+    """Which server of a list is next: each in turn, or the one with the least to do."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._turns = cycle(pool.urls)
-        self._load = dict.fromkeys(pool.urls, 0)
+    def __init__(self, urls: list[str], kind: str, by_tokens: bool) -> None:
+        self.urls, self._turns = urls, cycle(urls) if kind == ROUND_ROBIN else None
+        self._by_tokens, self._load = by_tokens, dict.fromkeys(urls, 0)
 
-    def take(self, body: Json) -> tuple[str, int]:
-        """A server, and what it is given to do until it is given back."""
-        if self._pool.router == ROUTERS[0]:
-            return next(self._turns), 0
-        load = _count_tokens(body) if self._pool.by_tokens else 1
+    @contextmanager
+    def server(self, body: Json) -> Iterator[str]:
+        """A server, which has that much more to do until it is given back."""
+        if self._turns:
+            yield next(self._turns)
+            return
+        load = _count_tokens(body) if self._by_tokens else 1
         url = min(self._load, key=lambda each: (self._load[each], each))
         self._load[url] += load
-        return url, load
-
-    def give_back(self, url: str, load: int) -> None:
-        self._load[url] -= load
+        try:
+            yield url
+        finally:
+            self._load[url] -= load
 
 
 def _count_tokens(body: Json) -> int:
@@ -147,6 +58,65 @@ def _count_tokens(body: Json) -> int:
     return len(body["prompt"])
 
 
+# -- its file --
+
+
+def read_config(flags: Mapping[str, Any], version: str) -> Json:
+    if flags["metadata_server_config_file"]:
+        raise Fatal("NotImplementedError", "[simulator] there is no metadata server")
+    config: Json = read_yaml_file(flags["config_file"])
+    if version != "1.1.0" and config.get("disagg_cluster"):
+        raise Fatal("NotImplementedError", "[simulator] disagg_cluster is not simulated")
+    return config
+
+
+def _routers(
+    context_servers: Json | None = None,
+    generation_servers: Json | None = None,
+    conditional_disagg_config: Json | None = None,
+    **rest: Any,  # noqa: ANN401 (YAML)
+) -> list[Router]:
+    """Any other key is one of both lists, where the workers' own arguments once had their place."""
+    lists = {"context": context_servers or {}, "generation": generation_servers or {}}
+    for key, value in rest.items():
+        for name, section in lists.items():
+            if section.setdefault(key, value) != value:
+                where = f"both in the top-level and in the {name}_servers section"
+                raise ValueError(f"Parameter {key} is specified {where}, but with different values")
+    if conditional_disagg_config:
+        raise ValueError(
+            "Generation router must be a KvCacheAwareRouter to enable conditional disaggregation"
+        )
+    routers = [_router(**section) for section in lists.values()]
+    for name, router in reversed([*zip(lists, routers, strict=True)]):
+        if not router.urls:
+            raise ValueError(f"At least one {name} server must be provided")
+    return routers
+
+
+def _router(
+    num_instances: int = 1,
+    urls: list[str] | None = None,
+    router: Json | None = None,
+    **_: Any,  # noqa: ANN401 (YAML)
+) -> Router:
+    """Without a list the real one waits for a server that is called None."""
+    found = [(host, int(port)) for host, port in (url.split(":") for url in urls or ())]
+    if found and len(found) != num_instances:
+        raise ValueError(
+            f"Number of hostnames ({len(found)}) should be equal to the number of instances "
+            f"({num_instances})"
+        )
+    kind = str((router or {}).get("type", ROUND_ROBIN)).lower()
+    if kind not in ROUTERS:
+        raise ValueError(f"Unsupported router type: {kind}. Supported types are: {ROUTERS}")
+    if kind == CACHE_AWARE:
+        raise NotImplementedError(f"[simulator] the router {kind} is not simulated")
+    servers = [f"http://{host}:{port}" for host, port in found]
+    by_tokens = bool((router or {}).get("use_tokens"))
+    return Router(servers or ["http://None:None"] * num_instances, kind, by_tokens)
+
+
 # -- the server --
 
 
@@ -155,17 +125,31 @@ async def invalid(_: Request, error: Exception) -> Response:
 
 
 class Orchestrator:
-    def __init__(self, config: Config, flags: Mapping[str, Any], version: str) -> None:
-        self._config, self._flags, self._version = config, flags, version
-        self._contexts, self._generations = map(Router, config.pools)
-        self._urls = [url for pool in config.pools for url in pool.urls]
+    """Made of its file: what Python says of a wrong one is the end of the real one's traceback."""
+
+    def __init__(
+        self,
+        flags: Mapping[str, Any],
+        version: str,
+        hostname: str = "localhost",
+        port: int = 8000,
+        max_retries: int = 1,
+        perf_metrics_max_requests: int = 0,
+        **rest: Any,  # noqa: ANN401 (YAML)
+    ) -> None:
+        self.hostname, self.port = hostname, port
+        self._flags, self._version = flags, version
+        self._retries, self._asks_for_metrics = max_retries, perf_metrics_max_requests
+        self._contexts, self._generations = _routers(**rest)
+        self._urls = [*self._contexts.urls, *self._generations.urls]
+        if max_retries < 0:
+            raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
         self.app = FastAPI(lifespan=self._lifespan, strict_content_type=False)
         self.app.add_exception_handler(RequestValidationError, invalid)
-        route = self.app.add_api_route
         for name in ("health", "version", "perf_metrics", "cluster_info"):
-            route(f"/{name}", getattr(self, name), methods=["GET"])
-        route("/v1/completions", self.completions, methods=["POST"])
-        route("/v1/chat/completions", self.chat, methods=["POST"])
+            self.app.get(f"/{name}")(getattr(self, name))
+        self.app.post("/v1/completions")(self.completions)
+        self.app.post("/v1/chat/completions")(self.chat)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -179,22 +163,18 @@ class Orchestrator:
             yield
 
     async def _all_ready(self) -> None:
-        missing, turn = self._urls, 0
-        while True:
-            ready = await asyncio.gather(*map(self._is_ready, missing))
-            missing = [url for url, is_ready in zip(missing, ready, strict=True) if not is_ready]
-            if not missing:
-                return
-            log("I", f"[{turn}] Servers are not ready. Waiting for {missing}...")
+        urls, turn = self._urls, 0
+        while urls := [url for url in await asyncio.gather(*map(self._if_missing, urls)) if url]:
+            log("I", f"[{turn}] Servers are not ready. Waiting for {urls}...")
             await asyncio.sleep(POLL_SECONDS)
             turn += 1
 
-    async def _is_ready(self, url: str) -> bool:
+    async def _if_missing(self, url: str) -> str | None:
         try:
             async with self._session.get(f"{url}/health") as answer:
-                return answer.status == 200
+                return None if answer.status == 200 else url
         except Exception:
-            return False
+            return url
 
     # -- the small routes --
 
@@ -210,7 +190,7 @@ class Orchestrator:
 
     async def perf_metrics(self) -> Response:
         """Where they are wanted, every server is asked for its own; simulated ones have none."""
-        for url in self._urls if self._config.perf_metrics_max_requests else ():
+        for url in self._urls if self._asks_for_metrics else ():
             async with self._session.get(f"{url}/perf_metrics") as answer:
                 await answer.json()
         return JSONResponse([])
@@ -234,15 +214,12 @@ class Orchestrator:
             ids = "prompt" if "prompt" in body else "prompt_token_ids"
             body[ids] = context["prompt_token_ids"]
             more = choice["finish_reason"] in CONTINUES
-            server = self._generations.take(body)
-            if body.get("stream"):
-                events = self._events(server, path, body if more else None)
-                return StreamingResponse(events, media_type="text/event-stream")
-            try:
-                whole = await self._ask(server[0] + path, body) if more else context
-            finally:
-                self._generations.give_back(*server)
-            return JSONResponse(whole)
+            with ExitStack() as held:
+                server = held.enter_context(self._generations.server(body))
+                if body.get("stream"):
+                    events = self._events(held.pop_all(), server + path, body if more else None)
+                    return StreamingResponse(events, media_type="text/event-stream")
+                return JSONResponse(await self._ask(server + path, body) if more else context)
         except HTTPException:
             raise
         except Exception as error:
@@ -252,18 +229,15 @@ class Orchestrator:
     async def _prefill(self, path: str, body: Json) -> Json:
         only = {"disaggregated_params": {"request_type": CONTEXT}}
         asked = {**body, **only, "stream": False, "stream_options": None}
-        server = self._contexts.take(asked)
-        try:
-            context = await self._ask(server[0] + path, asked)
-        finally:
-            self._contexts.give_back(*server)
+        with self._contexts.server(asked) as server:
+            context = await self._ask(server + path, asked)
         if context["choices"][0]["disaggregated_params"] is None:
             raise ValueError("Context server did not return disaggregated params")
         return context
 
     async def _ask(self, url: str, body: Json) -> Json:
         """An answer that does not stream. Whatever went wrong, the same server is asked again."""
-        for attempt in range(self._config.max_retries + 1):
+        for attempt in range(self._retries + 1):
             try:
                 async with self._session.post(url, json=body) as response:
                     answer: Json = await response.json()
@@ -272,27 +246,22 @@ class Orchestrator:
                     response.raise_for_status()
                     return answer
             except (aiohttp.ClientError, OSError) as error:  # a timeout is one of these
-                if attempt < self._config.max_retries:
-                    tried = f"retry {attempt} of {self._config.max_retries}"
-                    log("E", f"Client error: {error} - {tried}")
+                if attempt < self._retries:
+                    log("E", f"Client error: {error} - retry {attempt} of {self._retries}")
                     await asyncio.sleep(RETRY_SECONDS)
         raise HTTPException(500, "Internal server error")
 
-    async def _events(
-        self, server: tuple[str, int], path: str, body: Json | None
-    ) -> AsyncIterator[bytes]:
+    async def _events(self, held: ExitStack, url: str, body: Json | None) -> AsyncIterator[bytes]:
         """A stream as it comes. It has begun: what goes wrong from here on can only cut it."""
-        try:
+        with held:
             if body is None:
                 yield b"data: [DONE]\n\n"
                 return
-            async with self._session.post(server[0] + path, json=body) as answer:
+            async with self._session.post(url, json=body) as answer:
                 if answer.content_type != "text/event-stream":
                     raise RuntimeError("async generator raised StopAsyncIteration")
                 async for block in answer.content.iter_any():
                     yield block
-        finally:
-            self._generations.give_back(*server)
 
 
 def _one_prompt(prompt: Any) -> Any:  # noqa: ANN401 (one of four forms)

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from time import monotonic
 
 from cost import Cost
 from environment import Settings
 from faults import Faults
-from prompts import Prompt
-from words import GENERATED, token_id
+from words import GENERATED, Prompt, token_id
 
 Stop = tuple[str | int, list[int]]  # what the client named, and the ids it is made of
 
@@ -89,7 +89,6 @@ class Engine:
         self.submitted = 0
         self.iterations: deque[dict[str, int]] = deque(maxlen=1000)  # since somebody read them
         self._faults = faults
-        self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._max_batch_size = max_batch_size
         self._cost = cost
@@ -121,17 +120,15 @@ class Engine:
         self._arm()
 
     def _has_room(self) -> bool:
-        if self._cost and self._running and self._cached() > self._cost.room:
-            return False
-        return len(self._running) < self._max_batch_size
-
-    def _cached(self) -> int:
-        """Tokens whose keys and values are kept, or will be."""
-        return sum(each.prompt.tokens + each.max_tokens for each in self._running)
+        """In the batch, and for the keys and values that are kept, or will be."""
+        if not (self._cost and self._running):
+            return len(self._running) < self._max_batch_size
+        cached = sum(each.prompt.tokens + each.max_tokens for each in self._running)
+        return len(self._running) < self._max_batch_size and cached <= self._cost.room
 
     def _first_token(self, generation: Generation) -> float:
         """When it comes. Prompts that cost go one after the other, a stage apart."""
-        now, tokens = self._loop.time(), generation.prompt.tokens
+        now, tokens = monotonic(), generation.prompt.tokens
         if generation.prefilled:  # by a context server
             return now + self._itl()
         if not self._cost:
@@ -157,12 +154,13 @@ class Engine:
             self._timer.cancel()
             self._timer = None
         if self._due and not self._faults.dead_engine:
-            self._timer = self._loop.call_at(self._due[0][0], self._tick)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(self._due[0][0], self._tick)
 
     def _tick(self) -> None:
         """Advance everything that is due. The next due time follows from the last, not from now,
         so a late tick delays tokens but never stretches the timetable."""
-        now = self._loop.time()
+        now = monotonic()  # as the loop's clock
         itl = self._itl()
         while self._due and self._due[0][0] <= now and not self._faults.dead_engine:
             due, _, generation = heappop(self._due)

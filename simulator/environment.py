@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from console import Fatal
 
 T = TypeVar("T")
-FAULTS = {  # how many arguments must and may be given
-    "exit-loading": (1, 1),
-    "exit-serving": (1, 2),
-    "kill-serving": (0, 1),
-    "hang-loading": (0, 0),
-    "exit-rank": (2, 3),
-    "kill-rank": (1, 2),
-    "503": (0, 1),
-    "slow-health": (1, 1),
-    "hang": (0, 1),
-    "stuck-engine": (0, 1),
-    "stuck-on-signal": (0, 0),
-    "broken-engine": (0, 1),
-    "ignore-term": (0, 0),
-    "log-flood": (1, 1),
-    "binary-log": (0, 0),
-    "out-of-memory": (0, 1),
-}
+FAULTS = """
+    exit-loading:CODE hang-loading exit-serving:CODE[:SECONDS] kill-serving[:SECONDS] 503[:SECONDS]
+    hang[:SECONDS] stuck-engine[:SECONDS] stuck-on-signal broken-engine[:SECONDS] ignore-term
+    slow-health:SECONDS log-flood:MB_PER_S binary-log out-of-memory[:SECONDS]
+    exit-rank:RANK:CODE[:SECONDS] kill-rank:RANK[:SECONDS]
+""".split()  # README.md says what they do
 LAUNCHES = ("stuck", "propagate")
 VERSIONS = ("1.1.0", "1.2.1")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     version: str
     gpus: int
     load_seconds: float
@@ -103,9 +90,10 @@ def _faults(text: str) -> dict[str, tuple[float, ...]]:
 
 def _fault(text: str) -> tuple[str, tuple[float, ...]]:
     name, *arguments = text.split(":")
-    if name not in FAULTS:
-        raise ValueError(f"unknown fault {name!r}, known are {', '.join(FAULTS)}")
-    least, most = FAULTS[name]
-    if not least <= len(arguments) <= most:
-        raise ValueError(f"{name}: wrong number of arguments")
+    known = {re.split(r"[:[]", spec)[0]: spec for spec in FAULTS}
+    if name not in known:
+        raise ValueError(f"unknown fault {name!r}, known are {', '.join(known)}")
+    most, optional = known[name].count(":"), known[name].count("[")
+    if not most - optional <= len(arguments) <= most:
+        raise ValueError(f"wrong number of arguments, it is {known[name]}")
     return name, tuple(map(_not_negative, arguments))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
@@ -15,19 +14,15 @@ from console import log
 
 class Faults:
     def __init__(self, wanted: Mapping[str, tuple[float, ...]]) -> None:
-        self.unhealthy = False
-        self.hung = False
-        self.broken = False
+        self.unhealthy = self.hung = self.broken = False
         self.dead_engine = False  # it keeps every request waiting for ever
-        self.ignores_term = "ignore-term" in wanted
         self.health_delay = wanted.get("slow-health", (0.0,))[0]
         self._wanted = wanted
 
     def begin(self) -> None:
         """Start what does not wait for the server to be ready."""
-        if self.ignores_term:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if "ignore-term" in self._wanted:  # whatever handlers uvicorn sets
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
         if "log-flood" in self._wanted:
             threading.Thread(target=_flood, args=self._wanted["log-flood"], daemon=True).start()
         self._binary_log()
@@ -40,8 +35,11 @@ class Faults:
         while "hang-loading" in self._wanted:
             time.sleep(3600)
 
-    def ready(self, loop: asyncio.AbstractEventLoop) -> None:
+    def ready(self) -> None:
         """Set the clocks of what strikes a ready server."""
+        from asyncio import get_running_loop  # when there is one, its import is no longer dear
+
+        loop = get_running_loop()
         self._binary_log()
         if "stuck-on-signal" in self._wanted:  # one of several servers with the same environment
             loop.add_signal_handler(signal.SIGUSR2, self._turn, "dead_engine")
@@ -55,7 +53,7 @@ class Faults:
             "broken-engine": lambda: self._turn("broken"),
         }
         for kind in strikes.keys() & self._wanted.keys():
-            delay = self._wanted[kind][1 if kind == "exit-serving" else 0 :] or (0.0,)
+            delay = self._wanted[kind][kind == "exit-serving" :] or (0.0,)
             loop.call_later(delay[0], strikes[kind])
 
     def lose_engine(self) -> None:

@@ -9,28 +9,14 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from engine import Generation
 from llm_args import LlmArgs
-from prompts import Prompt
-from words import TOKEN, continue_text, token_id
+from words import TOKEN, Prompt, continue_text, token_id
 
 CONTEXT, GENERATION, BOTH = KINDS = "context_only", "generation_only", "context_and_generation"
 request_ids = count(1)
-
-
-class State(NamedTuple):
-    """Two servers that are to understand each other are alike in the first two."""
-
-    model: str
-    backend: str
-    seed: int
-    text: str
-    opening: str
-
-    def encoded(self) -> str:
-        return b64encode(json.dumps(self).encode()).decode()
 
 
 def kind_of(request: Any) -> str:  # noqa: ANN401 (either request)
@@ -38,8 +24,9 @@ def kind_of(request: Any) -> str:  # noqa: ANN401 (either request)
     return params.request_type.lower() if params else BOTH
 
 
-def state_of(prompt: Prompt, seed: int, args: LlmArgs) -> State:
-    return State(args.served_name, args.transceiver or "", seed, prompt.text, prompt.opening)
+def state_of(prompt: Prompt, seed: int, args: LlmArgs) -> str:
+    state = (args.served_name, args.transceiver, seed, prompt.text, prompt.opening)
+    return b64encode(json.dumps(state).encode()).decode()
 
 
 def handed_on(generation: Generation) -> dict[str, Any] | None:
@@ -55,29 +42,29 @@ def handed_on(generation: Generation) -> dict[str, Any] | None:
     }
 
 
-def prompt_ids(prompt: Prompt) -> list[int]:
-    """As many ids as the prompt has tokens."""
+def prompt_ids(generation: Generation) -> list[int] | None:
+    """As many ids as the prompt has tokens: a context server hands them on, too."""
+    prompt = generation.prompt
+    if not generation.state:
+        return None
     if isinstance(prompt.echo, list):
         return prompt.echo
     ids = [*map(token_id, TOKEN.findall(prompt.text))]
     return (ids + [0] * prompt.tokens)[: prompt.tokens]
 
 
-def taken_over(params: Any, args: LlmArgs) -> State:  # noqa: ANN401 (DisaggregatedParams)
-    """The state with which a generation begins. ValueError for one that is not a whole one."""
+def taken_over(params: Any, args: LlmArgs) -> tuple[int, str, str]:  # noqa: ANN401
+    """Seed, text and opening to go on with. ValueError for what no server like us has handed on."""
     if params.first_gen_tokens is None or params.ctx_request_id is None:
         raise ValueError("__init__(): incompatible function arguments: ContextPhaseParams")
     try:
-        state = State(*json.loads(b64decode(params.encoded_opaque_state or "")))
-        first = next(continue_text(state.text, state.seed, state.opening))
+        *theirs, seed, text, opening = json.loads(b64decode(params.encoded_opaque_state or ""))
+        first = next(continue_text(text, seed, opening))
     except (ValueError, TypeError):
         raise ValueError("[simulator] there is no state to fetch the KV cache by") from None
-    ours = (args.served_name, args.transceiver)
-    if state[:2] != ours:
-        theirs = " by ".join(state[:2])
-        raise ValueError(
-            f"[simulator] the KV cache of {theirs} is not for {' by '.join(map(str, ours))}"
-        )
+    if theirs != (ours := [args.served_name, args.transceiver]):
+        words = f"{' by '.join(theirs)} is not for {' by '.join(map(str, ours))}"
+        raise ValueError(f"[simulator] the KV cache of {words}")
     if params.first_gen_tokens != [token_id(first)]:
         raise ValueError("[simulator] first_gen_tokens is not what the context server has answered")
-    return state
+    return seed, text, opening

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import json
 import socket
 import time
@@ -44,12 +42,14 @@ def seal(key: bytes, message: Message) -> bytes:
 
 def unseal(key: bytes, line: bytes) -> Message:
     signature, _, text = line.rstrip(b"\n").partition(b" ")
-    if not hmac.compare_digest(signature, _signature(key, text)):
+    if signature != _signature(key, text):
         raise ValueError("HMAC verification failed")
     return dict(json.loads(text))
 
 
 def _signature(key: bytes, text: bytes) -> bytes:
+    import hmac  # not in ranks, which sign nothing: OpenSSL comes with it
+
     return hmac.new(key, text, "sha256").hexdigest().encode()
 
 
@@ -74,9 +74,12 @@ class Link:
         if "kind" in (answer := self.receive()):
             raise Fatal(answer["kind"], answer["error"])
 
-    def on_broken(self, loop: asyncio.AbstractEventLoop, react: Callable[[], None]) -> None:
+    def on_broken(self, react: Callable[[], None]) -> None:
         """Have the leader keep watch; call `react` once when it speaks again, or has gone."""
+        from asyncio import get_running_loop  # not in ranks, for which its import is dear
+
         self.send({"op": "watch"})
+        loop = get_running_loop()
 
         def heard() -> None:
             loop.remove_reader(self._socket)

@@ -9,11 +9,9 @@ from typing import Any
 
 from handoff import CONTEXT, GENERATION, KINDS, kind_of, taken_over
 from llm_args import LlmArgs
-from prompts import Prompt
-from protocol import ChatCompletionRequest, CompletionRequest, refuse
-from words import VOCABULARY
+from protocol import AnyRequest, ChatCompletionRequest, refuse
+from words import VOCABULARY, Prompt
 
-Request = CompletionRequest | ChatCompletionRequest
 INT32 = range(-(1 << 31), 1 << 31)
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # NaN is in none of them
     "temperature": ("temperature >= 0", lambda value: value >= 0),
@@ -33,7 +31,12 @@ class RequestError(Exception):
     """A worker refuses: too late for a clean answer to a stream."""
 
 
-def check_request(request: Request) -> None:
+def fail(broken: object, reason: str) -> None:
+    if broken:
+        raise RequestError(reason)
+
+
+def check_request(request: AnyRequest) -> None:
     """Raise ValueError for what the server refuses by itself. Of a response_format, it wants no
     more than the schema of one that names itself JSON: what else it says is ignored."""
     refuse(request.n > 1, "Multiple response is not supported in PyTorch workflow")
@@ -41,11 +44,10 @@ def check_request(request: Request) -> None:
     lacking = wanted and wanted.type == "json" and wanted.schema_ is None
     refuse(lacking, "The 'schema' field is required when response_format.type is 'json'.")
     for key in request.logit_bias or ():
-        number = int(key) if re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", key) else None
-        words = f"Invalid logit_bias key '{key}': must be a valid integer token ID"
-        refuse(number is None, words)
-        words = f"Token ID {number} out of vocabulary range [0, {VOCABULARY})"
-        refuse(number not in range(VOCABULARY), words)
+        is_number = re.fullmatch(r"\s*[+-]?\d+(_\d+)*\s*", key)
+        refuse(not is_number, f"Invalid logit_bias key '{key}': must be a valid integer token ID")
+        outside = int(key) not in range(VOCABULARY)
+        refuse(outside, f"Token ID {int(key)} out of vocabulary range [0, {VOCABULARY})")
     refuse(best_of < request.n, f"best_of ({best_of}) cannot be less than n ({request.n})")
     greedy = not request.use_beam_search and request.top_k == 1 and request.top_p == 0
     refuse(
@@ -73,39 +75,39 @@ def check_num_tokens(prompts: Iterable[Prompt], args: LlmArgs) -> None:
         refuse(most and share > most, f"{words}max_num_tokens ({most})")
 
 
-def check_engine(
-    request: Request, max_tokens: int | None, prompts: Iterable[Prompt], args: LlmArgs
-) -> None:
+def max_tokens_of(request: AnyRequest) -> int | None:
+    if isinstance(request, ChatCompletionRequest):
+        return request.max_completion_tokens
+    return request.max_tokens
+
+
+def check_engine(request: AnyRequest, prompts: Iterable[Prompt], args: LlmArgs) -> None:
     """Raise RequestError for what only a worker refuses."""
-    check_handoff(request, args)
+    _check_handoff(request, args)
     for name, (rule, holds) in RANGES.items():
         value = getattr(request, name)
-        if value is not None and not holds(value):
-            raise RequestError(f"require {rule}, got {value}")
-    if max_tokens is not None and max_tokens < 0:  # one too large is made smaller
-        raise RequestError(f"require max_tokens >= 0, got {max_tokens}")
+        fail(value is not None and not holds(value), f"require {rule}, got {value}")
+    most = max_tokens_of(request)
+    fail((most or 0) < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
     for number in _int32s(request):
-        if number not in INT32:
-            raise RequestError(f"{number} does not fit into 32 bits")
+        fail(number not in INT32, f"{number} does not fit into 32 bits")
     for prompt in prompts:
-        if prompt.tokens // args.cp > args.max_seq_len:
-            raise RequestError(
-                f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
-                f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len."
-            )
+        fail(
+            prompt.tokens // args.cp > args.max_seq_len,
+            f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
+            f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len.",
+        )
 
 
-def check_handoff(request: Request, args: LlmArgs) -> None:
-    """Raise RequestError where one of the two servers of an answer cannot play its part."""
-    if request.disaggregated_params and not args.transceiver:
-        raise RequestError(
-            "kv_cache_transceiver is disabled, please set 'cache_transceiver_config: "
-            "backend:<backend_type>` in config file for disaggregated serving"
-        )
-    if kind_of(request) == CONTEXT and args.overlaps:
-        raise RequestError(
-            "Context only requests are not supported in pytorch backend when overlap is enabled."
-        )
+def _check_handoff(request: AnyRequest, args: LlmArgs) -> None:
+    """Each of the two servers of an answer must be able to play its part."""
+    fail(
+        request.disaggregated_params and not args.transceiver,
+        "kv_cache_transceiver is disabled, please set 'cache_transceiver_config: "
+        "backend:<backend_type>` in config file for disaggregated serving",
+    )
+    words = "Context only requests are not supported in pytorch backend when overlap is enabled."
+    fail(kind_of(request) == CONTEXT and args.overlaps, words)
     if kind_of(request) == GENERATION:
         try:
             taken_over(request.disaggregated_params, args)

@@ -4,70 +4,60 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import yaml
+import libraries
 from console import Fatal
 from leader_link import is_proxied
 
-FLAG_NAMES = {  # flags whose YAML name differs
-    "tp_size": "tensor_parallel_size",
-    "pp_size": "pipeline_parallel_size",
-    "cp_size": "context_parallel_size",  # of 1.2.1
-    "ep_size": "moe_expert_parallel_size",
+# What 1.2.1 has besides is marked with +, what it has no more with -.
+KEYS: dict[type, str] = {
+    int: """
+        tensor_parallel_size pipeline_parallel_size context_parallel_size gpus_per_node
+        moe_cluster_parallel_size moe_tensor_parallel_size moe_expert_parallel_size max_batch_size
+        max_num_tokens max_seq_len max_beam_width max_input_len stream_interval
+        num_postprocess_workers perf_metrics_max_requests iter_stats_max_iterations
+        request_stats_max_iterations batch_wait_timeout_iters garbage_collection_gen0_threshold""",
+    bool: """
+        enable_attention_dp enable_lm_head_tp_in_adp enable_iter_perf_stats enable_iter_req_stats
+        print_iter_log disable_overlap_scheduler return_perf_metrics trust_remote_code
+        enable_chunked_prefill enable_lora enable_min_latency enable_layerwise_nvtx_marker
+        enable_autotuner skip_tokenizer_init fail_fast_on_attention_window_too_large
+        force_dynamic_quantization gather_generation_logits mm_encoder_only""",
+    str: "dtype revision tokenizer_revision sampler_type attn_backend reasoning_parser",
+    object: """
+        model tokenizer tokenizer_mode load_format lora_config guided_decoding_backend
+        batched_logits_processor peft_cache_config scheduler_config cp_config speculative_config
+        postprocess_tokenizer_dir decoding_config backend build_config- batch_wait_timeout_ms
+        batch_wait_max_tokens_ratio allreduce_strategy checkpoint_loader checkpoint_format
+        kv_connector_config custom_tokenizer+ pp_partition+ sparse_attention_config+
+        otlp_traces_endpoint+ orchestrator_type+ env_overrides+ sampler_force_async_worker+
+        ray_worker_extension_cls+ ray_placement_config+ enable_sleep+ max_stats_len+
+        disable_flashinfer_sampling+ disagg_cluster+""",
 }
-DROPPED = ("cluster_size",)  # parsed, and then forgotten
-PLAIN = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")  # never null
-INTEGERS = """
-    tensor_parallel_size pipeline_parallel_size context_parallel_size gpus_per_node
-    moe_cluster_parallel_size moe_tensor_parallel_size moe_expert_parallel_size
-    max_batch_size max_num_tokens max_seq_len max_beam_width max_input_len stream_interval
-    num_postprocess_workers perf_metrics_max_requests iter_stats_max_iterations
-    request_stats_max_iterations batch_wait_timeout_iters garbage_collection_gen0_threshold
-""".split()
-BOOLEANS = """
-    enable_attention_dp enable_lm_head_tp_in_adp enable_iter_perf_stats enable_iter_req_stats
-    print_iter_log disable_overlap_scheduler return_perf_metrics trust_remote_code
-    enable_chunked_prefill enable_lora enable_min_latency enable_layerwise_nvtx_marker
-    enable_autotuner skip_tokenizer_init fail_fast_on_attention_window_too_large
-    force_dynamic_quantization gather_generation_logits mm_encoder_only
-""".split()
-TEXTS = "dtype revision tokenizer_revision sampler_type attn_backend reasoning_parser".split()
-OTHERS = """
-    model tokenizer tokenizer_mode load_format lora_config kv_cache_config guided_decoding_backend
-    batched_logits_processor peft_cache_config scheduler_config cache_transceiver_config cp_config
-    speculative_config postprocess_tokenizer_dir decoding_config backend build_config
-    cuda_graph_config batch_wait_timeout_ms batch_wait_max_tokens_ratio torch_compile_config
-    allreduce_strategy checkpoint_loader checkpoint_format kv_connector_config
-""".split()
-NEW = """
-    custom_tokenizer pp_partition sparse_attention_config otlp_traces_endpoint orchestrator_type
-    env_overrides sampler_force_async_worker ray_worker_extension_cls ray_placement_config
-    enable_sleep disable_flashinfer_sampling max_stats_len disagg_cluster
-""".split()  # of 1.2.1
-GONE = ("build_config",)  # from 1.2.1
 SUB_KEYS = {  # sub-configurations are strict too; listed where their keys are known
     "attention_dp_config": "enable_balance timeout_iters batching_wait_iters",
-    "cache_transceiver_config": "backend max_tokens_in_buffer",
+    "cache_transceiver_config": """
+        backend max_tokens_in_buffer kv_transfer_timeout_ms+
+        kv_transfer_sender_future_timeout_ms+""",
     "cuda_graph_config": "batch_sizes max_batch_size enable_padding",
-    "kv_cache_config": "enable_block_reuse max_tokens max_attention_window sink_token_length "
-    "free_gpu_memory_fraction host_cache_size onboard_blocks cross_kv_cache_fraction "
-    "secondary_offload_min_priority event_buffer_max_size attention_dp_events_gather_period_ms "
-    "enable_partial_reuse copy_on_partial_reuse use_uvm max_gpu_total_bytes dtype "
-    "mamba_ssm_cache_dtype tokens_per_block",
-    "moe_config": "backend max_num_tokens load_balancer disable_finalize_fusion",
-    "torch_compile_config": "enable_fullgraph enable_inductor enable_piecewise_cuda_graph "
-    "capture_num_tokens enable_userbuffers max_num_streams",
+    "kv_cache_config": """
+        enable_block_reuse max_tokens max_attention_window sink_token_length onboard_blocks
+        free_gpu_memory_fraction host_cache_size cross_kv_cache_fraction use_uvm dtype
+        secondary_offload_min_priority event_buffer_max_size attention_dp_events_gather_period_ms
+        enable_partial_reuse copy_on_partial_reuse max_gpu_total_bytes mamba_ssm_cache_dtype
+        tokens_per_block""",
+    "moe_config": """
+        backend max_num_tokens load_balancer disable_finalize_fusion
+        use_low_precision_moe_combine+""",
+    "nvfp4_gemm_config": "allowed_backends+",
+    "torch_compile_config": """
+        enable_fullgraph enable_inductor enable_piecewise_cuda_graph capture_num_tokens
+        enable_userbuffers max_num_streams""",
 }
-NEW_SUB_KEYS = {  # of 1.2.1
-    "cache_transceiver_config": "kv_transfer_timeout_ms kv_transfer_sender_future_timeout_ms",
-    "moe_config": "use_low_precision_moe_combine",
-    "nvfp4_gemm_config": "allowed_backends",
-}
-BACKENDS = "DEFAULT", "UCX", "NIXL", "MPI"  # of the KV cache's transceiver
-NEW_BACKENDS = (*BACKENDS, "MOONCAKE")  # of 1.2.1
+BACKENDS = "DEFAULT UCX NIXL MPI MOONCAKE+"  # of the KV cache's transceiver
+NEVER_NULL = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
 DEFAULT_BACKEND = {"1.1.0": "UCX", "1.2.1": "NIXL"}
 CP_TYPES = ("ULYSSES", "STAR", "RING", "HELIX")
 MPI_VARIABLE = re.compile(r"SLURM_|PMI|OMPI_COMM_WORLD_")
@@ -75,8 +65,7 @@ REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]{1,96}")
 MODEL_CONTEXT = 131072  # the simulated model's own limit, when --max_seq_len sets none
 
 
-@dataclass(frozen=True)
-class LlmArgs:
+class LlmArgs(NamedTuple):
     model: str
     served_name: str
     host: str
@@ -103,12 +92,13 @@ class LlmArgs:
 def build_llm_args(
     flags: Mapping[str, Any], gpus: int, env: Mapping[str, str], version: str
 ) -> LlmArgs:
+    """The flags by their YAML names, and the YAML, which has the last word."""
     if flags["gpus_per_node"] is None and gpus == 0:
         raise Fatal("ValueError", "No GPU devices found on the node")
-    given = {name: value for name, value in flags.items() if name not in DROPPED}
-    config = {FLAG_NAMES.get(name, name): value for name, value in given.items()}
-    config |= _read_yaml(flags["extra_llm_api_options"], version != "1.1.0")
-    model, chunked = str(flags["model"]), config.get("enable_chunked_prefill")
+    forgotten = {"moe_cluster_parallel_size": None}  # as soon as it is parsed
+    config = {**flags, **forgotten, **_read_yaml(flags["config"], version != "1.1.0")}
+    model, per_node = str(flags["model"]), config["gpus_per_node"]
+    chunked = config.get("enable_chunked_prefill")
     args = LlmArgs(
         model=model,
         served_name=_served_name(model),
@@ -117,9 +107,7 @@ def build_llm_args(
         tp=_positive(config, "tensor_parallel_size"),
         pp=_positive(config, "pipeline_parallel_size"),
         cp=_positive(config, "context_parallel_size"),
-        gpus_per_node=max(
-            1, config["gpus_per_node"] if config["gpus_per_node"] is not None else gpus
-        ),
+        gpus_per_node=max(1, gpus if per_node is None else per_node),
         max_batch_size=_positive(config, "max_batch_size"),
         max_seq_len=_positive(config, "max_seq_len", MODEL_CONTEXT),
         max_num_tokens=None if chunked else _positive(config, "max_num_tokens", 8192),
@@ -131,58 +119,54 @@ def build_llm_args(
         iter_stats=bool(config.get("enable_iter_perf_stats")),
     )
     _check_moe(args, config)
-    if is_proxied(env):
-        _check_share(args, gpus)
-    else:
-        _check_gpus(args.world_size, config["gpus_per_node"], gpus)
-        _check_mpi(args.world_size, env)
+    _check_gpus(args, per_node, gpus, env)
     return args
+
+
+def read_yaml_file(path: str) -> Any:  # noqa: ANN401 (YAML)
+    """What is wrong with it Python tells, as it does of the real one."""
+    import yaml  # not where there is no such file
+
+    with Path(path).open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
 
 
 def _read_yaml(path: str | None, new: bool) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            parsed = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Fatal(type(error).__name__, str(error)) from None
-    except yaml.YAMLError as error:
-        raise Fatal(f"{type(error).__module__}.{type(error).__name__}", str(error)) from None
-    if not isinstance(parsed, dict):
+    if not isinstance(parsed := read_yaml_file(path), dict):
         raise Fatal("TypeError", f"'{type(parsed).__name__}' object is not a mapping: {path}")
     return _checked(parsed, new)
 
 
 def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
     """Convert as pydantic does and refuse what it refuses, all mistakes at once."""
-    from pydantic import ConfigDict, ValidationError, create_model  # a tenth of a second
+    pydantic = libraries.pydantic()
+    strict = {"extra": "forbid", "protected_namespaces": (), "arbitrary_types_allowed": True}
 
-    def model(name: str, fields: dict[str, Any]) -> Any:  # noqa: ANN401 (a class made here)
-        optional = {k: (kind if k in PLAIN else kind | None, None) for k, kind in fields.items()}
-        strict = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
-        create: Any = create_model
-        return create(name, __config__=strict, **optional)
+    def model(name: str, kinds: dict[str, Any]) -> Any:  # noqa: ANN401 (a class made here)
+        fields = {key: (kind if key in NEVER_NULL else kind | None, None)
+                  for key, kind in kinds.items()}  # fmt: skip
+        return pydantic.create_model(name, __config__=strict, **fields)
 
-    def sub_config(key: str, names: str) -> Any:  # noqa: ANN401
-        kinds = transceiver if key == "cache_transceiver_config" else {}
-        return model(key.title().replace("_", ""), dict.fromkeys(names.split(), object) | kinds)
-
-    backends: Any = NEW_BACKENDS if new else BACKENDS
-    transceiver = {"backend": Literal[backends], "max_tokens_in_buffer": int}
-    fields: dict[str, Any] = dict.fromkeys(INTEGERS, int) | dict.fromkeys(BOOLEANS, bool)
-    fields |= dict.fromkeys(TEXTS, str) | dict.fromkeys(OTHERS, object)
-    sub_keys = dict(SUB_KEYS)
-    if new:
-        fields = {key: kind for key, kind in (fields | dict.fromkeys(NEW, object)).items()
-                  if key not in GONE}  # fmt: skip
-        sub_keys |= {key: f"{SUB_KEYS.get(key, '')} {more}" for key, more in NEW_SUB_KEYS.items()}
-    fields |= {key: sub_config(key, names) for key, names in sub_keys.items()}
+    kinds: dict[str, Any] = {k: kind for kind, keys in KEYS.items() for k in _names(keys, new)}
+    for key, keys in SUB_KEYS.items():
+        if names := _names(keys, new):
+            sub_kinds: dict[str, Any] = dict.fromkeys(names, object)
+            if key == "cache_transceiver_config":
+                backends: Any = _names(BACKENDS, new)
+                sub_kinds |= {"backend": Literal[backends], "max_tokens_in_buffer": int}
+            kinds[key] = model(key.title().replace("_", ""), sub_kinds)
     try:
-        checked = model("TorchLlmArgs", fields).model_validate(config)
-    except ValidationError as error:
+        checked = model("TorchLlmArgs", kinds).model_validate(config)
+    except pydantic.ValidationError as error:
         raise Fatal("pydantic_core._pydantic_core.ValidationError", str(error)) from None
     return dict(checked.model_dump(exclude_unset=True))
+
+
+def _names(text: str, new: bool) -> tuple[str, ...]:
+    """Those that the version has."""
+    return tuple(name.rstrip("+-") for name in text.split() if name[-1] != "+-"[new])
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int = 1) -> int:
@@ -213,11 +197,8 @@ def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:
         tp = world // ((ep := ep or 1) * cluster)
     ep = ep or world // (tp * cluster)
     if tp * ep * cluster != world:
-        raise Fatal(
-            "ValueError",
-            "moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, "
-            f"but got {tp} * {ep} * {cluster} != {world}",
-        )
+        words = "moe_tp_size * moe_ep_size * moe_cluster_size must equal to moe_world_size, but got"
+        raise Fatal("ValueError", f"{words} {tp} * {ep} * {cluster} != {world}")
     if ep != 1 and cluster > 1:
         raise Fatal("NotImplementedError", "moe_cluster_size > 1 needs moe_ep_size == 1")
     if ep != 1 and args.cp > 1 and cp_type != "HELIX":
@@ -226,45 +207,31 @@ def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:
 
 def _cp_type(cp_config: object) -> str | None:
     value = cp_config.get("cp_type") if isinstance(cp_config, dict) else None
-    if value is not None and str(value).upper() not in CP_TYPES:
-        raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
-    return None if value is None else str(value).upper()
+    if value is None or str(value).upper() in CP_TYPES:
+        return None if value is None else str(value).upper()
+    raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
 
 
-def _check_share(args: LlmArgs, gpus: int) -> None:
-    """Hold this node's share of ranks that exist already against its GPUs."""
-    nodes = -(-args.world_size // args.gpus_per_node)
-    if gpus < args.world_size // nodes:
-        raise _too_few_gpus(gpus, args.world_size)
-
-
-def _check_gpus(world: int, gpus_per_node: int | None, gpus: int) -> None:
-    """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise."""
-    per_node = min(world, world if gpus_per_node is None else gpus_per_node)
-    if world > 1 and gpus < per_node:
-        raise _too_few_gpus(gpus, world)
-    if world > per_node:
-        raise Fatal(
-            "mpi4py.MPI.Exception",
-            f"MPI_ERR_SPAWN: not enough slots for the {world} ranks that are required: with "
-            f"{per_node} a node they need several nodes, and this one was started alone",
-        )
-
-
-def _too_few_gpus(gpus: int, world: int) -> Fatal:
-    return Fatal("RuntimeError", f"Only {gpus} GPUs are available, but {world} are required.")
-
-
-def _check_mpi(world: int, env: Mapping[str, str]) -> None:
-    """Fail where MPI_Comm_spawn of the ranks would: inside somebody else's MPI or Slurm step."""
-    found = sorted(name for name in env if MPI_VARIABLE.match(name))
-    if world > 1 and found:
-        raise Fatal(
-            "mpi4py.MPI.Exception",
-            "MPI_ERR_SPAWN: could not spawn processes\n"
-            f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in an "
-            f"environment prepared for another launcher: {', '.join(found)}",
-        )
+def _check_gpus(
+    args: LlmArgs, asked_per_node: int | None, gpus: int, env: Mapping[str, str]
+) -> None:
+    """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise. Fail
+    where MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
+    world, spawned = args.world_size, not is_proxied(env)
+    per_node = world if spawned and asked_per_node is None else args.gpus_per_node
+    nodes = -(-world // per_node)
+    if gpus < world // nodes:
+        words = f"Only {gpus} GPUs are available, but {world} are required."
+        raise Fatal("RuntimeError", words)
+    if spawned and nodes > 1:
+        words = f"not enough slots for the {world} ranks that are required: with {per_node} a node "
+        words += "they need several nodes, and this one was started alone"
+        raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: {words}")
+    found = ", ".join(sorted(filter(MPI_VARIABLE.match, env)))
+    if spawned and world > 1 and found:
+        words = f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in "
+        words += f"an environment prepared for another launcher: {found}"
+        raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: could not spawn processes\n{words}")
 
 
 def _served_name(model: str) -> str:
@@ -273,9 +240,7 @@ def _served_name(model: str) -> str:
     if model and path.is_dir():
         return path.resolve().name if path.name in ("", "..") else path.name
     if not REPO_ID.fullmatch(model) or ".." in model or model.startswith("./"):
-        raise Fatal(
-            "huggingface_hub.errors.HFValidationError",
-            "Repo id must be in the form 'repo_name' or 'namespace/repo_name': "
-            f"'{model}'. Use `repo_type` argument if needed.",
-        )
+        words = f"Repo id must be in the form 'repo_name' or 'namespace/repo_name': '{model}'. "
+        words += "Use `repo_type` argument if needed."
+        raise Fatal("huggingface_hub.errors.HFValidationError", words)
     return model

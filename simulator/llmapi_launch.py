@@ -7,16 +7,13 @@ the leader in the foreground. Every other rank is a worker.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -31,7 +28,7 @@ SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 MPI_PREFIXES = tuple(
     "OMPI_ PMIX_ PMI_ SLURM_ MPI_ UCX_ I_MPI_ HYDRA_ KMP_ MPICH_ MV2_ CRAY_".split()
 )
-LEADER = Path(__file__).resolve().parent / "mgmn_leader.py"
+LEADER = f"{sys.path[0]}/mgmn_leader.py"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,9 +46,8 @@ def main(argv: Sequence[str]) -> int:
         _prepare(size, listener.getsockname()[1])
         if rank == 0:
             return RankZero(argv, size, settings, listener).wait()
-    log(
-        "I", f"This is a SIMULATOR of TensorRT-LLM {settings.version}: rank {rank} computes nothing"
-    )
+    name = f"SIMULATOR of TensorRT-LLM {settings.version}"
+    log("I", f"This is a {name}: rank {rank} computes nothing")
     _yellow(f"rank{rank} run mgmn worker node with mpi_world_size: {size} ...")
     return run_rank(lambda: obey(rank, size, settings))
 
@@ -68,7 +64,7 @@ def _prepare(size: int, port: int) -> None:
     """Export what trtllm-serve and the leader read. The key is for the environment alone."""
     address = f"tcp://127.0.0.1:{port}"
     os.environ |= {PROXY: "1", "tllm_mpi_size": str(size), ADDRESS: address}
-    os.environ[KEY] = secrets.token_hex(32)
+    os.environ[KEY] = os.urandom(32).hex()
     _yellow(f"tllm_mpi_size: {size}")
     _yellow(f"{ADDRESS}: {address}")
 
@@ -91,7 +87,7 @@ class RankZero:
     def __init__(
         self, command: Sequence[str], size: int, settings: Settings, listener: socket.socket
     ) -> None:
-        self._children: list[subprocess.Popen[bytes]] = []  # kept: Popen reaps what is forgotten
+        self._children: list[int] = []
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._pass_on)
         self._propagate = settings.launch == "propagate"
@@ -103,14 +99,16 @@ class RankZero:
         self._server = self._spawn(["sh", "-c", 'exec "$@"', "sh", *command], clean)
         _yellow(f"rank0 run mgmn leader node with mpi_world_size: {size} ...")
         _yellow(f"rank0 host: {socket.gethostname()}")
-        fd = listener.fileno()
-        leader = [sys.executable, str(LEADER), str(size), str(fd)]
-        self._leader = self._spawn(leader, dict(os.environ), fd)
-        listener.close()
+        listener.set_inheritable(True)
+        leader = [sys.executable, LEADER, str(size), str(listener.fileno())]
+        self._leader = self._spawn(leader, os.environ)
+        listener.close()  # or it would outlive the leader
 
-    def _spawn(self, command: Sequence[str], env: dict[str, str], *fds: int) -> int:
-        self._children.append(subprocess.Popen(command, env=env, pass_fds=fds))
-        return self._children[-1].pid
+    def _spawn(self, command: list[str], env: Mapping[str, str]) -> int:
+        ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python
+        pid = os.posix_spawnp(command[0], command, env, setsigdef=ignored)
+        self._children.append(pid)
+        return pid
 
     def wait(self) -> int:
         """Older script, `set -e`: after a failure of trtllm-serve nobody stops the leader. Newer
@@ -123,16 +121,17 @@ class RankZero:
             if pid == self._server and (self._propagate or code == 0):
                 _yellow(f"Rank0 Task exit code: {codes[pid]}")
                 # In a thread: the leader may not listen yet, and may end without having done so.
-                stop = threading.Thread(target=lambda: Link(os.environ).send({"op": "stop"}))
-                stop.daemon = True
-                stop.start()
+                threading.Thread(target=self._stop, daemon=True).start()
         return (self._propagate and codes[self._server]) or codes[self._leader]
+
+    def _stop(self) -> None:
+        Link(os.environ).send({"op": "stop"})
 
     def _pass_on(self, signum: int, _: FrameType | None) -> NoReturn:
         """End at once; a trtllm-serve that ignores the signal stays behind."""
-        for child in self._children:
+        for pid in self._children:
             with suppress(ProcessLookupError):
-                os.kill(child.pid, signum)
+                os.kill(pid, signum)
         os._exit(128 + signum)
 
 

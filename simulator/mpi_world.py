@@ -10,9 +10,8 @@ import os
 import signal
 import socket
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from leader_link import Message
 
 POLL = 0.03  # seconds between two looks at MPI
 ORDER, REPORT = 1, 2  # tags of messages
+KILLED = 128 + signal.SIGKILL
 
 
 class Report(NamedTuple):
@@ -38,30 +38,25 @@ def enter(size: int) -> Any:  # noqa: ANN401 (mpi4py's communicator, or what sta
     if size == 1:
         return _alone()
     try:
-        importlib.import_module("mpi4py").rc.threads = False
+        importlib.import_module("mpi4py").rc.thread_level = "funneled"
         return importlib.import_module("mpi4py.MPI").COMM_WORLD
     except ImportError as error:
-        message = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
-        raise Fatal(type(error).__name__, message) from None
+        words = f"{error}\n[simulator] {size} ranks need the Python package mpi4py"
+        raise Fatal(type(error).__name__, words) from None
 
 
 def _alone() -> SimpleNamespace:
     """A world of one rank, which needs no MPI to talk to itself."""
     boxes: dict[int, deque[object]] = {ORDER: deque(), REPORT: deque()}
-    done = SimpleNamespace(Test=lambda: True)
 
     def isend(message: object, dest: int, tag: int) -> SimpleNamespace:
         boxes[tag].append(message)
-        return done
+        return SimpleNamespace(Test=lambda: True)
 
     return SimpleNamespace(
-        Get_rank=lambda: 0,
-        Get_size=lambda: 1,
-        Ibarrier=lambda: done,
-        isend=isend,
-        iprobe=lambda tag: bool(boxes[tag]),
-        recv=lambda tag: boxes[tag].popleft(),
-    )
+        Get_rank=lambda: 0, Get_size=lambda: 1, isend=isend,
+        iprobe=lambda tag: bool(boxes[tag]), recv=lambda tag: boxes[tag].popleft(),
+    )  # fmt: skip
 
 
 class Part:
@@ -69,11 +64,11 @@ class Part:
 
     def __init__(self, comm: Any, settings: Settings) -> None:  # noqa: ANN401
         self.rank, self.host = comm.Get_rank(), socket.gethostname()
-        self._comm = comm
-        self._settings = settings
-        self._task: Generator[None, None, None] | None = None
+        self._comm, self._settings = comm, settings
         self._sent: list[Any] = []  # kept: MPI still reads what has not been sent yet
-        self._fault_at: float | None = None
+        self._done_at = self._fault_at = inf
+        self._done = ""  # what to log then
+        self._fault_delay, self._code = _fate(self.rank, settings.faults)
 
     def turn(self) -> Message | None:
         """Do what there is to do; return the order to stop when it has come."""
@@ -81,13 +76,29 @@ class Part:
             order: Message = self._comm.recv(tag=ORDER)
             if order["op"] == "stop":
                 return order
-            self._task = self._perform(order)
-        if self._task and next(self._task, self) is self:
-            self._task = None
-            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
-        if self._fault_at is not None and time.monotonic() >= self._fault_at:
+            self._begin(order)
+        if time.monotonic() >= self._fault_at:
             self._die()
+        if time.monotonic() >= self._done_at:
+            if self._done:
+                log("I", self._done)
+            self._done, self._done_at = "", inf
+            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
         return None
+
+    def _begin(self, order: Message) -> None:
+        """Set the clocks: a rank does nothing but wait."""
+        self._done_at = now = time.monotonic()
+        if order["op"] == "load":
+            self._done_at += self._settings.load_seconds
+            name, gpu = f"rank {self.rank} on {self.host}", self.rank % int(order["gpus_per_node"])
+            share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
+            log("I", f"{name}: loading {share} on GPU {gpu}")
+            self._done = f"{name}: loaded"
+            if self._fault_delay == 0:
+                self._fault_at = now + self._settings.load_seconds / 2
+        elif order["op"] == "beat" and self._fault_at == inf:  # the first: the server is ready
+            self._fault_at = now + (self._fault_delay or inf)
 
     def send(self, message: object, rank: int, tag: int) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
@@ -96,47 +107,22 @@ class Part:
     def has_sent_all(self) -> bool:
         return all(request.Test() for request in self._sent)
 
-    def _perform(self, order: Message) -> Generator[None, None, None]:
-        """Do as ordered; yields where there is nothing to do but wait."""
-        if order["op"] == "load":
-            yield from self._load(order)
-        if order["op"] == "meet":
-            request = self._comm.Ibarrier()
-            while not request.Test():
-                yield
-        if order["op"] == "beat" and self._fault_at is None:  # the first: the server is ready
-            self._fault_at = time.monotonic() + (self._fault_delay() or inf)
-
-    def _load(self, order: Message) -> Generator[None, None, None]:
-        gpu = self.rank % int(order["gpus_per_node"])
-        share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
-        log("I", f"rank {self.rank} on {self.host}: loading {share} on GPU {gpu}")
-        for half in (1, 2):
-            deadline = time.monotonic() + self._settings.load_seconds / 2
-            while time.monotonic() < deadline:
-                yield
-            if half == 1 and self._fault_delay() == 0:
-                self._die()
-        log("I", f"rank {self.rank} on {self.host}: loaded")
-
-    def _fault_delay(self) -> float | None:
-        """Return the seconds after loading at which this rank dies; 0: while it loads."""
-        faults = self._settings.faults
-        ours = [(faults.get("exit-rank"), 2), (faults.get("kill-rank"), 1)]
-        return min(
-            ((*said[at:], 0.0)[0] for said, at in ours if said and said[0] == self.rank),
-            default=None,
-        )
-
     def _die(self) -> None:
         """Crash: without a word to MPI, so that the others must find out by themselves."""
-        kill = self._settings.faults.get("kill-rank")
-        if kill and kill[0] == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-            os._exit(137)  # a container's first process cannot be killed from inside
-        code = int(self._settings.faults["exit-rank"][1])
-        log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {code}")
-        os._exit(code)
+        if self._code == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)  # a container's first process is spared, though
+        else:
+            log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {self._code}")
+        os._exit(self._code)
+
+
+def _fate(rank: int, faults: Mapping[str, Sequence[float]]) -> tuple[float | None, int]:
+    """How long after loading it dies, 0: half way through, and its exit code."""
+    for name, given in (("exit-rank", 2), ("kill-rank", 1)):
+        said = faults.get(name, [-1])
+        if said[0] == rank:
+            return (*said[given:], 0.0)[0], int(said[1]) if name == "exit-rank" else KILLED
+    return None, 0
 
 
 def obey(rank: int, size: int, settings: Settings) -> bool:
@@ -166,6 +152,8 @@ def run_rank(work: Callable[[], bool]) -> int:
         crash(error)
         return 1
     except Exception:
+        import traceback  # dear, and hardly ever needed
+
         traceback.print_exc()
         os._exit(1)  # not by the normal way: MPI_Finalize would wait for all ranks
     if not whole:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal, Union
 
+from libraries import bare
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from typing_extensions import Required, TypedDict
 
-# Bare packages first: what openai's own __init__ imports, its client, takes a second.
-SPEC = find_spec("openai")
-assert SPEC and SPEC.origin
-for name in ("openai", "openai.types", "openai.types.chat"):
-    sys.modules[name] = ModuleType(name)
-    sys.modules[name].__path__ = [str(Path(SPEC.origin).parents[1].joinpath(*name.split(".")))]
+bare("openai", "types", "types.chat")  # or its client comes, too, and takes a second
 from openai.types.chat import chat_completion_assistant_message_param as assistant  # noqa: E402
 from openai.types.chat import chat_completion_content_part_param as part  # noqa: E402
 from openai.types.chat import chat_completion_message_param as message  # noqa: E402
@@ -58,8 +51,6 @@ FORMATS = (
 )
 AnyFormat: Any = Union[FORMATS]  # noqa: UP007 (of a tuple)
 Format = Annotated[AnyFormat, Field(discriminator="type")]
-for model in FORMATS:
-    model.model_rebuild()
 
 
 class ResponseFormat(Strict):
@@ -272,17 +263,12 @@ class ChatCompletionRequest(Sampling, ChatHead):
         return salt
 
 
-# Read only to be refused: the real server answers this route for gpt-oss alone.
-RESPONSES = """
-    background include instructions max_output_tokens max_tool_calls metadata parallel_tool_calls
-    previous_response_id prompt reasoning service_tier store temperature text tool_choice tools
-    top_logprobs top_p truncation user request_id
-""".split()
-ResponsesRequest: Any = create(
-    "ResponsesRequest",
-    __base__=Strict,
-    input=(str | list[Any], ...),
-    model=(str, ...),
-    stream=(bool | None, False),
-    **dict.fromkeys(RESPONSES, (Any, None)),
-)
+AnyRequest = CompletionRequest | ChatCompletionRequest
+
+
+class ResponsesRequest(BaseModel):
+    """Read only to be refused: the real server answers this route for gpt-oss alone."""
+
+    input: str | list[Any]
+    model: str
+    stream: bool | None = False

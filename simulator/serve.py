@@ -1,24 +1,26 @@
 """The life of the server, in the real one's order: check, load the model, only then bind.
 
-1.2.1 binds the port before it loads; it listens there when it has loaded, too.
+1.2.1 binds the port before it loads; it listens there when it has loaded, too. Whatever a mistake
+in the arguments does not need is imported late: starting is most of what the simulator does.
 """
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import os
 import select
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import libraries
 from arguments import command_line
 from console import Fatal, crash, log
-from cost import Cost, cost_of
+from cost import cost_of
 from environment import Settings, read_settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
@@ -26,6 +28,8 @@ from llm_args import LlmArgs, build_llm_args
 
 if TYPE_CHECKING:
     from uvicorn import Server
+
+HTTP: Any = {"http": "h11", "ws": "none"}
 
 
 class PreciseSelector(selectors.DefaultSelector):
@@ -47,24 +51,36 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
         settings = read_settings(os.environ)
         args = build_llm_args(flags, settings.gpus, os.environ, version)
         cost = cost_of(settings.cost, args)  # or it does not fit
-        sockets = None if version == "1.1.0" else [_bind(args.host, args.port)]
+        sockets = _bind(version, args.host, args.port)
         faults = Faults(settings.faults)
         faults.begin()
-        _run(args, settings, faults, cost, _load(args, settings, faults), sockets)
+        leader = _load(args, settings, faults)
+        import uvicorn
+        from api import Api
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                faults.ready()
+                if leader:
+                    leader.on_broken(faults.lose_engine)
+
+        app = Api(args, settings, faults, cost)
+        at = uvicorn.Config(app, args.host, args.port, **HTTP, timeout_keep_alive=5)
+        _until_stopped(Server(at), sockets)
 
 
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
+        libraries.pydantic()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
-        config = read_config(flags, version)
-        sockets = None if version == "1.1.0" else [_bind(config.hostname, config.port)]
-        orchestrator = Orchestrator(config, flags, version)
-        where = uvicorn.Config(orchestrator.app, config.hostname, config.port, http="h11",
-                               ws="none", timeout_keep_alive=10)  # fmt: skip
-        _until_stopped(lambda: uvicorn.Server(where), sockets)
+        it = Orchestrator(flags, version, **read_config(flags, version))
+        sockets = _bind(version, it.hostname, it.port)
+        at = uvicorn.Config(it.app, it.hostname, it.port, **HTTP, timeout_keep_alive=10)
+        _until_stopped(uvicorn.Server(at), sockets)
 
 
 @contextmanager
@@ -81,81 +97,49 @@ def _ending_as_the_real_one() -> Iterator[str]:
         raise SystemExit(130) from None
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """As the real one does: IPv4 only, and without SO_REUSEADDR."""
+def _bind(version: str, host: str, port: int) -> list[socket.socket] | None:
+    """As the real one does: IPv4 only, and without SO_REUSEADDR. 1.1.0 does not, uvicorn does."""
+    if version == "1.1.0":
+        return None
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.bind((host, port))
     except OSError as error:
         raise Fatal("RuntimeError", f"Failed to bind socket to {host}:{port}: {error}") from None
-    return bound
+    return [bound]
 
 
 def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
     """Take the configured time, and the ranks' time too where there are ranks to wait for."""
     log("I", f"start MpiSession with {args.world_size} workers")
-    if not is_proxied(os.environ):
-        _show_loading(args, settings, faults)
-        return None
-    leader = Link(os.environ)
-    leader.join(args.world_size, args.gpus_per_node)
-    leader.send({"op": "load", "model": args.model})
-    _show_loading(args, settings, faults)
-    leader.receive()
-    return leader
-
-
-def _show_loading(args: LlmArgs, settings: Settings, faults: Faults) -> None:
-    """Give a sign of life about once a second."""
+    leader = Link(os.environ) if is_proxied(os.environ) else None
+    if leader:
+        leader.join(args.world_size, args.gpus_per_node)
+        leader.send({"op": "load", "model": args.model})
     began = time.monotonic()
     steps = 2 * max(1, round(settings.load_seconds / 2))  # even, so that one of them is half way
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1):  # a sign of life about once a second
         time.sleep(max(0.0, began + step * settings.load_seconds / steps - time.monotonic()))
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            import api  # noqa: F401 (its libraries take half a second of the load)
+            libraries.pydantic()
+            import api  # noqa: F401 (its libraries take a quarter of a second of the load)
+    if leader:
+        leader.receive()
+    return leader
 
 
-def _run(
-    args: LlmArgs,
-    settings: Settings,
-    faults: Faults,
-    cost: Cost | None,
-    leader: Link | None,
-    sockets: list[socket.socket] | None,
-) -> None:
-    import uvicorn
-    from api import Api
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            loop = asyncio.get_running_loop()
-            faults.ready(loop)
-            if leader:
-                leader.on_broken(loop, faults.lose_engine)
-
-        def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
-            return nullcontext() if faults.ignores_term else super().capture_signals()
-
-    def server() -> Server:
-        api, host, port = Api(args, settings, faults, cost), args.host, args.port
-        return Server(uvicorn.Config(api, host, port, http="h11", ws="none", timeout_keep_alive=5))
-
-    _until_stopped(server, sockets)
-
-
-def _until_stopped(server: Callable[[], Server], sockets: list[socket.socket] | None) -> None:
+def _until_stopped(server: Server, sockets: list[socket.socket] | None) -> None:
     """Serve until a signal comes and the running streams have ended, however long they take."""
+    import asyncio
 
-    async def serve_http() -> None:  # what asks for the loop is made in it
-        await server().serve(sockets)
-
+    gc.freeze()
+    gc.enable()
     loop = asyncio.SelectorEventLoop(PreciseSelector())
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(serve_http())
+        loop.run_until_complete(server.serve(sockets))
     except KeyboardInterrupt:  # uvicorn has finished, and dies of the signal that has ended it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A language model in miniature: splits prompts into tokens and continues them, deterministically.
+"""A language model in miniature: prompts out of requests, and what deterministically follows them.
 
 A token is a word, a number or a punctuation mark. The prose is made so that the stop strings people
 try ("the", ".", a line break) turn up within a few dozen tokens, and counting prompts count on.
@@ -10,7 +10,10 @@ import re
 from collections.abc import Iterator
 from itertools import count
 from random import Random
+from typing import Any, NamedTuple
 from zlib import crc32
+
+from protocol import AnyRequest, ChatCompletionRequest
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 GENERATED = re.compile(r" ?\w+|[^\w\s]|\n+|\s")  # as the tokens of an answer are
@@ -58,27 +61,83 @@ def _next_numbers(before: int, last: int, comma_first: bool) -> Iterator[str]:
 
 def _numbers(first: int, last: int, opening: str) -> Iterator[str]:
     step = 1 if last >= first else -1
-    for number in range(first, last, step):
+    for number in range(first, last + step, step):
         yield f"{opening}{number}"
-        yield ","
+        yield "." if number == last else ","
         opening = " "
-    yield f"{opening}{last}"
-    yield "."
 
 
 def _prose(rng: Random, opening: str) -> Iterator[str]:
-    for number in count():
-        words = _sentence(rng)
-        yield opening + next(words)
-        yield from (f" {word}" for word in words)
-        yield "."
-        opening = " "
-        if number % 3 == 0:
-            yield "\n\n"
-            opening = ""
-
-
-def _sentence(rng: Random) -> Iterator[str]:
     pick = rng.choice
-    yield from ("The", pick(ADJECTIVES), pick(NOUNS), "of", pick(PLACES), "is", "a", pick(NOUNS))
-    yield from ("and", "it", pick(VERBS), "the", pick(NOUNS))
+    for number in count():
+        subject = f"{opening}The {pick(ADJECTIVES)} {pick(NOUNS)} of {pick(PLACES)}"
+        does = f"is a {pick(NOUNS)} and it {pick(VERBS)} the {pick(NOUNS)}"
+        opening, end = ("", ".\n\n") if number % 3 == 0 else (" ", ".")
+        yield from GENERATED.findall(f"{subject} {does}{end}")
+
+
+# -- prompts out of requests --
+
+
+class Prompt(NamedTuple):
+    text: str  # what the answer follows from; token ids are written out
+    tokens: int
+    opening: str  # put before the first word of the answer
+    echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
+
+
+def prompts_of(request: AnyRequest) -> list[Prompt]:
+    """Of a completion in four forms: a text, token ids, or a list of either."""
+    if isinstance(request, ChatCompletionRequest):
+        return [_chat_prompt(request)]
+    prompt: Any = request.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [_prompt(prompt, request.truncate_prompt_tokens)]
+    return [_prompt(item, request.truncate_prompt_tokens) for item in prompt]
+
+
+def _prompt(prompt: str | list[int], limit: int | None) -> Prompt:
+    if isinstance(prompt, str):
+        opening, tokens = "" if not prompt or prompt[-1].isspace() else " ", count_tokens(prompt)
+        return Prompt(prompt, min(tokens, limit or tokens), opening, prompt)
+    if not prompt:
+        raise ValueError("prompt token ids must not be empty")
+    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt)
+
+
+def chat_role(request: ChatCompletionRequest) -> str:
+    """Whom the answer is by: a prompt that is not opened for the assistant goes on as it ends."""
+    return "assistant" if request.add_generation_prompt else str(request.messages[-1]["role"])
+
+
+def _chat_prompt(request: ChatCompletionRequest) -> Prompt:
+    role, texts = chat_role(request), [_message_text(message) for message in request.messages]
+    echo = texts[-1] if texts and request.messages[-1]["role"] == role else ""
+    if (ids := request.prompt_token_ids) is not None:
+        return _prompt(ids, None)._replace(opening="", echo=echo)
+    if not texts:
+        raise ValueError("messages must not be empty without prompt_token_ids")
+    template = 4 * len(texts) + 3  # the marks that a chat template puts around the messages
+    tokens = template + sum(map(count_tokens, texts))
+    limit = request.truncate_prompt_tokens or tokens
+    return Prompt("\n".join(texts), min(tokens, limit), "", echo)
+
+
+def _message_text(message: Any) -> str:  # noqa: ANN401 (one of nine TypedDicts)
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = [_part_text(part) for part in content or ()]  # here pydantic checks them, not before
+    return "\n".join(filter(None, parts))
+
+
+def _part_text(part: dict[str, Any]) -> str | None:
+    """Return a text, or None for a part that says nothing; it is skipped."""
+    kind = part.get("type")
+    if kind == "text":
+        return part.get("text")
+    if kind not in ("image_url", "video_url", "audio_url"):
+        raise NotImplementedError(f"Unknown part type: {kind}")
+    if (part.get(kind) or {}).get("url") is None:
+        return None
+    raise ValueError("only text parts are supported: the model is not multimodal")
