@@ -9,6 +9,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from launch.cause_table import Kind, Weight, known
@@ -69,11 +70,11 @@ ENDS_MESSAGE = any_of(
 )
 PLAIN = any_of(  # what says so is the cause
     r"Error: (?!ucp_)\S",
-    r"(?!srun|slurmstepd|salloc|sbatch)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
+    r"(?!srun|slurmstepd|salloc|sbatch|collect2)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
     r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
-    r"Assertion failed: |Failed: \w+ error |nvcc fatal|Could not load library",
+    r"Assertion failed: |Failed: \w+ error |DeepEP timeout",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
     r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
@@ -101,6 +102,8 @@ NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
 UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
 UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
+BUILD_WARNS = any_of(r"nvcc fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:")
+BUILD_FAILED = re.compile(r"ninja|nvcc|compil|Inductor|CUDNN|non-zero exit|Abort", re.IGNORECASE)
 CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
 NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
@@ -146,7 +149,8 @@ def message(lines: Sequence[Line], at: int) -> list[str]:
     said: list[str] = []
     for line in lines[at + 1 : at + 12]:
         other = (line.speaker, line.headed) != (lines[at].speaker, lines[at].headed)
-        if other or ENDS_MESSAGE.match(line.text.lstrip() or "x") or EXCEPTION.match(line.text):
+        new = line.begins or EXCEPTION.match(line.text)
+        if other or new or ENDS_MESSAGE.match(line.text.lstrip() or "x"):
             break
         if line.text.strip():
             said.append(line.text)
@@ -186,8 +190,9 @@ def outside(new: Finding, where: str) -> Finding:
 
     Of those that ended a request only what the GPU says is more than that request's own.
     """
-    if where.startswith("Exception in thread") and not new.kind:
-        return replace(new, weight=Weight.ECHO)
+    others = new.kind and new.kind.group == "The model"  # as counts of usage that are sent home
+    if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not others:
+        return replace(new, weight=max(new.weight, Weight.ECHO))
     if where.startswith("Exception in ASGI") and not (new.kind and "GPU" in new.kind.group):
         return replace(new, weight=Weight.REPORT)
     ended = where.startswith(("Exception in", "Task ", "Future "))
@@ -236,22 +241,33 @@ class Reader:
             self.failed[of] = sorted(each.at for each in others if of.search(each.text))
         return self.failed[of]
 
+    @cached_property
+    def crashes(self) -> Sequence[int]:
+        own = (each for each in self.found if not each.warning_of)
+        return [each.at for each in own if each.weight == Weight.CRASH]
+
     def in_place(self, f: Finding) -> Finding:
-        """A warning counts from the failure on: it may have been survived for long."""
+        """A warning counts from the failure on: it may have been survived for long.
+
+        An exception of another kind between them has come first, and the failure follows from it.
+        """
         if not f.warning_of or f.warning_of is NO_CUDA:
             return f
         failed = next((at for at in self.failures(f.warning_of) if at > f.at), None)
-        if f.warning_of is UCX_FAILED and failed is None:
+        if f.warning_of is not NCCL_FAILED and failed is None:
             return replace(f, weight=max(f.weight, Weight.REMARK))
+        if failed and any(f.at < at < failed for at in self.crashes):
+            return replace(f, weight=max(f.weight, Weight.ECHO))
         return replace(f, at=failed or f.at)
 
     def counts(self, f: Finding) -> bool:
-        """NCCL and CUDA warn of much, which counts where they fail; UCX's may end it alone."""
+        """NCCL and CUDA warn of much, which counts where they fail; others' may end it alone."""
         if f.warning_of:
             failed = self.failures(f.warning_of)
             if failed and f.at < failed[-1]:
                 return True
-            return f.kind is not None and (bool(failed) or f.warning_of is UCX_FAILED)
+            alone = f.warning_of in (UCX_FAILED, BUILD_FAILED)
+            return f.kind is not None and (bool(failed) or alone)
         if FATAL.search(f.text):
             return True
         asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
@@ -260,7 +276,7 @@ class Reader:
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        if words and not quiet and not REMARKS.match(words):
+        if words and not (quiet and not known(words)) and not REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
 
@@ -304,6 +320,8 @@ class Reader:
             yield replace(judge((found[1] or "") + found[2], at), warning_of=NCCL_FAILED)
         elif UCX_WARNS.match(text):
             yield replace(judge(text, at, unknown=Weight.REPORT), warning_of=UCX_FAILED)
+        elif BUILD_WARNS.match(text):
+            yield replace(judge(text, at), warning_of=BUILD_FAILED)
         elif found := CUDA_WARNS.match(text):
             yield replace(judge(found[1], at), warning_of=NO_CUDA)
         elif found := WHAT.match(text):
@@ -315,8 +333,11 @@ class Reader:
         elif FAMILIAR.match(text):
             yield judge(text, at, unknown=Weight.REPORT)
         elif line.loud and text and not (NO_ERROR.search(line.text) or self.only_reports(at)):
-            new = judge(REPORTED.sub("", text, count=1), at, unknown=Weight.REMARK)
-            yield replace(new, weight=max(new.weight, Weight.CRASH))
+            words, reported = REPORTED.subn("", text, count=1)
+            new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
+            optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
+            least = Weight.REMARK if optional and not reported else Weight.CRASH
+            yield replace(new, weight=max(new.weight, least))
 
     def only_reports(self, at: int) -> bool:
         """It says that something failed, not why: that is in a traceback, here or elsewhere."""
