@@ -32,6 +32,7 @@ PREFIXES = [
         rf"\[?{LEVEL}\]?:? +",
         rf"{LEVEL}:(?=[\w.]+:)",
         r" *(?:\+-\+-+ \d+ -+|\| )(?! *\d+/\d+)",  # an exception group's
+        r"[^|]{,99}\d%\|[^|]{,200}\| *\d+/\d+ \[[^\]]*\](?=\S)",  # a bar, on the same line
     )
 ]
 
