@@ -73,6 +73,7 @@ REPORTED = any_of(  # what stands before the error itself
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
     r".*terminated with exception: (?=\S)",
 )
+DIES = re.compile(r"encountered a fatal error|hit an exception|Error in event loop")
 THAT_NOT_WHY = any_of(  # something failed, but not what of
     r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
     r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",

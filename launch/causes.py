@@ -45,6 +45,12 @@ class Finding:
     kind: Kind | None = None
     warning_of: re.Pattern[str] | None = None  # a failure, without which it says nothing
     bare: bool = False  # an exception without a message
+    ends: bool = False  # it has ended a process, as that says
+
+    @property
+    def of_start(self) -> bool:
+        """What is no matter of a server that serves, but for a request that is no good."""
+        return self.kind is not None and self.kind.group in ("The model", "Options")
 
 
 # Reading
@@ -131,6 +137,7 @@ class Reader:
     found: list[Finding] = field(default_factory=list)
     last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
+    dying: set[str] = field(default_factory=set)  # speakers whose next one ends them
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
     failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
@@ -184,10 +191,9 @@ class Reader:
                 return True
             alone = f.warning_of in (shapes.UCX_FAILED, shapes.BUILD_FAILED)
             return f.kind is not None and (bool(failed) or alone)
-        if shapes.FATAL.search(f.text):
+        if shapes.FATAL.search(f.text) or f.ends:
             return True
-        of_start = f.kind and f.kind.group in ("The model", "Options")
-        asked = shapes.OF_REQUESTS.search(f.text) or of_start
+        asked = shapes.OF_REQUESTS.search(f.text) or f.of_start
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
 
     def take_block(self, at: int) -> int:
@@ -199,6 +205,8 @@ class Reader:
 
     def take(self, at: int, line: Line) -> None:
         text, speaker = line.text, line.speaker
+        if shapes.DIES.search(text):
+            self.dying.add(speaker)
         if line.loud is False and not shapes.FAMILIAR.match(text):
             if "Traceback (most recent" in text:
                 self.outside[speaker] = text
@@ -213,12 +221,21 @@ class Reader:
         else:
             self.found += self.others(at, line)
 
+    def ending(self, new: Finding) -> Finding:
+        """What ends a server that serves is not what the table knows of its start."""
+        unknown = self.serving and new.of_start
+        kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
+        return replace(new, kind=kind, weight=weight, ends=True)
+
     def take_exception(self, new: Finding, speaker: str) -> None:
         """Of a chain the last link that proves the most counts, at the place of the first."""
         linked = speaker in self.linked and speaker in self.last
         where = self.outside.pop(speaker, self.around.get(speaker, "") if linked else "")
         self.around[speaker] = where
         new = outside(new, where) if where else new
+        if speaker in self.dying:
+            new = self.ending(new)
+            self.dying.discard(speaker)
         if linked:
             old = self.found[self.last[speaker]]
             proves_less = old.bare and not old.kind
@@ -254,7 +271,8 @@ class Reader:
             new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
             optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
             least = Weight.REMARK if optional and not reported else Weight.CRASH
-            yield replace(new, weight=max(new.weight, least))
+            new = replace(new, weight=max(new.weight, least))
+            yield self.ending(new) if reported and shapes.DIES.search(text) else new
 
     def only_reports(self, at: int) -> bool:
         """It says that something failed, not why: that is in a traceback, here or elsewhere."""
@@ -284,9 +302,8 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
     found = [f for f in found if f.at in from_there.get(f.weight, range(len(lines)))
              and f.weight < Weight.REPORT]  # fmt: skip
     if not found and answered > ready:  # a stream is answered with 200 before it fails
-        found = [
-            f for f in Reader(lines[ready:answered], True).read() if shapes.FATAL.search(f.text)
-        ]
+        found = Reader(lines[ready:answered], serving=True).read()
+        found = [f for f in found if f.ends or shapes.FATAL.search(f.text)]
         answered = ready
     best = min(found, key=lambda f: (f.weight, f.at), default=None)
     return (best, lines[answered + best.at].time) if best else None
