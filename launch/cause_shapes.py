@@ -31,7 +31,8 @@ PLAIN = any_of(  # what says so is the cause
     r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
-    r"Assertion failed: |Failed: \w+ error |DeepEP timeout|(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
+    r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
+    r"DeepEP timeout|LLVM ERROR: ",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
     r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
@@ -60,7 +61,7 @@ NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operati
 UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
 UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
 BUILD_WARNS = any_of(
-    r"nvcc fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:",
+    r"(nvcc|ptxas) fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:",
     r".*\b(nvcc|cicc|ptxas|gcc|g\+\+|ninja): (command )?not found",
 )
 BUILD_FAILED = re.compile(r"ninja|nvcc|compil|Inductor|CUDNN|non-zero exit|Abort", re.IGNORECASE)
