@@ -87,10 +87,9 @@ REMARKS = any_of(
     r"Open MPI failed an OFI|PMIx was unable to find a usable compression",
 )
 STARTS = any_of(*(engine.STARTS for engine in every()))
-ENDS = any_of(  # a server, in order or by killing itself
-    r"Finished server process|Application shutdown complete",
-    r"Received sigquit from a child|SIGQUIT received",
-)
+IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
+KILLS_ITSELF = re.compile(r"Received sigquit from a child|SIGQUIT received")
+KILLED = re.compile(r"(\S+: line \d+: +\d+ )?Killed\b")
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
 REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')

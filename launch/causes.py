@@ -137,6 +137,7 @@ class Reader:
     found: list[Finding] = field(default_factory=list)
     last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
+    kills_itself: bool = False
     dying: set[str] = field(default_factory=set)  # speakers whose next one ends them
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
@@ -207,6 +208,7 @@ class Reader:
         text, speaker = line.text, line.speaker
         if shapes.DIES.search(text):
             self.dying.add(speaker)
+        self.kills_itself |= bool(shapes.KILLS_ITSELF.search(text))
         if line.loud is False and not shapes.FAMILIAR.match(text):
             if "Traceback (most recent" in text:
                 self.outside[speaker] = text
@@ -241,7 +243,7 @@ class Reader:
             proves_less = old.bare and not old.kind
             worse = new.weight + bool(shapes.CLEANING.search(new.text)) > old.weight + proves_less
             best = old if worse else new
-            self.found[self.last[speaker]] = replace(best, at=old.at)
+            self.found[self.last[speaker]] = replace(best, at=old.at, ends=old.ends or new.ends)
         else:
             self.last[speaker] = len(self.found)
             self.found.append(new)
@@ -264,6 +266,8 @@ class Reader:
             yield judge(text, at, message(self.lines, at))
         elif shapes.SHELL.match(text):
             yield replace(judge(text, at), weight=Weight.REMARK)
+        elif self.kills_itself and shapes.KILLED.match(text):
+            return
         elif shapes.FAMILIAR.match(text):
             yield judge(text, at, unknown=Weight.REPORT)
         elif line.loud and text and not self.only_reports(at):
@@ -295,7 +299,7 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
         return find(lines[answered + again :])
     found = Reader(lines[answered:], serving=answered > 0).read()
     remarks_from = len(lines) - 15 if not answered else len(lines)
-    ended = last(shapes.ENDS, lines[answered:])  # then all others are ended, too
+    ended = last(shapes.IN_ORDER, lines[answered:])  # then all others are ended, too
     if not ended or last(shapes.STARTS, lines[answered + ended :]):
         ended = len(lines)
     from_there = {Weight.REMARK: range(remarks_from, len(lines)), Weight.ECHO: range(ended)}
