@@ -23,12 +23,13 @@ OUTSIDE = any_of(  # the exception that follows has ended no process
 ENDS_MESSAGE = any_of(
     r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
     r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
-    r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules",
+    r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules|\S+: line \d+: |Killed",
 )
 PLAIN = any_of(  # what says so is the cause
     r"Error: (?!ucp_)\S",
     r"(?!srun|slurmstepd|salloc|sbatch|collect2)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
-    r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
+    r"docker: |Error response from daemon: |nvidia-container-cli",
+    r"OCI runtime|exec /|.*exec format error",
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
     r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
@@ -41,6 +42,7 @@ PLAIN = any_of(  # what says so is the cause
     r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
 SHELL = any_of(
+    r"\S*sh: ((line )?\d+: )?/\S+: No such file or directory$",
     r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
@@ -88,8 +90,13 @@ REMARKS = any_of(
 )
 STARTS = any_of(*(engine.STARTS for engine in every()))
 IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
-KILLS_ITSELF = re.compile(r"Received sigquit from a child|SIGQUIT received")
-KILLED = re.compile(r"(\S+: line \d+: +\d+ )?Killed\b")
+KILLS_ITSELF = any_of(  # a server; or srun, a step of which a task has failed
+    r"Received sigquit from a child|SIGQUIT received|srun: (Force )?[Tt]erminat(ing|ed) StepId",
+)
+KILLED = any_of(
+    r"(\S+: line \d+: +\d+ )?Killed\b|srun: error: \S+: tasks? [\d,-]+: (Killed|Terminated)",
+    r"slurmstepd\S*: error: \*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*",
+)
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
 REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
