@@ -33,7 +33,7 @@ PLAIN = any_of(  # what says so is the cause
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
     r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
-    r"DeepEP timeout|LLVM ERROR: ",
+    r"DeepEP timeout|LLVM ERROR: |setting (mem|cpu)bind: ",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
     r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
@@ -54,7 +54,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
     r".*: engine core exited unexpectedly",
     r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
-    r".*UCX +FATAL|\*\*\* An error occurred in MPI|Failed, NCCL error",
+    r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
