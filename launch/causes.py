@@ -45,11 +45,11 @@ class Finding:
     kind: Kind | None = None
     warning_of: re.Pattern[str] | None = None  # a failure, without which it says nothing
     bare: bool = False  # an exception without a message
-    ends: bool = False  # it has ended a process, as that says
+    ends: bool = False  # the process itself says that this has ended it
 
     @property
     def of_start(self) -> bool:
-        """What is no matter of a server that serves, but for a request that is no good."""
+        """Whether it is about loading: once the server answers, only bad requests read like it."""
         return self.kind is not None and self.kind.group in ("The model", "Options")
 
 
@@ -111,8 +111,8 @@ def outside(new: Finding, where: str) -> Finding:
 
     Of those that ended a request only what the GPU says is more than that request's own.
     """
-    others = new.kind and new.kind.group == "The model"  # as counts of usage that are sent home
-    if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not others:
+    remote = new.kind and new.kind.group == "The model"  # such as usage reports that are sent home
+    if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not remote:
         return replace(new, weight=max(new.weight, Weight.ECHO))
     if where.startswith("Exception in ASGI") and not (new.kind and "GPU" in new.kind.group):
         return replace(new, weight=Weight.REPORT)
@@ -173,7 +173,7 @@ class Reader:
     def in_place(self, f: Finding) -> Finding:
         """A warning counts from the failure on: it may have been survived for long.
 
-        An exception of another kind between them has come first, and the failure follows from it.
+        Where an unknown exception stands between the two, the failure is that exception's doing.
         """
         if not f.warning_of or f.warning_of is shapes.NO_CUDA:
             return f
@@ -224,7 +224,7 @@ class Reader:
             self.found += self.others(at, line)
 
     def ending(self, new: Finding) -> Finding:
-        """What ends a server that serves is not what the table knows of its start."""
+        """What ends a server that answers already has other reasons than a row about loading says."""
         unknown = self.serving and new.of_start
         kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
         return replace(new, kind=kind, weight=weight, ends=True)
@@ -271,12 +271,16 @@ class Reader:
         elif shapes.FAMILIAR.match(text):
             yield judge(text, at, unknown=Weight.REPORT)
         elif line.loud and text and not self.only_reports(at):
-            words, reported = shapes.REPORTED.subn("", text, count=1)
-            new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
-            optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
-            least = Weight.REMARK if optional and not reported else Weight.CRASH
-            new = replace(new, weight=max(new.weight, least))
-            yield self.ending(new) if reported and shapes.DIES.search(text) else new
+            yield self.logged(at, text)
+
+    def logged(self, at: int, text: str) -> Finding:
+        """What a logger calls an error: survived, perhaps, as the import of an optional package."""
+        words, reported = shapes.REPORTED.subn("", text, count=1)
+        new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
+        optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
+        least = Weight.REMARK if optional and not reported else Weight.CRASH
+        new = replace(new, weight=max(new.weight, least))
+        return self.ending(new) if reported and shapes.DIES.search(text) else new
 
     def only_reports(self, at: int) -> bool:
         """It says that something failed, not why: that is in a traceback, here or elsewhere."""
