@@ -224,7 +224,7 @@ class Reader:
             self.found += self.others(at, line)
 
     def ending(self, new: Finding) -> Finding:
-        """What ends a server that answers already has other reasons than a row about loading says."""
+        """What ends a server that answers already is not what a row about loading means."""
         unknown = self.serving and new.of_start
         kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
         return replace(new, kind=kind, weight=weight, ends=True)
