@@ -9,10 +9,11 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+from launch import cause_shapes as shapes
 from launch.cause_table import Kind, Weight, known
-from launch.engines import every
 from launch.log_lines import Line, lines_of
 
 READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
@@ -44,89 +45,12 @@ class Finding:
     kind: Kind | None = None
     warning_of: re.Pattern[str] | None = None  # a failure, without which it says nothing
     bare: bool = False  # an exception without a message
+    ends: bool = False  # the process itself says that this has ended it
 
-
-# What is looked for
-def any_of(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(patterns))
-
-
-EXCEPTION = re.compile(
-    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
-    r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
-)
-LINKED = ("The above exception was the direct cause", "During handling of the above exception")
-OUTSIDE = any_of(  # the exception that follows has ended no process
-    r"Exception (ignored )?in\b(?! worker)",
-    r"(Task|Future) exception was never retrieved",
-    r"Error in (atexit|sys\.excepthook)",
-    r"--- Logging error ---",
-)
-ENDS_MESSAGE = any_of(
-    r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
-    r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
-    r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules",
-)
-PLAIN = any_of(  # what says so is the cause
-    r"Error: (?!ucp_)\S",
-    r"(?!srun|slurmstepd|salloc|sbatch)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
-    r"docker: |nvidia-container-cli|OCI runtime|exec /|.*exec format error",
-    r"\S*python\S*: (No module|can't open|Error while finding module)",
-    r".*: (error while loading shared libraries|symbol lookup error):",
-    r"Assertion failed: |Failed: \w+ error |nvcc fatal|Could not load library",
-    r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
-    r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
-    r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
-    r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
-    r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
-    r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
-)
-SHELL = any_of(
-    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
-    r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
-)
-FAMILIAR = any_of(  # what counts where the table knows it
-    r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
-    r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
-    r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
-    r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
-    r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
-    r".*: engine core exited unexpectedly",
-    r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
-    r".*UCX +FATAL|\*\*\* An error occurred in MPI|Failed, NCCL error",
-    r"\[\S+:\d+\].*\b(ERROR|Error):? ",
-)
-CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
-NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
-NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
-UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
-UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
-CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
-NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
-WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
-REPORTED = any_of(  # what stands before the error itself
-    r"Failed to initialize executor on rank \d+: (?=\S)",
-    r"Error (executing|in event loop|in \w+ loop|in thread)[^:]*: (?=\S)",
-    r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
-    r".*terminated with exception: (?=\S)",
-)
-THAT_NOT_WHY = any_of(  # something failed, but not what of
-    r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
-    r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
-)
-NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
-OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
-RULE = re.compile(r"-{70,78}\s*\Z")
-REMARKS = any_of(
-    r"By default, for Open MPI|A process has executed|No OpenFabrics",
-    r"Open MPI failed an OFI|PMIx was unable to find a usable compression",
-)
-STARTS = any_of(*(engine.STARTS for engine in every()))
-IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
-READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
-ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
-REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
-FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python error|uncorrectable")
+    @property
+    def of_start(self) -> bool:
+        """Whether it is about loading: once the server answers, only bad requests read like it."""
+        return self.kind is not None and self.kind.group in ("The model", "Options")
 
 
 # Reading
@@ -146,7 +70,8 @@ def message(lines: Sequence[Line], at: int) -> list[str]:
     said: list[str] = []
     for line in lines[at + 1 : at + 12]:
         other = (line.speaker, line.headed) != (lines[at].speaker, lines[at].headed)
-        if other or ENDS_MESSAGE.match(line.text.lstrip() or "x") or EXCEPTION.match(line.text):
+        new = line.begins or shapes.EXCEPTION.match(line.text)
+        if other or new or shapes.ENDS_MESSAGE.match(line.text.lstrip() or "x"):
             break
         if line.text.strip():
             said.append(line.text)
@@ -186,8 +111,9 @@ def outside(new: Finding, where: str) -> Finding:
 
     Of those that ended a request only what the GPU says is more than that request's own.
     """
-    if where.startswith("Exception in thread") and not new.kind:
-        return replace(new, weight=Weight.ECHO)
+    remote = new.kind and new.kind.group == "The model"  # such as usage reports that are sent home
+    if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not remote:
+        return replace(new, weight=max(new.weight, Weight.ECHO))
     if where.startswith("Exception in ASGI") and not (new.kind and "GPU" in new.kind.group):
         return replace(new, weight=Weight.REPORT)
     ended = where.startswith(("Exception in", "Task ", "Future "))
@@ -196,7 +122,8 @@ def outside(new: Finding, where: str) -> Finding:
 
 def block(lines: Sequence[Line], at: int) -> tuple[str, int]:
     """Open MPI's words between two rules, on one line, and where they end; '' without an end."""
-    end = next((i for i in range(at + 1, min(at + 40, len(lines))) if RULE.match(lines[i].text)), 0)
+    near = range(at + 1, min(at + 40, len(lines)))
+    end = next((i for i in near if shapes.RULE.match(lines[i].text)), 0)
     words = " ".join(line.text.strip() for line in lines[at + 1 : end]) if end else ""
     return re.sub(r"\s+", " ", words).strip(), end
 
@@ -210,6 +137,8 @@ class Reader:
     found: list[Finding] = field(default_factory=list)
     last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
+    kills_itself: bool = False
+    dying: set[str] = field(default_factory=set)  # speakers whose next one ends them
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
     failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
@@ -220,9 +149,9 @@ class Reader:
         while at < len(self.lines):
             text = self.lines[at].text
             if ' HTTP/1.1" ' in text:
-                self.refused += [range(access, at)] if REFUSED.search(text) else []
+                self.refused += [range(access, at)] if shapes.REFUSED.search(text) else []
                 access = at
-            elif RULE.match(text):
+            elif shapes.RULE.match(text):
                 at = self.take_block(at)
             else:
                 self.take(at, self.lines[at])
@@ -236,49 +165,69 @@ class Reader:
             self.failed[of] = sorted(each.at for each in others if of.search(each.text))
         return self.failed[of]
 
+    @cached_property
+    def crashes(self) -> Sequence[int]:
+        own = (each for each in self.found if not each.warning_of)
+        return [each.at for each in own if each.weight == Weight.CRASH]
+
     def in_place(self, f: Finding) -> Finding:
-        """A warning counts from the failure on: it may have been survived for long."""
-        if not f.warning_of or f.warning_of is NO_CUDA:
+        """A warning counts from the failure on: it may have been survived for long.
+
+        Where an unknown exception stands between the two, the failure is that exception's doing.
+        """
+        if not f.warning_of or f.warning_of is shapes.NO_CUDA:
             return f
         failed = next((at for at in self.failures(f.warning_of) if at > f.at), None)
-        if f.warning_of is UCX_FAILED and failed is None:
+        if f.warning_of is not shapes.NCCL_FAILED and failed is None:
             return replace(f, weight=max(f.weight, Weight.REMARK))
+        if failed and any(f.at < at < failed for at in self.crashes):
+            return replace(f, weight=max(f.weight, Weight.ECHO))
         return replace(f, at=failed or f.at)
 
     def counts(self, f: Finding) -> bool:
-        """NCCL and CUDA warn of much, which counts where they fail; UCX's may end it alone."""
+        """NCCL and CUDA warn of much, which counts where they fail; others' may end it alone."""
         if f.warning_of:
             failed = self.failures(f.warning_of)
             if failed and f.at < failed[-1]:
                 return True
-            return f.kind is not None and (bool(failed) or f.warning_of is UCX_FAILED)
-        if FATAL.search(f.text):
+            alone = f.warning_of in (shapes.UCX_FAILED, shapes.BUILD_FAILED)
+            return f.kind is not None and (bool(failed) or alone)
+        if shapes.FATAL.search(f.text) or f.ends:
             return True
-        asked = OF_REQUESTS.search(f.text) or (f.kind and f.kind.group in ("The model", "Options"))
+        asked = shapes.OF_REQUESTS.search(f.text) or f.of_start
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
 
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        if words and not quiet and not REMARKS.match(words):
+        if words and not (quiet and not known(words)) and not shapes.REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
 
     def take(self, at: int, line: Line) -> None:
         text, speaker = line.text, line.speaker
-        if line.loud is False and not FAMILIAR.match(text):
+        if shapes.DIES.search(text):
+            self.dying.add(speaker)
+        self.kills_itself |= bool(shapes.KILLS_ITSELF.search(text))
+        if line.loud is False and not shapes.FAMILIAR.match(text):
             if "Traceback (most recent" in text:
                 self.outside[speaker] = text
-            elif EXCEPTION.match(text):
+            elif shapes.EXCEPTION.match(text):
                 self.outside.pop(speaker, None)
-        elif OUTSIDE.match(text):
+        elif shapes.OUTSIDE.match(text):
             self.outside[speaker] = text
-        elif text.startswith(LINKED):
+        elif text.startswith(shapes.LINKED):
             self.linked.add(speaker)
-        elif EXCEPTION.match(text):
+        elif shapes.EXCEPTION.match(text):
             self.take_exception(exception(self.lines, at), speaker)
         else:
             self.found += self.others(at, line)
+
+    def ending(self, new: Finding) -> Finding:
+        """What ends a server that answers already is not what a row about loading means."""
+        unknown = self.serving and new.of_start
+        kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
+        return replace(new, kind=kind, weight=weight, ends=True)
 
     def take_exception(self, new: Finding, speaker: str) -> None:
         """Of a chain the last link that proves the most counts, at the place of the first."""
@@ -286,12 +235,15 @@ class Reader:
         where = self.outside.pop(speaker, self.around.get(speaker, "") if linked else "")
         self.around[speaker] = where
         new = outside(new, where) if where else new
+        if speaker in self.dying:
+            new = self.ending(new)
+            self.dying.discard(speaker)
         if linked:
             old = self.found[self.last[speaker]]
             proves_less = old.bare and not old.kind
-            worse = new.weight + bool(CLEANING.search(new.text)) > old.weight + proves_less
+            worse = new.weight + bool(shapes.CLEANING.search(new.text)) > old.weight + proves_less
             best = old if worse else new
-            self.found[self.last[speaker]] = replace(best, at=old.at)
+            self.found[self.last[speaker]] = replace(best, at=old.at, ends=old.ends or new.ends)
         else:
             self.last[speaker] = len(self.found)
             self.found.append(new)
@@ -300,29 +252,43 @@ class Reader:
     def others(self, at: int, line: Line) -> Iterator[Finding]:
         """What is no exception of Python's."""
         text = line.text.strip()
-        if found := NCCL_WARNS.match(text):
-            yield replace(judge((found[1] or "") + found[2], at), warning_of=NCCL_FAILED)
-        elif UCX_WARNS.match(text):
-            yield replace(judge(text, at, unknown=Weight.REPORT), warning_of=UCX_FAILED)
-        elif found := CUDA_WARNS.match(text):
-            yield replace(judge(found[1], at), warning_of=NO_CUDA)
-        elif found := WHAT.match(text):
+        if found := shapes.NCCL_WARNS.match(text):
+            yield replace(judge((found[1] or "") + found[2], at), warning_of=shapes.NCCL_FAILED)
+        elif shapes.UCX_WARNS.match(text):
+            yield replace(judge(text, at, unknown=Weight.REPORT), warning_of=shapes.UCX_FAILED)
+        elif shapes.BUILD_WARNS.match(text):
+            yield replace(judge(text, at), warning_of=shapes.BUILD_FAILED)
+        elif found := shapes.CUDA_WARNS.match(text):
+            yield replace(judge(found[1], at), warning_of=shapes.NO_CUDA)
+        elif found := shapes.WHAT.match(text):
             yield judge(found[1], at, message(self.lines, at))
-        elif PLAIN.match(text):
+        elif shapes.PLAIN.match(text):
             yield judge(text, at, message(self.lines, at))
-        elif SHELL.match(text):
+        elif shapes.SHELL.match(text):
             yield replace(judge(text, at), weight=Weight.REMARK)
-        elif FAMILIAR.match(text):
+        elif self.kills_itself and shapes.KILLED.match(text):
+            return
+        elif shapes.FAMILIAR.match(text):
             yield judge(text, at, unknown=Weight.REPORT)
-        elif line.loud and text and not (NO_ERROR.search(line.text) or self.only_reports(at)):
-            new = judge(REPORTED.sub("", text, count=1), at, unknown=Weight.REMARK)
-            yield replace(new, weight=max(new.weight, Weight.CRASH))
+        elif line.loud and text and not self.only_reports(at):
+            yield self.logged(at, text)
+
+    def logged(self, at: int, text: str) -> Finding:
+        """What a logger calls an error: survived, perhaps, as the import of an optional package."""
+        words, reported = shapes.REPORTED.subn("", text, count=1)
+        new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
+        optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
+        least = Weight.REMARK if optional and not reported else Weight.CRASH
+        new = replace(new, weight=max(new.weight, least))
+        return self.ending(new) if reported and shapes.DIES.search(text) else new
 
     def only_reports(self, at: int) -> bool:
         """It says that something failed, not why: that is in a traceback, here or elsewhere."""
         line, *rest = self.lines[at : at + 2]
+        if shapes.NO_ERROR.search(line.text):
+            return True
         traced = rest and rest[0].speaker == line.speaker and rest[0].text.startswith("Traceback")
-        return bool(traced or THAT_NOT_WHY.match(line.text)) and not known(line.text)
+        return bool(traced or shapes.THAT_NOT_WHY.match(line.text)) and not known(line.text)
 
 
 # Choosing
@@ -331,20 +297,21 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
 
     Of a server that has served, only what follows its last answer counts.
     """
-    ready = last(READY, lines)
-    answered = max(last(ANSWERED, lines), ready)
-    if again := last(STARTS, lines[answered:]) if answered else 0:
+    ready = last(shapes.READY, lines)
+    answered = max(last(shapes.ANSWERED, lines), ready)
+    if again := last(shapes.STARTS, lines[answered:]) if answered else 0:
         return find(lines[answered + again :])
     found = Reader(lines[answered:], serving=answered > 0).read()
     remarks_from = len(lines) - 15 if not answered else len(lines)
-    ended = last(IN_ORDER, lines[answered:])  # then all others are ended, too
-    if not ended or last(STARTS, lines[answered + ended :]):
+    ended = last(shapes.IN_ORDER, lines[answered:])  # then all others are ended, too
+    if not ended or last(shapes.STARTS, lines[answered + ended :]):
         ended = len(lines)
     from_there = {Weight.REMARK: range(remarks_from, len(lines)), Weight.ECHO: range(ended)}
     found = [f for f in found if f.at in from_there.get(f.weight, range(len(lines)))
              and f.weight < Weight.REPORT]  # fmt: skip
     if not found and answered > ready:  # a stream is answered with 200 before it fails
-        found = [f for f in Reader(lines[ready:answered], True).read() if FATAL.search(f.text)]
+        found = Reader(lines[ready:answered], serving=True).read()
+        found = [f for f in found if f.ends or shapes.FATAL.search(f.text)]
         answered = ready
     best = min(found, key=lambda f: (f.weight, f.at), default=None)
     return (best, lines[answered + best.at].time) if best else None

@@ -32,6 +32,7 @@ PREFIXES = [
         rf"\[?{LEVEL}\]?:? +",
         rf"{LEVEL}:(?=[\w.]+:)",
         r" *(?:\+-\+-+ \d+ -+|\| )(?! *\d+/\d+)",  # an exception group's
+        r"[^|]{,99}\d%\|[^|]{,200}\| *\d+/\d+ \[[^\]]*\](?=\S)",  # a bar, on the same line
     )
 ]
 
@@ -43,21 +44,23 @@ class Line:
     loud: bool | None = None  # an error; False: information or a warning; None: it does not say
     time: str = ""
     headed: bool = False  # a logger's, not the rest of a message
+    begins: bool = False  # a message of its own: this logger heads only the first line of each
 
 
 def clean(raw: str, time: str = "") -> Line:
     """A line without colours, what a bar has overwritten, and prefixes; `time` if it has none."""
     text = ANSI.sub("", raw.rstrip("\r\n")).rpartition("\r")[2][:LONGEST]
     when = TIME.search(text[:120])
-    speaker, level, headed = "", "", False
+    speaker, level, headed, begins = "", "", False, False
     while found := next(filter(None, (prefix.match(text) for prefix in PREFIXES)), None):
         groups = found.groupdict()
         speaker += (groups.get("speaker") or "").strip()
         headed |= "speaker" not in groups
+        begins |= "begins" in groups
         level = groups.get("level") or level
         text = text[found.end() :]
     loud = level[0] in "eEFC" if level else None
-    return Line(text, speaker, loud, when[0] if when else time, headed)
+    return Line(text, speaker, loud, when[0] if when else time, headed, begins)
 
 
 def lines_of(text: str) -> list[Line]:

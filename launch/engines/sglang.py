@@ -21,7 +21,7 @@ CACHES: Mapping[str, str] = {"SGLANG_CACHE_DIR": "~/.cache/sglang"}
 LEADER = LEADER_MARK = ""
 METRICS = "/metrics"
 STARTS, COUNTERS = "server_args=ServerArgs", "sglang"
-PREFIXES: Sequence[str] = (rf"\[{DATE}(?: [A-Z]+\d+)*\] ?",)  # NCCL's, too
+PREFIXES: Sequence[str] = (rf"(?P<begins>\[{DATE}(?: [A-Z]+\d+)*\]) ?",)  # NCCL's, too
 WORK_WORDS = re.compile(rb'"POST /(?:v1/[^"]*|generate [^"]*)" 200|Decode batch')
 
 TP: Sequence[str] = ("--tp-size", "--tp", "--tensor-parallel-size")

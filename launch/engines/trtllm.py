@@ -31,7 +31,8 @@ WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (
 )
 STARTS, COUNTERS = "TensorRT-LLM version: ", "trtllm"
 PREFIXES: Sequence[str] = (
-    r"\[TRT-LLM\] (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?",
+    r"(?P<begins>\[TRT-LLM\]) (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?"
+    r"(?:(?:\[\w+\])?\[RANK \d+\] ?)?",  # from 1.3 on the rank stands behind
     rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
 )
 

@@ -1,0 +1,103 @@
+"""The shapes in which logs say that something has failed, and what only looks like it."""
+
+import re
+
+from launch.engines import every
+
+
+def any_of(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns))
+
+
+EXCEPTION = re.compile(
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
+    r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
+)
+LINKED = ("The above exception was the direct cause", "During handling of the above exception")
+OUTSIDE = any_of(  # the exception that follows has ended no process
+    r"Exception (ignored )?in\b(?! worker)",
+    r"(Task|Future) exception was never retrieved",
+    r"Error in (atexit|sys\.excepthook)",
+    r"--- Logging error ---",
+)
+ENDS_MESSAGE = any_of(
+    r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
+    r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
+    r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules|\S+: line \d+: |Killed",
+)
+PLAIN = any_of(  # what says so is the cause
+    r"Error: (?!ucp_)\S",
+    r"(?!srun|slurmstepd|salloc|sbatch|collect2)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
+    r"docker: |Error response from daemon: |nvidia-container-cli",
+    r"OCI runtime|exec /|.*exec format error",
+    r"\S*python\S*: (No module|can't open|Error while finding module)",
+    r".*: (error while loading shared libraries|symbol lookup error):",
+    r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
+    r"DeepEP timeout|LLVM ERROR: |setting (mem|cpu)bind: ",
+    r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
+    r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
+    r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
+    r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
+    r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
+    r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
+)
+SHELL = any_of(
+    r"\S*sh: ((line )?\d+: )?/\S+: No such file or directory$",
+    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
+)
+FAMILIAR = any_of(  # what counts where the table knows it
+    r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
+    r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
+    r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
+    r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
+    r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
+    r".*: engine core exited unexpectedly",
+    r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
+    r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
+    r"\[\S+:\d+\].*\b(ERROR|Error):? ",
+)
+CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
+NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
+NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
+UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
+UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
+BUILD_WARNS = any_of(
+    r"(nvcc|ptxas) fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:",
+    r".*\b(nvcc|cicc|ptxas|gcc|g\+\+|ninja): (command )?not found",
+)
+BUILD_FAILED = re.compile(r"ninja|nvcc|compil|Inductor|CUDNN|non-zero exit|Abort", re.IGNORECASE)
+CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
+NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
+WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
+REPORTED = any_of(  # what stands before the error itself
+    r"Failed to initialize executor on rank \d+: (?=\S)",
+    r"Error (executing|in event loop|in \w+ loop|in thread)[^:]*: (?=\S)",
+    r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
+    r".*terminated with exception: (?=\S)",
+)
+DIES = re.compile(r"encountered a fatal error|hit an exception|Error in event loop")
+THAT_NOT_WHY = any_of(  # something failed, but not what of
+    r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
+    r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
+)
+NO_ERROR = re.compile(r"^Traceback|^ |ignored\.?\Z")
+OF_REQUESTS = re.compile(r"jinja2|RequestValidation|HTTPException|BadRequest|RequestError")
+RULE = re.compile(r"-{70,78}\s*\Z")
+REMARKS = any_of(
+    r"By default, for Open MPI|A process has executed|No OpenFabrics",
+    r"Open MPI failed an OFI|PMIx was unable to find a usable compression",
+)
+STARTS = any_of(*(engine.STARTS for engine in every()))
+IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
+KILLS_ITSELF = any_of(  # a server; or srun, a step of which a task has failed
+    r"Received sigquit from a child|SIGQUIT received|srun: (Force )?[Tt]erminat(ing|ed) StepId",
+)
+KILLED = any_of(
+    r"(\S+: line \d+: +\d+ )?Killed\b|srun: error: \S+: tasks? [\d,-]+: (Killed|Terminated)",
+    r"slurmstepd\S*: error: \*\*\* STEP \S+ ON \S+ CANCELLED AT \S+ \*\*\*",
+)
+READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
+ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
+REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
+FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python error|uncorrectable")
