@@ -295,24 +295,28 @@ class Reader:
 def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
     """A log's first finding among those that prove the most, with its time.
 
-    Of a server that has served, only what follows its last answer counts.
+    Of a server that has served, only what follows its last answer counts. A report counts where
+    there is nothing else, and the table has something to say of it.
     """
     ready = last(shapes.READY, lines)
     answered = max(last(shapes.ANSWERED, lines), ready)
     if again := last(shapes.STARTS, lines[answered:]) if answered else 0:
         return find(lines[answered + again :])
-    found = Reader(lines[answered:], serving=answered > 0).read()
+    read = Reader(lines[answered:], serving=answered > 0).read()
     remarks_from = len(lines) - 15 if not answered else len(lines)
     ended = last(shapes.IN_ORDER, lines[answered:])  # then all others are ended, too
     if not ended or last(shapes.STARTS, lines[answered + ended :]):
         ended = len(lines)
     from_there = {Weight.REMARK: range(remarks_from, len(lines)), Weight.ECHO: range(ended)}
-    found = [f for f in found if f.at in from_there.get(f.weight, range(len(lines)))
+    found = [f for f in read if f.at in from_there.get(f.weight, range(len(lines)))
              and f.weight < Weight.REPORT]  # fmt: skip
     if not found and answered > ready:  # a stream is answered with 200 before it fails
-        found = Reader(lines[ready:answered], serving=True).read()
-        found = [f for f in found if f.ends or shapes.FATAL.search(f.text)]
-        answered = ready
+        before = Reader(lines[ready:answered], serving=True).read()
+        if found := [f for f in before if f.ends or shapes.FATAL.search(f.text)]:
+            answered = ready
+    if not found:
+        reports = (f for f in read if f.kind and f.kind.weight == Weight.REPORT)
+        found = [f for f in reports if f.kind and f.kind.meaning]
     best = min(found, key=lambda f: (f.weight, f.at), default=None)
     return (best, lines[answered + best.at].time) if best else None
 

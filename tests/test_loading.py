@@ -26,6 +26,14 @@ def test_a_line_of_the_log_tells_what_the_engine_does(line: str) -> None:
     assert loading.said == said  # it is what it does until it says otherwise
 
 
+def test_who_says_that_nothing_is_compiled_does_not_compile() -> None:
+    loading = Loading()
+    loading.read(b"WARNING [vllm.py:1058] Inductor compilation was disabled by user settings\n")
+    loading.read(b"INFO [jit_monitor.py:54] Kernel JIT monitor activated: Triton JIT compilations ")
+    loading.read(b"during inference will be logged as warnings\n")
+    assert loading.said == ""
+
+
 def test_files_that_come_side_by_side_are_one_download() -> None:
     loading = Loading()
     loading.read(b"Fetching 3 files:   0%|  | 0/3 [00:00<?, ?it/s]\n")

@@ -347,10 +347,12 @@ def test_one_that_fails_is_started_anew_while_the_others_serve(
     made = serving(restart=1)
     made.loads["r1"].clear()
     made.fails["r1"] = [Failure("n1: it failed", passing=True)]
-    wait_until(lambda: made.states == "ready loading ready ready")
-    rows = json.loads(made.launch.endpoint.read_text())["replicas"]
-    assert [(each["name"], each["restarts"]) for each in rows][1] == ("r1", 1)
-    assert rows[1]["ready"] is None and rows[0]["ready"]
+
+    def rows() -> list[dict[str, Any]]:
+        return list(json.loads(made.launch.endpoint.read_text())["replicas"])
+
+    wait_until(lambda: rows()[1]["restarts"] == 1 and made.states == "ready loading ready ready")
+    assert rows()[1]["ready"] is None and rows()[0]["ready"]
     made.load("r1")
     wait_until(lambda: made.states == "ready ready ready ready")
     assert sorted(made.starts) == ["r0", "r1", "r1", "r2", "r3"]
