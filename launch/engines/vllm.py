@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common.talk import die
 from launch.arguments import as_flags, given, size_of, with_address, without_model
 from launch.engines import LEVEL, World
 from launch.engines.of_flags import binds_first as binds_first
@@ -58,6 +59,8 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
 def check(args: Sequence[str]) -> tuple[str, World]:
     """What the sizes are called, and the world that they make."""
     words = words_of(args)
+    if given(words, "--tp-size"):  # it would say so itself, after half a minute of imports
+        die("--tp_size is not vLLM's", hint="--tensor-parallel-size, -tp, or TP= for any engine")
     tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
     world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
     return world.shape, world
