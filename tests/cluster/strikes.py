@@ -176,7 +176,7 @@ def cancel(scene: Scene) -> None:
 
 
 def end_time(scene: Scene) -> None:
-    scene.cluster.ctl.run("scontrol", "update", f"JobId={scene.launch.job}", "EndTime=now")
+    scene.cluster.ends_now(scene.launch.job)
 
 
 def signal_salloc(signum: int) -> Callable[[Scene], None]:

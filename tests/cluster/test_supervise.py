@@ -64,7 +64,7 @@ def test_the_end_of_the_time_limit_is_told_before_and_after(
     started = launch(*WORLD, "--restart", "3", salloc=f"--time=5 {WHOLE}", env=QUICK)
     started.until("READY")
     # Slurm counts in minutes, and looks twice in one.
-    cluster.ctl.run("scontrol", "update", f"JobId={started.job}", "EndTime=now")
+    cluster.ends_now(started.job)
     assert started.code() in (1, 129, 143), started.output
     assert "the job reaches its time limit in " in started.output
     assert "has reached its time limit" in started.output, started.output
