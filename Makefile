@@ -186,7 +186,7 @@ soak: $(READY) ## Load the test cluster for hours: what grows, fails or stays be
 
 .PHONY: clean
 clean: ## Remove .venv and caches; logs, results, data sets and images stay
-	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml

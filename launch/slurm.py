@@ -15,7 +15,9 @@ TIMED_OUT = "Socket timed out on send/recv operation"  # a Prolog takes longer t
 # The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
 # One that was about to start on a node when its job ended has no step there yet, only that.
 REVOKED = "Job credential revoked"
-CANCELLED = re.compile(rf"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?|{REVOKED}")
+CANCELLED = re.compile(
+    rf"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?|{REVOKED}(?![\s\S]*CANCELLED AT)"
+)
 CANCEL_WORDS = {
     "TIME LIMIT": "has reached its time limit",
     "NODE FAILURE": "has lost a node",

@@ -21,7 +21,7 @@ from launch.findings import Node
 from launch.node.messages import Beat, Ended, Left, Up
 from launch.nodes import Step
 from launch.order import Told
-from launch.slurm import SEE_NODES, last_words, slurms_word
+from launch.slurm import SEE_NODES, last_words, lost_nodes, slurms_word
 from launch.spread import Spread
 
 ALONE = Spread(1, 1, "none")  # a server on one node
@@ -118,8 +118,10 @@ class Holders(threading.Thread):
                 die(fault, hint=self.advice(), passing=True)
             missing = [name for name in self.names if name not in self.up]
             if missing and (ended or time.monotonic() > deadline):
-                if word := slurms_word("\n".join(self.talk)):
-                    die(word, hint=SEE_NODES, passing=True)
+                talk = "\n".join(self.talk)
+                if word := slurms_word(talk):
+                    lost = bool(lost_nodes(talk))
+                    die(word, hint=SEE_NODES if lost else "", passing=lost)
                 late = "" if ended else f" within {UP_WITHIN:g} s"
                 words = last_words("\n".join(self.talk)) or "no word from there"
                 die(f"{', '.join(missing)}: no container{late}: {words}", passing=True)

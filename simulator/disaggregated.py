@@ -131,6 +131,7 @@ class Orchestrator:
         self,
         flags: Mapping[str, Any],
         version: str,
+        /,
         hostname: str = "localhost",
         port: int = 8000,
         max_retries: int = 1,

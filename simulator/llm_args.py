@@ -220,7 +220,7 @@ def _check_gpus(
     world, spawned = args.world_size, not is_proxied(env)
     per_node = world if spawned and asked_per_node is None else args.gpus_per_node
     nodes = -(-world // per_node)
-    if gpus < world // nodes:
+    if gpus < (min(world, per_node) if spawned else world // nodes):
         words = f"Only {gpus} GPUs are available, but {world} are required."
         raise Fatal("RuntimeError", words)
     if spawned and nodes > 1:

@@ -118,11 +118,13 @@ class Part:
 
 def _fate(rank: int, faults: Mapping[str, Sequence[float]]) -> tuple[float | None, int]:
     """How long after loading it dies, 0: half way through, and its exit code."""
+    fates = []
     for name, given in (("exit-rank", 2), ("kill-rank", 1)):
         said = faults.get(name, [-1])
         if said[0] == rank:
-            return (*said[given:], 0.0)[0], int(said[1]) if name == "exit-rank" else KILLED
-    return None, 0
+            code = int(said[1]) if name == "exit-rank" else KILLED
+            fates.append(((*said[given:], 0.0)[0], code))
+    return min(fates, default=(None, 0))
 
 
 def obey(rank: int, size: int, settings: Settings) -> bool:

@@ -195,6 +195,11 @@ def test_variables_that_bend_a_step_are_taken_from_srun_alone(job_of: Callable[.
             "srun: error: Task launch for StepId=17.0 failed on node n2: Job credential revoked",
             "Slurm ended the job: it was cancelled",
         ),
+        (
+            "srun: error: Task launch for StepId=7.0 failed on node n2: Job credential revoked; "
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026 DUE TO TIME LIMIT ***",
+            "Slurm ended the job: it has reached its time limit",
+        ),
         ("srun: error: Node failure on n2", "n2: Slurm has lost this node"),
         ("srun: error: n2: task 1: Exited with exit code 1", ""),
     ],

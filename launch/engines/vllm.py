@@ -31,6 +31,7 @@ WORK_WORDS = re.compile(  # it has answered somebody, or has made tokens lately
 )
 
 TP: Sequence[str] = ("--tensor-parallel-size", "-tp")
+OTHERS = ("--tp-size", "--tp", "--pp-size", "--pp", "--ep-size")  # other engines' names of sizes
 PP = ("--pipeline-parallel-size", "-pp")
 CP = ("--prefill-context-parallel-size", "-pcp")
 DP = ("--data-parallel-size", "-dp")
@@ -59,8 +60,9 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
 def check(args: Sequence[str]) -> tuple[str, World]:
     """What the sizes are called, and the world that they make."""
     words = words_of(args)
-    if given(words, "--tp-size"):  # it would say so itself, after half a minute of imports
-        die("--tp_size is not vLLM's", hint="--tensor-parallel-size, -tp, or TP= for any engine")
+    for flag in OTHERS:  # it would say so itself, after half a minute of imports
+        if given(words, flag) is not None:
+            die(f"{flag} is not vLLM's", hint="`vllm serve --help=all`; TP= suits every engine")
     tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
     world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
     return world.shape, world

@@ -84,13 +84,13 @@ exit 0
 """
 
 # Where the machine may not raise limits (no CAP_SYS_RESOURCE), `--ulimit memlock=-1` fails in runc.
-# This runtime clamps what is asked for to what the machine has, and is runc otherwise.
+# This runtime lowers that limit to what the machine has, and is runc otherwise.
 CLAMPED_RUNC = """\
 #!/bin/sh
 for word; do
   case $before in
-    --bundle) sed -Ei '{clamp}' "$word/config.json" ;;
-    --process) sed -Ei '{clamp}' "$word" ;;
+    --bundle) sed -Ei '{clamp}' "$word/config.json" || exit 1 ;;
+    --process) sed -Ei '{clamp}' "$word" || exit 1 ;;
   esac
   before=$word
 done
@@ -158,7 +158,8 @@ def clamp() -> str:
     status = Path("/proc/self/status").read_text()
     if int(status.partition("CapBnd:")[2].split()[0], 16) >> 24 & 1:
         return ""
-    most = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    if (most := resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]) == resource.RLIM_INFINITY:
+        return ""
     lower = rf's/("RLIMIT_MEMLOCK","hard":)[0-9]+,"soft":[0-9]+/\1{most},"soft":{most}/'
     return f'{lower}; s/"CAP_SYS_RESOURCE",//g; s/,"CAP_SYS_RESOURCE"//g'
 
