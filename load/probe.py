@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from common.response import ERROR_LENGTH
-from common.talk import Failure
+from common.talk import Failure, say
 from load.answer import Outcome
 from load.endpoint import Endpoint, models
 from load.loadgen import measure
@@ -28,6 +28,7 @@ OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
 BUSY = re.compile("HTTP (429|50[234])")
 RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
 PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
+NOTICED = 3.0  # s that somebody at a terminal wonders about
 NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) within|HTTP 429")
 REFUSED = re.compile("HTTP [45]|error from the server")
 
@@ -73,6 +74,8 @@ class Prober:
             wanted = float(later[1]) if later else pause
             if wanted > LONGEST:
                 break  # no queue that empties: a quota that is used up
+            if wanted >= NOTICED:
+                say(f"the server is too busy to answer (HTTP 429): asking again in {wanted:g} s")
             time.sleep(wanted)
             answer = self.once(dialect)
         return answer

@@ -128,7 +128,7 @@ def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
 
 
 def test_a_server_that_counts_requests_is_asked_again_when_it_says(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it answers then tells what it takes; 429 does not."""
     waits: list[float] = []
@@ -146,6 +146,7 @@ def test_a_server_that_counts_requests_is_asked_again_when_it_says(
         found = explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
     assert not found.error and not found.dialect.ignore_eos and found.dialect.stream_options
     assert 3.0 in waits
+    assert "too busy to answer (HTTP 429): asking again in 3 s" in capsys.readouterr().err
 
 
 # --- fields that are ignored ----------------------------------------------------------------------
