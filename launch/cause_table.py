@@ -68,7 +68,7 @@ def known(text: str) -> Kind | None:
 def markdown() -> str:
     """The page's tables, one a group."""
     parts: list[str] = []
-    causes = [each for each in table() if each.weight != Weight.REPORT]
+    causes = [each for each in table() if each.meaning]
     for group, kinds in groupby(causes, lambda each: each.group):
         parts += [f"### {group}", "", "| The log says | It means | What to do |", "|---|---|---|"]
         for each in kinds:
