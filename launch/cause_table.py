@@ -14,6 +14,7 @@ from pathlib import Path
 
 TABLE = Path(__file__).parent / "engines/causes.yaml"
 SUPPOSED = re.compile(r"(?<=[.;:)]) (If|There are some potential) ")
+LOOKED = 1000  # characters of a line that are looked at: longer ones would take a row long
 MARKS = ("<!-- causes: begin -->\n", "<!-- causes: end -->\n")
 
 
@@ -60,14 +61,14 @@ def plain(pattern: str) -> str:
 
 def known(text: str) -> Kind | None:
     """The first row that fits what is said to have happened: `If ...` is said to be possible."""
-    text = SUPPOSED.split(text)[0]
+    text = SUPPOSED.split(text[:LOOKED])[0]
     return next((each for each in table() if each.says.search(text)), None)
 
 
 def markdown() -> str:
     """The page's tables, one a group."""
     parts: list[str] = []
-    causes = [each for each in table() if each.weight != Weight.REPORT]
+    causes = [each for each in table() if each.meaning]
     for group, kinds in groupby(causes, lambda each: each.group):
         parts += [f"### {group}", "", "| The log says | It means | What to do |", "|---|---|---|"]
         for each in kinds:

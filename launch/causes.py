@@ -48,6 +48,12 @@ class Finding:
     ends: bool = False  # the process itself says that this has ended it
 
     @property
+    def says_why(self) -> bool:
+        """A report does not, unless the table has something to say of it."""
+        report = self.kind and self.kind.weight == Weight.REPORT and self.kind.meaning
+        return self.weight < Weight.REPORT or bool(report)
+
+    @property
     def of_start(self) -> bool:
         """Whether it is about loading: once the server answers, only bad requests read like it."""
         return self.kind is not None and self.kind.group in ("The model", "Options")
@@ -302,23 +308,25 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
     answered = max(last(shapes.ANSWERED, lines), ready)
     if again := last(shapes.STARTS, lines[answered:]) if answered else 0:
         return find(lines[answered + again :])
-    read = Reader(lines[answered:], serving=answered > 0).read()
-    remarks_from = len(lines) - 15 if not answered else len(lines)
-    ended = last(shapes.IN_ORDER, lines[answered:])  # then all others are ended, too
-    if not ended or last(shapes.STARTS, lines[answered + ended :]):
-        ended = len(lines)
-    from_there = {Weight.REMARK: range(remarks_from, len(lines)), Weight.ECHO: range(ended)}
-    found = [f for f in read if f.at in from_there.get(f.weight, range(len(lines)))
-             and f.weight < Weight.REPORT]  # fmt: skip
-    if not found and answered > ready:  # a stream is answered with 200 before it fails
-        before = Reader(lines[ready:answered], serving=True).read()
-        if found := [f for f in before if f.ends or shapes.FATAL.search(f.text)]:
-            answered = ready
-    if not found:
-        reports = (f for f in read if f.kind and f.kind.weight == Weight.REPORT)
-        found = [f for f in reports if f.kind and f.kind.meaning]
+    found = told(lines[answered:], serving=answered > 0)
+    if answered > ready and all(f.weight == Weight.REPORT for f in found):
+        read = Reader(lines[ready:answered], serving=True).read()
+        # a stream is answered with 200 before it fails
+        if before := [f for f in read if f.ends or shapes.FATAL.search(f.text)]:
+            found, answered = before, ready
     best = min(found, key=lambda f: (f.weight, f.at), default=None)
     return (best, lines[answered + best.at].time) if best else None
+
+
+def told(lines: Sequence[Line], serving: bool) -> list[Finding]:
+    """What may be the cause: of remarks the latest of a start, and no echo of a stop in order."""
+    ended = last(shapes.IN_ORDER, lines)
+    if not ended or last(shapes.STARTS, lines[ended:]):
+        ended = len(lines)
+    where = dict.fromkeys((Weight.ECHO, Weight.REPORT), range(ended))
+    where[Weight.REMARK] = range(0) if serving else range(len(lines) - 15, len(lines))
+    read = Reader(lines, serving).read()
+    return [f for f in read if f.says_why and (f.weight not in where or f.at in where[f.weight])]
 
 
 def last(pattern: re.Pattern[str], lines: Sequence[Line]) -> int:
