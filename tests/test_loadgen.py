@@ -482,9 +482,13 @@ def test_what_was_measured_before_the_server_hung_is_kept(shards: int) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_what_was_measured_before_a_signal_is_kept(shards: int, same_signals: None) -> None:
+    def answer(request: Request) -> None:
+        if request.number == 6 + 4:  # each stream has its answers, and waits
+            os.kill(os.getpid(), signal.SIGTERM)
+        six_then_nothing(request)
+
     obey()
-    with serving(six_then_nothing) as server, pytest.raises(CutShort) as cut:
-        threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with serving(answer) as server, pytest.raises(CutShort) as cut:
         load_on(server, 40, streams=4, shards=shards)
     assert cut.value.args == (signal.SIGTERM,)
     assert len(cut.value.result.outcomes) == 6
