@@ -1012,7 +1012,7 @@ def test_no_secret_is_in_any_argument_while_it_is_used(fakes: Fakes, launch: Lau
         started = launch("m", "--image", f"{ECR}/x:1", slurm=True, **env)
         started.until("stop it with")
         assert started.stop() == 130
-    assert watch.looks > 20 and watch.seen == set()
+    assert watch.looks > 3 and watch.seen == set()  # hundreds, where nothing else runs
     assert (fakes.home / "login").read_text().startswith(f"{ECR} pass word$(id)' ")
     for path in [started.path, *Path("logs").iterdir()]:
         assert b"sk-do-not" not in path.read_bytes() and b"pass word" not in path.read_bytes()
