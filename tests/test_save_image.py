@@ -100,6 +100,8 @@ match sys.argv[1:]:
             path.unlink()
         (home / "container").rmdir()
     case ["load", "--quiet"]:
+        if not state.get("full"):
+            sys.stdin.buffer.peek(1)  # by then whoever started it holds it, and would end it
         (home / "load.pid").write_text(str(os.getpid()))
         time.sleep(state.get("delay", 0))
         if state.get("full"):
