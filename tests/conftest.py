@@ -94,8 +94,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Three more than cores, up to six: those that have a cluster wait most of the time."""
-    return min((os.cpu_count() or 1) + 3, 6)
+    """Two more than cores, up to five: those that have a cluster wait most of the time."""
+    return min((os.cpu_count() or 1) + 2, 5)
 
 
 @pytest.hookimpl(wrapper=True)
