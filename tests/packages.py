@@ -14,7 +14,7 @@ from pathlib import Path
 # slurm's pmix plug-in opens libpmix.so by that name, which only the -dev package has.
 CLUSTER = (
     "slurmctld slurmd slurm-client munge libpmix2 libpmix-dev docker.io docker-registry "
-    "debootstrap pigz zstd iproute2 procps util-linux gcc libc6-dev libslurm-dev squashfs-tools"
+    "mmdebstrap pigz zstd iproute2 procps util-linux gcc libc6-dev libslurm-dev squashfs-tools"
 ).split()
 # A browser for the report, MPI for the simulator, a compiler for the benchmark's exact server.
 OTHERS = (

@@ -367,7 +367,8 @@ def test_progress_of_any_kind_starts_the_clock_anew(prober: Prober) -> None:
     probe.timeout, probe.asked, probe.looked = 60, now - 1000, now
     probe.busy = busy.Busy(probe.url, prober.ask, 60)
     probe.busy.alone = now - 900
-    probe.traffic = probe.busy.progress = now - 1000  # not zero: the machine may be just up
+    # Not zero: the machine may be just up.
+    probe.back = probe.traffic = probe.busy.progress = now - 1000
     assert probe.fault().startswith("it is idle, and in 900 s")
     for who, what in (probe, "traffic"), (probe.busy, "progress"), (probe.busy, "alone"):
         setattr(who, what, now - 50)
