@@ -72,6 +72,8 @@ def pytest_configure() -> None:
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_bytecode()
+    # As where .venv is activated: another `python3` may be a script that looks for one, each time.
+    os.environ["PATH"] = f"{sys.prefix}/bin:{os.environ['PATH']}"
     if CI and os.geteuid() == 0:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
 
@@ -94,8 +96,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than cores, up to five: those that have a cluster wait most of the time."""
-    return min((os.cpu_count() or 1) + 2, 5)
+    """Four more than cores, up to six: those three that have a cluster wait most of the time."""
+    return min((os.cpu_count() or 1) + 4, 6)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -230,8 +230,8 @@ def _install_libraries(root: Path, libraries: Sequence[str]) -> None:
     shutil.move(scratch / "openai/types/chat", target / "openai/types/chat")
     (target / "openai/__init__.py").touch()
     shutil.rmtree(scratch)
-    libraries = (str(path).removeprefix(str(root)) for path in root.glob("usr/**/lib/python3*"))
-    _run("chroot", str(root), "python3", "-m", "compileall", "-q", *libraries)
+    compiled = (str(path).removeprefix(str(root)) for path in root.glob("usr/**/lib/python3*"))
+    _run("chroot", str(root), "python3", "-m", "compileall", "-q", *compiled)
 
 
 def _slim(root: Path) -> None:

@@ -16,13 +16,16 @@ from tests.cluster.cluster import Cluster, why_not
 from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strangers, traces
 
 Launcher = Callable[..., Launch]
-# Tests on a cluster mostly wait. These have one, all others a second one; each takes about as long.
-FIRST_CLUSTER = ("test_matrix.py", "test_pyxis.py", "test_supervise.py")
+# Tests on a cluster mostly wait, so there are three, each of which takes about as long.
+OF_A_CLUSTER = {
+    "test_matrix.py": 1,
+    **dict.fromkeys(("test_multinode.py", "test_serve.py", "test_fleet.py", "test_tune.py"), 2),
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes milliseconds comes before what takes a cluster, of which there are two.
+    """What takes milliseconds comes before what takes a cluster, of which there are three.
 
     What waits for a minute is begun first: the other processes of a `make check` go on beside it.
     What measures comes last: by then they have no more to do.
@@ -32,8 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     asleep = {item for item in items if "minute" in item.keywords}
     items.sort(key=lambda item: (item not in asleep, item in on_cluster, item in measures))
     for item in on_cluster:
-        name = "cluster-1" if item.path.name in FIRST_CLUSTER else "cluster-2"
-        item.add_marker(pytest.mark.xdist_group(name))
+        item.add_marker(pytest.mark.xdist_group(f"cluster-{OF_A_CLUSTER.get(item.path.name, 3)}"))
 
 
 def available_memory() -> float:
