@@ -13,6 +13,7 @@ import hashlib
 import io
 import itertools
 import json
+import marshal
 import math
 import os
 import re
@@ -27,6 +28,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -684,6 +686,12 @@ PROGRAMS = {
 }
 
 
+@cache
+def compiled(text: str) -> bytes:
+    """Once, not at each of the thousands of starts."""
+    return marshal.dumps(compile(text, "fake", "exec"))
+
+
 def wait_until(condition: Callable[[], Any], what: str = "") -> None:
     if not comes_true(condition, PATIENCE):
         pytest.fail(f"not within {PATIENCE:g} s: {what or condition}")
@@ -705,7 +713,10 @@ class Fakes:
         self.path = f"{self.bin}:{tools}"
 
     def program(self, name: str, text: str) -> None:
-        (self.bin / name).write_text(f"#!{sys.executable} -SE\n{text}")
+        code = self.home / f"{name}.code"
+        code.write_bytes(compiled(text))
+        words = f"import marshal; exec(marshal.loads(open({str(code)!r}, 'rb').read()))"
+        (self.bin / name).write_text(f"#!{sys.executable} -SE\n{words}\n")
         (self.bin / name).chmod(0o755)
 
     def set(self, **faults: object) -> None:

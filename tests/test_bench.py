@@ -1233,7 +1233,7 @@ def test_latencies_are_added_up_where_the_other_client_has_none() -> None:
 def test_a_data_set_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     write_sharegpt(Path("share.json"))
     more = ("--sharegpt", "share.json", "--num-prompts", "100")
-    run = Run(capsys, obedient, "-t", "sharegpt", *more, "--concurrency", "2")
+    run = Run(capsys, obedient, "-t", "sharegpt", *more, "--concurrency", "50")
     assert "conversations for 100 requests" in run.stdout
 
 

@@ -81,8 +81,9 @@ def test_a_server_that_dies_is_started_anew_at_its_place(
     victim = servers(workspace)["prefill0"]
     cluster.nodes[victim["node"]].docker("kill", victim["container"])
     started.until("restarting (1 of 1)")
+    ready = "prefill0: ready after"
+    wait_until(lambda: started.output.count(ready) == 2, "a second start")
     wait_until(lambda: ask(cluster, started) == before, "an answer as before")
-    assert started.output.count("prefill0: ready after") == 2
     assert started.output.count("orchestrator: ready after") == 1
     assert started.stop() == 130
     assert traces(cluster, workspace) == []
