@@ -139,9 +139,15 @@ causes: $(READY) ## Write the known causes of death into docs/troubleshooting.md
 check: $(READY) ## Run lint, types and all tests; as root also those on a real Slurm and Docker cluster
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --quiet --check .
+	@$(VENV)/bin/hadolint Dockerfile
+	@$(MAKE) --no-print-directory --jobs=2 types tests
+
+.PHONY: types tests
+types: $(READY)
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node  # a node's Python is older
-	@$(VENV)/bin/hadolint Dockerfile
+
+tests: $(READY)
 	@$(PY) -m pytest --numprocesses=auto --dist=loadgroup
 
 .PHONY: cluster
