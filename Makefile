@@ -140,15 +140,9 @@ check: $(READY) ## Run lint, types and all tests; as root also those on a real S
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/ruff format --quiet --check .
 	@$(VENV)/bin/hadolint Dockerfile
-	@$(MAKE) --no-print-directory --jobs=2 types tests
-
-.PHONY: types tests
-types: $(READY)
-	@$(VENV)/bin/mypy --no-error-summary
-	@$(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node  # a node's Python is older
-
-tests: $(READY)
-	@$(PY) -m pytest --numprocesses=auto --dist=loadgroup
+	@# A node's Python is older. The types are checked beside the tests, which take far longer.
+	@{ $(VENV)/bin/mypy --no-error-summary; $(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node; } & \
+	    $(PY) -m pytest --numprocesses=auto --dist=loadgroup && wait $$!
 
 .PHONY: cluster
 cluster: $(READY) ## Open a shell on the login node of a real two-node test cluster (as root)
