@@ -10,8 +10,7 @@ from types import ModuleType
 
 
 def pydantic() -> ModuleType:
-    """Else it asks all packages for plug-ins, and builds every model whether it is used or not:
-    FastAPI has dozens that only /openapi.json needs."""
+    """Else it asks all packages for plug-ins, and builds every model whether it is used or not."""
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     import pydantic
 
@@ -26,3 +25,21 @@ def bare(package: str, *below: str) -> None:
     for name in (package, *(f"{package}.{each}" for each in below)):
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(Path(spec.origin).parents[1].joinpath(*name.split(".")))]
+
+
+class Unused(ModuleType):
+    """Has every name; behind each is a class that takes anything."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = type(name, (), {"__init__": lambda *_, **__: None})
+        setattr(self, name, made)
+        return made
+
+
+def fastapi() -> None:
+    """Without pydantic 1 and the models of /openapi.json, which is not checked against them."""
+    for name in ("_compat.v1", "temp_pydantic_v1_params", "openapi.models"):
+        sys.modules[f"fastapi.{name}"] = Unused(name)
+    sys.modules["fastapi.openapi.models"].OpenAPI = dict  # type: ignore[attr-defined]

@@ -74,6 +74,7 @@ def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
         libraries.pydantic()
+        libraries.fastapi()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
@@ -124,6 +125,7 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
         if step == steps // 2:
             faults.half_way()
             libraries.pydantic()
+            libraries.fastapi()
             import api  # noqa: F401 (its libraries take a quarter of a second of the load)
     if leader:
         leader.receive()

@@ -11,9 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
-from pathlib import Path
 
-from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, tell
+from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, read, tell
 from launch.node.inside import ATTENDED, OPEN_FILES
 from launch.node.messages import Left, Owner
 
@@ -102,7 +101,7 @@ def way_out() -> str:
     if found := re.search(r"^[^\n]* dev (\S+)", route):
         return found[1]
     with contextlib.suppress(OSError):
-        found = re.search(r"^(\S+)\t00000000\t", Path("/proc/net/route").read_text(), re.M)
+        found = re.search(r"^(\S+)\t00000000\t", read("/proc/net/route"), re.M)
     return found[1] if found else ""
 
 
@@ -215,7 +214,7 @@ def health(host: str, port: int) -> str:
 def open_files() -> str:
     """What this node's processes have open, as far as we may look."""
     found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    for link in glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             found.append(os.readlink(link))
     return "\n".join(found)

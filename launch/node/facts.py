@@ -9,9 +9,8 @@ import socket
 import subprocess
 from dataclasses import dataclass, field
 from glob import glob
-from pathlib import Path
 
-from launch.node.base import LABEL, LISTENING, ask, tables_of_sockets, tell
+from launch.node.base import LABEL, LISTENING, ask, read, tables_of_sockets, tell
 from launch.node.messages import Container, Facts
 from launch.node.release import release_here, release_of
 
@@ -85,8 +84,8 @@ def source_towards(address: str) -> str:
 
 def network() -> str:
     """This network, by the kernel's word: what listens on a loopback is reached within it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
+    boot = read("/proc/sys/kernel/random/boot_id").strip()
+    return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def count_gpus() -> int:
@@ -172,11 +171,6 @@ def paths_of_dockerd() -> list[str]:
         except OSError:  # it has ended
             continue
     return found
-
-
-def read(path: str) -> str:
-    with open(path, errors="surrogateescape") as file:
-        return file.read()
 
 
 def begin(command: tuple[str, ...]) -> subprocess.Popen[str]:

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from launch.node.base import STOPPED, Ends, ask, ending_with_us, listening, tell
 from launch.node.messages import Error, Listens
+
+Again = Callable[[], "subprocess.Popen[bytes]"]  # starts the next one
 
 SYSTEMS = "/usr/local/sbin:/usr/sbin"  # where packages put it, and few users have it in PATH
 MOST_FILES = 1 << 17  # open files; HAProxy prepares for as many as it may have, billions on some
@@ -79,7 +81,7 @@ class Front:
             time.sleep(0.01)
         return process
 
-    def attend(self, newest: subprocess.Popen[bytes], again: Any) -> int:  # noqa: ANN401
+    def attend(self, newest: subprocess.Popen[bytes], again: Again) -> int:
         """Until we are to stop, or the newest ends.
 
         Slurm's warning (SIGUSR1) may be for all that a step runs. To HAProxy it means: take no

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
 
-from launch.node.base import STOPPED, Ends, ask, shell_code, tell
+from launch.node.base import STOPPED, TYPE_CHECKING, Ends, ask, shell_code, tell
 from launch.node.messages import Error, Holds, Kept, Present, Progress, Waiting
 from launch.node.release import release_of
+
+if TYPE_CHECKING:
+    from typing import Any
 
 PIPE_BROKE = 128 + signal.SIGPIPE  # the unpacker's, where docker load has stopped reading
 LOCK = "/run"  # a directory that every user may lock and nobody has to make

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from glob import glob
 
 from launch.node.bare import Run, end, give_time, start
-from launch.node.base import NODE, STOPPED, Ends, ask, tell
+from launch.node.base import NODE, STOPPED, Ends, ask, read, tell
 from launch.node.containers import set_interfaces
 from launch.node.messages import Left, Up
 from launch.node.world import SLURMD_PORT, Part, Rank, beat, value_of
@@ -88,7 +88,7 @@ def with_entry(command: list[str]) -> list[str]:
 def path_of_image() -> dict[str, str]:
     """The image's PATH, which a login shell may have replaced by its own."""
     with contextlib.suppress(OSError):
-        lines = Path("/etc/environment").read_text(errors="surrogateescape").splitlines()
+        lines = read("/etc/environment").splitlines()
         return {"PATH": line[5:] for line in lines if line.startswith("PATH=")}  # noqa: B035
     return {}
 
@@ -96,12 +96,10 @@ def path_of_image() -> dict[str, str]:
 def commands_of(session: int) -> list[str]:
     """The command lines of a session's processes."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in glob("/proc/[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
-            if os.getsid(int(process.name)) == session:
-                found.append(
-                    (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
+            if os.getsid(int(os.path.basename(process))) == session:
+                found.append(read(f"{process}/cmdline", errors="replace").replace("\0", " "))
     return found
 
 

@@ -50,7 +50,8 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
     first, *others = cluster.nodes.values()
     build_image(first, REPO / "simulator", TAG, ballast_mb=ballast_mb)
     TARBALL.parent.mkdir()
-    first.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(TARBALL))
+    save = (PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(TARBALL))
+    first.run(*save, env={"PIGZ": "-1"})  # fast, not small
     first.docker("tag", TAG, "stranger:1")
     first.run("sh", "-c", "docker save stranger:1 >/fsx/images/stranger.tar")
     with ThreadPoolExecutor() as pool:
