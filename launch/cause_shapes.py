@@ -58,7 +58,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
 WRAPS = any_of(  # what stands around the exception of another process
-    r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '",
+    r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '(?!')",
     r"', please check the stack trace above.*",
 )
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
