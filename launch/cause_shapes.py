@@ -57,6 +57,10 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
+WRAPS = any_of(  # what stands around the exception of another process
+    r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '(?!')",
+    r"', please check the stack trace above.*",
+)
 CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
 NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")

@@ -19,7 +19,10 @@ from launch.log_lines import Line, lines_of
 READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
 LEAST = 1 << 15
 SHOWN = 400  # characters of it that are shown
-UNFORESEEN = "not a known cause: read the log around that line, and search the engine's issues"
+UNFORESEEN = (
+    "not a known cause: do what it says, where it says so, or read the log around that line and "
+    "search the engine's issues"
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def pydantic(said: Iterable[str]) -> str:
 
 def exception(lines: Sequence[Line], at: int) -> Finding:
     """An exception with its message; where it has none, with the statement that raised it."""
-    text, said = lines[at].text.strip(), message(lines, at)
+    text, said = shapes.WRAPS.sub("", lines[at].text.strip()), message(lines, at)
     if "validation error" in text and (errors := pydantic(said)):
         return judge(errors, at)
     if text.endswith(":") and said:

@@ -15,7 +15,7 @@ PREFIXES = [
     for pattern in (
         *(pattern for engine in every() for pattern in engine.PREFIXES),
         r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
-        r"(?P<speaker>\[(?:rank|default)\d+\]): ?(?!$)",
+        r"(?P<speaker>(?:[\w.-]*: )?\[(?:rank|default)\d+\]): ?(?!$)",  # pdsh: the host before it
         r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
         r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
         r"slurmstepd(?:-\S+)?: (?P<level>error): pyxis: {4} *",  # what enroot has said
