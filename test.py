@@ -32,14 +32,14 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
-READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
+READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
-ABORTED, CUT_OFF = ("", "error", "abort", "cancelled"), ("length", "max_tokens")  # finish reasons
+ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
 
 Facts = dict[str, Any]
@@ -474,7 +474,7 @@ def smoke(args: argparse.Namespace) -> int:
     if not re.fullmatch("[!-~]*", key):  # http.client's complaint would print it
         raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
     if bundle := env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
-        os.environ["SSL_CERT_FILE"] = bundle  # OpenSSL's own name for it
+        os.environ[f"SSL_CERT_{'DIR' if Path(bundle).is_dir() else 'FILE'}"] = bundle  # OpenSSL's
     tls = ssl.create_default_context()
     if args.insecure:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE

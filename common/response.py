@@ -179,7 +179,9 @@ class Body(NamedTuple):
 def read_body(raw: bytearray, head: Head) -> Body:
     """The body, or as much of it as came."""
     if head.encoding:
-        raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
+        status = f"HTTP {head.status}: " * (head.status >= 300)
+        kind = head.encoding[:20]
+        raise Malformed(f"{status}the answer came as {kind!r}, which was not asked for")
     if not head.chunked:
         data = bytes(raw[head.end :])
         return Body(data, [len(data)], [head.end], len(data) >= (head.length or 0))

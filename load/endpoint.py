@@ -212,7 +212,7 @@ def addresses(host: str) -> set[str]:
 
 
 def can_bind(family: int, address: Any) -> bool:  # noqa: ANN401
-    with socket.socket(family) as sock, suppress(OSError):
+    with suppress(OSError), socket.socket(family) as sock:  # a kernel may have no IPv6
         sock.bind(address)
         return True
     return False

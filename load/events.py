@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from common.response import Malformed, error_message
 
 COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # inside a JSON string quotes are escaped
-BLANK_LINES = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+BLANK_LINES = re.compile(  # or none, behind an object: some leave them out
+    rb"(?:\r\n|\n|\r(?!\n)){2,}|(?<=\})(?:\r\n|\n|\r)(?=data: ?(?:\{\"|\[DONE\]))"
+)
 BOM = b"\xef\xbb\xbf"
 BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\])[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
@@ -79,7 +81,8 @@ def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
 def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
     """What blank lines separate, and where each ends; they may be of \\n, \\r\\n, \\r, or mixed."""
     lines, returns = data.count(b"\n"), data.count(b"\r")
-    if returns and not lines == returns == data.count(b"\r\n"):
+    stuck = b"}\ndata:" in data or b"}\r\ndata:" in data
+    if stuck or (returns and not lines == returns == data.count(b"\r\n")):
         yield from mixed_pieces(data)
         return
     separator, end = b"\r\n\r\n" if returns else b"\n\n", 0

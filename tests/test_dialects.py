@@ -207,6 +207,12 @@ def test_an_output_that_the_server_cut_short_is_none() -> None:
     assert said.run["problems"] == ["4 outputs are not 8 tokens long (one has 5)"]
 
 
+def test_an_output_that_the_server_gave_up_is_an_error() -> None:
+    """TensorRT-LLM calls it so."""
+    said, _ = run(Kind(pieces=ends_at(5, "timeout")))
+    assert "the server ended the answer: finish_reason 'timeout'" in said.run["problems"][0]
+
+
 # --- the model's name -----------------------------------------------------------------------------
 
 BEHIND = "org/model-8b-2026-01-01"

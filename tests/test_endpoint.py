@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import socket
@@ -16,7 +17,9 @@ import pytest
 from common.talk import Failure
 from load import endpoint, same
 from load.endpoint import Endpoint, base_url, choose, find_endpoint
+from load.loop import resolve
 from load.same import Witness
+from load.target import Target
 from tests.loopback import MODEL, Answer, Request, Server, model_server, obedient, serving
 from tests.servers import MODELS, Kind
 
@@ -159,6 +162,30 @@ def test_a_list_of_models_that_is_none(document: Any) -> None:
 )
 def test_is_this_machine(host: str, here: bool) -> None:
     assert endpoint.is_this_machine(host) is here
+
+
+def test_a_kernel_without_ipv6_knows_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its /etc/hosts may have ::1 all the same."""
+
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *rest: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *rest)
+
+    both = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in (
+        (socket.AF_INET6, ("::1", 9, 0, 0)), (socket.AF_INET, ("127.0.0.1", 9)))]  # fmt: skip
+    monkeypatch.setattr(socket, "socket", Socket)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    assert endpoint.is_this_machine("localhost")
+    assert resolve(Target("localhost", 9)) == both[0]
+
+
+def test_a_long_list_of_models_is_read_to_its_end() -> None:
+    """As vLLM's is with thousands of adapters."""
+    cards = [{"id": f"adapter-{i}", "permission": "x" * 500} for i in range(3000)]
+    with serving(lambda request: request.document({"data": cards})) as server:
+        assert found(port=server.port, model="adapter-2999").model == "adapter-2999"
 
 
 # --- the same one ---------------------------------------------------------------------------------

@@ -208,6 +208,16 @@ def test_the_words_of_an_error(body: bytes, words: str) -> None:
     assert read(head + body).error == f"HTTP 502: {words}"
 
 
+def test_an_error_that_a_proxy_compressed_has_its_status() -> None:
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n"
+    assert read(head + b"\x1f\x8b").error.startswith("HTTP 401: the answer came as 'gzip'")
+
+
+def test_a_document_that_is_no_object_holds_no_choices() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+    assert read(head + b"[]").error == "the answer holds no choices: []"
+
+
 def test_created_is_as_good_as_ok() -> None:
     assert read(stream().replace(b"200 OK", b"201 Created")).output_tokens == 3
 

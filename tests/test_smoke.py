@@ -277,6 +277,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (completion(finish_reason=None), "finish_reason is None"),
         (completion(finish_reason=["stop"]), "finish_reason is ['stop']"),
         (completion(finish_reason="abort"), "finish_reason is 'abort'"),
+        (completion(finish_reason="timeout"), "finish_reason is 'timeout'"),
         (completion(index=1), "indices are [1]"),
         (completion(index={}), "indices are [{}]"),
         (completion(usage=None), "usage is missing"),
@@ -815,6 +816,13 @@ def test_https_wants_a_certificate_that_the_bundle_knows(
         url = server.url.replace("http", "https")
         code, document, _ = run("-H", url)
         assert code == 1 and "certificate" in document["checks"][0]["detail"]
+        folder = tmp_path / "certificates"
+        folder.mkdir()
+        named = subprocess.check_output("openssl x509 -noout -hash -in cert.pem".split(), text=True)
+        (folder / f"{named.strip()}.0").symlink_to(tmp_path / "cert.pem")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(folder))
+        assert run("-H", url)[0] == 0
+        del os.environ["SSL_CERT_DIR"]
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
         code, document, _ = run("-H", url)
         assert (code, failed(document)) == (0, {})

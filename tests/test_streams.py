@@ -154,6 +154,9 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "ends lines by CR": (Kind(pieces=each(lambda t: t.replace(b"\n", b"\r"))), ""),
     "ends lines by turns": (Kind(pieces=in_turn), ""),
     "leaves the space out": (Kind(pieces=each(lambda t: t.replace(b"data: ", b"data:"))), ""),
+    "leaves blank lines out": (Kind(pieces=each(lambda t: t[:-1])), ""),
+    "leaves one out before [DONE]": (
+        Kind(pieces=each(lambda t: t[: -1 if b"usage" in t else None])), ""),
     "keeps it alive": (Kind(pieces=heartbeats), ""),
     "sends no [DONE]": (Kind(pieces=without_done), "ended without [DONE]"),
     "sends no [DONE] and closes": (Kind(pieces=without_done, chunked=False), "without [DONE]"),
@@ -296,16 +299,19 @@ def test_https_to_a_server_without_it_says_so(certificate: ssl.SSLContext) -> No
     assert run.code == 1 and "REQUESTS_CA_BUNDLE" in run.err and "--insecure" in run.err
 
 
-def test_a_certificate_is_trusted_by_the_variable_that_test_py_knows(
-    certificate: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_certificate_is_trusted_by_the_variables_that_test_py_knows(
+    certificate: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    for other in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "cert.pem"))
     with running(Kind(), certificate) as server:
         run = bench(server, url=f"https://localhost:{server.port}")
         assert run.code == 0, run.said
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
+        monkeypatch.setenv(name, "/nowhere.pem")
         run = bench(server, url=f"https://localhost:{server.port}")
-    assert run.code == 1 and "REQUESTS_CA_BUNDLE=/nowhere.pem: No such file" in run.err
+    assert run.code == 1 and f"{name}=/nowhere.pem: No such file" in run.err
 
 
 def test_an_answer_without_a_body_is_not_waited_for() -> None:
