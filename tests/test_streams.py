@@ -89,6 +89,13 @@ def letters(ask: Ask, pause: float = 0.003) -> Iterator[Piece]:
     yield 0, DONE
 
 
+def in_pairs(ask: Ask) -> Iterator[Piece]:
+    for i in range(0, ask.wanted, 2):
+        yield ask.kind.itl, ask.event(" w w", "length" if i + 2 >= ask.wanted else None)
+    yield 0, ask.last_usage()
+    yield 0, DONE
+
+
 def each(change: Callable[[bytes], bytes]) -> Pieces:
     return lambda ask: ((wait, change(text)) for wait, text in usual(ask))
 
@@ -146,6 +153,7 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "is LiteLLM": (Kind(pieces=like_litellm), ""),
     "sends a token as four events": (Kind(pieces=letters), "an event carried 0.25 tokens"),
     "sends a token as four events at once": (Kind(pieces=lambda a: letters(a, 0)), ""),
+    "sends two tokens an event": (Kind(pieces=in_pairs), "an event carried 2.00 tokens"),
     "calls it text/plain": (Kind(content_type=b"text/plain"), "though sent as text/plain"),
     "calls it nothing": (Kind(content_type=b""), "though sent as no content type"),
     "calls it in capitals": (Kind(content_type=b"Text/Event-Stream"), ""),
