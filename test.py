@@ -36,7 +36,7 @@ READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
-DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
+DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
@@ -200,7 +200,7 @@ def parse(text: bytes | bytearray) -> object:
     try:
         return json.loads(text.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is an error
     except (ValueError, RecursionError) as e:
-        raise Wrong(f"this is not JSON: {e}") from e
+        raise Wrong(f"this is not JSON: {'gzip, unasked' if text[:1] == bytes([31]) else e}") from e
 
 
 class Check(NamedTuple):

@@ -184,7 +184,8 @@ def base_url(host: str, port: int | None, default: int) -> str:
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
     tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
-    return f"{parts.scheme}://{parts.netloc}{tail}{parts.path.rstrip('/').removesuffix('/v1')}"
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{tail}{path}"
 
 
 def port_of(url: str) -> int:

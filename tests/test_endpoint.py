@@ -120,6 +120,7 @@ def test_another_model_than_asked_for() -> None:
     [
         ("localhost", None, "http://localhost:8001"),
         ("10.0.0.1", 9000, "http://10.0.0.1:9000"),
+        ("node:", None, "http://node:8001"),
         ("node:9001", None, "http://node:9001"),
         ("node:9001", 9001, "http://node:9001"),
         ("fe80::1", 8000, "http://[fe80::1]:8000"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -299,6 +300,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (b'{"choices": NaN}', "not JSON"),
         (b"", "not JSON"),
         (b"<html>", "not JSON"),
+        (gzip.compress(b"{}"), "not JSON: gzip"),
         (b'{"choices": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"1" * 10_000, "not JSON"),
@@ -418,6 +420,12 @@ def test_a_bad_stream_is_told_in_a_sentence(content: bytes, sentence: str) -> No
 def test_a_stream_may_use_all_of_the_event_grammar(content: bytes) -> None:
     for status in (200, 201):
         assert verdict("streaming", content, status, "text/event-stream") == ""
+
+
+def test_a_stream_may_end_with_its_last_word() -> None:
+    body = bytearray(STREAM.rstrip())
+    made = smoke.Answer(200, "text/event-stream", body, [(len(body), 5.0)])
+    assert "[DONE]" not in smoke.streams(made, CHECKS["streaming"].body)["detail"]
 
 
 def test_a_stream_must_say_that_it_is_one() -> None:
