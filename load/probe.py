@@ -68,14 +68,15 @@ class Prober:
         """The answer; where the server wants to be asked later, that of later."""
         answer = self.once(dialect)
         for pause in PAUSES:
-            if not answer.error.startswith("HTTP 429"):
-                break
             later = RETRY_AFTER.search(answer.error)
+            if not (later or answer.error.startswith("HTTP 429")):
+                break
             wanted = float(later[1]) if later else pause
             if wanted > LONGEST:
                 break  # no queue that empties: a quota that is used up
             if wanted >= NOTICED:
-                say(f"the server is too busy to answer (HTTP 429): asking again in {wanted:g} s")
+                status = answer.error[: len("HTTP 429")]
+                say(f"the server is too busy to answer ({status}): asking again in {wanted:g} s")
             time.sleep(wanted)
             answer = self.once(dialect)
         return answer

@@ -127,10 +127,11 @@ def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
     assert "ignore_eos" in bodies(server)[-1]
 
 
-def test_a_server_that_counts_requests_is_asked_again_when_it_says(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("status", ["429 Too Many", "503 Loading"])
+def test_a_server_that_says_when_is_asked_again_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
-    """What it answers then tells what it takes; 429 does not."""
+    """What it answers then tells what it takes; the status does not."""
     waits: list[float] = []
     monkeypatch.setattr("load.probe.time.sleep", waits.append)
     strict, seen = refuses("ignore_eos"), itertools.count()
@@ -138,7 +139,7 @@ def test_a_server_that_counts_requests_is_asked_again_when_it_says(
     def answer(request: Request) -> None:
         if next(seen) % 2 == 0:
             fields = "Retry-After: 3\r\n"
-            request.document({"error": {"message": "slow"}}, "429 Too Many", fields)
+            request.document({"error": {"message": "slow"}}, status, fields)
         else:
             strict(request)
 
@@ -146,7 +147,7 @@ def test_a_server_that_counts_requests_is_asked_again_when_it_says(
         found = explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
     assert not found.error and not found.dialect.ignore_eos and found.dialect.stream_options
     assert 3.0 in waits
-    assert "too busy to answer (HTTP 429): asking again in 3 s" in capsys.readouterr().err
+    assert f"too busy to answer (HTTP {status[:3]}): asking again in 3 s" in capsys.readouterr().err
 
 
 # --- fields that are ignored ----------------------------------------------------------------------
