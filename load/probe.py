@@ -6,6 +6,7 @@ is made of is put together again piece by piece, and what is refused for itself 
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from load.loadgen import measure
 from load.payload import Dialect, RandomPrompts, Requests
 from load.target import Load, LoadError
 
-PROMPT, OUTPUT = 16, 8  # tokens; no server's own limit is as low
+PROMPT = 16  # tokens
+OUTPUTS = (8, 16)  # no limit is as low as the first; OpenRouter may refuse less than the other
 SECONDS = 60.0
 ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
 # With these the server means another thing than the fields of the request.
@@ -61,6 +63,7 @@ class Prober:
 
     endpoint: Endpoint
     timeout: float
+    output: int = OUTPUTS[0]
     sent: int = 0
     names: set[str] = field(default_factory=set)
 
@@ -82,7 +85,7 @@ class Prober:
         return answer
 
     def once(self, dialect: Dialect) -> Outcome:
-        prompts = RandomPrompts(PROMPT, OUTPUT, f"probe {self.sent}", dialect.text)
+        prompts = RandomPrompts(PROMPT, self.output, f"probe {self.sent}", dialect.text)
         self.sent += 1
         load = Load(
             self.endpoint.target,
@@ -102,7 +105,7 @@ class Prober:
 
 
 def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
-    """Two or three requests for most servers, a dozen for the strictest."""
+    """Two or three requests for most servers, a dozen or so for the strictest."""
     ask = Prober(endpoint, timeout)
     dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
     answer = ask(dialect)
@@ -112,9 +115,9 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
     if refused(answer):
         dialect, answer, refusals = pieced_together(ask, dialect, answer)
         notes += refusals
-    if answer.error and not too_long(answer):
+    if answer.error and not too_long(answer, ask.output):
         return Found(dialect, endpoint.model, ask.sent, (), answer.error, hint(ask, chat, answer))
-    if too_long(answer):
+    if too_long(answer, ask.output):
         dialect, ignored = with_the_other_length(ask, dialect)
         notes += ignored
     name = ask.names.pop() if len(ask.names) == 1 else endpoint.model
@@ -129,18 +132,18 @@ def refused(answer: Outcome) -> bool:
     return bool(REFUSED.match(answer.error)) and not OTHERWISE.match(answer.error)
 
 
-def too_long(answer: Outcome) -> bool:
+def too_long(answer: Outcome, wanted: int) -> bool:
     """Longer than asked: the field for the length was ignored."""
     if answer.error:
         return "does not end" in answer.error
-    return (answer.output_tokens or answer.events) > OUTPUT
+    return (answer.output_tokens or answer.events) > wanted
 
 
 def pieced_together(
     ask: Prober, full: Dialect, refusal: Outcome
 ) -> tuple[Dialect, Outcome, Sequence[str]]:
     """From the plainest request that is accepted back to all that is."""
-    for length in LENGTHS:
+    for ask.output, length in itertools.product(OUTPUTS, LENGTHS):
         plain = replace(PLAINEST, chat=full.chat, length=length)
         if not refused(answer := ask(plain)):
             break
@@ -162,7 +165,7 @@ def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[
     (other,) = set(LENGTHS) - {dialect.length}
     changed = replace(dialect, length=other)
     answer = ask(changed)
-    if answer.error or too_long(answer):
+    if answer.error or too_long(answer, ask.output):
         return dialect, [f"the server writes more than {dialect.length} allows"]
     return changed, [f"the server ignores {dialect.length}: {other} is sent"]
 

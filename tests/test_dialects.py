@@ -113,6 +113,16 @@ def test_what_every_request_is_refused_for_is_told() -> None:
     assert "no answer to a short request: HTTP 400: the model is not loaded" in said.said
 
 
+def test_a_server_may_insist_on_a_longer_answer() -> None:
+    """OpenRouter, of models that another API of OpenAI's serves, and gateways like it."""
+    few = "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16"
+    asked = ("max_tokens", "max_completion_tokens")
+    kind = Kind(refuses=lambda body: few * any(body.get(name, 16) < 16 for name in asked))
+    said, _ = run(kind, "--output-len", "20")
+    assert said.code == 0, said.said
+    assert "refuses" not in said.notes
+
+
 def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
     first = itertools.count()
 
