@@ -227,7 +227,7 @@ CHECKS = (
     Check("stop sequences", TEXT,
           {"prompt": COUNT, "max_tokens": 32, "temperature": 0, "stop": ","}, generates),
     Check("batch", TEXT, {"prompt": ["The capital of France is", "The capital of Japan is"],
-          "max_tokens": 8, "temperature": 0}, generates),
+          "max_tokens": 16, "temperature": 0}, generates),
 )  # fmt: skip
 
 

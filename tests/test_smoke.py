@@ -258,6 +258,10 @@ def completion(**changes: object) -> dict[str, Any]:
     return {"choices": [one], "usage": changes.pop("usage", usage(7, 3))}
 
 
+def test_no_answer_is_shorter_than_openrouter_writes() -> None:
+    assert min(check.body.get("max_tokens", 16) for check in CHECKS.values()) >= 16
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dialect", ["trtllm", "vllm", "sglang"])
 def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
