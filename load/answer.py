@@ -33,6 +33,7 @@ from load.events import (
     token_events,
     usage,
     usage_of,
+    written,
 )
 
 LATE = 1.5  # times the usual pace
@@ -129,7 +130,7 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
     outcome.first = outcome.last = reply.stamps[-1]
     said = usage_of(document)
     outcome.prompt_tokens = counted(said.get("prompt_tokens"))
-    outcome.output_tokens = counted(said.get("completion_tokens"))
+    outcome.output_tokens = written(said)
     for choice in document.get("choices") or ():
         outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
 

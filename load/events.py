@@ -147,7 +147,7 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
         if USAGE.search(event.text):
             said = usage_of(event.read())
             prompt = prompt or counted(said.get("prompt_tokens"))
-            output = output or counted(said.get("completion_tokens"))
+            output = output or written(said)
             cached = from_cache(said) if cached is None else cached
     return prompt, output, cached
 
@@ -159,6 +159,13 @@ def usage_of(document: Json) -> Json:
     holders = (document, *(document.get("choices") or ()), document.get("x_groq"))
     found = (holder.get("usage") for holder in holders if isinstance(holder, dict))
     return next((said for said in found if isinstance(said, dict)), {})
+
+
+def written(usage: Json) -> int | None:
+    """Tokens of the output. xAI and Google count thoughts in the total alone."""
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    prompt, output, total = (counted(usage.get(name)) for name in names)
+    return output if output is None else max(output, (total or 0) - (prompt or total or 0))
 
 
 def from_cache(usage: Json) -> int | None:

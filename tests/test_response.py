@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from common.ask import authority
@@ -367,6 +369,17 @@ def test_usage_may_be_in(where: str) -> None:
 def test_usage_anywhere_else_is_none(odd: dict[str, object]) -> None:
     out = read(HEAD, chunk(token()), chunk(event(odd)), chunk(DONE) + LAST)
     assert (out.error, out.prompt_tokens, out.output_tokens) == ("", None, None)
+
+
+@pytest.mark.parametrize(
+    ("total", "written"), [(135, 103), (41, 9), (0, 9), (None, 9), ("x", 9), (10, 9)]
+)
+def test_thoughts_are_output_though_the_total_alone_counts_them(total: Any, written: int) -> None:
+    """xAI's own example: 32 + 9 + 94 = 135."""
+    said = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": total}
+    counts = event({"choices": [], "usage": said})
+    out = read(HEAD + chunk(token()), chunk(counts) + chunk(DONE) + LAST)
+    assert (out.prompt_tokens, out.output_tokens) == (32, written)
 
 
 def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:
