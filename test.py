@@ -311,7 +311,7 @@ def base_url(host: str, port: int = 0) -> str:
     if odd or re.search(r"[\s@?#\\]", host) or not host.isprintable():
         raise Trouble(f"{host!r} is neither a host nor an http(s) URL (without login or query)")
     tail = f":{port or 8000}" if not own and (port or not complete) else ""
-    path = url.path.rstrip("/").removesuffix("/v1")
+    path = re.sub("(/v1(/((chat/)?completions|models))?)?/*$", "", url.path)  # what we add
     return f"{url.scheme}://{url.netloc.rstrip(':')}{tail}{path}"
 
 

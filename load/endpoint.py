@@ -21,6 +21,7 @@ from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
+OWN_PATH = re.compile("(/v1(/((chat/)?completions|models))?)?/*$")  # an end of a URL that we add
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
 
 
@@ -184,7 +185,7 @@ def base_url(host: str, port: int | None, default: int) -> str:
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
     tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
-    path = parts.path.rstrip("/").removesuffix("/v1")
+    path = OWN_PATH.sub("", parts.path)
     return f"{parts.scheme}://{parts.netloc.rstrip(':')}{tail}{path}"
 
 

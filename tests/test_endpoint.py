@@ -125,6 +125,8 @@ def test_another_model_than_asked_for() -> None:
         ("node:9001", 9001, "http://node:9001"),
         ("fe80::1", 8000, "http://[fe80::1]:8000"),
         ("https://api.example.com/base/v1/", None, "https://api.example.com/base"),
+        ("https://api.example.com/v1/chat/completions", None, "https://api.example.com"),
+        ("node/a/v1/completions/", None, "http://node:8001/a"),
         ("https://api.example.com:444/", None, "https://api.example.com:444"),
         ("http://node", 81, "http://node:81"),
     ],

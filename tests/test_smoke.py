@@ -495,6 +495,7 @@ def test_nothing_is_sent_that_crashes_or_confuses_an_engine() -> None:
         ("https://llm.example.com/", 8443, "https://llm.example.com:8443"),
         ("http://gw:80/trt/v1/", 0, "http://gw:80/trt"),
         ("http://[fd00::1]:8000/v1", 0, "http://[fd00::1]:8000"),
+        ("http://node/a/v1/chat/completions", 0, "http://node/a"),
     ],
 )
 def test_a_host_may_be_a_name_an_address_or_a_url(host: str, port: int, url: str) -> None:
