@@ -87,7 +87,7 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
     for name in served_as(ask["model"]) if ask["model"] else names:
-        if name in names:
+        if name in names or name.rpartition(":")[0] in names:  # OpenRouter's MODEL:nitro
             return {"detail": name, "model": name}
     raise Wrong(f"{ask['model']} was asked for, but the server has {', '.join(names[:5])}")
 

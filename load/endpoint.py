@@ -102,7 +102,7 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
         return replace(endpoint, model=model, unlisted=f"no list of models ({e.message})")
     served = [card_id(card) for card in cards]
     name = choose(model, served, endpoint.url)
-    unlisted = "" if name in served else f"{endpoint.url} lists no {name} but a pattern for it"
+    unlisted = "" if name in served else f"{endpoint.url} lists no {name}, only what it is one of"
     trtllm = any("tensorrt_llm" in str(card.get("owned_by")) for card in cards)
     return replace(endpoint, model=name, trtllm=trtllm, unlisted=unlisted)
 
@@ -229,7 +229,8 @@ def choose(model: str, served: list[str], url: str) -> str:
     for name in names if model else served:
         if name in served:
             return name
-    if any("*" in pattern and fnmatchcase(model, pattern) for pattern in served):  # LiteLLM's
+    listed = any("*" in pattern and fnmatchcase(model, pattern) for pattern in served)  # LiteLLM's
+    if listed or model.rpartition(":")[0] in served:  # OpenRouter's MODEL:nitro
         return model
     there = ", ".join(served)[:ERROR_LENGTH]
     die(f"{url} serves {there}, not {model}", hint="leave -m out to take what is there")

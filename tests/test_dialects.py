@@ -17,7 +17,7 @@ from load import endpoint
 from load.endpoint import Endpoint
 from load.probe import explore
 from tests.loopback import DONE, MODEL, Answer, Request, Server, serving
-from tests.servers import Ask, Kind, Piece, Said, bench, running, tokens, usual
+from tests.servers import MODELS, Ask, Kind, Piece, Said, bench, running, tokens, usual
 
 pytestmark = [
     pytest.mark.usefixtures("clean_environment", "same_signals", "any_machine"),
@@ -268,6 +268,7 @@ LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "only names": ({"data": [MODEL]}, ()),
     "an array of names": ([MODEL], ()),
     "a tag that nobody types": ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
+    "what OpenRouter has a variant of": (MODELS, ("-m", f"{MODEL}:nitro")),
     "a pattern": ({"data": [{"id": "test*"}]}, ("-m", MODEL)),
 }
 

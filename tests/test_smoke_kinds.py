@@ -261,6 +261,7 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
         ({"data": [MODEL]}, ()),
         ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
+        ({"data": [MODEL]}, ("-m", f"{MODEL}:nitro")),
     ],
 )
 def test_lists_of_models(models: Any, args: tuple[str, ...]) -> None:
