@@ -65,7 +65,7 @@ class Answer:
 
 HINTS = {401: ": set OPENAI_API_KEY", 404: ": not there", 503: ": loading, or dead"}
 # Fields that a strict server may refuse by name, and what is sent instead.
-SPARE = {"top_k": "", "stream_options": "", "temperature": "",
+SPARE = {"top_k": "", "seed": "", "stream_options": "", "temperature": "",
          "max_tokens": "max_completion_tokens"}  # fmt: skip
 
 
