@@ -172,6 +172,7 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "is reset after [DONE]": (Kind(pieces=reset), "without the end of the transfer"),
     "keeps the transfer open": (Kind(pieces=held_open), "the transfer stayed open"),
     "keeps a connection open": (Kind(pieces=held_open, chunked=False), "the transfer stayed open"),
+    "forbids proxies to compress it": (Kind(headers=b"Content-Encoding: none\r\n"), ""),
     "has a trailer": (Kind(end=b"0\r\nX-Cost: 1\r\n\r\n"), ""),
     "lists what becomes of the connection": (
         Kind(headers=b"Connection: Upgrade, Close\r\n", closes=True), "closes its connections"),
