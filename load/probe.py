@@ -25,9 +25,9 @@ PROMPT = 16  # tokens
 OUTPUTS = (8, 16)  # no limit is as low as the first; OpenRouter may refuse less than the other
 SECONDS = 60.0
 ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
+BUSY = re.compile("HTTP (429|50[234]|52[0-9])")  # the last are Cloudflare's
 # With these the server means another thing than the fields of the request.
-OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
-BUSY = re.compile("HTTP (429|50[234])")
+OTHERWISE = re.compile(f"HTTP (401|403|404|405|408|413)|{BUSY.pattern}")
 RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
 PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
 NOTICED = 3.0  # s that somebody at a terminal wonders about
@@ -109,7 +109,7 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
     ask = Prober(endpoint, timeout)
     dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
     answer = ask(dialect)
-    if re.match("HTTP 50[234]", answer.error):
+    if BUSY.match(answer.error):
         time.sleep(1)
         answer = ask(dialect)
     if refused(answer):

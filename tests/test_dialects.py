@@ -123,18 +123,20 @@ def test_a_server_may_insist_on_a_longer_answer() -> None:
     assert "refuses" not in said.notes
 
 
-def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "502 Bad Gateway", "524 A Timeout"])
+def test_a_busy_moment_is_not_taken_for_a_refusal(status: str) -> None:
     first = itertools.count()
 
     def answer(request: Request) -> None:
         if request.body and next(first) == 0:
-            request.document({"error": {"message": "slow down"}}, "429 Too Many Requests")
+            request.document({"error": {"message": "slow down"}}, status)
         else:
             Kind()(request)
 
     said, server = run(answer)
     assert said.code == 0, said.said
     assert "ignore_eos" in bodies(server)[-1]
+    assert "2 to find out what the server understands" in said.notes
 
 
 @pytest.mark.parametrize("status", ["429 Too Many", "503 Loading"])
