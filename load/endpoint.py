@@ -279,12 +279,13 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     try:
         answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
     except TimeoutError:
-        raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s") from None
+        raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s", unused(url)) from None
     except ssl.SSLError as e:
         die(f"{endpoint.url}: TLS failed: {e}", hint=tls_hint(e))
     except OSError as e:
         why = "" if isinstance(e, ConnectionRefusedError) else f" ({e.strerror or e})"
-        die(f"no server answers at {endpoint.url}{why}", hint="name it with -H and -p")
+        hint = "; ".join(filter(None, ("name it with -H and -p", unused(url))))
+        die(f"no server answers at {endpoint.url}{why}", hint=hint)
     except Malformed as e:
         raise Unanswered(f"{url}: {e}") from None
     if answer.status != 200:
@@ -292,6 +293,16 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
         raise Unanswered(f"{url}: {answer.status}: {words}", hint)
     return answer
+
+
+def unused(url: str) -> str:
+    """A word where the environment names a proxy: what is measured never goes through one."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, known = urlsplit(url), getproxies()
+    if not {parts.scheme, "all"} & set(known) or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f"{parts.scheme.upper()}_PROXY is not used: measure from where it is reached without"
 
 
 def tls_hint(error: ssl.SSLError) -> str:

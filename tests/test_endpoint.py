@@ -101,6 +101,19 @@ def test_no_server() -> None:
         found(port=1)
 
 
+@pytest.mark.parametrize(
+    ("host", "told"), [("127.0.0.1", "HTTP_PROXY is not used"), ("localhost", "")]
+)
+def test_a_proxy_that_is_not_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, host: str, told: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "localhost")
+    with pytest.raises(Failure) as failure:
+        found(host, 1)
+    assert told in failure.value.hint and ("PROXY" in failure.value.hint) is bool(told)
+
+
 def test_a_certificate_that_is_not_trusted_is_named_as_such(certificate: ssl.SSLContext) -> None:
     with serving(model_server(obedient), certificate) as server:
         url = f"https://localhost:{server.port}"
