@@ -32,14 +32,14 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
-READ, MAX_BODY = 1 << 16, 1 << 20  # no honest answer to these requests comes near
+READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
-DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]\s")
+DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ENDPOINT = "default: that of logs/endpoint.json, else"
-ABORTED, CUT_OFF = ("", "error", "abort", "cancelled"), ("length", "max_tokens")  # finish reasons
+ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
 
 Facts = dict[str, Any]
@@ -65,7 +65,7 @@ class Answer:
 
 HINTS = {401: ": set OPENAI_API_KEY", 404: ": not there", 503: ": loading, or dead"}
 # Fields that a strict server may refuse by name, and what is sent instead.
-SPARE = {"top_k": "", "stream_options": "", "temperature": "",
+SPARE = {"top_k": "", "seed": "", "stream_options": "", "temperature": "",
          "max_tokens": "max_completion_tokens"}  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
     for name in served_as(ask["model"]) if ask["model"] else names:
-        if name in names:
+        if name in names or name.rpartition(":")[0] in names:  # OpenRouter's MODEL:nitro
             return {"detail": name, "model": name}
     raise Wrong(f"{ask['model']} was asked for, but the server has {', '.join(names[:5])}")
 
@@ -200,7 +200,7 @@ def parse(text: bytes | bytearray) -> object:
     try:
         return json.loads(text.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is an error
     except (ValueError, RecursionError) as e:
-        raise Wrong(f"this is not JSON: {e}") from e
+        raise Wrong(f"this is not JSON: {'gzip, unasked' if text[:1] == bytes([31]) else e}") from e
 
 
 class Check(NamedTuple):
@@ -227,7 +227,7 @@ CHECKS = (
     Check("stop sequences", TEXT,
           {"prompt": COUNT, "max_tokens": 32, "temperature": 0, "stop": ","}, generates),
     Check("batch", TEXT, {"prompt": ["The capital of France is", "The capital of Japan is"],
-          "max_tokens": 8, "temperature": 0}, generates),
+          "max_tokens": 16, "temperature": 0}, generates),
 )  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def base_url(host: str, port: int = 0) -> str:
     if odd or re.search(r"[\s@?#\\]", host) or not host.isprintable():
         raise Trouble(f"{host!r} is neither a host nor an http(s) URL (without login or query)")
     tail = f":{port or 8000}" if not own and (port or not complete) else ""
-    path = url.path.rstrip("/").removesuffix("/v1")
+    path = re.sub("(/v1(/((chat/)?completions|models))?)?/*$", "", url.path)  # what we add
     return f"{url.scheme}://{url.netloc.rstrip(':')}{tail}{path}"
 
 
@@ -474,7 +474,7 @@ def smoke(args: argparse.Namespace) -> int:
     if not re.fullmatch("[!-~]*", key):  # http.client's complaint would print it
         raise Trouble("OPENAI_API_KEY has characters that no HTTP header can carry")
     if bundle := env.get("REQUESTS_CA_BUNDLE") or env.get("CURL_CA_BUNDLE"):
-        os.environ["SSL_CERT_FILE"] = bundle  # OpenSSL's own name for it
+        os.environ[f"SSL_CERT_{'DIR' if Path(bundle).is_dir() else 'FILE'}"] = bundle  # OpenSSL's
     tls = ssl.create_default_context()
     if args.insecure:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE

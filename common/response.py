@@ -19,6 +19,7 @@ HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, a
 NO_ANSWER = "the connection closed before the answer began"
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
+COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # not `none`, which forbids them
 HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
 INTERIMS = 9
 WORDS = ("error", "message", "detail", "msg", "text")  # where an error's words are, by server
@@ -94,7 +95,7 @@ def read_head(text: str, end: int) -> Head:
         length=0 if line[2] in ("204", "304") else None if length is None else int(length),
         close="close" in connection or (line[1] == "0" and "keep-alive" not in connection),
         kind=fields.get("content-type", "").partition(";")[0].strip().lower(),
-        encoding=fields.get("content-encoding", "").lower().replace("identity", ""),
+        encoding=" ".join(COMPRESSIONS.findall(fields.get("content-encoding", "").lower())),
         location=fields.get("location", ""),
         server=fields.get("server", ""),
         retry_after=fields.get("retry-after", "")[:40],
@@ -179,7 +180,9 @@ class Body(NamedTuple):
 def read_body(raw: bytearray, head: Head) -> Body:
     """The body, or as much of it as came."""
     if head.encoding:
-        raise Malformed(f"the answer came as {head.encoding[:20]!r}, which was not asked for")
+        status = f"HTTP {head.status}: " * (head.status >= 300)
+        kind = head.encoding[:20]
+        raise Malformed(f"{status}the answer came as {kind!r}, which was not asked for")
     if not head.chunked:
         data = bytes(raw[head.end :])
         return Body(data, [len(data)], [head.end], len(data) >= (head.length or 0))

@@ -33,11 +33,12 @@ from load.events import (
     token_events,
     usage,
     usage_of,
+    written,
 )
 
 LATE = 1.5  # times the usual pace
 TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
-ABORTED = ("error", "abort", "cancelled")  # finish reasons
+ABORTED = ("error", "abort", "cancelled", "timeout")  # finish reasons
 # What was odd about a whole answer, as the end of `N answers ...`.
 NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
 NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
@@ -123,13 +124,13 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
     _note(document, outcome)
     if not body.whole:
         raise Malformed(BROKEN_OFF)
-    if not document.get("choices"):
+    if not (isinstance(document, dict) and document.get("choices")):
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
     outcome.has_text = says(document)
     outcome.first = outcome.last = reply.stamps[-1]
     said = usage_of(document)
     outcome.prompt_tokens = counted(said.get("prompt_tokens"))
-    outcome.output_tokens = counted(said.get("completion_tokens"))
+    outcome.output_tokens = written(said)
     for choice in document.get("choices") or ():
         outcome.finish = str(choice.get("finish_reason") or "")[:ERROR_LENGTH]
 

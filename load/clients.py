@@ -268,9 +268,6 @@ def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     if case.input_len is None:
         notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
                      "token counts are the server's")  # fmt: skip
-    if client["tokens_per_event"] > 1.05:
-        notes.append(f"an event carried {client['tokens_per_event']:.1f} tokens on average: "
-                     "ITL is the time between events")  # fmt: skip
     if client["stamps"] != "kernel":
         notes.append("times were taken by the client, not by the kernel: https, or a kernel "
                      "without SO_TIMESTAMPING")  # fmt: skip

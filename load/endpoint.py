@@ -21,6 +21,7 @@ from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
+OWN_PATH = re.compile("(/v1(/((chat/)?completions|models))?)?/*$")  # an end of a URL that we add
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
 
 
@@ -101,7 +102,7 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
         return replace(endpoint, model=model, unlisted=f"no list of models ({e.message})")
     served = [card_id(card) for card in cards]
     name = choose(model, served, endpoint.url)
-    unlisted = "" if name in served else f"{endpoint.url} lists no {name} but a pattern for it"
+    unlisted = "" if name in served else f"{endpoint.url} lists no {name}, only what it is one of"
     trtllm = any("tensorrt_llm" in str(card.get("owned_by")) for card in cards)
     return replace(endpoint, model=name, trtllm=trtllm, unlisted=unlisted)
 
@@ -184,7 +185,8 @@ def base_url(host: str, port: int | None, default: int) -> str:
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
     tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
-    return f"{parts.scheme}://{parts.netloc}{tail}{parts.path.rstrip('/').removesuffix('/v1')}"
+    path = OWN_PATH.sub("", parts.path)
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{tail}{path}"
 
 
 def port_of(url: str) -> int:
@@ -212,7 +214,7 @@ def addresses(host: str) -> set[str]:
 
 
 def can_bind(family: int, address: Any) -> bool:  # noqa: ANN401
-    with socket.socket(family) as sock, suppress(OSError):
+    with suppress(OSError), socket.socket(family) as sock:  # a kernel may have no IPv6
         sock.bind(address)
         return True
     return False
@@ -227,7 +229,8 @@ def choose(model: str, served: list[str], url: str) -> str:
     for name in names if model else served:
         if name in served:
             return name
-    if any("*" in pattern and fnmatchcase(model, pattern) for pattern in served):  # LiteLLM's
+    listed = any("*" in pattern and fnmatchcase(model, pattern) for pattern in served)  # LiteLLM's
+    if listed or model.rpartition(":")[0] in served:  # OpenRouter's MODEL:nitro
         return model
     there = ", ".join(served)[:ERROR_LENGTH]
     die(f"{url} serves {there}, not {model}", hint="leave -m out to take what is there")
@@ -276,12 +279,13 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
     try:
         answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
     except TimeoutError:
-        raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s") from None
+        raise Unanswered(f"{url}: no whole answer within {TIMEOUT:g} s", unused(url)) from None
     except ssl.SSLError as e:
         die(f"{endpoint.url}: TLS failed: {e}", hint=tls_hint(e))
     except OSError as e:
         why = "" if isinstance(e, ConnectionRefusedError) else f" ({e.strerror or e})"
-        die(f"no server answers at {endpoint.url}{why}", hint="name it with -H and -p")
+        hint = "; ".join(filter(None, ("name it with -H and -p", unused(url))))
+        die(f"no server answers at {endpoint.url}{why}", hint=hint)
     except Malformed as e:
         raise Unanswered(f"{url}: {e}") from None
     if answer.status != 200:
@@ -289,6 +293,16 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
         hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
         raise Unanswered(f"{url}: {answer.status}: {words}", hint)
     return answer
+
+
+def unused(url: str) -> str:
+    """A word where the environment names a proxy: what is measured never goes through one."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, known = urlsplit(url), getproxies()
+    if not {parts.scheme, "all"} & set(known) or proxy_bypass(parts.hostname or ""):
+        return ""
+    return f"{parts.scheme.upper()}_PROXY is not used: measure from where it is reached without"
 
 
 def tls_hint(error: ssl.SSLError) -> str:

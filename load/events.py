@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from common.response import Malformed, error_message
 
 COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # inside a JSON string quotes are escaped
-BLANK_LINES = re.compile(rb"(?:\r\n|\n|\r(?!\n)){2,}")
+BLANK_LINES = re.compile(  # or none, behind an object: some leave them out
+    rb"(?:\r\n|\n|\r(?!\n)){2,}|(?<=\})(?:\r\n|\n|\r)(?=data: ?(?:\{\"|\[DONE\]))"
+)
 BOM = b"\xef\xbb\xbf"
 BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\])[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
@@ -79,7 +81,8 @@ def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
 def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
     """What blank lines separate, and where each ends; they may be of \\n, \\r\\n, \\r, or mixed."""
     lines, returns = data.count(b"\n"), data.count(b"\r")
-    if returns and not lines == returns == data.count(b"\r\n"):
+    stuck = b"}\ndata:" in data or b"}\r\ndata:" in data
+    if stuck or (returns and not lines == returns == data.count(b"\r\n")):
         yield from mixed_pieces(data)
         return
     separator, end = b"\r\n\r\n" if returns else b"\n\n", 0
@@ -144,7 +147,7 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
         if USAGE.search(event.text):
             said = usage_of(event.read())
             prompt = prompt or counted(said.get("prompt_tokens"))
-            output = output or counted(said.get("completion_tokens"))
+            output = output or written(said)
             cached = from_cache(said) if cached is None else cached
     return prompt, output, cached
 
@@ -156,6 +159,13 @@ def usage_of(document: Json) -> Json:
     holders = (document, *(document.get("choices") or ()), document.get("x_groq"))
     found = (holder.get("usage") for holder in holders if isinstance(holder, dict))
     return next((said for said in found if isinstance(said, dict)), {})
+
+
+def written(usage: Json) -> int | None:
+    """Tokens of the output. xAI and Google count thoughts in the total alone."""
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    prompt, output, total = (counted(usage.get(name)) for name in names)
+    return output if output is None else max(output, (total or 0) - (prompt or total or 0))
 
 
 def from_cache(usage: Json) -> int | None:

@@ -109,16 +109,17 @@ def undisturbed() -> Iterator[None]:
     It runs for microseconds at a time, but has to do so when packets come: late by a token's time,
     it finds two tokens under one stamp.
     """
-    was_on, policy, priority = gc.isenabled(), os.sched_getscheduler(0), os.sched_getparam(0)
+    was_on, before = gc.isenabled(), None
     gc.collect()
     gc.disable()
-    with suppress(OSError):
+    with suppress(OSError):  # musl, Alpine's C library, cannot even say what it is
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     try:
         yield
     finally:
         with suppress(OSError):
-            os.sched_setscheduler(0, policy, priority)
+            os.sched_setscheduler(0, *before) if before else None
         if was_on:
             gc.enable()
 

@@ -14,6 +14,7 @@ import ssl
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 from common.ask import tls_context
 from common.response import Malformed, Reply
@@ -289,6 +290,7 @@ def resolve(target: Target) -> Address:
 
 
 def is_open(address: Address) -> bool:
-    with socket.socket(*address[:3]) as sock:
+    with suppress(OSError), socket.socket(*address[:3]) as sock:  # a kernel may have no IPv6
         sock.settimeout(CONNECT_TIMEOUT)
         return sock.connect_ex(address[4]) == 0
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -89,7 +89,7 @@ def apply(row: Row, change: Overrides) -> Row:
     return replace(row, lengths=lengths, concurrency=change.concurrency or row.concurrency)
 
 
-def unique(values: Iterator[T]) -> tuple[T, ...]:
+def unique(values: Iterable[T]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(values))
 
 
@@ -100,9 +100,9 @@ def requests_for(row: Row, streams: int | None, change: Overrides) -> int:
 def cases(types: Sequence[str], change: Overrides) -> Iterator[Case]:
     """The runs of these types, in the table's order."""
     for row in (apply(row, change) for row in MATRIX if row.type in types):
-        for inputs, outputs in row.lengths or ((None, None),):
-            for streams in row.concurrency:
-                for rate in change.rates:
+        for inputs, outputs in unique(row.lengths) or ((None, None),):
+            for streams in unique(row.concurrency):
+                for rate in unique(change.rates):
                     count = requests_for(row, streams, change)
                     case = Case(row.type, inputs, outputs, count, streams, rate)
                     yield from (replace(case, repeat=n + 1) for n in range(change.repeat))

@@ -23,7 +23,8 @@ TOTALS = (
     "duration", "total_input_tokens", "total_output_tokens", "request_throughput",
     "output_throughput", "total_token_throughput", "user_throughput",
 )  # fmt: skip
-FIGURES = (*TOTALS, *(f"{k}_{name}_ms" for k in KINDS for name in METRICS), "request_goodput:")
+GOODPUT = ("request_goodput", "request_goodput:")  # as vLLM has it now, and as it had
+FIGURES = (*TOTALS, *(f"{k}_{name}_ms" for k in KINDS for name in METRICS), *GOODPUT)
 UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
 
@@ -159,7 +160,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
         for key in DETAILS:
             record.pop(key, None)
     record.pop("generated_texts", None)
-    record["request_goodput"] = record.pop("request_goodput:", None)  # its spelling
+    record["request_goodput"] = record.pop(GOODPUT[1], record.get(GOODPUT[0]))
     share = (record["request_goodput"] or 0) * (record.get("duration") or 0) / case.num_prompts
     record["goodput_share"] = share if record["request_goodput"] is not None else None
     notes = [UNKNOWN, *without_figures(case, record), *lost, *streams.notes]

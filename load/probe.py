@@ -6,6 +6,7 @@ is made of is put together again piece by piece, and what is refused for itself 
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from load.loadgen import measure
 from load.payload import Dialect, RandomPrompts, Requests
 from load.target import Load, LoadError
 
-PROMPT, OUTPUT = 16, 8  # tokens; no server's own limit is as low
+PROMPT = 16  # tokens
+OUTPUTS = (8, 16)  # no limit is as low as the first; OpenRouter may refuse less than the other
 SECONDS = 60.0
 ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
+BUSY = re.compile("HTTP (429|50[234]|52[0-9])")  # the last are Cloudflare's
 # With these the server means another thing than the fields of the request.
-OTHERWISE = re.compile("HTTP (401|403|404|405|408|413|429|502|503|504)")
-BUSY = re.compile("HTTP (429|50[234])")
+OTHERWISE = re.compile(f"HTTP (401|403|404|405|408|413)|{BUSY.pattern}")
 RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
 PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
 NOTICED = 3.0  # s that somebody at a terminal wonders about
@@ -61,6 +63,7 @@ class Prober:
 
     endpoint: Endpoint
     timeout: float
+    output: int = OUTPUTS[0]
     sent: int = 0
     names: set[str] = field(default_factory=set)
 
@@ -68,20 +71,21 @@ class Prober:
         """The answer; where the server wants to be asked later, that of later."""
         answer = self.once(dialect)
         for pause in PAUSES:
-            if not answer.error.startswith("HTTP 429"):
-                break
             later = RETRY_AFTER.search(answer.error)
+            if not (later or answer.error.startswith("HTTP 429")):
+                break
             wanted = float(later[1]) if later else pause
             if wanted > LONGEST:
                 break  # no queue that empties: a quota that is used up
             if wanted >= NOTICED:
-                say(f"the server is too busy to answer (HTTP 429): asking again in {wanted:g} s")
+                status = answer.error[: len("HTTP 429")]
+                say(f"the server is too busy to answer ({status}): asking again in {wanted:g} s")
             time.sleep(wanted)
             answer = self.once(dialect)
         return answer
 
     def once(self, dialect: Dialect) -> Outcome:
-        prompts = RandomPrompts(PROMPT, OUTPUT, f"probe {self.sent}", dialect.text)
+        prompts = RandomPrompts(PROMPT, self.output, f"probe {self.sent}", dialect.text)
         self.sent += 1
         load = Load(
             self.endpoint.target,
@@ -101,19 +105,19 @@ class Prober:
 
 
 def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
-    """Two or three requests for most servers, a dozen for the strictest."""
+    """Two or three requests for most servers, a dozen or so for the strictest."""
     ask = Prober(endpoint, timeout)
     dialect, notes = Dialect(chat), [endpoint.unlisted] if endpoint.unlisted else []
     answer = ask(dialect)
-    if re.match("HTTP 50[234]", answer.error):
+    if BUSY.match(answer.error):
         time.sleep(1)
         answer = ask(dialect)
     if refused(answer):
         dialect, answer, refusals = pieced_together(ask, dialect, answer)
         notes += refusals
-    if answer.error and not too_long(answer):
+    if answer.error and not too_long(answer, ask.output):
         return Found(dialect, endpoint.model, ask.sent, (), answer.error, hint(ask, chat, answer))
-    if too_long(answer):
+    if too_long(answer, ask.output):
         dialect, ignored = with_the_other_length(ask, dialect)
         notes += ignored
     name = ask.names.pop() if len(ask.names) == 1 else endpoint.model
@@ -128,18 +132,18 @@ def refused(answer: Outcome) -> bool:
     return bool(REFUSED.match(answer.error)) and not OTHERWISE.match(answer.error)
 
 
-def too_long(answer: Outcome) -> bool:
+def too_long(answer: Outcome, wanted: int) -> bool:
     """Longer than asked: the field for the length was ignored."""
     if answer.error:
         return "does not end" in answer.error
-    return (answer.output_tokens or answer.events) > OUTPUT
+    return (answer.output_tokens or answer.events) > wanted
 
 
 def pieced_together(
     ask: Prober, full: Dialect, refusal: Outcome
 ) -> tuple[Dialect, Outcome, Sequence[str]]:
     """From the plainest request that is accepted back to all that is."""
-    for length in LENGTHS:
+    for ask.output, length in itertools.product(OUTPUTS, LENGTHS):
         plain = replace(PLAINEST, chat=full.chat, length=length)
         if not refused(answer := ask(plain)):
             break
@@ -161,7 +165,7 @@ def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[
     (other,) = set(LENGTHS) - {dialect.length}
     changed = replace(dialect, length=other)
     answer = ask(changed)
-    if answer.error or too_long(answer):
+    if answer.error or too_long(answer, ask.output):
         return dialect, [f"the server writes more than {dialect.length} allows"]
     return changed, [f"the server ignores {dialect.length}: {other} is sent"]
 

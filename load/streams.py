@@ -142,10 +142,10 @@ def in_pairs(many: Sequence[Shape]) -> list[str]:
 
 def pieces(good: Sequence[Outcome]) -> list[str]:
     events, counted = sum(o.events for o in good), sum(o.output_tokens or 0 for o in good)
-    if not counted or counted >= 0.95 * events:
+    if not counted or 0.95 <= (each := counted / events) <= 1.05:
         return []
-    return [f"an event carried {counted / events:.2f} tokens on average: ITL is the time between "
-            "events, not between tokens; TPOT is per token"]  # fmt: skip
+    return [f"an event carried {each:.{1 + (each < 1)}f} tokens on average: ITL is the time "
+            "between events, not between tokens; TPOT is per token"]  # fmt: skip
 
 
 def quirks(good: Sequence[Outcome]) -> list[str]:

@@ -24,6 +24,7 @@ FAR_APART = 30  # from the smallest to the largest: then the axis is logarithmic
 OFFSETS = tuple(product((5, -5), (5, -5))) + tuple(product((14, -14), (14, -14)))  # points
 LIKE_PAGE: Any = {  # matplotlib's own type names each of its 300 settings
     "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10, "text.color": INK,
+    "text.parse_math": False,  # a folder's name may have two dollar signs
     "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip

@@ -1217,6 +1217,14 @@ def test_what_the_other_client_wrote_that_is_no_number_is_left_out(
     assert any(name.endswith("percentiles_ms") for name in judged)
 
 
+@pytest.mark.parametrize("name", ["request_goodput:", "request_goodput"])
+def test_the_other_clients_goodput_is_read_by_either_name(name: str) -> None:
+    record = {"output_lens": [32], "errors": [""], "completed": 1, "total_input_tokens": 128,
+              "duration": 0.5, name: 2.0}  # fmt: skip
+    judged = nvidia.judge(Case("latency", 128, 32, 1), record, False)
+    assert (judged["request_goodput"], judged["goodput_share"]) == (2.0, 1.0)
+
+
 def test_what_was_collected_on_its_way_to_the_other_client_is_noted() -> None:
     record = {"output_lens": [32], "errors": [""], "completed": 1, "total_input_tokens": 128,
               "ttfts": [0.7], "itls": [[0.0005] * 31]}  # fmt: skip

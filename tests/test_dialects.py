@@ -17,7 +17,7 @@ from load import endpoint
 from load.endpoint import Endpoint
 from load.probe import explore
 from tests.loopback import DONE, MODEL, Answer, Request, Server, serving
-from tests.servers import Ask, Kind, Piece, Said, bench, running, tokens, usual
+from tests.servers import MODELS, Ask, Kind, Piece, Said, bench, running, tokens, usual
 
 pytestmark = [
     pytest.mark.usefixtures("clean_environment", "same_signals", "any_machine"),
@@ -113,24 +113,37 @@ def test_what_every_request_is_refused_for_is_told() -> None:
     assert "no answer to a short request: HTTP 400: the model is not loaded" in said.said
 
 
-def test_a_busy_moment_is_not_taken_for_a_refusal() -> None:
+def test_a_server_may_insist_on_a_longer_answer() -> None:
+    """OpenRouter, of models that another API of OpenAI's serves, and gateways like it."""
+    few = "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16"
+    asked = ("max_tokens", "max_completion_tokens")
+    kind = Kind(refuses=lambda body: few * any(body.get(name, 16) < 16 for name in asked))
+    said, _ = run(kind, "--output-len", "20")
+    assert said.code == 0, said.said
+    assert "refuses" not in said.notes
+
+
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "502 Bad Gateway", "524 A Timeout"])
+def test_a_busy_moment_is_not_taken_for_a_refusal(status: str) -> None:
     first = itertools.count()
 
     def answer(request: Request) -> None:
         if request.body and next(first) == 0:
-            request.document({"error": {"message": "slow down"}}, "429 Too Many Requests")
+            request.document({"error": {"message": "slow down"}}, status)
         else:
             Kind()(request)
 
     said, server = run(answer)
     assert said.code == 0, said.said
     assert "ignore_eos" in bodies(server)[-1]
+    assert "2 to find out what the server understands" in said.notes
 
 
-def test_a_server_that_counts_requests_is_asked_again_when_it_says(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("status", ["429 Too Many", "503 Loading"])
+def test_a_server_that_says_when_is_asked_again_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: str
 ) -> None:
-    """What it answers then tells what it takes; 429 does not."""
+    """What it answers then tells what it takes; the status does not."""
     waits: list[float] = []
     monkeypatch.setattr("load.probe.time.sleep", waits.append)
     strict, seen = refuses("ignore_eos"), itertools.count()
@@ -138,7 +151,7 @@ def test_a_server_that_counts_requests_is_asked_again_when_it_says(
     def answer(request: Request) -> None:
         if next(seen) % 2 == 0:
             fields = "Retry-After: 3\r\n"
-            request.document({"error": {"message": "slow"}}, "429 Too Many", fields)
+            request.document({"error": {"message": "slow"}}, status, fields)
         else:
             strict(request)
 
@@ -146,7 +159,7 @@ def test_a_server_that_counts_requests_is_asked_again_when_it_says(
         found = explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
     assert not found.error and not found.dialect.ignore_eos and found.dialect.stream_options
     assert 3.0 in waits
-    assert "too busy to answer (HTTP 429): asking again in 3 s" in capsys.readouterr().err
+    assert f"too busy to answer (HTTP {status[:3]}): asking again in 3 s" in capsys.readouterr().err
 
 
 # --- fields that are ignored ----------------------------------------------------------------------
@@ -207,6 +220,12 @@ def test_an_output_that_the_server_cut_short_is_none() -> None:
     assert said.run["problems"] == ["4 outputs are not 8 tokens long (one has 5)"]
 
 
+def test_an_output_that_the_server_gave_up_is_an_error() -> None:
+    """TensorRT-LLM calls it so."""
+    said, _ = run(Kind(pieces=ends_at(5, "timeout")))
+    assert "the server ended the answer: finish_reason 'timeout'" in said.run["problems"][0]
+
+
 # --- the model's name -----------------------------------------------------------------------------
 
 BEHIND = "org/model-8b-2026-01-01"
@@ -251,6 +270,7 @@ LISTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "only names": ({"data": [MODEL]}, ()),
     "an array of names": ([MODEL], ()),
     "a tag that nobody types": ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
+    "what OpenRouter has a variant of": (MODELS, ("-m", f"{MODEL}:nitro")),
     "a pattern": ({"data": [{"id": "test*"}]}, ("-m", MODEL)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import socket
@@ -16,7 +17,9 @@ import pytest
 from common.talk import Failure
 from load import endpoint, same
 from load.endpoint import Endpoint, base_url, choose, find_endpoint
+from load.loop import resolve
 from load.same import Witness
+from load.target import Target
 from tests.loopback import MODEL, Answer, Request, Server, model_server, obedient, serving
 from tests.servers import MODELS, Kind
 
@@ -98,6 +101,19 @@ def test_no_server() -> None:
         found(port=1)
 
 
+@pytest.mark.parametrize(
+    ("host", "told"), [("127.0.0.1", "HTTP_PROXY is not used"), ("localhost", "")]
+)
+def test_a_proxy_that_is_not_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, host: str, told: str
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "localhost")
+    with pytest.raises(Failure) as failure:
+        found(host, 1)
+    assert told in failure.value.hint and ("PROXY" in failure.value.hint) is bool(told)
+
+
 def test_a_certificate_that_is_not_trusted_is_named_as_such(certificate: ssl.SSLContext) -> None:
     with serving(model_server(obedient), certificate) as server:
         url = f"https://localhost:{server.port}"
@@ -117,10 +133,13 @@ def test_another_model_than_asked_for() -> None:
     [
         ("localhost", None, "http://localhost:8001"),
         ("10.0.0.1", 9000, "http://10.0.0.1:9000"),
+        ("node:", None, "http://node:8001"),
         ("node:9001", None, "http://node:9001"),
         ("node:9001", 9001, "http://node:9001"),
         ("fe80::1", 8000, "http://[fe80::1]:8000"),
         ("https://api.example.com/base/v1/", None, "https://api.example.com/base"),
+        ("https://api.example.com/v1/chat/completions", None, "https://api.example.com"),
+        ("node/a/v1/completions/", None, "http://node:8001/a"),
         ("https://api.example.com:444/", None, "https://api.example.com:444"),
         ("http://node", 81, "http://node:81"),
     ],
@@ -159,6 +178,30 @@ def test_a_list_of_models_that_is_none(document: Any) -> None:
 )
 def test_is_this_machine(host: str, here: bool) -> None:
     assert endpoint.is_this_machine(host) is here
+
+
+def test_a_kernel_without_ipv6_knows_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its /etc/hosts may have ::1 all the same."""
+
+    class Socket(socket.socket):
+        def __init__(self, family: int = -1, *rest: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *rest)
+
+    both = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in (
+        (socket.AF_INET6, ("::1", 9, 0, 0)), (socket.AF_INET, ("127.0.0.1", 9)))]  # fmt: skip
+    monkeypatch.setattr(socket, "socket", Socket)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    assert endpoint.is_this_machine("localhost")
+    assert resolve(Target("localhost", 9)) == both[0]
+
+
+def test_a_long_list_of_models_is_read_to_its_end() -> None:
+    """As vLLM's is with thousands of adapters."""
+    cards = [{"id": f"adapter-{i}", "permission": "x" * 500} for i in range(3000)]
+    with serving(lambda request: request.document({"data": cards})) as server:
+        assert found(port=server.port, model="adapter-2999").model == "adapter-2999"
 
 
 # --- the same one ---------------------------------------------------------------------------------

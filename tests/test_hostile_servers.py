@@ -120,7 +120,7 @@ SERVERS: dict[str, tuple[Misbehave, str, str]] = {
                           "came as 'gzip'", "came as 'gzip'"),
     "sends no UTF-8": (kept(document(b"\xff\xff")), "decode", "unreadable"),
     "is nested deeply": (kept(document(TOO_DEEP)), "nested too deeply", "unreadable"),
-    "sends another shape": (kept(document(b"[1]")), "names no model", "unreadable"),
+    "sends another shape": (kept(document(b"[1]")), "names no model", "no choices"),
     "sends a long number": (kept(document(b"[" + b"9" * 5000 + b"]")), "limit", "limit"),
     "answers 401": (kept(document(b"no", b"HTTP/1.1 401 No\r\n")), "/models: 401", "HTTP 401: no"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
@@ -162,6 +163,18 @@ def test_it_leaves_the_process_as_it_was() -> None:
         load_on(server)
     assert (seen, gc.isenabled()) == ([False], True)
     assert os.sched_getscheduler(0) == before
+
+
+def test_a_library_that_cannot_tell_its_scheduling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As musl's: its functions are there, and answer that they are not."""
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    for name in ("sched_getscheduler", "sched_getparam", "sched_setscheduler"):
+        monkeypatch.setattr(os, name, missing)
+    with serving(usual) as server:
+        assert not load_on(server).outcomes[0].error
 
 
 # --- bodies and connections -----------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from common.ask import authority
@@ -208,6 +210,16 @@ def test_the_words_of_an_error(body: bytes, words: str) -> None:
     assert read(head + body).error == f"HTTP 502: {words}"
 
 
+def test_an_error_that_a_proxy_compressed_has_its_status() -> None:
+    head = b"HTTP/1.1 401 Unauthorized\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n"
+    assert read(head + b"\x1f\x8b").error.startswith("HTTP 401: the answer came as 'gzip'")
+
+
+def test_a_document_that_is_no_object_holds_no_choices() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
+    assert read(head + b"[]").error == "the answer holds no choices: []"
+
+
 def test_created_is_as_good_as_ok() -> None:
     assert read(stream().replace(b"200 OK", b"201 Created")).output_tokens == 3
 
@@ -357,6 +369,17 @@ def test_usage_may_be_in(where: str) -> None:
 def test_usage_anywhere_else_is_none(odd: dict[str, object]) -> None:
     out = read(HEAD, chunk(token()), chunk(event(odd)), chunk(DONE) + LAST)
     assert (out.error, out.prompt_tokens, out.output_tokens) == ("", None, None)
+
+
+@pytest.mark.parametrize(
+    ("total", "written"), [(135, 103), (41, 9), (0, 9), (None, 9), ("x", 9), (10, 9)]
+)
+def test_thoughts_are_output_though_the_total_alone_counts_them(total: Any, written: int) -> None:
+    """xAI's own example: 32 + 9 + 94 = 135."""
+    said = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": total}
+    counts = event({"choices": [], "usage": said})
+    out = read(HEAD + chunk(token()), chunk(counts) + chunk(DONE) + LAST)
+    assert (out.prompt_tokens, out.output_tokens) == (32, written)
 
 
 def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -257,6 +258,10 @@ def completion(**changes: object) -> dict[str, Any]:
     return {"choices": [one], "usage": changes.pop("usage", usage(7, 3))}
 
 
+def test_no_answer_is_shorter_than_openrouter_writes() -> None:
+    assert min(check.body.get("max_tokens", 16) for check in CHECKS.values()) >= 16
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dialect", ["trtllm", "vllm", "sglang"])
 def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
@@ -277,6 +282,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (completion(finish_reason=None), "finish_reason is None"),
         (completion(finish_reason=["stop"]), "finish_reason is ['stop']"),
         (completion(finish_reason="abort"), "finish_reason is 'abort'"),
+        (completion(finish_reason="timeout"), "finish_reason is 'timeout'"),
         (completion(index=1), "indices are [1]"),
         (completion(index={}), "indices are [{}]"),
         (completion(usage=None), "usage is missing"),
@@ -298,6 +304,7 @@ def test_each_predicate_accepts_each_dialect(name: str, dialect: str) -> None:
         (b'{"choices": NaN}', "not JSON"),
         (b"", "not JSON"),
         (b"<html>", "not JSON"),
+        (gzip.compress(b"{}"), "not JSON: gzip"),
         (b'{"choices": "\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"1" * 10_000, "not JSON"),
@@ -419,6 +426,12 @@ def test_a_stream_may_use_all_of_the_event_grammar(content: bytes) -> None:
         assert verdict("streaming", content, status, "text/event-stream") == ""
 
 
+def test_a_stream_may_end_with_its_last_word() -> None:
+    body = bytearray(STREAM.rstrip())
+    made = smoke.Answer(200, "text/event-stream", body, [(len(body), 5.0)])
+    assert "[DONE]" not in smoke.streams(made, CHECKS["streaming"].body)["detail"]
+
+
 def test_a_stream_must_say_that_it_is_one() -> None:
     assert "content type" in verdict("streaming", STREAM, content_type="application/json")
 
@@ -482,6 +495,7 @@ def test_nothing_is_sent_that_crashes_or_confuses_an_engine() -> None:
         ("https://llm.example.com/", 8443, "https://llm.example.com:8443"),
         ("http://gw:80/trt/v1/", 0, "http://gw:80/trt"),
         ("http://[fd00::1]:8000/v1", 0, "http://[fd00::1]:8000"),
+        ("http://node/a/v1/chat/completions", 0, "http://node/a"),
     ],
 )
 def test_a_host_may_be_a_name_an_address_or_a_url(host: str, port: int, url: str) -> None:
@@ -815,6 +829,13 @@ def test_https_wants_a_certificate_that_the_bundle_knows(
         url = server.url.replace("http", "https")
         code, document, _ = run("-H", url)
         assert code == 1 and "certificate" in document["checks"][0]["detail"]
+        folder = tmp_path / "certificates"
+        folder.mkdir()
+        named = subprocess.check_output("openssl x509 -noout -hash -in cert.pem".split(), text=True)
+        (folder / f"{named.strip()}.0").symlink_to(tmp_path / "cert.pem")
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(folder))
+        assert run("-H", url)[0] == 0
+        del os.environ["SSL_CERT_DIR"]
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
         code, document, _ = run("-H", url)
         assert (code, failed(document)) == (0, {})

@@ -220,6 +220,7 @@ def test_a_model_that_is_not_there_is_no_path_that_is_not_there() -> None:
     ("field", "words", "name"),
     [
         ("top_k", "Unrecognized request argument supplied: top_k", "sampling parameters"),
+        ("seed", "seed is not supported by this model", "sampling parameters"),
         ("stream_options", '[{"loc": ["body", "stream_options"]}]', "streaming"),
         ("temperature", "'temperature' does not support 0 with this model", "chat"),
         ("max_tokens", "'max_tokens' is not supported, use 'max_completion_tokens'", "completions"),
@@ -261,6 +262,7 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
         ({"data": [MODEL]}, ()),
         ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
+        ({"data": [MODEL]}, ("-m", f"{MODEL}:nitro")),
     ],
 )
 def test_lists_of_models(models: Any, args: tuple[str, ...]) -> None:

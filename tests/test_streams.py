@@ -89,6 +89,13 @@ def letters(ask: Ask, pause: float = 0.003) -> Iterator[Piece]:
     yield 0, DONE
 
 
+def in_pairs(ask: Ask) -> Iterator[Piece]:
+    for i in range(0, ask.wanted, 2):
+        yield ask.kind.itl, ask.event(" w w", "length" if i + 2 >= ask.wanted else None)
+    yield 0, ask.last_usage()
+    yield 0, DONE
+
+
 def each(change: Callable[[bytes], bytes]) -> Pieces:
     return lambda ask: ((wait, change(text)) for wait, text in usual(ask))
 
@@ -146,6 +153,7 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "is LiteLLM": (Kind(pieces=like_litellm), ""),
     "sends a token as four events": (Kind(pieces=letters), "an event carried 0.25 tokens"),
     "sends a token as four events at once": (Kind(pieces=lambda a: letters(a, 0)), ""),
+    "sends two tokens an event": (Kind(pieces=in_pairs), "an event carried 2.0 tokens"),
     "calls it text/plain": (Kind(content_type=b"text/plain"), "though sent as text/plain"),
     "calls it nothing": (Kind(content_type=b""), "though sent as no content type"),
     "calls it in capitals": (Kind(content_type=b"Text/Event-Stream"), ""),
@@ -154,6 +162,9 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "ends lines by CR": (Kind(pieces=each(lambda t: t.replace(b"\n", b"\r"))), ""),
     "ends lines by turns": (Kind(pieces=in_turn), ""),
     "leaves the space out": (Kind(pieces=each(lambda t: t.replace(b"data: ", b"data:"))), ""),
+    "leaves blank lines out": (Kind(pieces=each(lambda t: t[:-1])), ""),
+    "leaves one out before [DONE]": (
+        Kind(pieces=each(lambda t: t[: -1 if b"usage" in t else None])), ""),
     "keeps it alive": (Kind(pieces=heartbeats), ""),
     "sends no [DONE]": (Kind(pieces=without_done), "ended without [DONE]"),
     "sends no [DONE] and closes": (Kind(pieces=without_done, chunked=False), "without [DONE]"),
@@ -161,6 +172,7 @@ WHOLE: dict[str, tuple[Kind, str]] = {
     "is reset after [DONE]": (Kind(pieces=reset), "without the end of the transfer"),
     "keeps the transfer open": (Kind(pieces=held_open), "the transfer stayed open"),
     "keeps a connection open": (Kind(pieces=held_open, chunked=False), "the transfer stayed open"),
+    "forbids proxies to compress it": (Kind(headers=b"Content-Encoding: none\r\n"), ""),
     "has a trailer": (Kind(end=b"0\r\nX-Cost: 1\r\n\r\n"), ""),
     "lists what becomes of the connection": (
         Kind(headers=b"Connection: Upgrade, Close\r\n", closes=True), "closes its connections"),
@@ -296,16 +308,19 @@ def test_https_to_a_server_without_it_says_so(certificate: ssl.SSLContext) -> No
     assert run.code == 1 and "REQUESTS_CA_BUNDLE" in run.err and "--insecure" in run.err
 
 
-def test_a_certificate_is_trusted_by_the_variable_that_test_py_knows(
-    certificate: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_certificate_is_trusted_by_the_variables_that_test_py_knows(
+    certificate: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
+    for other in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "cert.pem"))
     with running(Kind(), certificate) as server:
         run = bench(server, url=f"https://localhost:{server.port}")
         assert run.code == 0, run.said
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
+        monkeypatch.setenv(name, "/nowhere.pem")
         run = bench(server, url=f"https://localhost:{server.port}")
-    assert run.code == 1 and "REQUESTS_CA_BUNDLE=/nowhere.pem: No such file" in run.err
+    assert run.code == 1 and f"{name}=/nowhere.pem: No such file" in run.err
 
 
 def test_an_answer_without_a_body_is_not_waited_for() -> None:

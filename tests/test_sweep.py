@@ -45,6 +45,12 @@ def test_unlimited_streams_get_more_than_a_handful_of_requests() -> None:
     assert case.num_prompts == 100
 
 
+def test_a_load_that_is_named_twice_is_measured_once() -> None:
+    """The second run would have the prompts of the first, which a prefix cache knows."""
+    twice = Overrides(concurrency=(4, 4), input_len=(8, 8), rates=(1.0, 1.0))
+    assert len(list(cases(["latency"], twice))) == 2
+
+
 def record(throughput: float, **facts: Any) -> dict[str, Any]:
     return {"valid": True, "output_throughput": throughput, "request_throughput": 1.0,
             "duration": 10.0, "completed": 10, "mean_e2el_ms": 0.0, "request_rate": "inf",
