@@ -42,4 +42,5 @@ def fastapi() -> None:
     """Without pydantic 1 and the models of /openapi.json, which is not checked against them."""
     for name in ("_compat.v1", "temp_pydantic_v1_params", "openapi.models"):
         sys.modules[f"fastapi.{name}"] = Unused(name)
-    sys.modules["fastapi.openapi.models"].OpenAPI = dict  # type: ignore[attr-defined]
+    vars(sys.modules["fastapi.openapi.models"])["OpenAPI"] = dict
+    vars(sys.modules["fastapi._compat.v1"])["get_definitions"] = lambda **_: ({}, {})

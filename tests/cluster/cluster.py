@@ -114,7 +114,8 @@ LEFT_OUT = (
     "usr/lib/*/openmpi/lib/openmpi3/mca_mtl_psm.so"
 ).split()
 
-# A node's private parts. The holder runs this, then sleeps: the node lives as long as it does.
+# A node's private parts. The holder runs this, then waits: the node lives as long as it does, and
+# whoever ends there without a parent is reaped, as by any machine's first process.
 NODE_SETUP = """\
 set -e
 hostname "$1"
@@ -141,7 +142,7 @@ if [ "$3" -gt 0 ]; then
   mknod -m 666 /dev/gdrdrv c 1 3
 fi
 : >"$2/nodes/$1/ready"
-exec sleep infinity
+sleep infinity & wait
 """
 
 
