@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -1816,6 +1817,13 @@ def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
     assert (done.returncode, fakes.calls()) == (0, []), done.stderr
     python.write_text('#!/bin/sh\nexec false "$@"\n')
     assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+
+
+def test_an_old_python_can_read_the_script() -> None:
+    """Its first line names the machine's own: it has to come as far as .venv's."""
+    text = (ROOT / "run_sbatch.py").read_text()
+    ast.parse(text, feature_version=(3, 6))
+    assert "from __future__ import annotations" not in text  # 3.7
 
 
 # In process, where only the order of things matters
