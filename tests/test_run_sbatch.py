@@ -1415,15 +1415,18 @@ def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     assert left() == set()
 
 
-def test_a_closed_stdout_does_not_stop_the_server(
-    fakes: Fakes, launch: Launcher, toolset: Path
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_does_not_stop_the_server(
+    fakes: Fakes, launch: Launcher, toolset: Path, closed: tuple[int, ...]
 ) -> None:
     """`run_sbatch.py ... >&-`"""
     wrapper = fakes.home / "closed.py"
     words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
-    wrapper.write_text(f"import os; os.close(1); os.execv({sys.executable!r}, {words!r})")
+    close = f"[os.close(each) for each in {closed}]"
+    wrapper.write_text(f"import os; {close}; os.execv({sys.executable!r}, {words!r})")
     started = launch(script=wrapper)
-    started.until("stop it with")
+    wait_until(Path("logs/endpoint.json").exists)
+    assert "READY" in next(Path("logs").glob("launch_*.log")).read_text()
     assert started.stop() == 130
     assert left() == set()
 
