@@ -18,7 +18,8 @@ from launch.node import messages
 PARTS = Path(__file__).parent / "node"
 # A flag whose value is a secret, and its values, in an order as it is shown.
 SECRET = re.compile(
-    r'"(--(?:admin[-_])?api[-_]key)(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
+    r'"(--(?:(?:admin[-_])?api[-_]key|hf[-_]token|ssl[-_]keyfile[-_]password))'
+    r'(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
 )
 TOO_OLD = 39  # the exit code of a Python older than 3.9
 BOOT = (
@@ -61,7 +62,7 @@ class Command:
     def shown(self, more: str = "") -> str:
         """As a shell takes it, on lines that can be read; `more` commands feed what follows.
 
-        Others may read it: an API key is `***` there.
+        Others may read it: a secret is `***` there.
         """
         files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
         order = json.dumps(self.fields, indent=1, ensure_ascii=False)

@@ -200,13 +200,14 @@ def test_a_shown_command_has_no_line_that_nobody_reads(command: Command) -> None
 
 @pytest.mark.parametrize(
     "words",
-    [["--api-key", "sk-1"], ["--api_key=sk-1"], ["--api-key", 'sk-1"\\', "sk-1 b"]],
-)
-def test_an_api_key_is_sent_and_not_shown(words: list[str]) -> None:
+    [["--api-key", "sk-1"], ["--api_key=sk-1"], ["--api-key", 'sk-1"\\', "sk-1 b"],
+     ["--hf-token", "sk-1"], ["--ssl-keyfile-password=sk-1"]],
+)  # fmt: skip
+def test_a_secret_is_sent_and_not_shown(words: list[str]) -> None:
     command = Command([], Run(["vllm", "serve", "m", *words, "--seed", "1"]))
     shown, text = command.shown(), command.text
     assert "sk-1" not in shown and '***",\n   "--seed",\n   "1"' in shown
-    assert text.count("sk-1") == len(words) - words[0].startswith("--api-key")
+    assert text.count("sk-1") == len(words) - ("=" not in words[0])
 
 
 def pasted(shown: str) -> SimpleNamespace:
