@@ -1431,6 +1431,13 @@ def test_a_closed_stream_does_not_stop_the_server(
     assert left() == set()
 
 
+def test_a_cache_that_a_node_cannot_make_is_the_cause(fakes: Fakes, launch: Launcher) -> None:
+    """Of who has no home there, or a full one."""
+    failed = error(launch("m", HF_HOME="/proc/none/hf"))
+    sentence, _, rest = failed.partition("\n")
+    assert sentence.endswith("No such file or directory: '/proc/none'") and "next: " in rest
+
+
 def test_logs_that_cannot_be_written_are_told(fakes: Fakes, launch: Launcher) -> None:
     Path("logs").write_text("a file in its place")
     assert "logs" in error(launch("m"))

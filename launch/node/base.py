@@ -193,7 +193,7 @@ def main() -> NoReturn:
     try:
         code = read_order()()
     except OSError as error:
-        print(f"{NODE}: {error}", file=sys.stderr, flush=True)
+        print(f"ERROR: {NODE}: {error}", file=sys.stderr, flush=True)
         code = 1
     os._exit(code)
 
