@@ -29,7 +29,7 @@ from launch.order import Command, Told, parse
 # allocation, and what a shell has left of another job. Only these are what they seem.
 KEPT = re.compile("SLURM_(CONF|JOB_?ID|JOB_NAME|SUBMIT_.*|.*CLUSTER.*|DEBUG.*|NETWORK|PMIX.*)$")
 # So do its plug-ins: each step would be in the container that pyxis has been told of.
-BENDS = re.compile("SLURM_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
+BENDS = re.compile("SLURM_|SRUN_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
 APART: Any = {
     "_bg": True,
     "_bg_exc": False,

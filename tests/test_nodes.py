@@ -171,7 +171,8 @@ def test_a_step_of_ranks_lies_on_the_first_nodes(
 def test_variables_that_bend_a_step_are_taken_from_srun_alone(job_of: Callable[..., Place]) -> None:
     """Of the allocation, and of whatever job the shell was in before."""
     bend = ["SLURM_HOSTFILE", "SLURM_NTASKS_PER_GPU", "SLURM_GPUS", "SLURM_JOB_NODELIST",
-            "SLURM_JOB_NUM_NODES", "SLURM_EXCLUSIVE", "SLURM_MEM_PER_NODE"]  # fmt: skip
+            "SLURM_JOB_NUM_NODES", "SLURM_EXCLUSIVE", "SLURM_MEM_PER_NODE",
+            "SRUN_CPUS_PER_TASK"]  # fmt: skip
     kept = ["SLURM_CONF", "SLURM_SUBMIT_DIR", "SLURM_WORKING_CLUSTER", "PMIX_X", "HF_TOKEN"]
     place = job_of(2, **dict.fromkeys([*bend, *kept], "x"))
     for prefix in (place.every, place.head, [*place.clean, "srun"]):
