@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -110,6 +110,20 @@ class Told:
     line: str
     node: str = ""
     message: Any = None
+
+
+def read(lines: Iterable[str]) -> Iterator[Told]:
+    """What nodes tell on these lines, messages in pieces put together again."""
+    begun: dict[str, str] = {}
+    for told in map(parse, lines):
+        if not isinstance(told.message, messages.Piece):
+            yield told
+            continue
+        text = f"{begun.pop(told.node, '')}{told.message.text}"
+        if told.message.last:
+            yield parse(text)
+        else:
+            begun[told.node] = text
 
 
 def parse(line: str) -> Told:

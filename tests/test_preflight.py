@@ -22,7 +22,7 @@ from launch.node import facts as survey
 from launch.node.facts import network
 from launch.node.messages import Container, Facts
 from launch.nodes import Place
-from launch.order import parse
+from launch.order import read
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
 from launch.slurm import Share
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
@@ -46,7 +46,7 @@ def wanted(image: Image = TARBALL, runtime: str = "docker", gpus: str = "auto") 
 
 
 def told(text: str) -> list[Node]:
-    return gather(map(parse, text.splitlines()))
+    return gather(read(text.splitlines()))
 
 
 def node(called: str = "n1", /, **changes: Any) -> Node:
