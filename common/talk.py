@@ -45,6 +45,9 @@ def misused(message: str, *, hint: str = "") -> NoReturn:
 
 def complain(error: Failure | OSError) -> int:
     """Say what ended the program and what to do next; returns its exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, Failure):
         say(f"ERROR {error.message}{next_line(error.hint)}")
         return error.code

@@ -1392,6 +1392,26 @@ def test_a_reader_that_leaves_does_not_stop_the_server(fakes: Fakes, launch: Lau
     assert left() == set()
 
 
+def test_a_reader_that_has_seen_enough_hears_no_complaint(fakes: Fakes, launch: Launcher) -> None:
+    """`run_sbatch.py --dry-run ... | head -1`"""
+    read, write = os.pipe()
+    os.close(read)
+    started = launch("m", "--dry-run", "--image", "x:1", out=write)
+    os.close(write)
+    assert started.code() == 1
+    assert "ERROR" not in started.output and "BrokenPipe" not in started.output
+
+
+def test_a_directory_that_is_gone_is_told(
+    fakes: Fakes, launch: Launcher, toolset: Path, tmp_path: Path
+) -> None:
+    wrapper, gone = fakes.home / "gone.py", tmp_path / "gone"
+    words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    left = f"os.mkdir({str(gone)!r}); os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})"
+    wrapper.write_text(f"import os; {left}; os.execv({sys.executable!r}, {words!r})")
+    assert error(launch(script=wrapper)).startswith("the current directory is gone\n")
+
+
 def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     fakes: Fakes, launch: Launcher, toolset: Path
 ) -> None:
