@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.talk import die, say, whole_file, write_json
-from launch.identity import is_alive, launcher
+from launch.identity import is_alive, launcher, process_start
 from launch.plan import Plan, user_name
 from launch.preflight import jobs_of
 
@@ -174,7 +174,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
         who = {key: str(record[key]) for key in ("job", "url", "model")}
         if record["launcher"].count(":") < 2:
             raise ValueError
-        owner, alive = path.stat().st_uid, is_alive(record["launcher"], who["job"])
+        owner = path.stat().st_uid
+        hidden = owner != os.geteuid() and not process_start(1)  # /proc with hidepid shows us ours
+        alive = None if hidden else is_alive(record["launcher"], who["job"])
         return {**record, **who, "owner": owner, "alive": alive}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -198,6 +198,18 @@ def test_who_sees_no_job_of_another_cannot_tell(
     assert [found["job"] for found in records.records(logs)] == left
 
 
+@pytest.mark.parametrize(("whose", "left"), [(12345, ["local5"]), (0, [])])
+def test_who_does_not_see_the_processes_of_others_cannot_tell(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, whose: int, left: list[str]
+) -> None:
+    """/proc is often mounted with hidepid where many log in."""
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(record(logs, "local5", DEAD), whose, -1)
+    monkeypatch.setattr(records, "process_start", lambda _: "")
+    assert [found["job"] for found in records.records(logs)] == left
+
+
 @pytest.mark.usefixtures("read_only")
 def test_a_dead_record_that_stays_keeps_nobody_waiting(
     logs: Path, child: subprocess.Popen[bytes]
