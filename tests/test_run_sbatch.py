@@ -1458,6 +1458,18 @@ def test_a_cache_that_a_node_cannot_make_is_the_cause(fakes: Fakes, launch: Laun
     assert sentence.endswith("No such file or directory: '/proc/none'") and "next: " in rest
 
 
+def test_a_parent_that_ignores_the_end_of_children_does_not_matter(
+    fakes: Fakes, launch: Launcher, toolset: Path
+) -> None:
+    wrapper = fakes.home / "deaf.py"
+    words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    ignore = "import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    wrapper.write_text(f"{ignore}; os.execv({sys.executable!r}, {words!r})")
+    started = launch(script=wrapper)
+    started.until("stop it with")
+    assert started.stop() == 130
+
+
 def test_logs_that_cannot_be_written_are_told(fakes: Fakes, launch: Launcher) -> None:
     Path("logs").write_text("a file in its place")
     assert "logs" in error(launch("m"))
