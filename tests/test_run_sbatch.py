@@ -247,7 +247,8 @@ def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
     ("place", "args", "url"),
     [
         (HERE, ["--host", "0.0.0.0", "--port", "1"], "http://127.0.0.1:1"),
-        (HERE, ["--host", "::", "--port", "1"], "http://127.0.0.1:1"),
+        (HERE, ["--host", "::", "--port", "1"], "http://[::1]:1"),
+        (SLURM, ["--host", "::", "--port", "1"], "http://10.0.0.5:1"),
         (HERE, ["--host", "10.0.0.9", "--port=1"], "http://10.0.0.9:1"),
         (HERE, ["--host", "fe80::1", "--port", "1"], "http://[fe80::1]:1"),
         (SLURM, ["--host", "0.0.0.0", "--port", "1"], "http://10.0.0.5:1"),
