@@ -86,13 +86,18 @@ def missing() -> str:
     return next((f"the Python package {name!r}" for name in packages), "")
 
 
+def advice() -> str:
+    python = Path(__file__).resolve().parent / ".venv/bin/python"
+    if not python.is_symlink() or python.exists():
+        return "run `make setup`, then .venv/bin/python run_sbatch.py"
+    lacks = f"{python} leads to {os.path.realpath(str(python))}, which this machine does not have"
+    return f"{lacks}: install it here, or `make clean setup PYTHON=` one that all machines have"
+
+
 if __name__ == "__main__":
     become_the_original()
     if missing():
-        raise SystemExit(
-            f"run_sbatch.py: {missing()} is missing: run `make setup`, "
-            "then .venv/bin/python run_sbatch.py"
-        )
+        raise SystemExit(f"run_sbatch.py: {missing()} is missing: {advice()}")
     from launch.main import main
 
     raise SystemExit(main(description=__doc__))

@@ -1862,6 +1862,22 @@ def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
     assert subprocess.run(command, env=env, capture_output=True).returncode == 1
 
 
+def test_a_venv_whose_python_is_only_elsewhere_is_told(
+    fakes: Fakes, toolset: Path, tmp_path: Path
+) -> None:
+    """On the login node it was there; the batch job runs on another."""
+    home = tmp_path / "copy"
+    shutil.copytree(toolset, home)
+    python = home / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/none/python3.12")
+    command = [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
+    done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    words = f"'sh' is missing: {python} leads to /none/python3.12, which this machine does not have"
+    assert words in done.stderr
+
+
 def test_an_old_python_can_read_the_script() -> None:
     """Its first line names the machine's own: it has to come as far as .venv's."""
     text = (ROOT / "run_sbatch.py").read_text()
