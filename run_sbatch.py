@@ -23,8 +23,7 @@ What is not an option here is passed on to the engine; `--` ends the
 options. More settings, such as PORT and TP, are in env.example.
 """
 
-from __future__ import annotations
-
+# An old python3, such as a cluster's own, reads this file before .venv's does: 3.6 has to know it.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -58,7 +57,8 @@ def original_directory() -> Path:
     job = os.environ.get("SLURM_JOB_ID", "")
     try:
         ask = ["scontrol", "show", "job", job]
-        show = subprocess.run(ask, capture_output=True, text=True).stdout
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        show = os.fsdecode(subprocess.run(ask, stdout=pipe, stderr=null).stdout)
     except OSError:
         show = ""
     fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
@@ -76,20 +76,28 @@ def original_directory() -> Path:
 
 def needs_venv(python: Path) -> bool:
     known = "TENSORRT_LLM_SERVE_ORIGINAL" in os.environ
-    return bool(not known and missing_package() and python.exists())
+    return bool(not known and missing() and python.exists())
 
 
-def missing_package() -> str:
-    return next((name for name in ("sh", "dotenv", "yaml") if not find_spec(name)), "")
+def missing() -> str:
+    if sys.version_info < (3, 10):  # noqa: UP036
+        return "Python 3.10 or newer"
+    packages = (name for name in ("sh", "dotenv", "yaml") if not find_spec(name))
+    return next((f"the Python package {name!r}" for name in packages), "")
+
+
+def advice() -> str:
+    python = Path(__file__).resolve().parent / ".venv/bin/python"
+    if not python.is_symlink() or python.exists():
+        return "run `make setup`, then .venv/bin/python run_sbatch.py"
+    lacks = f"{python} leads to {os.path.realpath(str(python))}, which this machine does not have"
+    return f"{lacks}: install it here, or `make clean setup PYTHON=` one that all machines have"
 
 
 if __name__ == "__main__":
     become_the_original()
-    if missing := missing_package():
-        raise SystemExit(
-            f"run_sbatch.py: the Python package {missing!r} is missing: run `make setup`, "
-            "then .venv/bin/python run_sbatch.py"
-        )
+    if missing():
+        raise SystemExit(f"run_sbatch.py: {missing()} is missing: {advice()}")
     from launch.main import main
 
     raise SystemExit(main(description=__doc__))

@@ -14,8 +14,8 @@ def colour(text: str, code: str, stream: TextIO) -> str:
 
 
 def at_terminal() -> bool:
-    """Somebody looks at all that we write. A stream that was closed before we began is None."""
-    with contextlib.suppress(AttributeError, ValueError):
+    """Somebody looks at all that we write."""
+    with contextlib.suppress(ValueError):
         return sys.stdout.isatty() and sys.stderr.isatty()
     return False
 

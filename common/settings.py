@@ -144,19 +144,20 @@ def say_useless(path: Path, names: Iterable[str]) -> None:
         say(f"{path}: {name} is no setting and does nothing; {what}")
 
 
-def load_env_files() -> list[str]:
-    """Read .env of the current directory, then beside the scripts; returns the names they set.
+def load_env_files() -> None:
+    """Read .env of the current directory, then beside the scripts.
 
     By explicit path: under sbatch the script that runs is a copy in a spool directory.
     """
-    before = {name for name, value in os.environ.items() if value}
-    for directory in dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1])):
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        die("the current directory is gone", hint='if it was made anew: cd "$PWD"')
+    for directory in dict.fromkeys((here, Path(__file__).resolve().parents[1])):
         found = read_env_file(directory / ".env")
         say_useless(directory / ".env", found)
         os.environ.update({n: v for n, v in found.items() if not os.environ.get(n)})
-    names = sorted(set(os.environ) - before)
     heed_older(os.environ)
-    return names
 
 
 def heed_older(environ: MutableMapping[str, str]) -> None:

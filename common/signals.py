@@ -22,7 +22,11 @@ def pause(over: threading.Event, seconds: float) -> None:
 
 
 def obey() -> None:
-    """From now on a signal is a Stopped, unless it is ignored, as nohup and `&` want it."""
+    """From now on a signal is a Stopped, unless it is ignored, as nohup and `&` want it.
+
+    Who ignores the end of its children hands that on to us, and we would not hear of ours.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for each in SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, on_signal)

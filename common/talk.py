@@ -45,6 +45,9 @@ def misused(message: str, *, hint: str = "") -> NoReturn:
 
 def complain(error: Failure | OSError) -> int:
     """Say what ended the program and what to do next; returns its exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if isinstance(error, Failure):
         say(f"ERROR {error.message}{next_line(error.hint)}")
         return error.code
@@ -158,7 +161,14 @@ codecs.register_error("plain", plain)
 
 
 def print_plainly() -> None:
-    """No character stops us: a log may be ASCII, after hours. Who captures stdout is left alone."""
+    """No character stops us: a log may be ASCII, after hours. Who captures stdout is left alone.
+
+    Nor does a stream that was closed before we began (`>&-`): a pipe of ours would be in its place.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(null, True)
+    os.close(null)
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="plain")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from common.talk import die
 from launch.arguments import value_of
 from launch.findings import Node
+from launch.node.containers import ANY
 from launch.node.facts import network
 from launch.nodes import Place
 
@@ -13,8 +14,8 @@ def url_of(head: Node, place: Place, serve_args: Sequence[str]) -> str:
     """Where the server will be: the address that was asked for, else the head node's IPv4."""
     host = value_of(serve_args, "--host") or ""
     port = value_of(serve_args, "--port")
-    if host in ("0.0.0.0", "::"):
-        host = address_of(head) if place.slurm else "127.0.0.1"
+    if host in ANY:
+        host = address_of(head) if place.slurm else ANY[host]
     elif place.slurm and is_loopback(host) and head.facts.network != network():
         hint = "leave --host out, or run the launcher on the node itself (sbatch)"
         die(f"--host {host} cannot be reached from here: the server runs on {head.name}", hint=hint)

@@ -66,7 +66,7 @@ class Log:
         try:
             sys.stdout.buffer.write(self._labelled(NOISE.sub(b"", new)))
             sys.stdout.flush()
-        except (AttributeError, OSError, ValueError):  # no stdout at all, or closed, or a pipe
+        except (OSError, ValueError):  # closed, or a pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 

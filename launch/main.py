@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +42,9 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     print_plainly()
     try:
         load_env_files()
-        return go(*parse(argv, description))
+        code = go(*parse(argv, description))
+        sys.stdout.flush()  # while somebody is here to hear of it
+        return code
     except (Failure, OSError) as error:
         return complain(error)
     except Stopped as stopped:

@@ -23,13 +23,13 @@ from common.settings import setting
 from common.talk import Failure, die, note
 from launch import slurm
 from launch.node.base import NOT_FOUND, OVER
-from launch.order import Command, Told, parse
+from launch.order import Command, Told, read
 
 # srun reads most of Slurm's variables, and they bend a step that did not ask: those of the
 # allocation, and what a shell has left of another job. Only these are what they seem.
 KEPT = re.compile("SLURM_(CONF|JOB_?ID|JOB_NAME|SUBMIT_.*|.*CLUSTER.*|DEBUG.*|NETWORK|PMIX.*)$")
 # So do its plug-ins: each step would be in the container that pyxis has been told of.
-BENDS = re.compile("SLURM_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
+BENDS = re.compile("SLURM_|SRUN_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
 APART: Any = {
     "_bg": True,
     "_bg_exc": False,
@@ -211,7 +211,7 @@ def ask(command: Command, what: str, timeout: float = 60) -> list[Told]:
     """Give nodes a short order; what they told. Failure where one could not."""
     note(command.shown())
     said = run(command.argv, timeout=timeout, text=command.text, what=what)
-    return [parse(line) for line in said.splitlines()]
+    return list(read(said.splitlines()))
 
 
 class Step:
@@ -243,7 +243,7 @@ class Step:
     def told(self) -> Iterator[Told]:
         """What the nodes tell, until the command ends."""
         assert self.process.stdout is not None
-        yield from map(parse, self.process.stdout)
+        yield from read(self.process.stdout)
         self.process.wait()
 
     def poll(self) -> int | None:

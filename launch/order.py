@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,8 @@ from launch.node import messages
 PARTS = Path(__file__).parent / "node"
 # A flag whose value is a secret, and its values, in an order as it is shown.
 SECRET = re.compile(
-    r'"(--(?:admin[-_])?api[-_]key)(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
+    r'"(--(?:(?:admin[-_])?api[-_]key|hf[-_]token|ssl[-_]keyfile[-_]password))'
+    r'(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
 )
 TOO_OLD = 39  # the exit code of a Python older than 3.9
 BOOT = (
@@ -61,7 +62,7 @@ class Command:
     def shown(self, more: str = "") -> str:
         """As a shell takes it, on lines that can be read; `more` commands feed what follows.
 
-        Others may read it: an API key is `***` there.
+        Others may read it: a secret is `***` there.
         """
         files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
         order = json.dumps(self.fields, indent=1, ensure_ascii=False)
@@ -109,6 +110,20 @@ class Told:
     line: str
     node: str = ""
     message: Any = None
+
+
+def read(lines: Iterable[str]) -> Iterator[Told]:
+    """What nodes tell on these lines, messages in pieces put together again."""
+    begun: dict[str, str] = {}
+    for told in map(parse, lines):
+        if not isinstance(told.message, messages.Piece):
+            yield told
+            continue
+        text = f"{begun.pop(told.node, '')}{told.message.text}"
+        if told.message.last:
+            yield parse(text)
+        else:
+            begun[told.node] = text
 
 
 def parse(line: str) -> Told:

@@ -199,7 +199,12 @@ def find_mounts(
     else:
         say(f"{mount} does not exist here, so it is not mounted into the containers")
     unique = list(dict.fromkeys(mounts))
-    return [p for p in unique if not any(p != q and p.is_relative_to(q) for q in unique)]
+    return [p for p in unique if not any(p != q and is_within(p, q) for q in unique)]
+
+
+def is_within(path: Path, mount: Path) -> bool:
+    """As it is called and as it is: a link that leads out leads nowhere in the container."""
+    return path.is_relative_to(mount) and real(str(path)).is_relative_to(real(str(mount)))
 
 
 def local_paths(model: str, config: str | None) -> list[Path]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.talk import die, say, write_json
-from launch.identity import is_alive, launcher
+from common.talk import die, say, whole_file, write_json
+from launch.identity import is_alive, launcher, process_start
 from launch.plan import Plan, user_name
 from launch.preflight import jobs_of
 
@@ -37,7 +37,7 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
         die(f"{path.parent} cannot be written to: {error.strerror}", hint=hint)
     try:
         os.link(mine, path)  # unlike a rename it replaces nothing
-    except FileExistsError:
+    except OSError:  # it is there; or the file system has no such links
         if (other := read_record(path)) and may_be_under_way(other, restarts):
             what = f"another launch of job {job} is under way in {path.parent}"
             hint = f"stop that one first (make stop JOB={job}), or use another allocation"
@@ -85,7 +85,8 @@ class Keeper(threading.Thread):
     """Beside a launch: hears a stop from another host, by a word in the launch's record.
 
     And endpoint.json, which the last of several launches has written and takes along, names
-    another that serves.
+    another that serves. Its record is there, too: whoever sees no jobs of ours, on another cluster
+    or where Slurm hides them, takes us to be gone, and some empty logs/.
     """
 
     def __init__(self, record: Path, endpoint: Path) -> None:
@@ -93,8 +94,11 @@ class Keeper(threading.Thread):
         self.record, self.endpoint = record, endpoint
         self.announced: dict[str, object] | None = None  # what endpoint.json has to say
         self.ended = threading.Event()
+        self.text = ""  # the record's
 
     def run(self) -> None:
+        with contextlib.suppress(OSError):
+            self.text = self.record.read_text()
         while not self.ended.wait(LOOK_EVERY):
             with contextlib.suppress(OSError):
                 self.restore()
@@ -103,6 +107,9 @@ class Keeper(threading.Thread):
                 break
 
     def restore(self) -> None:
+        if self.text and not self.record.exists():
+            with whole_file(self.record) as file:
+                file.write(self.text)
         announced = self.announced
         if announced and not self.endpoint.exists():
             write_json(self.endpoint, announced)
@@ -167,7 +174,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
         who = {key: str(record[key]) for key in ("job", "url", "model")}
         if record["launcher"].count(":") < 2:
             raise ValueError
-        owner, alive = path.stat().st_uid, is_alive(record["launcher"], who["job"])
+        owner = path.stat().st_uid
+        hidden = owner != os.geteuid() and not process_start(1)  # /proc with hidepid shows us ours
+        alive = None if hidden else is_alive(record["launcher"], who["job"])
         return {**record, **who, "owner": owner, "alive": alive}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -180,8 +189,9 @@ def sweep(logs: Path) -> None:
         if not (record := read_record(path)):
             continue
         if record["alive"] is None and record["job"].isdecimal():
-            jobs = jobs_by_owner(record["owner"])
-            if jobs is not None and record["job"] not in jobs:
+            jobs, ours = jobs_by_owner(record["owner"]), os.geteuid() in (0, record["owner"])
+            # Another's jobs may be hidden (PrivateData=jobs): none at all is no answer.
+            if jobs is not None and (jobs or ours) and record["job"] not in jobs:
                 record["alive"] = False
         if record["alive"] is False:
             with contextlib.suppress(OSError):  # it may be somebody else's to remove

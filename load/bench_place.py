@@ -47,9 +47,6 @@ def exit_code(work: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
                                 "then .venv/bin/python in place of python3"))  # fmt: skip
-    except BrokenPipeError:  # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (Failure, OSError) as error:
         return complain(error)
 

@@ -507,7 +507,7 @@ if args[:2] != ["--overlap", "--export=ALL"]:
 if not os.environ.get("SLURM_JOB_ID"):
     fail("srun: error: Unable to allocate resources", 64)
 for leak in ("SLURM_CPU_BIND", "SLURM_CPUS_PER_TASK", "SLURM_HINT", "SLURM_TRES_PER_TASK",
-             "SLURM_GPUS_PER_NODE"):
+             "SLURM_GPUS_PER_NODE", "SRUN_CPUS_PER_TASK", "SRUN_CONTAINER"):
     if leak in os.environ:
         fail(f"srun: {leak} bends this step", 64)
 words = iter(args[2:])

@@ -142,15 +142,6 @@ def test_a_reader_that_is_gone_stops_nothing(log: Log, monkeypatch: pytest.Monke
         gone.close()
 
 
-def test_a_log_without_stdout_stops_nothing(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`>&-`: Python has no sys.stdout then."""
-    monkeypatch.setattr(sys, "stdout", None)
-    write(log, b"one\n")
-    assert log.pump() == b"one\n"
-    if sys.stdout:
-        sys.stdout.close()
-
-
 def test_a_log_that_somebody_removes_stops_nothing(log: Log) -> None:
     log.path.unlink()
     write(log, b"one\n")

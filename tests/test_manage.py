@@ -123,6 +123,21 @@ def test_the_record_of_a_launch_that_was_killed_is_replaced(logs: Path) -> None:
     assert list(logs.iterdir()) == [path]
 
 
+def test_a_file_system_without_hard_links_has_records_too(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, child: subprocess.Popen[bytes]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = logs / "run_local1.json"
+    records.write_record(path, plan(), URL, logs / "x.log")
+    assert [*logs.iterdir()] == [path]
+    record(logs, "local1", name_of(child))
+    with pytest.raises(Failure, match="job local1 is under way"):
+        records.write_record(path, plan(), URL, logs / "x.log")
+
+
 @pytest.mark.parametrize("who", [DEAD, ELSEWHERE])
 def test_the_records_of_others_are_not_taken_back(logs: Path, who: str) -> None:
     (logs / "endpoint.json").write_text("{")
@@ -168,6 +183,31 @@ def test_a_record_is_judged_by_the_jobs_of_its_owner(
         os.chown(record(logs, job, ELSEWHERE), 12345, -1)
     assert [found["job"] for found in records.records(logs)] == ["7"]
     assert asked == ["12345"]
+
+
+@pytest.mark.parametrize(("whose", "left"), [(12345, ["7"]), (54321, [])])
+def test_who_sees_no_job_of_another_cannot_tell(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, whose: int, left: list[str]
+) -> None:
+    """Slurm hides them with PrivateData=jobs; our own it does not."""
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    monkeypatch.setattr(records, "jobs_of", lambda _: set())
+    os.chown(record(logs, "7", ELSEWHERE), whose, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    assert [found["job"] for found in records.records(logs)] == left
+
+
+@pytest.mark.parametrize(("whose", "left"), [(12345, ["local5"]), (0, [])])
+def test_who_does_not_see_the_processes_of_others_cannot_tell(
+    logs: Path, monkeypatch: pytest.MonkeyPatch, whose: int, left: list[str]
+) -> None:
+    """/proc is often mounted with hidepid where many log in."""
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    os.chown(record(logs, "local5", DEAD), whose, -1)
+    monkeypatch.setattr(records, "process_start", lambda _: "")
+    assert [found["job"] for found in records.records(logs)] == left
 
 
 @pytest.mark.usefixtures("read_only")
@@ -409,6 +449,23 @@ def test_endpoint_json_names_a_launch_for_as_long_as_it_serves(
     keeper.take_back()
     keeper.end()
     assert not keeper.is_alive() and not path.exists() and signals == []
+
+
+def test_a_record_that_somebody_removes_comes_back(
+    logs: Path, signals: list[tuple[int, int]]
+) -> None:
+    """By `rm logs/*`, or from a cluster that does not know the job."""
+    path = record(logs, "77", launcher())
+    text = path.read_text()
+    keeper = records.Keeper(path, logs / "endpoint.json")
+    keeper.start()
+    wait_until(lambda: keeper.text)
+    path.unlink()
+    logs.rmdir()
+    wait_until(path.exists)
+    assert path.read_text() == text
+    keeper.end()
+    assert [*logs.iterdir()] == [path] and signals == []
 
 
 def test_a_word_taken_back_while_it_is_written_does_not_stay(

@@ -33,13 +33,23 @@ from launch.node.enroot import SurveyEnroot
 from launch.node.facts import Survey
 from launch.node.front import Front
 from launch.node.images import Forget, Load, Pull
-from launch.node.messages import Facts
+from launch.node.messages import Facts, Piece
 from launch.node.port import AwaitPort
 from launch.node.pyxis import Attend, EndSteps, Inside, PartInside, RankInside
 from launch.node.squash import Discard, Import
 from launch.node.world import Hold, Part, Rank
 from launch.nodes import Place
-from launch.order import BOOT, MESSAGES, TOO_OLD, Command, Told, folded, parse, parts_of, source
+from launch.order import (
+    BOOT,
+    MESSAGES,
+    TOO_OLD,
+    Command,
+    folded,
+    parse,
+    parts_of,
+    read,
+    source,
+)
 from launch.runtimes import bare, docker
 from launch.spread import Spread
 from tests.conftest import HOSTILE, ONE_NODE, PATIENCE, TAG, Fakes, Script, plan, wait_until
@@ -200,13 +210,14 @@ def test_a_shown_command_has_no_line_that_nobody_reads(command: Command) -> None
 
 @pytest.mark.parametrize(
     "words",
-    [["--api-key", "sk-1"], ["--api_key=sk-1"], ["--api-key", 'sk-1"\\', "sk-1 b"]],
-)
-def test_an_api_key_is_sent_and_not_shown(words: list[str]) -> None:
+    [["--api-key", "sk-1"], ["--api_key=sk-1"], ["--api-key", 'sk-1"\\', "sk-1 b"],
+     ["--hf-token", "sk-1"], ["--ssl-keyfile-password=sk-1"]],
+)  # fmt: skip
+def test_a_secret_is_sent_and_not_shown(words: list[str]) -> None:
     command = Command([], Run(["vllm", "serve", "m", *words, "--seed", "1"]))
     shown, text = command.shown(), command.text
     assert "sk-1" not in shown and '***",\n   "--seed",\n   "1"' in shown
-    assert text.count("sk-1") == len(words) - words[0].startswith("--api-key")
+    assert text.count("sk-1") == len(words) - ("=" not in words[0])
 
 
 def pasted(shown: str) -> SimpleNamespace:
@@ -225,7 +236,7 @@ def test_a_shown_order_can_be_pasted(fakes: Fakes, tmp_path: Path, prefix: tuple
     command = Command(prefix, Survey("docker", [8000], TAG, "trtllm-serve", paths))
     done = paste(fakes, command.shown())
     assert (done.returncode, done.stderr) == (0, "")
-    [told] = map(parse, done.stdout.splitlines())
+    [told] = read(done.stdout.splitlines())
     assert (told.node, told.message.image, told.message.unseen) == ("local", "sha256:c", paths)
 
 
@@ -298,10 +309,12 @@ def test_what_an_order_cannot_do_on_its_node_is_a_sentence(ready: Fakes) -> None
     failed = give(serve, ready.environment())
     out, err = failed.communicate(serve.text)
     assert (failed.returncode, out) == (1, "")
-    assert re.fullmatch(r"local: .*Not a directory.*/dev/null/cache.*\n", err)
+    assert re.fullmatch(r"ERROR: local: .*Not a directory.*/dev/null/cache.*\n", err)
 
 
 # What comes back
+
+SRUN_KEEPS = 1024  # bytes: MAX_MSG_LEN of Slurm's src/common/io_hdr.h
 
 ANY = {str: st.text(), int: st.integers(), bool: st.booleans(), list[str]: st.lists(st.text())}
 ANY |= {dict[str, str]: st.dictionaries(st.text(), st.text())}
@@ -309,7 +322,7 @@ ANY |= {dict[str, str]: st.dictionaries(st.text(), st.text())}
 
 def messages() -> st.SearchStrategy[Any]:
     made = []
-    for kind in MESSAGES.values():
+    for kind in (each for each in MESSAGES.values() if each is not Piece):
         hints = get_type_hints(kind)
         made.append(st.builds(kind, **{f.name: ANY[hints[f.name]] for f in fields(kind)}))
     return st.one_of(made)
@@ -317,13 +330,32 @@ def messages() -> st.SearchStrategy[Any]:
 
 @given(message=messages())
 @example(message=Facts(unseen=[*HOSTILE, "\udcff"]))
-def test_what_a_node_tells_arrives_on_one_line(
-    capfd: pytest.CaptureFixture[str], message: Any
-) -> None:
+@example(message=Facts(layers='"' * 5000))
+def test_what_a_node_tells_arrives_whole(capfd: pytest.CaptureFixture[str], message: Any) -> None:
     base.tell(message)
-    out = capfd.readouterr().out
-    assert out.count("\n") == 1
-    assert parse(out) == Told(out.rstrip("\n"), base.NODE, message)
+    lines = capfd.readouterr().out.splitlines()
+    [told] = read(lines)
+    assert (told.node, told.message) == (base.NODE, message)
+    assert len(lines) == 1 or all(len(line) < SRUN_KEEPS for line in lines)
+
+
+def test_long_messages_of_nodes_that_tell_at_once_arrive_whole(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image of many layers, on all nodes: srun passes their lines on in turn."""
+    said: dict[str, list[str]] = {}
+    for name in ("n1", "n2"):
+        monkeypatch.setattr(base, "NODE", name)
+        base.tell(Facts(layers=f"{name} " * 2000))
+        said[name] = as_srun_takes_it(capfd.readouterr().out)
+    in_turn = "".join(map("".join, zip(*said.values(), strict=True)))
+    found = {told.node: told.message.layers for told in read(in_turn.splitlines())}
+    assert found == {name: f"{name} " * 2000 for name in said}
+
+
+def as_srun_takes_it(text: str) -> list[str]:
+    """A node's output in what reaches srun at a time: a line, or the beginning of a long one."""
+    return re.findall(rf"[^\n]{{{SRUN_KEEPS}}}|[^\n]*\n", text)
 
 
 NAMES = st.sampled_from([*MESSAGES, "Serve", "type", "__class__"])
@@ -371,7 +403,7 @@ def test_every_python_from_3_9_on_takes_an_order_and_an_older_one_says_so(
         assert (done.returncode, done.stdout, done.stderr) == (TOO_OLD, "", "")
     else:
         assert (done.returncode, done.stderr) == (0, "")
-        assert isinstance(parse(done.stdout).message, Facts)
+        assert isinstance(next(read(done.stdout.splitlines())).message, Facts)
 
 
 def test_a_python_that_is_too_old_is_seen_before_it_reads_anything() -> None:

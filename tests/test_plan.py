@@ -64,6 +64,16 @@ def test_a_mount_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
     check_mounted([tmp_path / "fsx/m", tmp_path / "mnt/fsx/m"], mounts)
 
 
+def test_a_cache_that_a_link_leads_out_of_a_mount_is_mounted_itself(tmp_path: Path) -> None:
+    """As where a home is small, and ~/.cache/huggingface leads to /scratch."""
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    for made in (home, scratch / "hf"):
+        made.mkdir(parents=True)
+    (home / "hf").symlink_to(scratch / "hf")
+    assert mounts_of(home, f"{tmp_path}/none", home / "hf") == [home, home / "hf"]
+    assert mounts_of(tmp_path, f"{tmp_path}/none", home / "hf") == [tmp_path]
+
+
 def test_a_workspace_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "real/m").mkdir(parents=True)
     (tmp_path / "called").symlink_to(tmp_path / "real")

@@ -22,7 +22,7 @@ from launch.node import facts as survey
 from launch.node.facts import network
 from launch.node.messages import Container, Facts
 from launch.nodes import Place
-from launch.order import parse
+from launch.order import read
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
 from launch.slurm import Share
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
@@ -46,7 +46,7 @@ def wanted(image: Image = TARBALL, runtime: str = "docker", gpus: str = "auto") 
 
 
 def told(text: str) -> list[Node]:
-    return gather(map(parse, text.splitlines()))
+    return gather(read(text.splitlines()))
 
 
 def node(called: str = "n1", /, **changes: Any) -> Node:
@@ -184,7 +184,12 @@ def test_gpus_that_nobody_asked_for_are_not_missed() -> None:
 def test_a_local_tag_that_is_missing_cannot_be_helped() -> None:
     [bad] = [f for f in judge([node(image="")], wanted(Image("mine:1"))) if f.state == "bad"]
     assert bad.text == "image mine:1 is not on this node"
-    assert "make docker" in bad.hint
+    assert "make docker" in bad.hint and "docker.io" not in bad.hint
+
+
+def test_a_name_that_may_be_of_docker_hub_is_shown_as_one() -> None:
+    [bad] = [f for f in judge([node(image="")], wanted(Image("v/m:1"))) if f.state == "bad"]
+    assert "--image docker.io/v/m:1 pulls it" in bad.hint
 
 
 @pytest.mark.parametrize(

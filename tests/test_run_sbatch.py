@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -246,7 +247,8 @@ def test_words_that_cannot_be_meant_are_exit_code_2_before_anything_is_done(
     ("place", "args", "url"),
     [
         (HERE, ["--host", "0.0.0.0", "--port", "1"], "http://127.0.0.1:1"),
-        (HERE, ["--host", "::", "--port", "1"], "http://127.0.0.1:1"),
+        (HERE, ["--host", "::", "--port", "1"], "http://[::1]:1"),
+        (SLURM, ["--host", "::", "--port", "1"], "http://10.0.0.5:1"),
         (HERE, ["--host", "10.0.0.9", "--port=1"], "http://10.0.0.9:1"),
         (HERE, ["--host", "fe80::1", "--port", "1"], "http://[fe80::1]:1"),
         (SLURM, ["--host", "0.0.0.0", "--port", "1"], "http://10.0.0.5:1"),
@@ -1391,6 +1393,26 @@ def test_a_reader_that_leaves_does_not_stop_the_server(fakes: Fakes, launch: Lau
     assert left() == set()
 
 
+def test_a_reader_that_has_seen_enough_hears_no_complaint(fakes: Fakes, launch: Launcher) -> None:
+    """`run_sbatch.py --dry-run ... | head -1`"""
+    read, write = os.pipe()
+    os.close(read)
+    started = launch("m", "--dry-run", "--image", "x:1", out=write)
+    os.close(write)
+    assert started.code() == 1
+    assert "ERROR" not in started.output and "BrokenPipe" not in started.output
+
+
+def test_a_directory_that_is_gone_is_told(
+    fakes: Fakes, launch: Launcher, toolset: Path, tmp_path: Path
+) -> None:
+    wrapper, gone = fakes.home / "gone.py", tmp_path / "gone"
+    words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    left = f"os.mkdir({str(gone)!r}); os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})"
+    wrapper.write_text(f"import os; {left}; os.execv({sys.executable!r}, {words!r})")
+    assert error(launch(script=wrapper)).startswith("the current directory is gone\n")
+
+
 def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     fakes: Fakes, launch: Launcher, toolset: Path
 ) -> None:
@@ -1414,17 +1436,39 @@ def test_a_terminal_that_is_gone_does_not_stop_the_clean_up(
     assert left() == set()
 
 
-def test_a_closed_stdout_does_not_stop_the_server(
-    fakes: Fakes, launch: Launcher, toolset: Path
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_does_not_stop_the_server(
+    fakes: Fakes, launch: Launcher, toolset: Path, closed: tuple[int, ...]
 ) -> None:
     """`run_sbatch.py ... >&-`"""
     wrapper = fakes.home / "closed.py"
     words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
-    wrapper.write_text(f"import os; os.close(1); os.execv({sys.executable!r}, {words!r})")
+    close = f"[os.close(each) for each in {closed}]"
+    wrapper.write_text(f"import os; {close}; os.execv({sys.executable!r}, {words!r})")
+    started = launch(script=wrapper)
+    wait_until(Path("logs/endpoint.json").exists)
+    assert "READY" in next(Path("logs").glob("launch_*.log")).read_text()
+    assert started.stop() == 130
+    assert left() == set()
+
+
+def test_a_cache_that_a_node_cannot_make_is_the_cause(fakes: Fakes, launch: Launcher) -> None:
+    """Of who has no home there, or a full one."""
+    failed = error(launch("m", HF_HOME="/proc/none/hf"))
+    sentence, _, rest = failed.partition("\n")
+    assert sentence.endswith("No such file or directory: '/proc/none'") and "next: " in rest
+
+
+def test_a_parent_that_ignores_the_end_of_children_does_not_matter(
+    fakes: Fakes, launch: Launcher, toolset: Path
+) -> None:
+    wrapper = fakes.home / "deaf.py"
+    words = [sys.executable, str(toolset / "run_sbatch.py"), "m"]
+    ignore = "import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    wrapper.write_text(f"{ignore}; os.execv({sys.executable!r}, {words!r})")
     started = launch(script=wrapper)
     started.until("stop it with")
     assert started.stop() == 130
-    assert left() == set()
 
 
 def test_logs_that_cannot_be_written_are_told(fakes: Fakes, launch: Launcher) -> None:
@@ -1816,6 +1860,29 @@ def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
     assert (done.returncode, fakes.calls()) == (0, []), done.stderr
     python.write_text('#!/bin/sh\nexec false "$@"\n')
     assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+
+
+def test_a_venv_whose_python_is_only_elsewhere_is_told(
+    fakes: Fakes, toolset: Path, tmp_path: Path
+) -> None:
+    """On the login node it was there; the batch job runs on another."""
+    home = tmp_path / "copy"
+    shutil.copytree(toolset, home)
+    python = home / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to("/none/python3.12")
+    command = [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
+    done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    words = f"'sh' is missing: {python} leads to /none/python3.12, which this machine does not have"
+    assert words in done.stderr
+
+
+def test_an_old_python_can_read_the_script() -> None:
+    """Its first line names the machine's own: it has to come as far as .venv's."""
+    text = (ROOT / "run_sbatch.py").read_text()
+    ast.parse(text, feature_version=(3, 6))
+    assert "from __future__ import annotations" not in text  # 3.7
 
 
 # In process, where only the order of things matters

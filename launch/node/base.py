@@ -33,14 +33,30 @@ ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has 
 # it dies of it.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# Of a longer line srun passes on 1024 bytes at a time, and those of other nodes between them.
+LONGEST, PIECE = 1000, 400
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
 ).split()
 
 
 def tell(message: Any) -> None:  # noqa: ANN401 (any dataclass of messages.py)
-    """One message on a line of its own. A launcher that is gone must not stop a clean-up."""
-    line = json.dumps({"node": NODE, type(message).__name__: vars(message)})
+    """One message on a line of its own, or in pieces on several."""
+    line = line_of(type(message).__name__, vars(message))
+    if len(line) < LONGEST:
+        put(line)
+        return
+    for begin in range(0, len(line), PIECE):
+        end = begin + PIECE
+        put(line_of("Piece", {"text": line[begin:end], "last": end >= len(line)}))
+
+
+def line_of(kind: str, fields: dict[str, Any]) -> str:
+    return json.dumps({"node": NODE, kind: fields})
+
+
+def put(line: str) -> None:
+    """A launcher that is gone must not stop a clean-up."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode() + b"\n")
 
@@ -200,7 +216,7 @@ def main() -> NoReturn:
     try:
         code = read_order()()
     except OSError as error:
-        print(f"{NODE}: {error}", file=sys.stderr, flush=True)
+        print(f"ERROR: {NODE}: {error}", file=sys.stderr, flush=True)
         code = 1
     os._exit(code)
 

@@ -18,6 +18,8 @@ from launch.node.messages import Left, Owner
 
 CREATES_WITHIN = 5  # seconds for a daemon to complete what its client no longer waits for
 GAVE_UP = (125, 130, 143)  # a client's exit codes that do not say that there was a container
+# Every address, and the loopback of its kind: what listens on :: by asyncio takes no IPv4.
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 CLIENT_FAILED = 125  # docker's own client: where the daemon went away, its container may live on
 
 
@@ -202,7 +204,7 @@ def health(host: str, port: int) -> str:
     """What /health answers to us: its status, or why there is none."""
     from http.client import HTTPConnection, HTTPException  # late: no other order needs it
 
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    here = ANY.get(host, host)
     try:
         asked = HTTPConnection(here, port, timeout=3)
         asked.request("GET", "/health")

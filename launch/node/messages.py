@@ -1,4 +1,4 @@
-"""What a node tells its launcher: one JSON line a message, each the fields of a dataclass."""
+"""What a node tells its launcher: JSON, each message the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ class Facts:
     layers: str = ""  # its diff ids, as Docker prints them
     release: str = ""  # engine and version that it holds; of runtime bare the program's
     free: int = 0
+
+
+@dataclass
+class Piece:
+    """Of the line of a message that is too long for srun to keep together."""
+
+    text: str
+    last: bool
 
 
 @dataclass

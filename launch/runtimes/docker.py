@@ -167,7 +167,8 @@ def judge_image(node: Node, image: Image) -> list[Finding]:
     if node.holds(image):
         return [node.ok("image", "present")]
     if not image.tarball and not image.registry:
-        return [node.bad("image", f"image {image.tag} is not on this node", GET_ONE)]
+        hub = f"; --image docker.io/{image.tag} pulls it from Docker Hub" * ("/" in image.tag)
+        return [node.bad("image", f"image {image.tag} is not on this node", GET_ONE + hub)]
     free, how = node.facts.free, "pull" if image.registry else "load"
     text = f"{how} (another {image.tag} is there)" if node.facts.image else how
     if str(image.tarball) in node.facts.unseen:
