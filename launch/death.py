@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from common.talk import Failure, die, say
 from launch import slurm, world
-from launch.causes import cause_in, ranks_of
 from launch.engines import FINAL, meanings
 from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
@@ -63,6 +62,8 @@ def report_death(server: Server, code: int) -> NoReturn:
     say(f"the last lines of {path}:\n{tail}\n")
     known = meanings(server.plan.command(server.replica)[0])
     meaning = f" ({known[code]})" if code in known and not other else ""
+    from launch.causes import cause_in, ranks_of  # late: a start has no use for its patterns
+
     logs = (path, server.log.path, *ranks_of(server.log.path))
     cause = cause_in(logs, partial(evidence, server, death))
     end = f"ended with exit code {code}{meaning} {server.when}, after {server.age:.1f} s"

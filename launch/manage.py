@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.talk import Failure, counted, die, say
-from launch.causes import cause_in, ranks_of
 from launch.log import end_of
 from launch.records import living, process_of, records, tell_to_stop
 from launch.status import status
@@ -105,6 +104,8 @@ def why(logs: Path, name: str) -> int:
     log = Path(name)
     if not log.is_file():
         die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
+    from launch.causes import cause_in, ranks_of  # late: few have use for its patterns
+
     found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
     print(f"cause: {found.line}\nnext: {found.advice}" if found else "no cause in the log")
     return 0 if found else 1

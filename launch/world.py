@@ -16,7 +16,6 @@ from pathlib import Path
 
 from common.signals import pause
 from common.talk import die
-from launch import causes
 from launch.findings import Node
 from launch.node.messages import Beat, Ended, Left, Up
 from launch.nodes import Step
@@ -80,6 +79,8 @@ class Holders(threading.Thread):
 
     def advice(self) -> str:
         """What is known of the cause that a container's client has named; '' where it is not."""
+        from launch import causes  # late: a start has no use for its patterns
+
         cause = causes.of("\n".join(self.talk))
         return cause.advice if cause and cause.meaning else ""
 

@@ -1033,24 +1033,29 @@ def config_digest(data: bytes) -> str:
 
 
 @pytest.fixture
-def any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine makes no run of bench.py invalid, but where a test is about just that.
-
-    And nothing is drawn, which takes longer than most runs, but where a test looks at pictures.
-    """
+def any_machine(
+    undrawn: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine makes no run of bench.py invalid, but where a test is about just that."""
     from load import metrics
-    from report import render
 
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(render, "draw", lambda charts: [])
     if "real_limits" not in request.fixturenames:
         monkeypatch.setattr(metrics, "SLOW_CLIENT", math.inf)
         monkeypatch.setattr(metrics, "BLURRED", 1.0)
 
 
 @pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, which takes longer than most runs, but where a test looks at pictures."""
+    from report import render
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(render, "draw", lambda charts: [])
+
+
+@pytest.fixture
 def pictures() -> None:
-    """They are drawn in spite of `any_machine`."""
+    """They are drawn in spite of `undrawn`."""
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from report import charts, compare, draw, results
 from report import render as report
 from tests.conftest import PATIENCE
 
-pytestmark = pytest.mark.usefixtures("same_signals")
+pytestmark = pytest.mark.usefixtures("same_signals", "undrawn")
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -152,6 +152,7 @@ def test_the_summary_leaves_single_requests_out(tmp_path: Path) -> None:
     assert found["mean_ttft_ms"] == 10
 
 
+@pytest.mark.usefixtures("pictures")
 def test_every_plot_is_a_png_and_in_the_page(tmp_path: Path) -> None:
     report.write(tmp_path, everything())
     page = (tmp_path / "report.html").read_text()
@@ -165,6 +166,7 @@ def test_invalid_runs_are_in_no_plot(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_without_matplotlib_there_are_no_plots_but_all_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +183,7 @@ def test_without_matplotlib_there_are_no_plots_but_all_numbers(
     assert "prefill-in128-out1-c4" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_path: Path) -> None:
     report.write(tmp_path, [*everything(), bad(LATENCY)])
     page = (tmp_path / "report.html").read_text()
@@ -272,6 +275,7 @@ def test_tokens_a_second_of_each_gpu(tmp_path: Path) -> None:
     assert "per GPU" not in page_of(tmp_path, record(LATENCY))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_exact_values_are_there_to_be_pointed_at(tmp_path: Path) -> None:
     page = page_of(tmp_path, *everything())
     titles = re.findall(r"<title>([^<]*)</title>", page)[1:]
@@ -359,6 +363,7 @@ def seen_by(browser: str, page: Path, width: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_page_in_a_browser(tmp_path: Path, browser: str) -> None:
     report.write(tmp_path, [*everything(), bad(LATENCY)])
     for width in WIDTHS:
@@ -367,6 +372,7 @@ def test_the_page_in_a_browser(tmp_path: Path, browser: str) -> None:
         assert seen == {"errors": [], "charts": [True] * 8, "tip": seen["tip"], "wide": False}
 
 
+@pytest.mark.usefixtures("pictures")
 def test_two_folders_on_one_page(tmp_path: Path, browser: str) -> None:
     a = put(tmp_path / "a", *everything(), *twice(10.0, 10.02))
     b = put(tmp_path / "b", *everything(), *twice(12.0, 12.0))
