@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """In CI everything that a test may need is there, before the first one looks for it."""
     # Started in the background of a script, we would hand an ignored SIGINT on to every process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,16 +79,16 @@ def pytest_configure() -> None:
     os.environ["PATH"] = f"{sys.prefix}/bin:{os.environ['PATH']}"
     if CI and os.geteuid() == 0:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        for path in Path(__file__).parent.glob("test_*.py"):  # else each process compiles them all
+            import_module(f"tests.{path.stem}")
 
 
 def keep_bytecode() -> None:
     """Where Python is told to write none, every script that a test starts is compiled anew, which
-    takes longer than many a test: then it is written, but not beside the sources."""
-    if sys.dont_write_bytecode:
-        sys.dont_write_bytecode = False
-        sys.pycache_prefix = str(ROOT / ".pytest_cache/bytecode")
-        os.environ.pop("PYTHONDONTWRITEBYTECODE")
-        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    takes longer than many a test."""
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_collection_finish() -> None:

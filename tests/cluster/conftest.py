@@ -16,7 +16,8 @@ from tests.cluster.cluster import Cluster, why_not
 from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strangers, traces
 
 Launcher = Callable[..., Launch]
-# Tests on a cluster mostly wait, so there are three, each of which takes about as long.
+# Tests on a cluster mostly wait, so there are three, each of which takes about as long. The second
+# one has four nodes.
 OF_A_CLUSTER = {
     "test_matrix.py": 1,
     **dict.fromkeys(("test_multinode.py", "test_serve.py", "test_fleet.py", "test_tune.py"), 2),
@@ -46,7 +47,8 @@ def available_memory() -> float:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Two nodes (four in the partition `all`): an image tarball, on each a stranger's container."""
+    """Two nodes (four in the partition `all`, where its tests ask for them): an image tarball, on
+    each a stranger's container."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
     if (
@@ -55,7 +57,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     ):
         pytest.fail("pytest-xdist does not keep groups together (--dist=loadgroup; does it know "
                     "this pytest?): every process would build a cluster of its own")  # fmt: skip
-    with Cluster(nodes=4, default=2, in_memory=available_memory() > 8e9) as cluster:
+    alone = "@cluster-" not in os.environ["PYTEST_CURRENT_TEST"]
+    nodes = 4 if alone or "@cluster-2" in os.environ["PYTEST_CURRENT_TEST"] else 2
+    with Cluster(nodes, default=2, in_memory=available_memory() > 8e9) as cluster:
         prepare(cluster)
         yield cluster
 
