@@ -142,7 +142,7 @@ check: $(READY) ## Run lint, types and all tests; as root also those on a real S
 	@$(VENV)/bin/hadolint Dockerfile
 	@# A node's Python is older. The types are checked beside the tests, which take far longer.
 	@{ $(VENV)/bin/mypy --no-error-summary; $(VENV)/bin/mypy --no-error-summary --python-version 3.9 launch/node; } & \
-	    $(PY) -m pytest --numprocesses=auto --dist=loadgroup && wait $$!
+	    $(PY) -m pytest --numprocesses=auto --dist=loadgroup || failed=$$?; wait $$! && exit $${failed:-0}
 
 .PHONY: cluster
 cluster: $(READY) ## Open a shell on the login node of a real two-node test cluster (as root)
