@@ -95,8 +95,7 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
 def served_as(model: str) -> list[str]:
     """TensorRT-LLM serves a directory under its last part, vLLM under its path, Ollama a tag."""
     is_path = model.startswith(("/", ".", "~")) or os.path.isdir(model)  # noqa: PTH112  never raises
-    others = [PurePath(model).name] if is_path else [f"{model}:latest", f"models/{model}"]
-    return [model, *others]
+    return [model, *([PurePath(model).name] if is_path else [f"{model}:latest", f"models/{model}"])]
 
 
 def generates(answer: Answer, ask: Facts) -> Facts:
@@ -298,21 +297,21 @@ def left_by_launcher(workspace: str) -> Target | None:
 
 
 def base_url(host: str, port: int = 0) -> str:
-    """What to put /v1/... behind, from a name, an address, HOST:PORT or a whole URL."""
-    complete = "://" in host
-    if host.count(":") > 1 and not complete and "[" not in host:
+    """What to put /v1/... behind; it ends with a slash where the API has a path in place of /v1."""
+    if host.count(":") > 1 and not {"[", "/"} & {*host}:
         host = f"[{host}]"  # a bare IPv6 address
     try:
-        url = urlsplit(host if complete else f"http://{host}")
+        url = urlsplit(host if "://" in host else f"http://{host}")
         own = url.port
     except ValueError as e:
         raise Trouble(f"{host!r} is neither a host nor a URL: {e}") from e
     odd = url.scheme not in ("http", "https") or not url.hostname or own == 0
     if odd or re.search(r"[\s@?#\\]", host) or not host.isprintable():
         raise Trouble(f"{host!r} is neither a host nor an http(s) URL (without login or query)")
-    tail = f":{port or 8000}" if not own and (port or not complete) else ""
-    path = re.sub("(/v1(/((chat/)?completions|models))?)?/*$", "", url.path)  # what we add
-    return f"{url.scheme}://{url.netloc.rstrip(':')}{tail}{path}"
+    tail = f":{port or 8000}" if not own and (port or "://" not in host) else ""
+    path, end, *_ = re.split("(/(?:chat/)?completions|/models)?/*$", url.path)
+    slash = "/" * bool(end or re.search(r"/v\d\w*$", path)) * (not path.endswith("/v1"))
+    return f"{url.scheme}://{url.netloc.rstrip(':')}{tail}{path.removesuffix('/v1')}{slash}"
 
 
 CAUSES = {  # by name: a reset can be any of three classes
@@ -347,9 +346,10 @@ class Server(NamedTuple):
     def curl(self, path: str, body: Facts) -> str:
         """The request to paste: the shell fills in the key; no proxy, as here."""
         auth = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if self.key else ""
-        data = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
-        flags = "-isSN" if self.tls.check_hostname else "-isSNk"
-        return f"curl {flags} --noproxy '*' {auth}{shlex.join([self.url + path, *data])}"
+        words = [re.sub("(?<!:)//v1/", "/", self.url + path)]
+        words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
+        insecure = "k" * (not self.tls.check_hostname)
+        return f"curl -isSN{insecure} --noproxy '*' {auth}{shlex.join(words)}"
 
     def fetch(self, path: str, body: Facts) -> Answer:
         """The answer, or what there is of it when time is over: bytes can drip for ever."""
@@ -389,7 +389,7 @@ class Server(NamedTuple):
         with closing(connection):
             connection.connect()
             connection.sock.settimeout(self.seconds)
-            connection.request(method, url.path + path, content, headers)
+            connection.request(method, (url.path + path).replace("//v1/", "/"), content, headers)
             response = connection.getresponse()
             answer.status = response.status
             answer.content_type = response.headers.get("Content-Type", "")

@@ -17,7 +17,7 @@ from common.talk import die, say
 from load import sharegpt
 from load.connection import TOO_LATE
 from load.counters import Counters
-from load.endpoint import Endpoint
+from load.endpoint import Endpoint, at
 from load.loadgen import measure
 from load.matrix import Case, too_few
 from load.metrics import (
@@ -151,7 +151,7 @@ class Builtin:
         options, dialect = self.options, self.server.dialect
         return Load(
             self.endpoint.target,
-            self.endpoint.prefix + dialect.path,
+            at(self.endpoint.prefix, dialect.path),
             Requests(self.endpoint.model, self.prompts(case, attempt), dialect),
             case.num_prompts,
             case.concurrency,

@@ -21,7 +21,8 @@ from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
-OWN_PATH = re.compile("(/v1(/((chat/)?completions|models))?)?/*$")  # an end of a URL that we add
+OWN_END = re.compile("(/(?:chat/)?completions|/models)?/*$")  # an end of a URL that we add
+OTHER_VERSION = re.compile(r"/v\d\w*$")  # Google's v1beta, Zhipu's v4
 NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
 
 
@@ -168,7 +169,11 @@ def replicas_of(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def base_url(host: str, port: int | None, default: int) -> str:
-    """From a name, an address, HOST:PORT or a whole URL, to which no default port is added."""
+    """From a name, an address, HOST:PORT or a whole URL, to which no default port is added.
+
+    It ends with a slash where the API has another path in place of /v1: a version of its own, or
+    what stands before a known end, as in https://host/api/chat/completions.
+    """
     bare_ipv6 = host.count(":") > 1 and "[" not in host and "://" not in host
     try:
         parts: SplitResult = urlsplit(
@@ -185,8 +190,15 @@ def base_url(host: str, port: int | None, default: int) -> str:
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
     tail = f":{port or default}" if own is None and (port or "://" not in host) else ""
-    path = OWN_PATH.sub("", parts.path)
-    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{tail}{path}"
+    path, end, *_ = OWN_END.split(parts.path)
+    if not path.endswith("/v1") and (end or OTHER_VERSION.search(path)):
+        path += "/"
+    return f"{parts.scheme}://{parts.netloc.rstrip(':')}{tail}{path.removesuffix('/v1')}"
+
+
+def at(root: str, path: str) -> str:
+    """Where a path of the API is, below a URL or the path of one that `base_url` has made."""
+    return root + path.removeprefix("/v1").lstrip("/") if root.endswith("/") else root + path
 
 
 def port_of(url: str) -> int:
@@ -252,7 +264,7 @@ def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
     cards = [{"id": card} if isinstance(card, str) else card for card in listed]
     found = [card for card in cards if isinstance(card, dict) and card_id(card)]
     if not found:
-        raise Unanswered(f"{endpoint.url}/v1/models names no model")
+        raise Unanswered(f"{at(endpoint.url, '/v1/models')} names no model")
     return found
 
 
@@ -267,15 +279,15 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
     except ValueError as e:
         if answer.body.lstrip()[:1] == b"<":
             raise Unanswered(
-                f"{endpoint.url}{path} is HTML, no JSON: a login page, or another service",
+                f"{at(endpoint.url, path)} is HTML, no JSON: a login page, or another service",
                 "-H and -p name the API itself",
             ) from None
-        raise Unanswered(f"{endpoint.url}{path} is no JSON: {e}") from None
+        raise Unanswered(f"{at(endpoint.url, path)} is no JSON: {e}") from None
 
 
 def fetch(endpoint: Endpoint, path: str) -> Answer:
     """A whole answer of status 200."""
-    url = endpoint.url + path
+    url = at(endpoint.url, path)
     try:
         answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
     except TimeoutError:

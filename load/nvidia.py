@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.talk import read_json
+from common.talk import die, read_json
 from load import bench_place
 from load.clients import Options, Record, die_if_silent, nothing
 from load.counters import Counters
@@ -91,6 +91,8 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
     """Its arguments, all of which 1.1.0 has."""
     served = endpoint.model if endpoint.model != endpoint.asked else ""
     target = endpoint.target
+    if endpoint.prefix.endswith("/"):
+        die(f"{endpoint.url}: NVIDIA's client asks below /v1 only", hint="take --client builtin")
     plain = not target.tls and not endpoint.prefix and ":" not in target.host
     limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
     return [

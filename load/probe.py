@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from common.response import ERROR_LENGTH
 from common.talk import Failure, say
 from load.answer import Outcome
-from load.endpoint import Endpoint, models
+from load.endpoint import Endpoint, at, models
 from load.loadgen import measure
 from load.payload import Dialect, RandomPrompts, Requests
 from load.target import Load, LoadError
@@ -89,7 +89,7 @@ class Prober:
         self.sent += 1
         load = Load(
             self.endpoint.target,
-            self.endpoint.prefix + dialect.path,
+            at(self.endpoint.prefix, dialect.path),
             Requests(self.endpoint.model, prompts, dialect),
             count=1,
             timeout=min(self.timeout, SECONDS),

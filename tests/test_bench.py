@@ -980,6 +980,12 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
     assert command[command.index("--served-model-name") + 1] == "Qwen"
 
 
+def test_it_asks_below_v1_only() -> None:
+    server = Endpoint("https://api.z.ai/api/paas/v4/", "glm", "glm")
+    with pytest.raises(Failure, match="below /v1 only"):
+        nvidia.benchmark_serving(Case("x", 1, 1, 1), server, clients.Options(Path("s")), Path("x"))
+
+
 def test_its_command_line() -> None:
     server = Endpoint("http://10.0.0.1:8000", "Qwen", "/models/Qwen")
     case = Case("decode", 128, 256, 100, 4, repeat=2)

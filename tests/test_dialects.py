@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from common.talk import Failure
 from load import endpoint
 from load.endpoint import Endpoint
 from load.probe import explore
-from tests.loopback import DONE, MODEL, Answer, Request, Server, serving
+from tests.loopback import DONE, MODEL, Answer, Request, Server, model_server, obedient, serving
 from tests.servers import MODELS, Ask, Kind, Piece, Said, bench, running, tokens, usual
 
 pytestmark = [
@@ -299,6 +300,22 @@ def test_a_name_does_without_a_list(sends: bytes, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Failure) as failure:
             endpoint.with_model(nameless, "")
         assert failure.value.hint
+
+
+@pytest.mark.parametrize("path", ["/a/v4", "/a/v4/chat/completions"])
+def test_an_api_may_have_another_version_than_v1(path: str) -> None:
+    served = model_server(obedient)
+
+    def answer(request: Request) -> None:
+        if re.search(" /a/v4/(models|completions|chat/completions) ", request.line):
+            request.line = request.line.replace("/a/v4/", "/v1/")
+            served(request)
+        else:
+            request.document({}, "404 Not Found")
+
+    with serving(answer) as server:
+        said = bench(server, url=f"http://127.0.0.1:{server.port}{path}")
+    assert (said.code, said.run["completed"]) == (0, 4), said.said
 
 
 @pytest.mark.parametrize(("models", "args"), LISTS.values(), ids=LISTS)

@@ -496,6 +496,9 @@ def test_nothing_is_sent_that_crashes_or_confuses_an_engine() -> None:
         ("http://gw:80/trt/v1/", 0, "http://gw:80/trt"),
         ("http://[fd00::1]:8000/v1", 0, "http://[fd00::1]:8000"),
         ("http://node/a/v1/chat/completions", 0, "http://node/a"),
+        ("https://google/v1beta/openai/chat/completions", 0, "https://google/v1beta/openai/"),
+        ("https://api.z.ai/api/paas/v4", 0, "https://api.z.ai/api/paas/v4/"),
+        ("https://a.com/client/v4/ai/v1", 0, "https://a.com/client/v4/ai"),
     ],
 )
 def test_a_host_may_be_a_name_an_address_or_a_url(host: str, port: int, url: str) -> None:
@@ -640,6 +643,18 @@ def test_a_conforming_server_passes_all(dialect: str, run: Run) -> None:
     assert [check["name"] for check in document["checks"]] == NAMES
     assert err.endswith("8/8 passed\n")
     assert {body["model"] for _, _, body in server.seen if body} == {MODEL}
+
+
+def test_an_api_may_have_another_version_than_v1(run: Run) -> None:
+    def respond(handler: Handler, path: str, body: dict[str, Any]) -> Reply | None:
+        assert path.startswith("/a/v4/")
+        own = path.removeprefix("/a/v4").replace("//", "/")
+        return conforming("trtllm", own if own == "/health" else f"/v1{own}", body)
+
+    with serving(respond) as server:
+        code, document, _ = run("-H", f"{server.url}/a/v4")
+    assert (code, failed(document), document["passed"]) == (0, {}, 8)
+    assert f"{server.url}/a/v4/models" in document["checks"][1]["curl"]
 
 
 def test_the_human_lines_go_to_stdout_without_json(capsys: pytest.CaptureFixture[str]) -> None:
