@@ -119,7 +119,8 @@ def undisturbed() -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            os.sched_setscheduler(0, *before) if before else None
+            if before:
+                os.sched_setscheduler(0, *before)
         if was_on:
             gc.enable()
 

@@ -40,6 +40,7 @@ class Unused(ModuleType):
 
 def fastapi() -> None:
     """Without pydantic 1 and the models of /openapi.json, which is not checked against them."""
+    pydantic()
     for name in ("_compat.v1", "temp_pydantic_v1_params", "openapi.models"):
         sys.modules[f"fastapi.{name}"] = Unused(name)
     vars(sys.modules["fastapi.openapi.models"])["OpenAPI"] = dict

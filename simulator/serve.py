@@ -73,7 +73,6 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
 def disaggregated(**flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
     with _ending_as_the_real_one() as version:
-        libraries.pydantic()
         libraries.fastapi()
         import uvicorn
         from disaggregated import Orchestrator, read_config
@@ -124,7 +123,6 @@ def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
         log("I", f"Loading weights of {args.model}: {100 * step // steps}%")
         if step == steps // 2:
             faults.half_way()
-            libraries.pydantic()
             libraries.fastapi()
             import api  # noqa: F401 (its libraries take a quarter of a second of the load)
     if leader:

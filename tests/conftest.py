@@ -713,13 +713,17 @@ class Fakes:
                 (tools / name).symlink_to(found)
         self.set()
         for name, text in PROGRAMS.items():
-            self.program(name, COMMON + text)
-        for name, not_at_once in AT_ONCE.items():
-            (self.bin / name).write_text(warm.client(home / name, not_at_once, compiled(name)))
+            if name in AT_ONCE:
+                self.install(name, warm.client(home / name, AT_ONCE[name], compiled(name)))
+            else:
+                self.program(name, COMMON + text)
         self.path = f"{self.bin}:{tools}"
 
     def program(self, name: str, text: str) -> None:
-        (self.bin / name).write_text(f"#!{sys.executable} -SE\n{text}")
+        self.install(name, f"#!{sys.executable} -SE\n{text}")
+
+    def install(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
     def set(self, **faults: object) -> None:

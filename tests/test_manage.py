@@ -25,6 +25,7 @@ from launch.status import status
 from tests.conftest import PATIENCE, plan, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 
 DEAD = f"{here()}:999999999:1"
 ELSEWHERE = "login1/id/boot/1:5:6"
@@ -166,12 +167,11 @@ def test_a_record_that_cannot_be_removed_is_said(
     assert f"{path} could not be removed: Read-only file system" in capfd.readouterr().err
 
 
+@only_root
 def test_a_record_is_judged_by_the_jobs_of_its_owner(
     logs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever looks: root has no jobs, and the server of a colleague runs on."""
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
     asked: list[str] = []
 
     def jobs_of(user: str) -> set[str]:
@@ -185,26 +185,24 @@ def test_a_record_is_judged_by_the_jobs_of_its_owner(
     assert asked == ["12345"]
 
 
+@only_root
 @pytest.mark.parametrize(("whose", "left"), [(12345, ["7"]), (54321, [])])
 def test_who_sees_no_job_of_another_cannot_tell(
     logs: Path, monkeypatch: pytest.MonkeyPatch, whose: int, left: list[str]
 ) -> None:
     """Slurm hides them with PrivateData=jobs; our own it does not."""
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
     monkeypatch.setattr(records, "jobs_of", lambda _: set())
     os.chown(record(logs, "7", ELSEWHERE), whose, -1)
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     assert [found["job"] for found in records.records(logs)] == left
 
 
+@only_root
 @pytest.mark.parametrize(("whose", "left"), [(12345, ["local5"]), (0, [])])
 def test_who_does_not_see_the_processes_of_others_cannot_tell(
     logs: Path, monkeypatch: pytest.MonkeyPatch, whose: int, left: list[str]
 ) -> None:
     """/proc is often mounted with hidepid where many log in."""
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
     os.chown(record(logs, "local5", DEAD), whose, -1)
     monkeypatch.setattr(records, "process_start", lambda _: "")
     assert [found["job"] for found in records.records(logs)] == left
@@ -273,13 +271,12 @@ def test_a_launcher_that_lives_here_is_told_and_waited_for(
     assert child.wait(PATIENCE) == 143
 
 
+@only_root
 @pytest.mark.parametrize("we_are_root", [True, False])
 def test_a_record_of_somebody_else_stops_nothing_of_ours(
     logs: Path, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, we_are_root: bool
 ) -> None:
     """In a shared workspace anybody may write one that names any process or job."""
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
     told: list[object] = []
     monkeypatch.setattr(manage, "tell_to_stop", told.append)
     named = record(logs, "local5", name_of(child))
@@ -397,9 +394,8 @@ def test_half_a_word_stops_nobody(logs: Path, text: str) -> None:
     assert not records.is_told_to_stop(path)
 
 
+@only_root
 def test_somebody_elses_word_stops_nobody(logs: Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root can give a file away")
     path = record(logs, "77", launcher(), stop=True)
     assert records.is_told_to_stop(path)
     os.chown(path, 12345, -1)

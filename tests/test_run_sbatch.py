@@ -1845,16 +1845,21 @@ def test_missing_packages_are_one_sentence(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
-    fakes: Fakes, toolset: Path, tmp_path: Path
-) -> None:
+def with_venv(toolset: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """Where a copy of ours looks for a .venv's python, and a command that lacks its packages."""
     home = tmp_path / "with venv"
     shutil.copytree(toolset, home)
     python = home / ".venv/bin/python"
     python.parent.mkdir(parents=True)
+    return python, [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
+
+
+def test_a_venv_beside_the_script_is_used_where_packages_are_missing(
+    fakes: Fakes, toolset: Path, tmp_path: Path
+) -> None:
+    python, command = with_venv(toolset, tmp_path)
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    command = [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
     env = fakes.environment(GPUS="none")
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, fakes.calls()) == (0, []), done.stderr
@@ -1866,12 +1871,8 @@ def test_a_venv_whose_python_is_only_elsewhere_is_told(
     fakes: Fakes, toolset: Path, tmp_path: Path
 ) -> None:
     """On the login node it was there; the batch job runs on another."""
-    home = tmp_path / "copy"
-    shutil.copytree(toolset, home)
-    python = home / ".venv/bin/python"
-    python.parent.mkdir(parents=True)
+    python, command = with_venv(toolset, tmp_path)
     python.symlink_to("/none/python3.12")
-    command = [sys.executable, "-S", str(home / "run_sbatch.py"), "m", "--dry-run"]
     done = subprocess.run(command, env=fakes.environment(), capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     words = f"'sh' is missing: {python} leads to /none/python3.12, which this machine does not have"

@@ -80,8 +80,8 @@ def main() -> None:
 
 def words(connection: socket.socket) -> Iterator[str]:
     with connection.makefile("rb") as stream:
-        data = stream.readline(0)
-        while data.count(b"\0") < 1 or data.count(b"\0") <= int(data.partition(b"\0")[0]):
+        data = b""
+        while b"\0" not in data or data.count(b"\0") <= int(data.partition(b"\0")[0]):
             data += stream.read1()
     yield from data.decode(errors="surrogateescape").split("\0")[1:-1]
 

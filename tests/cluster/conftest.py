@@ -57,8 +57,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     ):
         pytest.fail("pytest-xdist does not keep groups together (--dist=loadgroup; does it know "
                     "this pytest?): every process would build a cluster of its own")  # fmt: skip
-    alone = "@cluster-" not in os.environ["PYTEST_CURRENT_TEST"]
-    nodes = 4 if alone or "@cluster-2" in os.environ["PYTEST_CURRENT_TEST"] else 2
+    group = os.environ["PYTEST_CURRENT_TEST"].partition("@cluster-")[2][:1]  # "": all of them
+    nodes = 4 if group in ("", "2") else 2
     with Cluster(nodes, default=2, in_memory=available_memory() > 8e9) as cluster:
         prepare(cluster)
         yield cluster
