@@ -25,7 +25,7 @@ from launch.nodes import Place
 from launch.order import read
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
 from launch.slurm import Share
-from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port
+from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -480,7 +480,7 @@ def test_where_a_dockerd_looks_is_its_own_word(tmp_path: Path) -> None:
     (tmp_path / "dockerd").symlink_to("/bin/sleep")
     process = subprocess.Popen([tmp_path / "dockerd", "60"], env={"PATH": "/here:/there"})
     try:
-        assert "/here:/there" in survey.paths_of_dockerd()
+        wait_until(lambda: "/here:/there" in survey.paths_of_dockerd())  # the kernel begins it
     finally:
         process.kill()
         process.wait()
