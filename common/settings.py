@@ -98,8 +98,6 @@ def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
 
 def read_env_file(path: Path) -> dict[str, str]:
     """The variables of a .env file; {} where there is none. Failure where it is not sound."""
-    from dotenv import dotenv_values
-
     try:
         if not (path.is_file() or path.is_fifo()):
             return {}
@@ -109,6 +107,8 @@ def read_env_file(path: Path) -> dict[str, str]:
             text = file.read()
     except (OSError, ValueError) as error:
         die(f"cannot read {path}: {error}")
+    from dotenv import dotenv_values  # late: many have no such file
+
     check_lines(path, text)
     found = {n: value for n, value in dotenv_values(stream=io.StringIO(text)).items() if value}
     for name, value in found.items():

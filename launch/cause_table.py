@@ -12,7 +12,8 @@ from functools import cache
 from itertools import groupby
 from pathlib import Path
 
-TABLE = Path(__file__).parent / "engines/causes.yaml"
+from launch.config_file import read_table
+
 SUPPOSED = re.compile(r"(?<=[.;:)]) (If|There are some potential) ")
 LOOKED = 1000  # characters of a line that are looked at: longer ones would take a row long
 MARKS = ("<!-- causes: begin -->\n", "<!-- causes: end -->\n")
@@ -42,10 +43,8 @@ class Kind:
 
 @cache
 def table() -> Sequence[Kind]:
-    import yaml  # late: needed only where something has failed
-
-    groups = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    return [kind(group, row) for group, rows in groups.items() for row in rows]
+    groups = read_table("causes.yaml").items()
+    return [kind(group, row) for group, rows in groups for row in rows]
 
 
 def kind(group: str, row: dict[str, str]) -> Kind:

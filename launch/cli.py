@@ -13,7 +13,6 @@ from launch.arguments import from_home, is_count
 from launch.engines import DEFAULT, engine, every
 from launch.engines import NAMES as ENGINES
 from launch.front import AFFINITY
-from launch.manage import is_asked
 from launch.plan import is_directory, real
 from launch.runtimes import NAMES as RUNTIMES
 from launch.squash import is_squash
@@ -170,8 +169,13 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
-    if not is_asked(args):
+    if not is_of_what_runs(args):
         say_useless(args)
+
+
+def is_of_what_runs(args: argparse.Namespace) -> bool:
+    """It is not a launch."""
+    return args.status or any(word is not None for word in (args.logs, args.stop, args.why))
 
 
 def say_useless(args: argparse.Namespace) -> None:

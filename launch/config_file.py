@@ -1,4 +1,4 @@
-"""An engine's configuration file: YAML, of which a mapping of settings is expected."""
+"""YAML: an engine's configuration file, a mapping of settings; and the tables of engines/."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,16 @@ from typing import Any
 
 from common.talk import die
 from launch.arguments import dashed, value_of
+
+ENGINES = Path(__file__).parent / "engines"
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """One of engines/, by PyYAML's reader in C, ten times as fast, where it has one."""
+    import yaml  # late: a start needs none
+
+    text = (ENGINES / name).read_text(encoding="utf-8")
+    return dict(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def read_config(path: str) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -205,6 +204,8 @@ def remember(tarball: Path, known: Mapping[str, Any]) -> None:
 
 def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
     """The documents of a `docker save` tarball, and its size unpacked; Failure for a broken one."""
+    from tarfile import TarError  # late, as it brings every kind of compression
+
     pipe = subprocess.PIPE
     with (
         tarball.open("rb") as file,
@@ -213,7 +214,7 @@ def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
         assert proc.stdout and proc.stderr
         try:
             return documents_in(proc.stdout)
-        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
+        except (TarError, ValueError, EOFError, RecursionError) as error:
             proc.stdout.close()
             words = last_words(proc.stderr.read().decode(errors="replace")) or str(error)
             hint = "copy it again or write it again with `make save`"
@@ -224,6 +225,8 @@ def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
 
 def documents_in(stream: IO[bytes]) -> tuple[dict[str, bytes], int]:
     """The small files of a tar, and the size of all. ValueError where it is not Docker's."""
+    import tarfile
+
     found: dict[str, bytes] = {}
     size = kept = 0
     with tarfile.open(fileobj=stream, mode="r|") as tar:

@@ -2,11 +2,10 @@
 
 import re
 from functools import cache
-from pathlib import Path
 
+from launch.config_file import read_table
 from launch.log_lines import clean
 
-TABLE = Path(__file__).parent / "engines/phases.yaml"
 READ = 8192  # bytes of what is new in a log: its end, should it write more than anybody can read
 LOOKED_AT = 160  # characters of a line
 BAR = re.compile(  # tqdm's: `label:  33%|### | 1.74G/4.98G [...`, or `33% Completed | 2/6 [...`
@@ -20,10 +19,8 @@ GIGABYTES = {"k": 1e-6, "M": 1e-3, "G": 1.0, "T": 1e3}
 
 @cache
 def table() -> dict[str, re.Pattern[str]]:
-    import yaml  # late: the launcher is quick without it
-
-    rows = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    return {phase: re.compile("|".join(says)) for phase, says in rows.items()}
+    rows = read_table("phases.yaml").items()
+    return {phase: re.compile("|".join(says)) for phase, says in rows}
 
 
 def phase_of(text: str) -> str:

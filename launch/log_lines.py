@@ -1,7 +1,9 @@
 """A log's lines without what loggers and launchers put before them: who speaks, when, how loud."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from launch.engines import DATE, LEVEL, every
 
@@ -10,31 +12,27 @@ MARK = re.compile(r"^===== run_sbatch\.py: .* =====$", re.M)  # another server w
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()].)")
 TIME = re.compile(r"\d\d:\d\d:\d\d")
-PREFIXES = [
-    re.compile(pattern)
-    for pattern in (
-        *(pattern for engine in every() for pattern in engine.PREFIXES),
-        r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
-        r"(?P<speaker>(?:[\w.-]*: )?\[(?:rank|default)\d+\]): ?(?!$)",  # pdsh: the host before it
-        r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
-        r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
-        r"slurmstepd(?:-\S+)?: (?P<level>error): pyxis: {4} *",  # what enroot has said
-        r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
-        rf"\[{DATE} (?P<level>[DIWEF]) \d+ \d+\] ",  # Ray
-        r"\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ",
-        r"\[?(?P<level>[IWEF])\d{3,4} \d\d:\d\d:\d\d\.\d+ +(?:\d+ )?[\w./]+:\d+\] ?",  # glog
-        rf"\[{LEVEL}\|[^\]]*\] {DATE} >> ",  # transformers
-        rf"{DATE} (?:stdout|stderr) [FP] ",  # containerd
-        rf"{DATE} - [\w.]+ - {LEVEL} - ",
-        rf"{LEVEL} [\w.]+\.py:\d+: ",
-        rf"{DATE} ?[-|]? *{LEVEL} *[-|] *(?:[\w.]+:[\w<>.]+:\d+ - |[\w.]+: )?",
-        rf"{DATE}(?: |$)",
-        rf"\[?{LEVEL}\]?:? +",
-        rf"{LEVEL}:(?=[\w.]+:)",
-        r" *(?:\+-\+-+ \d+ -+|\| )(?! *\d+/\d+)",  # an exception group's
-        r"[^|]{,99}\d%\|[^|]{,200}\| *\d+/\d+ \[[^\]]*\](?=\S)",  # a bar, on the same line
-    )
-]
+PREFIXES = (
+    r"(?P<speaker>\[(?:prterun-[^\]]*@\d+,\d+\]<std\w+>: |\d+,\d+\]<std\w+>:))",  # mpirun
+    r"(?P<speaker>(?:[\w.-]*: )?\[(?:rank|default)\d+\]): ?(?!$)",  # pdsh: the host before it
+    r"(?P<speaker> *\d{1,5}): (?=\S|  )",  # srun --label
+    r"(?P<speaker>[\w.-]+) +\| (?=\S|  )",  # docker compose
+    r"slurmstepd(?:-\S+)?: (?P<level>error): pyxis: {4} *",  # what enroot has said
+    r"\w{3} [ \d]\d \d\d:\d\d:\d\d [\w.-]+ [\w.@-]+\[\d+\]: ",  # journald
+    rf"\[{DATE} (?P<level>[DIWEF]) \d+ \d+\] ",  # Ray
+    r"\[\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d\] ",
+    r"\[?(?P<level>[IWEF])\d{3,4} \d\d:\d\d:\d\d\.\d+ +(?:\d+ )?[\w./]+:\d+\] ?",  # glog
+    rf"\[{LEVEL}\|[^\]]*\] {DATE} >> ",  # transformers
+    rf"{DATE} (?:stdout|stderr) [FP] ",  # containerd
+    rf"{DATE} - [\w.]+ - {LEVEL} - ",
+    rf"{LEVEL} [\w.]+\.py:\d+: ",
+    rf"{DATE} ?[-|]? *{LEVEL} *[-|] *(?:[\w.]+:[\w<>.]+:\d+ - |[\w.]+: )?",
+    rf"{DATE}(?: |$)",
+    rf"\[?{LEVEL}\]?:? +",
+    rf"{LEVEL}:(?=[\w.]+:)",
+    r" *(?:\+-\+-+ \d+ -+|\| )(?! *\d+/\d+)",  # an exception group's
+    r"[^|]{,99}\d%\|[^|]{,200}\| *\d+/\d+ \[[^\]]*\](?=\S)",  # a bar, on the same line
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,19 @@ class Line:
     begins: bool = False  # a message of its own: this logger heads only the first line of each
 
 
+@cache
+def prefixes() -> Sequence[re.Pattern[str]]:
+    """The engines' own first. Compiled with the first line: a start has no use for them."""
+    own = (pattern for engine in every() for pattern in engine.PREFIXES)
+    return [re.compile(pattern) for pattern in (*own, *PREFIXES)]
+
+
 def clean(raw: str, time: str = "") -> Line:
     """A line without colours, what a bar has overwritten, and prefixes; `time` if it has none."""
     text = ANSI.sub("", raw.rstrip("\r\n")).rpartition("\r")[2][:LONGEST]
     when = TIME.search(text[:120])
     speaker, level, headed, begins = "", "", False, False
-    while found := next(filter(None, (prefix.match(text) for prefix in PREFIXES)), None):
+    while found := next(filter(None, (prefix.match(text) for prefix in prefixes())), None):
         groups = found.groupdict()
         speaker += (groups.get("speaker") or "").strip()
         headed |= "speaker" not in groups

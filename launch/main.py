@@ -11,10 +11,10 @@ from functools import partial
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
-from launch import allocation, disagg, fleet, image, manage, preflight, provide, supervise
+from launch import allocation, disagg, fleet, image, preflight, provide, supervise
 from launch.address import url_of
 from launch.arguments import value_of
-from launch.cli import parse
+from launch.cli import is_of_what_runs, parse
 from launch.dry_run import dry_run
 from launch.engines import DEFAULT, Engine, World, engine
 from launch.findings import Node, Wanted
@@ -70,7 +70,9 @@ class Request:
 
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     Record.verbose = args.verbose
-    if manage.is_asked(args):
+    if is_of_what_runs(args):
+        from launch import manage  # late: a launch has no use for it
+
         return manage.act(args)
     request = read(args, rest)
     if args.dry_run:

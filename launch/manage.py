@@ -18,11 +18,6 @@ REPLICA = re.compile(r"(r|prefill|decode)\d+|orchestrator")
 PATIENCE = 30.0  # seconds until a launcher that was told to stop has cleaned up
 
 
-def is_asked(args: argparse.Namespace) -> bool:
-    """Whether it is about what runs, and not a launch."""
-    return args.status or any(word is not None for word in (args.logs, args.stop, args.why))
-
-
 def act(args: argparse.Namespace) -> int:
     logs = args.workspace / "logs"
     if args.logs is not None:

@@ -26,7 +26,7 @@ from launch.plan import Plan, Replica
 from launch.runtimes import Runtime, runtime
 from launch.timelimit import is_suspended
 
-TICK = 0.05  # seconds between two looks at the processes and their logs
+TICK, SERVING_TICK = 0.02, 0.05  # seconds between two looks at the processes and their logs
 UNREACHED = 4.0  # seconds without an answer from an engine that says that it listens
 STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
 

@@ -13,7 +13,7 @@ from launch.death import report_death
 from launch.node.messages import Owner
 from launch.nodes import ask
 from launch.order import Command
-from launch.server import TICK, Server, die_of_a_node
+from launch.server import SERVING_TICK, TICK, Server, die_of_a_node
 from launch.timelimit import outlast_suspension
 from launch.world import ABSENCE
 
@@ -148,7 +148,7 @@ def tick(server: Server) -> None:
     if away > ABSENCE:
         server.forgive(away)
     check_end(server)
-    pause(server.over, TICK)
+    pause(server.over, SERVING_TICK if server.ready_at else TICK)
 
 
 def check_end(server: Server) -> None:

@@ -129,7 +129,6 @@ TOOLS = [
     "gzip",
     "head",
     "id",
-    "ip",
     "kill",
     "ls",
     "mkdir",

@@ -18,7 +18,7 @@ import pytest
 
 from launch.identity import launcher
 from launch.node.base import WARNINGS
-from launch.node.containers import AskOwner
+from launch.node.containers import AskOwner, way_out
 from launch.node.messages import Left, Owner
 from launch.order import Command, parse
 from launch.plan import Plan
@@ -367,10 +367,30 @@ def test_secrets_reach_the_engine_by_name_only(ready: Fakes, script: Callable[..
 def test_the_interface_is_the_one_that_leads_out_unless_named(
     ready: Fakes, script: Callable[..., Script]
 ) -> None:
-    ready.program("ip", "print('default via 10.0.0.1 dev ens5 proto dhcp src 10.0.0.2')")
     shown = ("bash", "-c", "echo $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME $TP_SOCKET_IFNAME")
     held = hold(script, plan(*shown), GLOO_SOCKET_IFNAME="lo")
-    assert (held.code(), held.output) == (0, "ens5 lo ens5\n")
+    assert (held.code(), held.output) == (0, f"{way_out()} lo {way_out()}\n")
+
+
+HEAD = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"
+ROUTES = {
+    "ens5": "\t00000000\t0100000A\t0003\t0\t0\t100\t00000000\t0\t0\t0\n",
+    "ens6": "\t00000000\t0100000A\t0003\t0\t0\t200\t00000000\t0\t0\t0\n",
+    "*": "\t00000000\t00000000\t0200\t0\t0\t4294967295\t00000000\t0\t0\t0\n",  # unreachable
+    "tun0": "\t00000000\t0100000A\t0003\t0\t0\t0\t00000080\t0\t0\t0\n",  # half of the internet
+    "docker0": "\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [("ens5 ens6", "ens5"), ("tun0 ens6 docker0", "ens6"), ("*", ""), ("docker0", ""), ("", "")],
+)
+def test_the_default_route_is_the_kernels_first(tmp_path: Path, names: str, found: str) -> None:
+    table = tmp_path / "route"
+    table.write_text(HEAD + "".join(f"{name}{ROUTES[name]}" for name in names.split()))
+    assert way_out(str(table)) == found
+    assert way_out(str(tmp_path / "none")) == ""
 
 
 def bare(*engine: str) -> Plan:

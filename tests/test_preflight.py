@@ -502,7 +502,7 @@ def test_a_docker_that_hangs_costs_the_time_of_one_question(
 
     monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
     found = Facts()
-    survey.ask_docker(found, TAG)
+    survey.note_docker(found, survey.ask_docker(TAG))
     assert found.no_docker == "no answer within 10 s"
     assert [each for each in waits if each] == [10]
     assert fakes.processes() == {}

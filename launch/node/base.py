@@ -28,6 +28,7 @@ NODE = os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0
 LABEL = "tensorrt-llm-serve"
 TIMED_OUT, NOT_FOUND = 124, 127  # the exit codes that a shell would give
 STOPPED = 143
+CLIENT_FAILED = 125  # docker's own: where the daemon went away, its container may live on
 ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has them
 # What Slurm sends as a warning where the job asks for it (--signal=USR1@300); who does not expect
 # it dies of it.
@@ -123,6 +124,15 @@ class Ends:
         self.after(process)
         code = self.events.get()
         return None if code == self.STOP else int(code)
+
+    def code_of_client(self, client: subprocess.Popen[Any]) -> int | None:
+        """The same of Docker's client, which may have ended by what is to stop us, too.
+
+        A signal to our step is for both, and so is the end of the input.
+        """
+        code = self.code_of(client)
+        own = code is None or 0 < code < CLIENT_FAILED
+        return code if own or not self.stop_within(0.1) else None
 
     def stop_within(self, seconds: float) -> bool:
         """Wait so long: whether we are to stop."""

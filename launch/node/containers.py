@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 
-from launch.node.base import LABEL, NODE, STOPPED, Ends, ask, listening, read, tell
+from launch.node.base import CLIENT_FAILED, LABEL, NODE, STOPPED, Ends, ask, listening, read, tell
 from launch.node.inside import ATTENDED, OPEN_FILES
 from launch.node.messages import Left, Owner
 
@@ -20,7 +20,8 @@ CREATES_WITHIN = 5  # seconds for a daemon to complete what its client no longer
 GAVE_UP = (125, 130, 143)  # a client's exit codes that do not say that there was a container
 # Every address, and the loopback of its kind: what listens on :: by asyncio takes no IPv4.
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-CLIENT_FAILED = 125  # docker's own client: where the daemon went away, its container may live on
+# Interface, destination, gateway, flags, three counters and the mask; the best metric comes first.
+DEFAULT_ROUTE = r"^(\w\S*)\t0{8}(?:\t\w+){5}\t0{8}\t"
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Serve:
         ends.hold(self.ask_every)
         attended = [self.image, "-c", ATTENDED, "container", *self.engine]
         client = self.start(attended, "--entrypoint=sh")
-        code = ends.code_of(client)
-        if code is None or ends.stop_within(0.1):  # one signal may be for the client and for us
+        code = ends.code_of_client(client)
+        if code is None:
             return stop(client, self.launcher, self.replica)
         if client.returncode < 0:
             killed = f"its client was killed (signal {-client.returncode})"
@@ -97,14 +98,12 @@ def set_interfaces() -> None:
             os.environ[name] = os.environ.get(name) or found
 
 
-def way_out() -> str:
-    """The interface of the default route; by the kernel's table where there is no `ip`."""
-    route = ask("ip", "-o", "-4", "route", "show", "to", "default")[1]
-    if found := re.search(r"^[^\n]* dev (\S+)", route):
-        return found[1]
+def way_out(table: str = "/proc/net/route") -> str:
+    """The interface of the default route, by the kernel's table; '' where there is none."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^(\S+)\t00000000\t", read("/proc/net/route"), re.M)
-    return found[1] if found else ""
+        if found := re.search(DEFAULT_ROUTE, read(table), re.M):
+            return found[1]
+    return ""
 
 
 def remove(launcher: str, replica: str) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 
 from launch.node.base import ask
-from launch.node.facts import Survey, free_bytes
+from launch.node.facts import Question, Survey, free_bytes
 from launch.node.messages import Facts
 from launch.node.squashfs import release_in, which, why_not
 
@@ -20,7 +21,7 @@ SHARED = "nfs nfs4 lustre gpfs beegfs ceph fuse.ceph wekafs".split()  # file sys
 class SurveyEnroot(Survey):
     """Tell what this node has for steps of pyxis, whose image is the file `tag`."""
 
-    def look(self, facts: Facts) -> None:
+    def look(self, facts: Facts, _: Sequence[Question]) -> None:
         enroot = which("enroot")
         facts.enroot = ask(enroot, "version")[1] if enroot else ""
         facts.no_image = why_not(self.tag)

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
 
@@ -24,6 +25,7 @@ LABELS = " ".join('{{.Label "%s.%s"}}' % (LABEL, name) for name in ("job", "laun
 OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
         "{{.ID}} {{.Names}} " + LABELS)  # fmt: skip
 
+Question = subprocess.Popen[str]
 ELSEWHERE = "198.51.100.1"  # of a network that is nowhere (TEST-NET-2): the way out
 
 
@@ -39,6 +41,7 @@ class Survey:
     packages: list[str] = field(default_factory=list)  # of engines: which is there, and its version
 
     def __call__(self) -> int:
+        questions = self.begin()
         facts = Facts(
             rank=int(os.environ.get("SLURM_NODEID", "0")),
             addresses=addresses(),
@@ -50,16 +53,20 @@ class Survey:
             taken=who_listen(self.ports),
             unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
         )
-        self.look(facts)
+        self.look(facts, questions)
         tell(facts)
         return 0
 
-    def look(self, facts: Facts) -> None:
+    def begin(self) -> Sequence[Question]:
+        """What takes longest: the rest is looked at meanwhile."""
+        return ask_docker(self.tag) if self.runtime == "docker" else ()
+
+    def look(self, facts: Facts, questions: Sequence[Question]) -> None:
         """What the runtime needs."""
         if self.runtime == "bare":
             facts.engine = shutil.which(self.program) or ""
         else:
-            ask_docker(facts, self.tag)
+            note_docker(facts, questions)
         if self.packages and facts.engine:
             facts.release = release_here(facts.engine, self.packages)
         elif self.packages and facts.image:
@@ -121,12 +128,18 @@ def who_listens(port: int) -> str:
     return said.partition("users:((")[2].partition(")")[0]
 
 
-def ask_docker(facts: Facts, tag: str) -> None:
+def ask_docker(tag: str) -> Sequence[Question]:
     """Three questions at once: a daemon that hangs costs the time of one."""
     if not shutil.which("docker"):
+        return ()
+    return [begin(command) for command in (DOCKER, (*IMAGE, tag), OURS)]
+
+
+def note_docker(facts: Facts, questions: Sequence[Question]) -> None:
+    if not questions:
         facts.no_docker = "docker: not found in PATH"
         return
-    info, image, ours = (begin(command) for command in (DOCKER, (*IMAGE, tag), OURS))
+    info, image, ours = questions
     version, *rest = [line.strip() for line in (answer(info) or "").splitlines()] or [""]
     if info.returncode or len(rest) < 2:
         said = ask("docker", "--version")[1] if info.returncode > 0 else ""
@@ -173,12 +186,12 @@ def paths_of_dockerd() -> list[str]:
     return found
 
 
-def begin(command: tuple[str, ...]) -> subprocess.Popen[str]:
+def begin(command: tuple[str, ...]) -> Question:
     null = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=null, stdout=subprocess.PIPE, stderr=null, text=True)
 
 
-def answer(process: subprocess.Popen[str]) -> str | None:
+def answer(process: Question) -> str | None:
     """What it printed; None where it failed, or did not answer within 10 s."""
     try:
         said = process.communicate(timeout=10)[0]
@@ -188,7 +201,7 @@ def answer(process: subprocess.Popen[str]) -> str | None:
     return said if process.returncode == 0 else None
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end(process: Question) -> None:
     process.kill()
     process.communicate()
 

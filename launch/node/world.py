@@ -37,7 +37,7 @@ class Hold(Serve):
         port = value_of(config, "SlurmdPort") or SLURMD_PORT
         beats = int(port), self.beat_every, beating
         threading.Thread(target=beat, args=beats, daemon=True).start()
-        code = ends.code_of(client)
+        code = ends.code_of_client(client)
         if code is None:
             stop(client, self.launcher, self.replica)
         else:

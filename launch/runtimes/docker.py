@@ -11,8 +11,8 @@ from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
 from launch.image import GET_ONE, Image
 from launch.image import find_image as find
-from launch.node.base import LABEL
-from launch.node.containers import CLIENT_FAILED, AskOwner, Remove, Serve
+from launch.node.base import CLIENT_FAILED, LABEL
+from launch.node.containers import AskOwner, Remove, Serve
 from launch.node.world import Hold, Part, Rank
 from launch.order import Command
 from launch.plan import Plan, Replica
