@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from console import Fatal
 
@@ -19,20 +19,6 @@ LAUNCHES = ("stuck", "propagate")
 VERSIONS = ("1.1.0", "1.2.1")
 
 
-class Settings(NamedTuple):
-    version: str
-    gpus: int
-    load_seconds: float
-    ttft: float  # seconds, as all times below
-    prefill_per_token: float
-    itl: float
-    itl_per_running: float
-    cost: str  # the model whose costs count, in place of the four times above; '': none
-    output_tokens: tuple[int, int]
-    launch: str  # how trtllm-llmapi-launch meets the end of trtllm-serve
-    faults: Mapping[str, tuple[float, ...]]
-
-
 def read_version(env: Mapping[str, str]) -> str:
     """Which version of the engine is played: the command line depends on it."""
     version = env.get("TRTLLM_SIM_VERSION") or VERSIONS[0]
@@ -41,27 +27,28 @@ def read_version(env: Mapping[str, str]) -> str:
     return version
 
 
-def read_settings(env: Mapping[str, str]) -> Settings:
-    def value(name: str, convert: Callable[[str], T], default: str) -> T:
-        text = env.get(f"TRTLLM_SIM_{name}") or default
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
+class Settings:
+    """Times are in seconds."""
 
-    return Settings(
-        version=read_version(env),
-        gpus=int(value("GPUS", _not_negative, "8")),
-        load_seconds=value("LOAD_SECONDS", _not_negative, "2"),
-        ttft=value("TTFT_MS", _not_negative, "20") / 1e3,
-        prefill_per_token=value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6,
-        itl=value("ITL_MS", _not_negative, "5") / 1e3,
-        itl_per_running=value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6,
-        cost=env.get("TRTLLM_SIM_COST") or "",
-        output_tokens=value("OUTPUT_TOKENS", _token_range, "32-256"),
-        launch=value("LAUNCH", _launch, "stuck"),
-        faults=value("FAULT", _faults, ""),
-    )
+    def __init__(self, env: Mapping[str, str]) -> None:
+        def value(name: str, convert: Callable[[str], T], default: str) -> T:
+            text = env.get(f"TRTLLM_SIM_{name}") or default
+            try:
+                return convert(text)
+            except ValueError as error:
+                raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
+
+        self.version = read_version(env)
+        self.gpus = int(value("GPUS", _not_negative, "8"))
+        self.load_seconds = value("LOAD_SECONDS", _not_negative, "2")
+        self.ttft = value("TTFT_MS", _not_negative, "20") / 1e3
+        self.prefill_per_token = value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6
+        self.itl = value("ITL_MS", _not_negative, "5") / 1e3
+        self.itl_per_running = value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6
+        self.cost = env.get("TRTLLM_SIM_COST")  # a model's, in place of the four times above
+        self.output_tokens = value("OUTPUT_TOKENS", _token_range, "32-256")
+        self.launch = value("LAUNCH", _launch, "stuck")  # see README.md
+        self.faults = value("FAULT", _faults, "")
 
 
 def _not_negative(text: str) -> float:

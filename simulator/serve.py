@@ -21,10 +21,10 @@ import libraries
 from arguments import command_line
 from console import Fatal, crash, log
 from cost import cost_of
-from environment import Settings, read_settings, read_version
+from environment import Settings, read_version
 from faults import Faults
 from leader_link import Link, is_proxied
-from llm_args import LlmArgs, build_llm_args
+from llm_args import LlmArgs
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -48,8 +48,8 @@ def main() -> None:
 
 def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them over)
     with _ending_as_the_real_one() as version:
-        settings = read_settings(os.environ)
-        args = build_llm_args(flags, settings.gpus, os.environ, version)
+        settings = Settings(os.environ)
+        args = LlmArgs(flags, settings.gpus, os.environ, version)
         cost = cost_of(settings.cost, args)  # or it does not fit
         sockets = _bind(version, args.host, args.port)
         faults = Faults(settings.faults)
