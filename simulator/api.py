@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
-from limits import RequestError, check_engine, check_num_tokens, check_request, max_tokens_of
+from limits import RequestError, check_engine, check_request, max_tokens_of
 from llm_args import LlmArgs
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -135,8 +136,7 @@ class Api:
             if self._faults.broken:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             prompts = prompts_of(request)
-            check_request(request)
-            check_num_tokens(prompts, self._args)
+            check_request(request, prompts, self._args)
             if request.stream:
                 events = self._stream(request, prompts)
                 return StreamingResponse(events, media_type="text/event-stream")
@@ -148,26 +148,22 @@ class Api:
         self, request: AnyRequest, prompts: list[Prompt], raw: Request
     ) -> answers.Json:
         """Return the answer once it is whole, or early when nobody waits for it any more."""
-        await self._check_engine(request, prompts)
-        done = asyncio.Event()
+        over = asyncio.Event()
 
         def take(_: Generation) -> None:
             if all(each.finish_reason for each in generations):
-                done.set()
+                over.set()
 
-        generations = [*self._generations(request, prompts, math.inf, take)]
-        ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
-        try:
-            self._engine.submit(generations)
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._engine.cancel(generations)
-            for end in ends:
-                end.cancel()
+        async with self._running(request, prompts, math.inf, take) as generations:
+            gone = asyncio.ensure_future(raw.receive())
+            gone.add_done_callback(lambda _: over.set())
+            try:
+                await over.wait()
+            finally:
+                gone.cancel()
         return answers.whole(request, self._args.served_name, generations)
 
     async def _stream(self, request: AnyRequest, prompts: list[Prompt]) -> AsyncIterator[bytes]:
-        await self._check_engine(request, prompts)
         queue = asyncio.Queue[bytes | Exception]()
 
         def take(generation: Generation) -> None:
@@ -178,19 +174,19 @@ class Api:
                 queue.put_nowait(error)
 
         interval = self._args.stream_interval
-        generations = [*self._generations(request, prompts, interval, take)]
-        try:
-            self._engine.submit(generations)
+        async with self._running(request, prompts, interval, take) as generations:
             while not queue.empty() or not all(each.finish_reason for each in generations):
                 event = await queue.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
             yield b"data: [DONE]\n\n"
-        finally:
-            self._engine.cancel(generations)
 
-    async def _check_engine(self, request: AnyRequest, prompts: list[Prompt]) -> None:
+    @asynccontextmanager
+    async def _running(
+        self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
+    ) -> AsyncIterator[list[Generation]]:
+        """What the engine has accepted and works on, until nobody looks at it any more."""
         check_engine(request, prompts, self._args)
         if max_tokens_of(request) == 0:  # the real engine survives the first request for nothing
             self._zero_token_requests += 1
@@ -200,6 +196,12 @@ class Api:
             for _ in range(2):  # the second cuts what is open
                 signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
+        generations = [*self._generations(request, prompts, interval, sink)]
+        try:
+            self._engine.submit(generations)
+            yield generations
+        finally:
+            self._engine.cancel(generations)
 
     def _generations(
         self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink

@@ -7,7 +7,7 @@ try ("the", ".", a line break) turn up within a few dozen tokens, and counting p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from random import Random
 from typing import Any, NamedTuple
@@ -84,6 +84,7 @@ class Prompt(NamedTuple):
     tokens: int
     opening: str  # put before the first word of the answer
     echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
+    ids: Sequence[int] = ()  # where it was given as such
 
 
 def prompts_of(request: AnyRequest) -> list[Prompt]:
@@ -102,7 +103,7 @@ def _prompt(prompt: str | list[int], limit: int | None) -> Prompt:
         return Prompt(prompt, min(tokens, limit or tokens), opening, prompt)
     if not prompt:
         raise ValueError("prompt token ids must not be empty")
-    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt)
+    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt, prompt)
 
 
 def chat_role(request: ChatCompletionRequest) -> str:
