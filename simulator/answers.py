@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from random import getrandbits
 from typing import Any
 
 from engine import Generation
+from fastapi.responses import JSONResponse, Response
 from handoff import handed_on, prompt_ids
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
@@ -18,6 +19,15 @@ Json = dict[str, Any]
 COMPLETION = ("cmpl", "text_completion")
 CHAT = ("chatcmpl", "chat.completion")
 CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
+
+
+def always(body: object) -> Callable[[], Awaitable[Response]]:
+    """A route that says the same to everybody."""
+
+    async def answer() -> Response:
+        return JSONResponse(body)
+
+    return answer
 
 
 def _body(kind: tuple[str, str], model: str, choices: list[Json], **rest: object) -> Json:

@@ -12,6 +12,7 @@ from itertools import count
 from typing import Annotated, Any
 
 import answers
+from answers import Json, always
 from console import log
 from cost import Cost
 from engine import Engine, Generation, stops_of
@@ -55,7 +56,9 @@ class Api:
         self._app = FastAPI(strict_content_type=False)
         self._app.add_exception_handler(RequestValidationError, invalid)
         get, post = self._app.get, self._app.post
-        for name in ("health", "health_generate", "version", "metrics", "perf_metrics"):
+        get("/version")(always({"version": settings.version}))
+        get("/perf_metrics")(always([]))
+        for name in ("health", "health_generate", "metrics"):
             get(f"/{name}")(getattr(self, name))
         get("/v1/models")(self.models)
         get("/steady_clock_offset")(self.clock_offset)
@@ -88,9 +91,6 @@ class Api:
                 return Response("Generation health check OK")
         return Response("Generation health check failed", 500)
 
-    async def version(self) -> Response:
-        return JSONResponse({"version": self._settings.version})
-
     async def models(self) -> Response:
         card = {"id": self._args.served_name, "object": "model", "created": int(time.time())}
         return JSONResponse({"object": "list", "data": [{**card, "owned_by": OWNER}]})
@@ -102,9 +102,6 @@ class Api:
             self._engine.iterations.clear()
             return JSONResponse(steps)
         await asyncio.sleep(QUEUE_PATIENCE if self._engine.submitted else 0)
-        return JSONResponse([])
-
-    async def perf_metrics(self) -> Response:
         return JSONResponse([])
 
     async def prometheus(self) -> Response:
@@ -144,9 +141,7 @@ class Api:
         except Exception as error:
             return refusal(str(error))
 
-    async def _whole(
-        self, request: AnyRequest, prompts: list[Prompt], raw: Request
-    ) -> answers.Json:
+    async def _whole(self, request: AnyRequest, prompts: list[Prompt], raw: Request) -> Json:
         """Return the answer once it is whole, or early when nobody waits for it any more."""
         over = asyncio.Event()
 
