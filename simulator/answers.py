@@ -67,7 +67,7 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
     return {
         "index": 0,
         "message": _chat_message(request, generation),
-        "logprobs": _logprobs(request, generation.pieces),
+        "logprobs": _logprobs(request, generation.pieces, top_logprobs=None),
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "mm_embedding_handle": None,
@@ -108,19 +108,17 @@ def _chat_message(request: ChatCompletionRequest, generation: Generation) -> Jso
     }
 
 
-def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str]) -> Json | None:
+def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str], **unset: None) -> Json | None:
+    """One of the many that a model could have: the simulator's has but this token in mind.
+    What is unset is null in a whole answer, and not there in a streamed one."""
     if not request.logprobs:
         return None
-    tokens = [_logprob(piece) for piece in pieces]
-    for token in tokens if request.top_logprobs else ():
-        token["top_logprobs"] = [dict(token)]
-    return {"content": tokens}
-
-
-def _logprob(piece: str) -> Json:
-    """One of the many that a model could have: the simulator's has but this token in mind."""
-    chance = -(token_id(piece) % 1000) / 1000
-    return {"token": piece, "logprob": chance, "bytes": [*piece.encode()], "top_logprobs": None}
+    content = []
+    for piece in pieces:
+        chance = -(token_id(piece) % 1000) / 1000
+        token = {"token": piece, "logprob": chance, "bytes": [*piece.encode()]}
+        content.append(token | ({"top_logprobs": [token]} if request.top_logprobs else unset))
+    return {"content": content}
 
 
 # -- streamed answers: the events of one iteration --
@@ -151,7 +149,7 @@ def _chat_events(request: ChatCompletionRequest, generation: Generation) -> Iter
     choice = {
         "index": 0,
         "delta": {"content": text, "reasoning_content": ""},
-        "logprobs": _without_null(_logprobs(request, pieces)),
+        "logprobs": _logprobs(request, pieces),
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "avg_decoded_tokens_per_iter": 1.0,
@@ -178,9 +176,3 @@ def _continuous(request: AnyRequest) -> bool:
 
 def _event(body: Json, end: bytes = b"\n\n") -> bytes:
     return b"data: " + to_json(body) + end
-
-
-def _without_null(value: Any) -> Any:  # noqa: ANN401 (JSON)
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value

@@ -15,16 +15,6 @@ FAULTS = """
     slow-health:SECONDS log-flood:MB_PER_S binary-log out-of-memory[:SECONDS]
     exit-rank:RANK:CODE[:SECONDS] kill-rank:RANK[:SECONDS]
 """.split()  # README.md says what they do
-LAUNCHES = ("stuck", "propagate")
-VERSIONS = ("1.1.0", "1.2.1")
-
-
-def read_version(env: Mapping[str, str]) -> str:
-    """Which version of the engine is played: the command line depends on it."""
-    version = env.get("TRTLLM_SIM_VERSION") or VERSIONS[0]
-    if version not in VERSIONS:
-        raise SystemExit(f"TRTLLM_SIM_VERSION={version}: must be one of {', '.join(VERSIONS)}")
-    return version
 
 
 class Settings:
@@ -38,7 +28,7 @@ class Settings:
             except ValueError as error:
                 raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
 
-        self.version = read_version(env)
+        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # that is played
         self.gpus = int(value("GPUS", _not_negative, "8"))
         self.load_seconds = value("LOAD_SECONDS", _not_negative, "2")
         self.ttft = value("TTFT_MS", _not_negative, "20") / 1e3
@@ -47,7 +37,7 @@ class Settings:
         self.itl_per_running = value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6
         self.cost = env.get("TRTLLM_SIM_COST")  # a model's, in place of the four times above
         self.output_tokens = value("OUTPUT_TOKENS", _token_range, "32-256")
-        self.launch = value("LAUNCH", _launch, "stuck")  # see README.md
+        self.launch = value("LAUNCH", _one_of("stuck", "propagate"), "stuck")  # see README.md
         self.faults = value("FAULT", _faults, "")
 
 
@@ -65,10 +55,13 @@ def _token_range(text: str) -> tuple[int, int]:
     return bounds
 
 
-def _launch(text: str) -> str:
-    if text not in LAUNCHES:
-        raise ValueError(f"must be one of {', '.join(LAUNCHES)}")
-    return text
+def _one_of(*known: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return text
+
+    return check
 
 
 def _faults(text: str) -> dict[str, tuple[float, ...]]:

@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings(os.environ)
         rank, size = _number(RANKS, 0), _number(SIZES, 1)
     except Fatal as error:
-        crash(error)
-        return 1
+        return crash(error)
     _yellow(f"mpi_rank: {rank}")
     with _reserve() as listener:
         _prepare(size, listener.getsockname()[1])

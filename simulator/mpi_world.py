@@ -151,8 +151,7 @@ def run_rank(work: Callable[[], bool]) -> int:
     try:
         whole = work()
     except Fatal as error:
-        crash(error)
-        return 1
+        return crash(error)
     except Exception:
         import traceback  # dear, and hardly ever needed
 
