@@ -56,7 +56,7 @@ def whole(request: AnyRequest, served: str, done: Sequence[Generation]) -> Json:
     """Several prompts are answered under the server's name, one under the request's."""
     one, usage = len(done) == 1, _usage_of(*done)
     if isinstance(request, CompletionRequest):
-        choices = [_completion_choice(request, each, True, each.text, each.pieces) for each in done]
+        choices = [_completion_choice(request, each) for each in done]
         body = _body(COMPLETION, request.model if one else served, choices, usage=usage)
     else:
         body = _body(CHAT, request.model, [_chat_choice(request, done[0])], usage=usage)
@@ -76,9 +76,9 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
     }
 
 
-def _completion_choice(
-    request: CompletionRequest, generation: Generation, first: bool, text: str, pieces: list[str]
-) -> Json:
+def _completion_choice(request: CompletionRequest, generation: Generation) -> Json:
+    """What is new: in a whole answer, all of it."""
+    first, text, pieces = generation.diff()
     text = generation.prompt.echo + text if request.echo and first else text
     return {
         "index": generation.index,
@@ -134,7 +134,7 @@ def events(request: AnyRequest, generation: Generation) -> Iterator[bytes]:
 
 
 def _completion_events(request: CompletionRequest, generation: Generation) -> Iterator[bytes]:
-    choice = _completion_choice(request, generation, *generation.diff())
+    choice = _completion_choice(request, generation)
     del choice["context_logits"], choice["disaggregated_params"]
     counted = _usage_of(generation) if _continuous(request) else None
     yield _event(_body(COMPLETION, request.model, [choice], usage=counted))

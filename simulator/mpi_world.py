@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -153,9 +154,7 @@ def run_rank(work: Callable[[], bool]) -> int:
     except Fatal as error:
         return crash(error)
     except Exception:
-        import traceback  # dear, and hardly ever needed
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         os._exit(1)  # not by the normal way: MPI_Finalize would wait for all ranks
     if not whole:
         os._exit(0)  # the same, for a rank that will never come

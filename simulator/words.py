@@ -32,7 +32,7 @@ def count_tokens(text: str) -> int:
 
 
 def token_id(text: str) -> int:
-    return crc32(text.encode()) % VOCABULARY
+    return fingerprint(text) % VOCABULARY
 
 
 def fingerprint(text: str) -> int:
@@ -92,15 +92,14 @@ def prompts_of(request: AnyRequest) -> list[Prompt]:
     if isinstance(request, ChatCompletionRequest):
         return [_chat_prompt(request)]
     prompt: Any = request.prompt
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [_prompt(prompt, request.truncate_prompt_tokens)]
-    return [_prompt(item, request.truncate_prompt_tokens) for item in prompt]
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [_prompt(each) for each in ([prompt] if is_one else prompt)]
 
 
-def _prompt(prompt: str | list[int], limit: int | None) -> Prompt:
+def _prompt(prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
-        opening, tokens = "" if not prompt or prompt[-1].isspace() else " ", count_tokens(prompt)
-        return Prompt(prompt, min(tokens, limit or tokens), opening, prompt)
+        opening = "" if not prompt or prompt[-1].isspace() else " "
+        return Prompt(prompt, count_tokens(prompt), opening, prompt)
     if not prompt:
         raise ValueError("prompt token ids must not be empty")
     return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt, prompt)
@@ -115,13 +114,11 @@ def _chat_prompt(request: ChatCompletionRequest) -> Prompt:
     role, texts = chat_role(request), [_message_text(message) for message in request.messages]
     echo = texts[-1] if texts and request.messages[-1]["role"] == role else ""
     if (ids := request.prompt_token_ids) is not None:
-        return _prompt(ids, None)._replace(opening="", echo=echo)
+        return _prompt(ids)._replace(opening="", echo=echo)
     if not texts:
         raise ValueError("messages must not be empty without prompt_token_ids")
     template = 4 * len(texts) + 3  # the marks that a chat template puts around the messages
-    tokens = template + sum(map(count_tokens, texts))
-    limit = request.truncate_prompt_tokens or tokens
-    return Prompt("\n".join(texts), min(tokens, limit), "", echo)
+    return Prompt("\n".join(texts), template + sum(map(count_tokens, texts)), "", echo)
 
 
 def _message_text(message: Any) -> str:  # noqa: ANN401 (one of nine TypedDicts)
