@@ -8,7 +8,7 @@ from random import getrandbits
 from typing import Any
 
 from engine import Generation
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from handoff import handed_on, prompt_ids
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
@@ -21,13 +21,13 @@ CHAT = ("chatcmpl", "chat.completion")
 CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
 
 
-def always(body: object) -> Callable[[], Awaitable[Response]]:
+def always(answer: Response) -> Callable[[], Awaitable[Response]]:
     """A route that says the same to everybody."""
 
-    async def answer() -> Response:
-        return JSONResponse(body)
+    async def route() -> Response:
+        return answer
 
-    return answer
+    return route
 
 
 def _body(kind: tuple[str, str], model: str, choices: list[Json], **rest: object) -> Json:

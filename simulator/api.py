@@ -56,8 +56,8 @@ class Api:
         self._app = FastAPI(strict_content_type=False)
         self._app.add_exception_handler(RequestValidationError, invalid)
         get, post = self._app.get, self._app.post
-        get("/version")(always({"version": settings.version}))
-        get("/perf_metrics")(always([]))
+        get("/version")(always(JSONResponse({"version": settings.version})))
+        get("/perf_metrics")(always(JSONResponse([])))
         for name in ("health", "health_generate", "metrics"):
             get(f"/{name}")(getattr(self, name))
         get("/v1/models")(self.models)
@@ -68,7 +68,8 @@ class Api:
         post("/v1/chat/completions")(self.chat)
         post("/v1/responses")(self.responses)
         if args.prometheus:
-            get("/prometheus/metrics")(self.prometheus)
+            nothing = Response("", media_type="text/plain; version=0.0.4")
+            get("/prometheus/metrics")(always(nothing))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self._app
@@ -103,9 +104,6 @@ class Api:
             return JSONResponse(steps)
         await asyncio.sleep(QUEUE_PATIENCE if self._engine.submitted else 0)
         return JSONResponse([])
-
-    async def prometheus(self) -> Response:
-        return Response("", media_type="text/plain; version=0.0.4")
 
     async def clock_offset(self) -> Response:
         received = time.monotonic()

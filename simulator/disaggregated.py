@@ -143,10 +143,10 @@ class Orchestrator:
             raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
         self.app = FastAPI(lifespan=self._lifespan, strict_content_type=False)
         self.app.add_exception_handler(RequestValidationError, invalid)
-        self.app.get("/health")(self.health)
-        self.app.get("/version")(always({"version": version}))
-        self.app.get("/perf_metrics")(always([]))
-        self.app.get("/cluster_info")(always({}))
+        self.app.get("/health")(always(Response()))  # the servers are not looked at again
+        self.app.get("/version")(always(JSONResponse({"version": version})))
+        self.app.get("/perf_metrics")(always(JSONResponse([])))
+        self.app.get("/cluster_info")(always(JSONResponse({})))
         self.app.post("/v1/completions")(self.completions)
         self.app.post("/v1/chat/completions")(self.chat)
 
@@ -174,10 +174,6 @@ class Orchestrator:
                 return None if answer.status == 200 else url
         except Exception:
             return url
-
-    async def health(self) -> Response:
-        """Says nothing of the servers: they are not looked at again."""
-        return Response()
 
     # -- generation --
 
