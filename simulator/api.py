@@ -22,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
-from limits import RequestError, check_engine, check_request, max_tokens_of
+from limits import RequestError, check_engine, check_request
 from llm_args import LlmArgs
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -181,7 +181,7 @@ class Api:
     ) -> AsyncIterator[list[Generation]]:
         """What the engine has accepted and works on, until nobody looks at it any more."""
         check_engine(request, prompts, self._args)
-        if max_tokens_of(request) == 0:  # the real engine survives the first request for nothing
+        if request.max_tokens == 0:  # the real engine survives the first request for nothing
             self._zero_token_requests += 1
             if self._zero_token_requests == 1:
                 raise RequestError("max_tokens must be greater than 0, but got 0")
@@ -201,7 +201,7 @@ class Api:
     ) -> Iterator[Generation]:
         stop, kind = request.stop or [], kind_of(request)
         texts = [stop] if isinstance(stop, str) else stop
-        limit = 1 if kind == CONTEXT else max_tokens_of(request)
+        limit = 1 if kind == CONTEXT else request.max_tokens
         for index, prompt in enumerate(prompts):
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
             seed = self._seed(request, prompt)

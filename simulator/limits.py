@@ -9,7 +9,7 @@ from itertools import chain
 
 from handoff import CONTEXT, KINDS, kind_of
 from llm_args import LlmArgs
-from protocol import AnyRequest, ChatCompletionRequest, refuse
+from protocol import AnyRequest, refuse
 from words import VOCABULARY, Prompt
 
 INT32 = range(-(1 << 31), 1 << 31)
@@ -72,12 +72,6 @@ def check_request(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs)
         refuse(most and share > most, f"{words}max_num_tokens ({most})")
 
 
-def max_tokens_of(request: AnyRequest) -> int | None:
-    if isinstance(request, ChatCompletionRequest):
-        return request.max_completion_tokens
-    return request.max_tokens
-
-
 def check_engine(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) -> None:
     """Raise RequestError for what only a worker refuses."""
     fail(
@@ -90,8 +84,8 @@ def check_engine(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) 
     for name, (rule, holds) in RANGES.items():
         value = getattr(request, name)
         fail(value is not None and not holds(value), f"require {rule}, got {value}")
-    most = max_tokens_of(request)
-    fail((most or 0) < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
+    most = request.max_tokens or 0
+    fail(most < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
     numbers = [request.top_k, request.min_tokens, request.best_of or 1]
     numbers += request.stop_token_ids or ()
     for number in chain(numbers, *(prompt.ids for prompt in prompts)):

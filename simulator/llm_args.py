@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import libraries
 from console import Fatal
+from environment import Settings
 from leader_link import is_proxied
 
 # What 1.2.1 has besides is marked with +, what it has no more with -.
@@ -68,9 +70,8 @@ MODEL_CONTEXT = 131072  # the simulated model's own limit, when --max_seq_len se
 class LlmArgs:
     """The flags by their YAML names, and the YAML, which has the last word."""
 
-    def __init__(
-        self, flags: Mapping[str, Any], gpus: int, env: Mapping[str, str], version: str
-    ) -> None:
+    def __init__(self, flags: Mapping[str, Any], settings: Settings) -> None:
+        gpus, version = settings.gpus, settings.version
         if flags["gpus_per_node"] is None and gpus == 0:
             raise Fatal("ValueError", "No GPU devices found on the node")
         forgotten = {"moe_cluster_parallel_size": None}  # as soon as it is parsed
@@ -98,7 +99,7 @@ class LlmArgs:
         self.prometheus = bool(config.get("return_perf_metrics"))
         self.iter_stats = bool(config.get("enable_iter_perf_stats"))
         _check_moe(self, config)
-        _check_gpus(self, per_node, gpus, env)
+        _check_gpus(self, per_node, gpus)
 
 
 def read_yaml_file(path: str) -> Any:  # noqa: ANN401 (YAML)
@@ -184,13 +185,11 @@ def _cp_type(cp_config: object) -> str | None:
     raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
 
 
-def _check_gpus(
-    args: LlmArgs, asked_per_node: int | None, gpus: int, env: Mapping[str, str]
-) -> None:
+def _check_gpus(args: LlmArgs, asked: int | None, gpus: int) -> None:
     """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise. Fail
     where MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
-    world, spawned = args.world_size, not is_proxied(env)
-    per_node = world if spawned and asked_per_node is None else args.gpus_per_node
+    world, spawned = args.world_size, not is_proxied(os.environ)
+    per_node = world if spawned and asked is None else args.gpus_per_node
     nodes = -(-world // per_node)
     if gpus < (min(world, per_node) if spawned else world // nodes):
         words = f"Only {gpus} GPUs are available, but {world} are required."
@@ -199,7 +198,7 @@ def _check_gpus(
         words = f"not enough slots for the {world} ranks that are required: with {per_node} a node "
         words += "they need several nodes, and this one was started alone"
         raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: {words}")
-    found = ", ".join(sorted(filter(MPI_VARIABLE.match, env)))
+    found = ", ".join(sorted(filter(MPI_VARIABLE.match, os.environ)))
     if spawned and world > 1 and found:
         words = f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in "
         words += f"an environment prepared for another launcher: {found}"

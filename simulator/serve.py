@@ -54,7 +54,7 @@ def main() -> None:
 
 def serve(settings: Settings, **flags: Any) -> None:  # noqa: ANN401 (as click hands them over)
     with _ending_as_the_real_one(settings.version):
-        args = LlmArgs(flags, settings.gpus, os.environ, settings.version)
+        args = LlmArgs(flags, settings)
         cost = cost_of(settings.cost, args)  # or it does not fit
         sockets = _bind(settings.version, args.host, args.port)
         faults = Faults(settings.faults)
