@@ -7,7 +7,7 @@ try ("the", ".", a line break) turn up within a few dozen tokens, and counting p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from random import Random
 from typing import Any, NamedTuple
@@ -41,27 +41,22 @@ def fingerprint(text: str) -> int:
 
 def continue_text(prompt: str, seed: int, opening: str) -> Iterator[str]:
     """Yield tokens for ever; `opening` is put before the first word (a space after a prompt)."""
-    rng = Random(seed)
     if sequence := SEQUENCE.search(prompt[-200:]):
-        yield from _next_numbers(int(sequence[1]), int(sequence[2]), not sequence[3])
+        before, last = int(sequence[1]), int(sequence[2])
+        step = last - before or 1
+        if not sequence[3]:
+            yield ","
+        yield from _numbers(count(last + step, step), None, " ")
     if asked := COUNT_TO.search(prompt[-2000:]):
-        yield from _numbers(int(asked[1]), int(asked[2]), opening)
+        first, last = int(asked[1]), int(asked[2])
+        step = 1 if last >= first else -1
+        yield from _numbers(range(first, last + step, step), last, opening)
         opening = " "
-    yield from _prose(rng, opening)
+    yield from _prose(Random(seed), opening)
 
 
-def _next_numbers(before: int, last: int, comma_first: bool) -> Iterator[str]:
-    step = last - before or 1
-    if comma_first:
-        yield ","
-    for number in count(last + step, step):
-        yield f" {number}"
-        yield ","
-
-
-def _numbers(first: int, last: int, opening: str) -> Iterator[str]:
-    step = 1 if last >= first else -1
-    for number in range(first, last + step, step):
+def _numbers(numbers: Iterable[int], last: int | None, opening: str) -> Iterator[str]:
+    for number in numbers:
         yield f"{opening}{number}"
         yield "." if number == last else ","
         opening = " "
