@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from random import getrandbits
 from typing import Any
 
 from engine import Generation
+from fastapi.responses import Response
 from handoff import handed_on, prompt_ids
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest
 from protocol import ChatCompletionNamedToolChoiceParam as NamedTool
@@ -18,6 +19,15 @@ Json = dict[str, Any]
 COMPLETION = ("cmpl", "text_completion")
 CHAT = ("chatcmpl", "chat.completion")
 CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
+
+
+def always(answer: Response) -> Callable[[], Awaitable[Response]]:
+    """A route that says the same to everybody."""
+
+    async def route() -> Response:
+        return answer
+
+    return route
 
 
 def _body(kind: tuple[str, str], model: str, choices: list[Json], **rest: object) -> Json:
@@ -46,7 +56,7 @@ def whole(request: AnyRequest, served: str, done: Sequence[Generation]) -> Json:
     """Several prompts are answered under the server's name, one under the request's."""
     one, usage = len(done) == 1, _usage_of(*done)
     if isinstance(request, CompletionRequest):
-        choices = [_completion_choice(request, each, True, each.text, each.pieces) for each in done]
+        choices = [_completion_choice(request, each) for each in done]
         body = _body(COMPLETION, request.model if one else served, choices, usage=usage)
     else:
         body = _body(CHAT, request.model, [_chat_choice(request, done[0])], usage=usage)
@@ -57,7 +67,7 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
     return {
         "index": 0,
         "message": _chat_message(request, generation),
-        "logprobs": _logprobs(request, generation.pieces),
+        "logprobs": _logprobs(request, generation.pieces, top_logprobs=None),
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "mm_embedding_handle": None,
@@ -66,9 +76,9 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
     }
 
 
-def _completion_choice(
-    request: CompletionRequest, generation: Generation, first: bool, text: str, pieces: list[str]
-) -> Json:
+def _completion_choice(request: CompletionRequest, generation: Generation) -> Json:
+    """What is new: in a whole answer, all of it."""
+    first, text, pieces = generation.diff()
     text = generation.prompt.echo + text if request.echo and first else text
     return {
         "index": generation.index,
@@ -98,19 +108,17 @@ def _chat_message(request: ChatCompletionRequest, generation: Generation) -> Jso
     }
 
 
-def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str]) -> Json | None:
+def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str], **unset: None) -> Json | None:
+    """One of the many that a model could have: the simulator's has but this token in mind.
+    What is unset is null in a whole answer, and not there in a streamed one."""
     if not request.logprobs:
         return None
-    tokens = [_logprob(piece) for piece in pieces]
-    for token in tokens if request.top_logprobs else ():
-        token["top_logprobs"] = [dict(token)]
-    return {"content": tokens}
-
-
-def _logprob(piece: str) -> Json:
-    """One of the many that a model could have: the simulator's has but this token in mind."""
-    chance = -(token_id(piece) % 1000) / 1000
-    return {"token": piece, "logprob": chance, "bytes": [*piece.encode()], "top_logprobs": None}
+    content = []
+    for piece in pieces:
+        chance = -(token_id(piece) % 1000) / 1000
+        token = {"token": piece, "logprob": chance, "bytes": [*piece.encode()]}
+        content.append(token | ({"top_logprobs": [token]} if request.top_logprobs else unset))
+    return {"content": content}
 
 
 # -- streamed answers: the events of one iteration --
@@ -126,7 +134,7 @@ def events(request: AnyRequest, generation: Generation) -> Iterator[bytes]:
 
 
 def _completion_events(request: CompletionRequest, generation: Generation) -> Iterator[bytes]:
-    choice = _completion_choice(request, generation, *generation.diff())
+    choice = _completion_choice(request, generation)
     del choice["context_logits"], choice["disaggregated_params"]
     counted = _usage_of(generation) if _continuous(request) else None
     yield _event(_body(COMPLETION, request.model, [choice], usage=counted))
@@ -141,7 +149,7 @@ def _chat_events(request: ChatCompletionRequest, generation: Generation) -> Iter
     choice = {
         "index": 0,
         "delta": {"content": text, "reasoning_content": ""},
-        "logprobs": _without_null(_logprobs(request, pieces)),
+        "logprobs": _logprobs(request, pieces),
         "finish_reason": generation.finish_reason,
         "stop_reason": generation.stop_reason,
         "avg_decoded_tokens_per_iter": 1.0,
@@ -168,9 +176,3 @@ def _continuous(request: AnyRequest) -> bool:
 
 def _event(body: Json, end: bytes = b"\n\n") -> bytes:
     return b"data: " + to_json(body) + end
-
-
-def _without_null(value: Any) -> Any:  # noqa: ANN401 (JSON)
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value

@@ -7,10 +7,12 @@ import math
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Annotated, Any
 
 import answers
+from answers import Json, always
 from console import log
 from cost import Cost
 from engine import Engine, Generation, stops_of
@@ -20,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from faults import Faults
 from handoff import CONTEXT, GENERATION, kind_of, state_of, taken_over
-from limits import RequestError, check_engine, check_num_tokens, check_request, max_tokens_of
+from limits import RequestError, check_engine, check_request
 from llm_args import LlmArgs
 from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, ResponsesRequest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,7 +56,9 @@ class Api:
         self._app = FastAPI(strict_content_type=False)
         self._app.add_exception_handler(RequestValidationError, invalid)
         get, post = self._app.get, self._app.post
-        for name in ("health", "health_generate", "version", "metrics", "perf_metrics"):
+        get("/version")(always(JSONResponse({"version": settings.version})))
+        get("/perf_metrics")(always(JSONResponse([])))
+        for name in ("health", "health_generate", "metrics"):
             get(f"/{name}")(getattr(self, name))
         get("/v1/models")(self.models)
         get("/steady_clock_offset")(self.clock_offset)
@@ -64,7 +68,8 @@ class Api:
         post("/v1/chat/completions")(self.chat)
         post("/v1/responses")(self.responses)
         if args.prometheus:
-            get("/prometheus/metrics")(self.prometheus)
+            nothing = Response("", media_type="text/plain; version=0.0.4")
+            get("/prometheus/metrics")(always(nothing))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app: ASGIApp = self._app
@@ -87,9 +92,6 @@ class Api:
                 return Response("Generation health check OK")
         return Response("Generation health check failed", 500)
 
-    async def version(self) -> Response:
-        return JSONResponse({"version": self._settings.version})
-
     async def models(self) -> Response:
         card = {"id": self._args.served_name, "object": "model", "created": int(time.time())}
         return JSONResponse({"object": "list", "data": [{**card, "owned_by": OWNER}]})
@@ -102,12 +104,6 @@ class Api:
             return JSONResponse(steps)
         await asyncio.sleep(QUEUE_PATIENCE if self._engine.submitted else 0)
         return JSONResponse([])
-
-    async def perf_metrics(self) -> Response:
-        return JSONResponse([])
-
-    async def prometheus(self) -> Response:
-        return Response("", media_type="text/plain; version=0.0.4")
 
     async def clock_offset(self) -> Response:
         received = time.monotonic()
@@ -135,8 +131,7 @@ class Api:
             if self._faults.broken:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             prompts = prompts_of(request)
-            check_request(request)
-            check_num_tokens(prompts, self._args)
+            check_request(request, prompts, self._args)
             if request.stream:
                 events = self._stream(request, prompts)
                 return StreamingResponse(events, media_type="text/event-stream")
@@ -144,30 +139,24 @@ class Api:
         except Exception as error:
             return refusal(str(error))
 
-    async def _whole(
-        self, request: AnyRequest, prompts: list[Prompt], raw: Request
-    ) -> answers.Json:
+    async def _whole(self, request: AnyRequest, prompts: list[Prompt], raw: Request) -> Json:
         """Return the answer once it is whole, or early when nobody waits for it any more."""
-        await self._check_engine(request, prompts)
-        done = asyncio.Event()
+        over = asyncio.Event()
 
         def take(_: Generation) -> None:
             if all(each.finish_reason for each in generations):
-                done.set()
+                over.set()
 
-        generations = [*self._generations(request, prompts, math.inf, take)]
-        ends = [asyncio.ensure_future(end) for end in (done.wait(), raw.receive())]
-        try:
-            self._engine.submit(generations)
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._engine.cancel(generations)
-            for end in ends:
-                end.cancel()
+        async with self._running(request, prompts, math.inf, take) as generations:
+            gone = asyncio.ensure_future(raw.receive())
+            gone.add_done_callback(lambda _: over.set())
+            try:
+                await over.wait()
+            finally:
+                gone.cancel()
         return answers.whole(request, self._args.served_name, generations)
 
     async def _stream(self, request: AnyRequest, prompts: list[Prompt]) -> AsyncIterator[bytes]:
-        await self._check_engine(request, prompts)
         queue = asyncio.Queue[bytes | Exception]()
 
         def take(generation: Generation) -> None:
@@ -178,21 +167,21 @@ class Api:
                 queue.put_nowait(error)
 
         interval = self._args.stream_interval
-        generations = [*self._generations(request, prompts, interval, take)]
-        try:
-            self._engine.submit(generations)
+        async with self._running(request, prompts, interval, take) as generations:
             while not queue.empty() or not all(each.finish_reason for each in generations):
                 event = await queue.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
             yield b"data: [DONE]\n\n"
-        finally:
-            self._engine.cancel(generations)
 
-    async def _check_engine(self, request: AnyRequest, prompts: list[Prompt]) -> None:
+    @asynccontextmanager
+    async def _running(
+        self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
+    ) -> AsyncIterator[list[Generation]]:
+        """What the engine has accepted and works on, until nobody looks at it any more."""
         check_engine(request, prompts, self._args)
-        if max_tokens_of(request) == 0:  # the real engine survives the first request for nothing
+        if request.max_tokens == 0:  # the real engine survives the first request for nothing
             self._zero_token_requests += 1
             if self._zero_token_requests == 1:
                 raise RequestError("max_tokens must be greater than 0, but got 0")
@@ -200,13 +189,19 @@ class Api:
             for _ in range(2):  # the second cuts what is open
                 signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
+        generations = [*self._generations(request, prompts, interval, sink)]
+        try:
+            self._engine.submit(generations)
+            yield generations
+        finally:
+            self._engine.cancel(generations)
 
     def _generations(
         self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
     ) -> Iterator[Generation]:
         stop, kind = request.stop or [], kind_of(request)
         texts = [stop] if isinstance(stop, str) else stop
-        limit = 1 if kind == CONTEXT else max_tokens_of(request)
+        limit = 1 if kind == CONTEXT else request.max_tokens
         for index, prompt in enumerate(prompts):
             room = max(1, self._args.max_seq_len - prompt.tokens // self._args.cp)
             seed = self._seed(request, prompt)

@@ -22,7 +22,7 @@ DIRECTORY = click.Path(exists=True, file_okay=False, readable=True)
 TOOL_PARSERS = click.Choice(
     "qwen3 qwen3_coder kimi_k2 deepseek_v3 deepseek_v31 deepseek_v32".split()
 )
-OPTIONS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {  # 1.1.0 knows the last name of each
     "--tokenizer": TEXT,
     "--host": {"default": "localhost"},
     "--port": {"default": 8000},
@@ -32,22 +32,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--max_batch_size": {"default": 2048},
     "--max_num_tokens": {"default": 8192},
     "--max_seq_len": NUMBER,
-    "--tp_size": {"default": 1},
-    "--pp_size": {"default": 1},
-    "--ep_size": NUMBER,
-    "--cluster_size": NUMBER,
+    "--tensor_parallel_size --tp_size": {"default": 1},
+    "--pipeline_parallel_size --pp_size": {"default": 1},
+    "--moe_expert_parallel_size --ep_size": NUMBER,
+    "--moe_cluster_parallel_size --cluster_size": NUMBER,
     "--gpus_per_node": NUMBER,
-    "--kv_cache_free_gpu_memory_fraction": {"default": 0.9},
+    "--free_gpu_memory_fraction --kv_cache_free_gpu_memory_fraction": {"default": 0.9},
     "--num_postprocess_workers": {"default": 0},
     "--trust_remote_code": FLAG,
-    "--extra_llm_api_options": TEXT,
+    "--config --extra_llm_api_options": TEXT,
     "--reasoning_parser": {"type": click.Choice(["deepseek-r1"])},
     "--metadata_server_config_file": TEXT,
     "--server_role": TEXT,
     "--fail_fast_on_attention_window_too_large": FLAG,
 }
 NEW_OPTIONS: dict[str, dict[str, Any]] = {  # of 1.2.1, in which nothing of 1.1.0 is missing
-    "--cp_size": {"default": 1},
+    "--context_parallel_size --cp_size": {"default": 1},
     "--reasoning_parser": {"type": click.Choice(["deepseek-r1", "qwen3", "nano-v3"])},
     "--tool_parser": {"type": TOOL_PARSERS},
     "--custom_tokenizer": TEXT,
@@ -58,15 +58,6 @@ NEW_OPTIONS: dict[str, dict[str, Any]] = {  # of 1.2.1, in which nothing of 1.1.
     "--chat_template": TEXT,
     "--otlp_traces_endpoint": TEXT,
     "--disagg_cluster_uri": TEXT,
-}
-NEW_NAMES = {  # of 1.2.1, for options that keep their old one
-    "--tp_size": "--tensor_parallel_size",
-    "--pp_size": "--pipeline_parallel_size",
-    "--cp_size": "--context_parallel_size",
-    "--ep_size": "--moe_expert_parallel_size",
-    "--cluster_size": "--moe_cluster_parallel_size",
-    "--kv_cache_free_gpu_memory_fraction": "--free_gpu_memory_fraction",
-    "--extra_llm_api_options": "--config",
 }
 DISAGGREGATED: list[click.Parameter] = [
     click.Option(["-c", "--config_file"], type=str),
@@ -95,11 +86,11 @@ def command_line(
 ) -> click.Group:
     """Return the program: `serve` gets MODEL and the options by their newer names, undashed, which
     are those of the YAML."""
-    new = version != "1.1.0"
+    old = version == "1.1.0"
     params: list[click.Parameter] = [click.Argument(["model"])]
-    for name, how in (OPTIONS | NEW_OPTIONS if new else OPTIONS).items():
-        names = [NEW_NAMES[name], name] if new and name in NEW_NAMES else [name]
-        params.append(click.Option([NEW_NAMES.get(name, name)[2:], *names], **how))
+    for declared, how in (OPTIONS if old else OPTIONS | NEW_OPTIONS).items():
+        names = declared.split()
+        params.append(click.Option([names[0][2:], *names[-1 if old else 0 :]], **how))
     command = click.Command("serve", params=params, callback=serve)
     other = click.Command("disaggregated", params=DISAGGREGATED, callback=disaggregated)
     return DefaultGroup("trtllm-serve", commands={"serve": command, "disaggregated": other})

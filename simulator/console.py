@@ -26,6 +26,7 @@ def log(letter: str, message: str) -> None:
     say(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [TRT-LLM] [{letter}] {message}")
 
 
-def crash(error: Fatal) -> None:
-    """Imitate the end of a traceback."""
+def crash(error: Fatal) -> int:
+    """Imitate the end of a traceback; return the exit code."""
     say(f"Traceback (most recent call last):\n{error.kind}: {error}", error=True)
+    return 1

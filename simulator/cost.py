@@ -81,7 +81,7 @@ class Cost(NamedTuple):
         return (MEMORY * USABLE * world - self.weights) / (self.model.kv_bytes * kept)
 
 
-def cost_of(name: str, args: LlmArgs) -> Cost | None:
+def cost_of(name: str | None, args: LlmArgs) -> Cost | None:
     """None where nothing is asked for. Raises Fatal, as the engine does, where it does not fit."""
     if not name:
         return None

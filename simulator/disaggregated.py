@@ -13,6 +13,7 @@ from itertools import cycle
 from typing import Any
 
 import aiohttp
+from answers import Json, always
 from console import Fatal, log
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +22,6 @@ from handoff import CONTEXT, GENERATION
 from llm_args import read_yaml_file
 from protocol import ChatCompletionRequest, CompletionRequest
 
-Json = dict[str, Any]
 POLL_SECONDS, RETRY_SECONDS = 3, 1
 ROUTERS = ROUND_ROBIN, _, CACHE_AWARE = ["round_robin", "load_balancing", "kv_cache_aware"]
 CONTINUES = ("length", "not_finished")  # how a context server's answer ends where there is more
@@ -30,9 +30,30 @@ CONTINUES = ("length", "not_finished")  # how a context server's answer ends whe
 class Router:
     """Which server of a list is next: each in turn, or the one with the least to do."""
 
-    def __init__(self, urls: list[str], kind: str, by_tokens: bool) -> None:
-        self.urls, self._turns = urls, cycle(urls) if kind == ROUND_ROBIN else None
-        self._by_tokens, self._load = by_tokens, dict.fromkeys(urls, 0)
+    def __init__(
+        self,
+        num_instances: int = 1,
+        urls: list[str] | None = None,
+        router: Json | None = None,
+        **_: Any,  # noqa: ANN401 (YAML)
+    ) -> None:
+        """Without a list the real one waits for a server that is called None."""
+        found = [(host, int(port)) for host, port in (url.split(":") for url in urls or ())]
+        if found and len(found) != num_instances:
+            raise ValueError(
+                f"Number of hostnames ({len(found)}) should be equal to the number of instances "
+                f"({num_instances})"
+            )
+        kind = str((router or {}).get("type", ROUND_ROBIN)).lower()
+        if kind not in ROUTERS:
+            raise ValueError(f"Unsupported router type: {kind}. Supported types are: {ROUTERS}")
+        if kind == CACHE_AWARE:
+            raise NotImplementedError(f"[simulator] the router {kind} is not simulated")
+        servers = [f"http://{host}:{port}" for host, port in found]
+        self.urls = servers or ["http://None:None"] * num_instances
+        self._turns = cycle(self.urls) if kind == ROUND_ROBIN else None
+        self._by_tokens = bool((router or {}).get("use_tokens"))
+        self._load = dict.fromkeys(self.urls, 0)
 
     @contextmanager
     def server(self, body: Json) -> Iterator[str]:
@@ -87,34 +108,11 @@ def _routers(
         raise ValueError(
             "Generation router must be a KvCacheAwareRouter to enable conditional disaggregation"
         )
-    routers = [_router(**section) for section in lists.values()]
+    routers = [Router(**section) for section in lists.values()]
     for name, router in reversed([*zip(lists, routers, strict=True)]):
         if not router.urls:
             raise ValueError(f"At least one {name} server must be provided")
     return routers
-
-
-def _router(
-    num_instances: int = 1,
-    urls: list[str] | None = None,
-    router: Json | None = None,
-    **_: Any,  # noqa: ANN401 (YAML)
-) -> Router:
-    """Without a list the real one waits for a server that is called None."""
-    found = [(host, int(port)) for host, port in (url.split(":") for url in urls or ())]
-    if found and len(found) != num_instances:
-        raise ValueError(
-            f"Number of hostnames ({len(found)}) should be equal to the number of instances "
-            f"({num_instances})"
-        )
-    kind = str((router or {}).get("type", ROUND_ROBIN)).lower()
-    if kind not in ROUTERS:
-        raise ValueError(f"Unsupported router type: {kind}. Supported types are: {ROUTERS}")
-    if kind == CACHE_AWARE:
-        raise NotImplementedError(f"[simulator] the router {kind} is not simulated")
-    servers = [f"http://{host}:{port}" for host, port in found]
-    by_tokens = bool((router or {}).get("use_tokens"))
-    return Router(servers or ["http://None:None"] * num_instances, kind, by_tokens)
 
 
 # -- the server --
@@ -135,20 +133,20 @@ class Orchestrator:
         hostname: str = "localhost",
         port: int = 8000,
         max_retries: int = 1,
-        perf_metrics_max_requests: int = 0,
         **rest: Any,  # noqa: ANN401 (YAML)
     ) -> None:
         self.hostname, self.port = hostname, port
-        self._flags, self._version = flags, version
-        self._retries, self._asks_for_metrics = max_retries, perf_metrics_max_requests
+        self._flags = flags
+        self._retries = max_retries
         self._contexts, self._generations = _routers(**rest)
-        self._urls = [*self._contexts.urls, *self._generations.urls]
         if max_retries < 0:
             raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
         self.app = FastAPI(lifespan=self._lifespan, strict_content_type=False)
         self.app.add_exception_handler(RequestValidationError, invalid)
-        for name in ("health", "version", "perf_metrics", "cluster_info"):
-            self.app.get(f"/{name}")(getattr(self, name))
+        self.app.get("/health")(always(Response()))  # the servers are not looked at again
+        self.app.get("/version")(always(JSONResponse({"version": version})))
+        self.app.get("/perf_metrics")(always(JSONResponse([])))
+        self.app.get("/cluster_info")(always(JSONResponse({})))
         self.app.post("/v1/completions")(self.completions)
         self.app.post("/v1/chat/completions")(self.chat)
 
@@ -164,7 +162,7 @@ class Orchestrator:
             yield
 
     async def _all_ready(self) -> None:
-        urls, turn = self._urls, 0
+        urls, turn = [*self._contexts.urls, *self._generations.urls], 0
         while urls := [url for url in await asyncio.gather(*map(self._if_missing, urls)) if url]:
             log("I", f"[{turn}] Servers are not ready. Waiting for {urls}...")
             await asyncio.sleep(POLL_SECONDS)
@@ -176,25 +174,6 @@ class Orchestrator:
                 return None if answer.status == 200 else url
         except Exception:
             return url
-
-    # -- the small routes --
-
-    async def health(self) -> Response:
-        """Says nothing of the servers: they are not looked at again."""
-        return Response()
-
-    async def version(self) -> Response:
-        return JSONResponse({"version": self._version})
-
-    async def cluster_info(self) -> Response:
-        return JSONResponse({})
-
-    async def perf_metrics(self) -> Response:
-        """Where they are wanted, every server is asked for its own; simulated ones have none."""
-        for url in self._urls if self._asks_for_metrics else ():
-            async with self._session.get(f"{url}/perf_metrics") as answer:
-                await answer.json()
-        return JSONResponse([])
 
     # -- generation --
 

@@ -1,4 +1,4 @@
-"""The running batch: every sequence has a timetable, one timer of the event loop serves all."""
+"""The running batch: every sequence has a timetable, which timers of the event loop keep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from time import monotonic
 
 from cost import Cost
@@ -94,10 +93,7 @@ class Engine:
         self._cost = cost
         self._prefilled = 0.0  # when the last prompt admitted is through, of those that cost
         self._waiting: deque[Generation] = deque()
-        self._due: list[tuple[float, int, Generation]] = []  # heap; the number breaks ties
         self._running: set[Generation] = set()
-        self._serial = 0
-        self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, generations: list[Generation]) -> None:
         self.submitted += 1
@@ -105,7 +101,7 @@ class Engine:
         self._admit()
 
     def cancel(self, generations: list[Generation]) -> None:
-        """Free the slots at once; a heap's entry is dropped when its time comes."""
+        """Free the slots at once; a timer finds out when its time comes."""
         for generation in generations:
             generation.cancelled = True
         self._running -= {*generations}
@@ -117,7 +113,6 @@ class Engine:
             if not generation.cancelled:
                 self._running.add(generation)
                 self._schedule(self._first_token(generation), generation)
-        self._arm()
 
     def _has_room(self) -> bool:
         """In the batch, and for the keys and values that are kept, or will be."""
@@ -146,32 +141,18 @@ class Engine:
         return self._cost.step(running, context / max(1, running))
 
     def _schedule(self, due: float, generation: Generation) -> None:
-        self._serial += 1
-        heappush(self._due, (due, self._serial, generation))
+        asyncio.get_running_loop().call_at(due, self._advance, due, generation)
 
-    def _arm(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if self._due and not self._faults.dead_engine:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(self._due[0][0], self._tick)
-
-    def _tick(self) -> None:
-        """Advance everything that is due. The next due time follows from the last, not from now,
-        so a late tick delays tokens but never stretches the timetable."""
-        now = monotonic()  # as the loop's clock
+    def _advance(self, due: float, generation: Generation) -> None:
+        """The next due time follows from the last, not from now, so a late timer delays tokens but
+        never stretches the timetable."""
+        if generation.cancelled or self._faults.dead_engine:
+            return
         itl = self._itl()
-        while self._due and self._due[0][0] <= now and not self._faults.dead_engine:
-            due, _, generation = heappop(self._due)
-            if generation.cancelled:
-                continue
-            if generation.step():
-                self._running.discard(generation)
-            else:
-                self._schedule(due + itl, generation)
-            if itl == 0:  # every token is due at once: let connections have their turn
-                break
+        if generation.step():
+            self._running.discard(generation)
+            self._admit()
+        else:
+            self._schedule(due + itl, generation)
         levels = {"numActiveRequests": len(self._running), "numQueuedRequests": len(self._waiting)}
         self.iterations.append(levels)
-        self._admit()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from console import Fatal
 
@@ -15,53 +15,30 @@ FAULTS = """
     slow-health:SECONDS log-flood:MB_PER_S binary-log out-of-memory[:SECONDS]
     exit-rank:RANK:CODE[:SECONDS] kill-rank:RANK[:SECONDS]
 """.split()  # README.md says what they do
-LAUNCHES = ("stuck", "propagate")
-VERSIONS = ("1.1.0", "1.2.1")
 
 
-class Settings(NamedTuple):
-    version: str
-    gpus: int
-    load_seconds: float
-    ttft: float  # seconds, as all times below
-    prefill_per_token: float
-    itl: float
-    itl_per_running: float
-    cost: str  # the model whose costs count, in place of the four times above; '': none
-    output_tokens: tuple[int, int]
-    launch: str  # how trtllm-llmapi-launch meets the end of trtllm-serve
-    faults: Mapping[str, tuple[float, ...]]
+class Settings:
+    """Times are in seconds."""
 
+    def __init__(self, env: Mapping[str, str]) -> None:
+        def value(name: str, convert: Callable[[str], T], default: str) -> T:
+            text = env.get(f"TRTLLM_SIM_{name}") or default
+            try:
+                return convert(text)
+            except ValueError as error:
+                raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
 
-def read_version(env: Mapping[str, str]) -> str:
-    """Which version of the engine is played: the command line depends on it."""
-    version = env.get("TRTLLM_SIM_VERSION") or VERSIONS[0]
-    if version not in VERSIONS:
-        raise SystemExit(f"TRTLLM_SIM_VERSION={version}: must be one of {', '.join(VERSIONS)}")
-    return version
-
-
-def read_settings(env: Mapping[str, str]) -> Settings:
-    def value(name: str, convert: Callable[[str], T], default: str) -> T:
-        text = env.get(f"TRTLLM_SIM_{name}") or default
-        try:
-            return convert(text)
-        except ValueError as error:
-            raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
-
-    return Settings(
-        version=read_version(env),
-        gpus=int(value("GPUS", _not_negative, "8")),
-        load_seconds=value("LOAD_SECONDS", _not_negative, "2"),
-        ttft=value("TTFT_MS", _not_negative, "20") / 1e3,
-        prefill_per_token=value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6,
-        itl=value("ITL_MS", _not_negative, "5") / 1e3,
-        itl_per_running=value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6,
-        cost=env.get("TRTLLM_SIM_COST") or "",
-        output_tokens=value("OUTPUT_TOKENS", _token_range, "32-256"),
-        launch=value("LAUNCH", _launch, "stuck"),
-        faults=value("FAULT", _faults, ""),
-    )
+        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # that is played
+        self.gpus = int(value("GPUS", _not_negative, "8"))
+        self.load_seconds = value("LOAD_SECONDS", _not_negative, "2")
+        self.ttft = value("TTFT_MS", _not_negative, "20") / 1e3
+        self.prefill_per_token = value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6
+        self.itl = value("ITL_MS", _not_negative, "5") / 1e3
+        self.itl_per_running = value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6
+        self.cost = env.get("TRTLLM_SIM_COST")  # a model's, in place of the four times above
+        self.output_tokens = value("OUTPUT_TOKENS", _token_range, "32-256")
+        self.launch = value("LAUNCH", _one_of("stuck", "propagate"), "stuck")  # see README.md
+        self.faults = value("FAULT", _faults, "")
 
 
 def _not_negative(text: str) -> float:
@@ -78,10 +55,13 @@ def _token_range(text: str) -> tuple[int, int]:
     return bounds
 
 
-def _launch(text: str) -> str:
-    if text not in LAUNCHES:
-        raise ValueError(f"must be one of {', '.join(LAUNCHES)}")
-    return text
+def _one_of(*known: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in known:
+            raise ValueError(f"must be one of {', '.join(known)}")
+        return text
+
+    return check
 
 
 def _faults(text: str) -> dict[str, tuple[float, ...]]:

@@ -44,12 +44,10 @@ def handed_on(generation: Generation) -> dict[str, Any] | None:
 
 def prompt_ids(generation: Generation) -> list[int] | None:
     """As many ids as the prompt has tokens: a context server hands them on, too."""
-    prompt = generation.prompt
     if not generation.state:
         return None
-    if isinstance(prompt.echo, list):
-        return prompt.echo
-    ids = [*map(token_id, TOKEN.findall(prompt.text))]
+    prompt = generation.prompt
+    ids = [*(prompt.ids or map(token_id, TOKEN.findall(prompt.text)))]
     return (ids + [0] * prompt.tokens)[: prompt.tokens]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from base64 import b64decode
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import chain
 
-from handoff import CONTEXT, GENERATION, KINDS, kind_of, taken_over
+from handoff import CONTEXT, KINDS, kind_of
 from llm_args import LlmArgs
-from protocol import AnyRequest, ChatCompletionRequest, refuse
+from protocol import AnyRequest, refuse
 from words import VOCABULARY, Prompt
 
 INT32 = range(-(1 << 31), 1 << 31)
@@ -36,7 +36,7 @@ def fail(broken: object, reason: str) -> None:
         raise RequestError(reason)
 
 
-def check_request(request: AnyRequest) -> None:
+def check_request(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) -> None:
     """Raise ValueError for what the server refuses by itself. Of a response_format, it wants no
     more than the schema of one that names itself JSON: what else it says is ignored."""
     refuse(request.n > 1, "Multiple response is not supported in PyTorch workflow")
@@ -66,41 +66,14 @@ def check_request(request: AnyRequest) -> None:
         f"PyTorch backend currently only supports `logprobs=1`. Received `logprobs={top}` "
         f"(Top{top} logprobs). Please set `logprobs=1` in `sampling_params` instead.",
     )
-
-
-def check_num_tokens(prompts: Iterable[Prompt], args: LlmArgs) -> None:
     for prompt in prompts:
         share, most = prompt.tokens / args.cp, args.max_num_tokens
         words = f"The sum of prompt length ({share}), query length (0) should not exceed "
         refuse(most and share > most, f"{words}max_num_tokens ({most})")
 
 
-def max_tokens_of(request: AnyRequest) -> int | None:
-    if isinstance(request, ChatCompletionRequest):
-        return request.max_completion_tokens
-    return request.max_tokens
-
-
-def check_engine(request: AnyRequest, prompts: Iterable[Prompt], args: LlmArgs) -> None:
+def check_engine(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) -> None:
     """Raise RequestError for what only a worker refuses."""
-    _check_handoff(request, args)
-    for name, (rule, holds) in RANGES.items():
-        value = getattr(request, name)
-        fail(value is not None and not holds(value), f"require {rule}, got {value}")
-    most = max_tokens_of(request)
-    fail((most or 0) < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
-    for number in _int32s(request):
-        fail(number not in INT32, f"{number} does not fit into 32 bits")
-    for prompt in prompts:
-        fail(
-            prompt.tokens // args.cp > args.max_seq_len,
-            f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
-            f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len.",
-        )
-
-
-def _check_handoff(request: AnyRequest, args: LlmArgs) -> None:
-    """Each of the two servers of an answer must be able to play its part."""
     fail(
         request.disaggregated_params and not args.transceiver,
         "kv_cache_transceiver is disabled, please set 'cache_transceiver_config: "
@@ -108,18 +81,18 @@ def _check_handoff(request: AnyRequest, args: LlmArgs) -> None:
     )
     words = "Context only requests are not supported in pytorch backend when overlap is enabled."
     fail(kind_of(request) == CONTEXT and args.overlaps, words)
-    if kind_of(request) == GENERATION:
-        try:
-            taken_over(request.disaggregated_params, args)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-
-
-def _int32s(request: Any) -> Iterable[int]:  # noqa: ANN401 (either request)
-    yield from (request.top_k, request.min_tokens, request.best_of or 1)
-    yield from request.stop_token_ids or ()
-    ids = [request.prompt] if hasattr(request, "prompt") else [request.prompt_token_ids]
-    while ids:  # a list of numbers, of lists, or of texts
-        item = ids.pop()
-        ids += item if isinstance(item, list) else []
-        yield from [item] if isinstance(item, int) else ()
+    for name, (rule, holds) in RANGES.items():
+        value = getattr(request, name)
+        fail(value is not None and not holds(value), f"require {rule}, got {value}")
+    most = request.max_tokens or 0
+    fail(most < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
+    numbers = [request.top_k, request.min_tokens, request.best_of or 1]
+    numbers += request.stop_token_ids or ()
+    for number in chain(numbers, *(prompt.ids for prompt in prompts)):
+        fail(number not in INT32, f"{number} does not fit into 32 bits")
+    for prompt in prompts:
+        fail(
+            prompt.tokens // args.cp > args.max_seq_len,
+            f"The prompt length ({prompt.tokens}) exceeds the maximum sequence length "
+            f"({args.max_seq_len}). Please reduce the prompt or raise --max_seq_len.",
+        )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import libraries
 from console import Fatal
+from environment import Settings
 from leader_link import is_proxied
 
 # What 1.2.1 has besides is marked with +, what it has no more with -.
@@ -65,62 +67,39 @@ REPO_ID = re.compile(r"([\w.-]+/)?[\w.-]{1,96}")
 MODEL_CONTEXT = 131072  # the simulated model's own limit, when --max_seq_len sets none
 
 
-class LlmArgs(NamedTuple):
-    model: str
-    served_name: str
-    host: str
-    port: int
-    tp: int
-    pp: int
-    cp: int
-    gpus_per_node: int
-    max_batch_size: int
-    max_seq_len: int
-    max_num_tokens: int | None  # of a prompt; None with chunked prefill
-    stream_interval: int
-    attention_dp: bool
-    transceiver: str | None  # what carries KV caches to and from other servers
-    overlaps: bool  # the scheduler, which a context server may not
-    prometheus: bool
-    iter_stats: bool
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp
-
-
-def build_llm_args(
-    flags: Mapping[str, Any], gpus: int, env: Mapping[str, str], version: str
-) -> LlmArgs:
+class LlmArgs:
     """The flags by their YAML names, and the YAML, which has the last word."""
-    if flags["gpus_per_node"] is None and gpus == 0:
-        raise Fatal("ValueError", "No GPU devices found on the node")
-    forgotten = {"moe_cluster_parallel_size": None}  # as soon as it is parsed
-    config = {**flags, **forgotten, **_read_yaml(flags["config"], version != "1.1.0")}
-    model, per_node = str(flags["model"]), config["gpus_per_node"]
-    chunked = config.get("enable_chunked_prefill")
-    args = LlmArgs(
-        model=model,
-        served_name=_served_name(model),
-        host=flags["host"],
-        port=flags["port"],
-        tp=_positive(config, "tensor_parallel_size"),
-        pp=_positive(config, "pipeline_parallel_size"),
-        cp=_positive(config, "context_parallel_size"),
-        gpus_per_node=max(1, gpus if per_node is None else per_node),
-        max_batch_size=_positive(config, "max_batch_size"),
-        max_seq_len=_positive(config, "max_seq_len", MODEL_CONTEXT),
-        max_num_tokens=None if chunked else _positive(config, "max_num_tokens", 8192),
-        stream_interval=_positive(config, "stream_interval"),
-        attention_dp=bool(config.get("enable_attention_dp")),
-        transceiver=_transceiver(config, version),
-        overlaps=not config.get("disable_overlap_scheduler"),
-        prometheus=bool(config.get("return_perf_metrics")),
-        iter_stats=bool(config.get("enable_iter_perf_stats")),
-    )
-    _check_moe(args, config)
-    _check_gpus(args, per_node, gpus, env)
-    return args
+
+    def __init__(self, flags: Mapping[str, Any], settings: Settings) -> None:
+        gpus, version = settings.gpus, settings.version
+        if flags["gpus_per_node"] is None and gpus == 0:
+            raise Fatal("ValueError", "No GPU devices found on the node")
+        forgotten = {"moe_cluster_parallel_size": None}  # as soon as it is parsed
+        config = {**flags, **forgotten, **_read_yaml(flags["config"], version != "1.1.0")}
+        self.model: str = flags["model"]
+        self.served_name = _served_name(self.model)
+        self.host: str = flags["host"]
+        self.port: int = flags["port"]
+        self.tp = _positive(config, "tensor_parallel_size")
+        self.pp = _positive(config, "pipeline_parallel_size")
+        self.cp = _positive(config, "context_parallel_size")
+        self.world_size = self.tp * self.pp * self.cp
+        per_node: int | None = config["gpus_per_node"]
+        self.gpus_per_node = max(1, gpus if per_node is None else per_node)
+        self.max_batch_size = _positive(config, "max_batch_size")
+        self.max_seq_len = _positive(config, "max_seq_len", MODEL_CONTEXT)
+        chunked = config.get("enable_chunked_prefill")
+        self.max_num_tokens = None if chunked else _positive(config, "max_num_tokens", 8192)
+        self.stream_interval = _positive(config, "stream_interval")
+        self.attention_dp = bool(config.get("enable_attention_dp"))
+        # What carries KV caches to and from other servers: nothing, unless the YAML names it.
+        backend = (config.get("cache_transceiver_config") or {}).get("backend")
+        self.transceiver = DEFAULT_BACKEND[version] if backend == "DEFAULT" else backend
+        self.overlaps = not config.get("disable_overlap_scheduler")  # a context server may not
+        self.prometheus = bool(config.get("return_perf_metrics"))
+        self.iter_stats = bool(config.get("enable_iter_perf_stats"))
+        _check_moe(self, config)
+        _check_gpus(self, per_node, gpus)
 
 
 def read_yaml_file(path: str) -> Any:  # noqa: ANN401 (YAML)
@@ -177,12 +156,6 @@ def _positive(config: Mapping[str, Any], key: str, default: int = 1) -> int:
     return value
 
 
-def _transceiver(config: Mapping[str, Any], version: str) -> str | None:
-    """The backend; where the YAML names none, there is no transceiver either."""
-    backend = (config.get("cache_transceiver_config") or {}).get("backend")
-    return DEFAULT_BACKEND[version] if backend == "DEFAULT" else backend
-
-
 def _check_moe(args: LlmArgs, config: Mapping[str, Any]) -> None:
     """Apply the rules of tensorrt_llm.Mapping to the MoE part of the parallelism."""
     cp_type = _cp_type(config.get("cp_config"))
@@ -212,13 +185,11 @@ def _cp_type(cp_config: object) -> str | None:
     raise Fatal("ValueError", f"Invalid cp_type {value!r}, must be one of {CP_TYPES}")
 
 
-def _check_gpus(
-    args: LlmArgs, asked_per_node: int | None, gpus: int, env: Mapping[str, str]
-) -> None:
+def _check_gpus(args: LlmArgs, asked: int | None, gpus: int) -> None:
     """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise. Fail
     where MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
-    world, spawned = args.world_size, not is_proxied(env)
-    per_node = world if spawned and asked_per_node is None else args.gpus_per_node
+    world, spawned = args.world_size, not is_proxied(os.environ)
+    per_node = world if spawned and asked is None else args.gpus_per_node
     nodes = -(-world // per_node)
     if gpus < (min(world, per_node) if spawned else world // nodes):
         words = f"Only {gpus} GPUs are available, but {world} are required."
@@ -227,7 +198,7 @@ def _check_gpus(
         words = f"not enough slots for the {world} ranks that are required: with {per_node} a node "
         words += "they need several nodes, and this one was started alone"
         raise Fatal("mpi4py.MPI.Exception", f"MPI_ERR_SPAWN: {words}")
-    found = ", ".join(sorted(filter(MPI_VARIABLE.match, env)))
+    found = ", ".join(sorted(filter(MPI_VARIABLE.match, os.environ)))
     if spawned and world > 1 and found:
         words = f"[simulator] {world} ranks are started by MPI_Comm_spawn, which does not work in "
         words += f"an environment prepared for another launcher: {found}"

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from console import Fatal, crash, log, say
-from environment import Settings, read_settings
+from environment import Settings
 from leader_link import ADDRESS, KEY, PROXY, Link
 from mpi_world import obey, run_rank
 
@@ -36,11 +36,10 @@ def main(argv: Sequence[str]) -> int:
         say("Usage: trtllm-llmapi-launch COMMAND [ARGS]...", error=True)
         return 2
     try:
-        settings = read_settings(os.environ)
+        settings = Settings(os.environ)
         rank, size = _number(RANKS, 0), _number(SIZES, 1)
     except Fatal as error:
-        crash(error)
-        return 1
+        return crash(error)
     _yellow(f"mpi_rank: {rank}")
     with _reserve() as listener:
         _prepare(size, listener.getsockname()[1])

@@ -17,7 +17,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from console import Fatal, log
-from environment import read_settings
+from environment import Settings
 from leader_link import Message, read_key, seal, unseal
 from mpi_world import ORDER, POLL, REPORT, Part, Report, enter, run_rank
 
@@ -65,7 +65,7 @@ class Leader:
     def __init__(self, comm: Any) -> None:  # noqa: ANN401
         self.stopped, self.whole = False, True
         self._comm, self._ranks = comm, range(comm.Get_size())
-        self._part = Part(comm, read_settings(os.environ))
+        self._part = Part(comm, Settings(os.environ))
         self._key = read_key(os.environ)
         self._orders: deque[Message] = deque()
         self._reports: dict[int, Report] = {}

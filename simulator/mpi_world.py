@@ -9,10 +9,11 @@ import importlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from sched import scheduler
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -66,9 +67,8 @@ class Part:
         self.rank, self.host = comm.Get_rank(), socket.gethostname()
         self._comm, self._settings = comm, settings
         self._sent: list[Any] = []  # kept: MPI still reads what has not been sent yet
-        self._done_at = self._fault_at = inf
-        self._done = ""  # what to log then
-        self._fault_delay, self._code = _fate(self.rank, settings.faults)
+        self._clock = scheduler()
+        self._dies_after, self._code = _fate(self.rank, settings.faults)
 
     def turn(self) -> Message | None:
         """Do what there is to do; return the order to stop when it has come."""
@@ -77,28 +77,25 @@ class Part:
             if order["op"] == "stop":
                 return order
             self._begin(order)
-        if time.monotonic() >= self._fault_at:
-            self._die()
-        if time.monotonic() >= self._done_at:
-            if self._done:
-                log("I", self._done)
-            self._done, self._done_at = "", inf
-            self.send(Report(self.rank, self.host, self._settings.gpus), 0, REPORT)
+        self._clock.run(blocking=False)
         return None
 
     def _begin(self, order: Message) -> None:
-        """Set the clocks: a rank does nothing but wait."""
-        self._done_at = now = time.monotonic()
+        """Set the clock: a rank does nothing but wait."""
+        takes = 0.0
         if order["op"] == "load":
-            self._done_at += self._settings.load_seconds
+            takes = self._settings.load_seconds
             name, gpu = f"rank {self.rank} on {self.host}", self.rank % int(order["gpus_per_node"])
             share = f"part {self.rank + 1} of {self._comm.Get_size()} of {order['model']}"
             log("I", f"{name}: loading {share} on GPU {gpu}")
-            self._done = f"{name}: loaded"
-            if self._fault_delay == 0:
-                self._fault_at = now + self._settings.load_seconds / 2
-        elif order["op"] == "beat" and self._fault_at == inf:  # the first: the server is ready
-            self._fault_at = now + (self._fault_delay or inf)
+            self._clock.enter(takes, 1, log, ("I", f"{name}: loaded"))
+            if self._dies_after == 0:
+                self._clock.enter(takes / 2, 1, self._die)
+        elif order["op"] == "beat" and self._dies_after:  # the first: the server is ready
+            self._clock.enter(self._dies_after, 1, self._die)
+            self._dies_after = None
+        report = Report(self.rank, self.host, self._settings.gpus)
+        self._clock.enter(takes, 2, self.send, (report, 0, REPORT))
 
     def send(self, message: object, rank: int, tag: int) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
@@ -151,12 +148,9 @@ def run_rank(work: Callable[[], bool]) -> int:
     try:
         whole = work()
     except Fatal as error:
-        crash(error)
-        return 1
+        return crash(error)
     except Exception:
-        import traceback  # dear, and hardly ever needed
-
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         os._exit(1)  # not by the normal way: MPI_Finalize would wait for all ranks
     if not whole:
         os._exit(0)  # the same, for a rank that will never come

@@ -240,6 +240,10 @@ class ChatCompletionRequest(Sampling, ChatHead):
     disaggregated_params: DisaggregatedParams | None = None
     cache_salt: str | None = None
 
+    @property
+    def max_tokens(self) -> int | None:
+        return self.max_completion_tokens
+
     @model_validator(mode="before")
     @classmethod
     def check(cls, data: Body) -> Body:

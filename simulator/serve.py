@@ -15,16 +15,17 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import libraries
 from arguments import command_line
 from console import Fatal, crash, log
 from cost import cost_of
-from environment import Settings, read_settings, read_version
+from environment import Settings
 from faults import Faults
 from leader_link import Link, is_proxied
-from llm_args import LlmArgs, build_llm_args
+from llm_args import LlmArgs
 
 if TYPE_CHECKING:
     from uvicorn import Server
@@ -43,15 +44,19 @@ class PreciseSelector(selectors.DefaultSelector):
 
 
 def main() -> None:
-    command_line(serve, disaggregated, read_version(os.environ)).main(prog_name="trtllm-serve")
+    try:
+        settings = Settings(os.environ)
+    except Fatal as error:
+        raise SystemExit(crash(error)) from None
+    commands = partial(serve, settings), partial(disaggregated, settings)
+    command_line(*commands, settings.version).main(prog_name="trtllm-serve")
 
 
-def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them over)
-    with _ending_as_the_real_one() as version:
-        settings = read_settings(os.environ)
-        args = build_llm_args(flags, settings.gpus, os.environ, version)
+def serve(settings: Settings, **flags: Any) -> None:  # noqa: ANN401 (as click hands them over)
+    with _ending_as_the_real_one(settings.version):
+        args = LlmArgs(flags, settings)
         cost = cost_of(settings.cost, args)  # or it does not fit
-        sockets = _bind(version, args.host, args.port)
+        sockets = _bind(settings.version, args.host, args.port)
         faults = Faults(settings.faults)
         faults.begin()
         leader = _load(args, settings, faults)
@@ -70,29 +75,27 @@ def serve(**flags: Any) -> None:  # noqa: ANN401 (options as click hands them ov
         _until_stopped(Server(at), sockets)
 
 
-def disaggregated(**flags: Any) -> None:  # noqa: ANN401
+def disaggregated(settings: Settings, **flags: Any) -> None:  # noqa: ANN401
     """Serve as soon as all context and generation servers do; it needs no GPU."""
-    with _ending_as_the_real_one() as version:
+    with _ending_as_the_real_one(settings.version):
         libraries.fastapi()
         import uvicorn
         from disaggregated import Orchestrator, read_config
 
-        it = Orchestrator(flags, version, **read_config(flags, version))
-        sockets = _bind(version, it.hostname, it.port)
+        it = Orchestrator(flags, settings.version, **read_config(flags, settings.version))
+        sockets = _bind(settings.version, it.hostname, it.port)
         at = uvicorn.Config(it.app, it.hostname, it.port, **HTTP, timeout_keep_alive=10)
         _until_stopped(uvicorn.Server(at), sockets)
 
 
 @contextmanager
-def _ending_as_the_real_one() -> Iterator[str]:
-    """The version that is played; what it cannot do ends it with a traceback's last line."""
-    version = read_version(os.environ)
+def _ending_as_the_real_one(version: str) -> Iterator[None]:
+    """What the version that is played cannot do ends it with a traceback's last line."""
     log("I", f"This is a SIMULATOR of TensorRT-LLM {version}: no model is loaded, no GPU is used")
     try:
-        yield version
+        yield
     except Fatal as error:
-        crash(error)
-        raise SystemExit(1) from None
+        raise SystemExit(crash(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

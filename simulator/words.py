@@ -7,7 +7,7 @@ try ("the", ".", a line break) turn up within a few dozen tokens, and counting p
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from random import Random
 from typing import Any, NamedTuple
@@ -41,27 +41,22 @@ def fingerprint(text: str) -> int:
 
 def continue_text(prompt: str, seed: int, opening: str) -> Iterator[str]:
     """Yield tokens for ever; `opening` is put before the first word (a space after a prompt)."""
-    rng = Random(seed)
     if sequence := SEQUENCE.search(prompt[-200:]):
-        yield from _next_numbers(int(sequence[1]), int(sequence[2]), not sequence[3])
+        before, last = int(sequence[1]), int(sequence[2])
+        step = last - before or 1
+        if not sequence[3]:
+            yield ","
+        yield from _numbers(count(last + step, step), None, " ")
     if asked := COUNT_TO.search(prompt[-2000:]):
-        yield from _numbers(int(asked[1]), int(asked[2]), opening)
+        first, last = int(asked[1]), int(asked[2])
+        step = 1 if last >= first else -1
+        yield from _numbers(range(first, last + step, step), last, opening)
         opening = " "
-    yield from _prose(rng, opening)
+    yield from _prose(Random(seed), opening)
 
 
-def _next_numbers(before: int, last: int, comma_first: bool) -> Iterator[str]:
-    step = last - before or 1
-    if comma_first:
-        yield ","
-    for number in count(last + step, step):
-        yield f" {number}"
-        yield ","
-
-
-def _numbers(first: int, last: int, opening: str) -> Iterator[str]:
-    step = 1 if last >= first else -1
-    for number in range(first, last + step, step):
+def _numbers(numbers: Iterable[int], last: int | None, opening: str) -> Iterator[str]:
+    for number in numbers:
         yield f"{opening}{number}"
         yield "." if number == last else ","
         opening = " "
@@ -84,6 +79,7 @@ class Prompt(NamedTuple):
     tokens: int
     opening: str  # put before the first word of the answer
     echo: Any = ""  # put before the answer when asked for: ids cannot be, as in the real server
+    ids: Sequence[int] = ()  # where it was given as such
 
 
 def prompts_of(request: AnyRequest) -> list[Prompt]:
@@ -91,18 +87,17 @@ def prompts_of(request: AnyRequest) -> list[Prompt]:
     if isinstance(request, ChatCompletionRequest):
         return [_chat_prompt(request)]
     prompt: Any = request.prompt
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [_prompt(prompt, request.truncate_prompt_tokens)]
-    return [_prompt(item, request.truncate_prompt_tokens) for item in prompt]
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [_prompt(each) for each in ([prompt] if is_one else prompt)]
 
 
-def _prompt(prompt: str | list[int], limit: int | None) -> Prompt:
+def _prompt(prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
-        opening, tokens = "" if not prompt or prompt[-1].isspace() else " ", count_tokens(prompt)
-        return Prompt(prompt, min(tokens, limit or tokens), opening, prompt)
+        opening = "" if not prompt or prompt[-1].isspace() else " "
+        return Prompt(prompt, count_tokens(prompt), opening, prompt)
     if not prompt:
         raise ValueError("prompt token ids must not be empty")
-    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt)
+    return Prompt(" ".join(map(str, prompt)) + " #", len(prompt), " ", prompt, prompt)
 
 
 def chat_role(request: ChatCompletionRequest) -> str:
@@ -114,13 +109,11 @@ def _chat_prompt(request: ChatCompletionRequest) -> Prompt:
     role, texts = chat_role(request), [_message_text(message) for message in request.messages]
     echo = texts[-1] if texts and request.messages[-1]["role"] == role else ""
     if (ids := request.prompt_token_ids) is not None:
-        return _prompt(ids, None)._replace(opening="", echo=echo)
+        return _prompt(ids)._replace(opening="", echo=echo)
     if not texts:
         raise ValueError("messages must not be empty without prompt_token_ids")
     template = 4 * len(texts) + 3  # the marks that a chat template puts around the messages
-    tokens = template + sum(map(count_tokens, texts))
-    limit = request.truncate_prompt_tokens or tokens
-    return Prompt("\n".join(texts), min(tokens, limit), "", echo)
+    return Prompt("\n".join(texts), template + sum(map(count_tokens, texts)), "", echo)
 
 
 def _message_text(message: Any) -> str:  # noqa: ANN401 (one of nine TypedDicts)
