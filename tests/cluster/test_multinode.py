@@ -31,6 +31,9 @@ from tests.cluster.test_faults import sentence
 WORLD = serve_args("--pp_size", "2")
 FOUR_WORLD = ["--image", str(TARBALL), "org/model", "--tp_size", "4", "--pp_size", "2"]
 TWO_GPUS = {**QUICK, "TRTLLM_SIM_GPUS": "2"}
+# Four ranks on two nodes are enough to see how a world ends.
+SMALL_WORLD = ["--image", str(TARBALL), "org/model", "--tp_size", "2", "--pp_size", "2"]
+TWO = "-N2 --gpus-per-node=2"
 
 
 def test_sixteen_ranks_are_one_world_that_serves(
@@ -152,15 +155,15 @@ def stop_slurmd(cluster: Cluster, started: Launch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Cluster, Launch], None], list[str]]] = {
     "rank": (
-        lambda c, _: kill_a_rank(c, "n2", 11),
-        ["n2: rank 11 ended with exit code 137 (killed"],
+        lambda c, _: kill_a_rank(c, "n2", 3),
+        ["n2: rank 3 ended with exit code 137 (killed"],
     ),
     "rank of the head": (
-        lambda c, _: kill_a_rank(c, "n1", 3),
-        ["n1: rank 3 ended with exit code 137"],
+        lambda c, _: kill_a_rank(c, "n1", 1),
+        ["n1: rank 1 ended with exit code 137"],
     ),
-    "dockerd": (stop_dockerd, ["n2 (ranks 8-15)"]),
-    "slurmd": (stop_slurmd, ["n2 (ranks 8-15): its slurmd has been gone for 5 s"]),
+    "dockerd": (stop_dockerd, ["n2 (ranks 2-3)"]),
+    "slurmd": (stop_slurmd, ["n2 (ranks 2-3): its slurmd has been gone for 5 s"]),
 }
 
 
@@ -170,7 +173,7 @@ def test_a_death_on_one_node_ends_all_and_is_named(
 ) -> None:
     break_it, words = FAULTS[what]
     node = cluster.nodes["n2"]
-    started = launch(*WORLD, env=QUICK)
+    started = launch(*SMALL_WORLD, salloc=TWO, env=TWO_GPUS)
     started.until("READY")
     try:
         break_it(cluster, started)
@@ -188,8 +191,8 @@ def test_a_death_on_one_node_ends_all_and_is_named(
 
 @pytest.mark.parametrize("variant", ["stuck", "propagate"])
 def test_a_server_that_fails_under_its_leader_is_noticed(variant: str, launch: Launcher) -> None:
-    env = {**QUICK, "TRTLLM_SIM_LAUNCH": variant, "TRTLLM_SIM_FAULT": "exit-serving:3:1"}
-    started = launch(*WORLD, env=env)
+    env = {**TWO_GPUS, "TRTLLM_SIM_LAUNCH": variant, "TRTLLM_SIM_FAULT": "exit-serving:3:1"}
+    started = launch(*SMALL_WORLD, salloc=TWO, env=env)
     started.until("READY")
     assert started.code() == 1
     assert "n1: rank 0 ended" in sentence(started.output), started.output
@@ -199,7 +202,7 @@ def test_a_server_that_fails_under_its_leader_is_noticed(variant: str, launch: L
 def test_however_a_world_is_stopped_nothing_is_left(
     how: str, cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    started = launch(*WORLD, env=QUICK)
+    started = launch(*SMALL_WORLD, salloc=TWO, env=TWO_GPUS)
     started.until("READY")
     if how == "scancel":
         cluster.ctl.run("scancel", started.job)
@@ -213,7 +216,7 @@ def test_however_a_world_is_stopped_nothing_is_left(
 def test_a_warning_of_slurm_and_a_suspended_job_end_no_world(
     cluster: Cluster, launch: Launcher
 ) -> None:
-    started = launch(*WORLD, env=QUICK)
+    started = launch(*SMALL_WORLD, salloc=TWO, env=TWO_GPUS)
     started.until("stop it with")
     for name in ("USR1", "USR2"):
         cluster.ctl.run("scancel", f"--signal={name}", started.job)
