@@ -209,7 +209,8 @@ class Reader:
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        if words and not (quiet and not known(words)) and not shapes.REMARKS.match(words):
+        said = re.split("[.:] ", words)[0] if quiet else words  # of a warning not its details
+        if words and not (quiet and not known(said)) and not shapes.REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
 
