@@ -43,7 +43,8 @@ PLAIN = any_of(  # what says so is the cause
 )
 SHELL = any_of(
     r"\S*sh: ((line )?\d+: )?/\S+: No such file or directory$",
-    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(?!.*\b(enroot-|nvidia-smi:))"  # which is asked for whether there are GPUs
+    r".*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
 FAMILIAR = any_of(  # what counts where the table knows it
