@@ -81,7 +81,9 @@ REPORTED = any_of(  # what stands before the error itself
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
     r".*terminated with exception: (?=\S)",
 )
-DIES = re.compile(r"encountered a fatal error|hit an exception|Error in event loop")
+DIES = re.compile(
+    r"encountered a fatal error|hit an exception|Error in event loop|_event_loop_wrapper"
+)
 THAT_NOT_WHY = any_of(  # something failed, but not what of
     r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
     r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
@@ -104,5 +106,6 @@ KILLED = any_of(
 )
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
-REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
+REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" ([45])\d\d')
+WORKS = any_of(*(engine.WORK_WORDS.pattern.decode() for engine in every()))
 FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python error|uncorrectable")
