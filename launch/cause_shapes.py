@@ -53,7 +53,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
     r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
-    r".*: engine core exited unexpectedly",
+    r".*: engine core exited unexpectedly|srun: unrecognized option ",
     r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
     r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",

@@ -106,8 +106,9 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
     text, said = shapes.WRAPS.sub("", lines[at].text.strip()), message(lines, at)
     if "validation error" in text and (errors := pydantic(said)):
         return judge(errors, at)
-    if text.endswith(":") and said:
-        text = f"{text} {said.pop(0).strip()}"
+    if text.endswith(":"):  # its message begins with an empty line, or one like a logger's
+        said = said or [each.text for each in lines[at + 1 : at + 2] if not each.headed]
+        text = f"{text} {said.pop(0).strip()}" if said else text
     elif ":" not in text:
         code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
