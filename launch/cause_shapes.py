@@ -9,8 +9,10 @@ def any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
+# A name of several parts alone may be a key of a configuration: `speculative_config.Eagle`.
 EXCEPTION = re.compile(
-    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*(?=:)|gaierror"
+    r"|\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group|Empty))|Exception"
     r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
 )
 LINKED = ("The above exception was the direct cause", "During handling of the above exception")
