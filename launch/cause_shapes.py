@@ -37,7 +37,8 @@ PLAIN = any_of(  # what says so is the cause
     r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
     r"DeepEP timeout|LLVM ERROR: |setting (mem|cpu)bind: ",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
-    r".*(double free or corruption|corrupted (size|double)|(free|\w*alloc|munmap_chunk)\(\): \w+ )",
+    r".*(double free or corruption|corrupted (size|double)|munmap_chunk\(\): \w+ )",
+    r".*(free|malloc|realloc)\(\): \w+ ",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
     r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
     r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
