@@ -263,10 +263,29 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
         ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
         ({"data": [MODEL]}, ("-m", f"{MODEL}:nitro")),
+        ({"data": ["openai/*", MODEL]}, ()),
+        ({"data": ["test-*"]}, ("-m", MODEL)),
     ],
 )
 def test_lists_of_models(models: Any, args: tuple[str, ...]) -> None:
     passes(Kind(models=models), *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [((), "-m has to name the model"), (("-m", "x/y"), "x/y was asked for, but")],
+)
+def test_a_pattern_of_names_is_no_model(args: tuple[str, ...], words: str) -> None:
+    """LiteLLM's: whatever is behind it, nothing is called `openai/*`."""
+    asked = []
+
+    def refuses(body: dict[str, Any]) -> str:
+        asked.append(body.get("model"))
+        return ""
+
+    _, found, _ = checks(Kind(models={"data": ["openai/*"]}, refuses=refuses), *args)
+    detail = found["list models"]["detail"]
+    assert words in detail and "openai/*" in detail and "openai/*" not in asked
 
 
 def test_a_document_may_begin_with_a_byte_order_mark() -> None:
@@ -290,3 +309,12 @@ def test_a_server_that_leaves_the_connection_open_ends_its_documents_by_their_le
         Kind()(request)
 
     passes(answer, "--timeout", str(PATIENCE))
+
+
+def test_early_hints_come_before_the_answer() -> None:
+    def answer(request: Request) -> None:
+        request.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+        request.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        Kind()(request)
+
+    passes(answer)
