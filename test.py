@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
@@ -409,9 +409,8 @@ def run_all(server: Server, target: Target) -> Iterator[Facts]:
     for check in CHECKS:
         # Without a name, "default": TensorRT-LLM takes any, and SGLang knows its model by it.
         body = {"model": model or "default", **check.body} if check.body else {}
-        nothing = dict.fromkeys(("ok", "status", "ms", "ttft_ms", "answer"))
-        curl = server.curl(check.path, body)
-        result: Facts = {"name": check.name, **nothing, "detail": "not run", "curl": curl}
+        nothing = dict.fromkeys(("ok", "status", "ms", "ttft_ms", "answer")) | {"detail": "not run"}
+        result: Facts = {"name": check.name, **nothing, "curl": server.curl(check.path, body)}
         if reachable:
             result |= run(check, server, body or {"model": model})
         if check.path == "/health" and reachable and not result["status"]:
@@ -531,6 +530,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stdout, sys.stderr = (s or StringIO() for s in (sys.stdout, sys.stderr))  # >&-
     try:
         return smoke(parse_arguments(argv))
     except Trouble as trouble:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from tests.conftest import PATIENCE
 from tests.loopback import DONE, LAST, MODEL, Answer, Request, chunk, event
 from tests.servers import Ask, Kind, Piece, running, smoke, tokens, usual, whole
+from tests.test_smoke import SCRIPT
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -318,3 +321,23 @@ def test_early_hints_come_before_the_answer() -> None:
         Kind()(request)
 
     passes(answer)
+
+
+@pytest.mark.parametrize(("closed", "args"), [(">&-", ()), (">&-", ("--json",)), ("2>&-", ())])
+def test_what_is_closed_before_it_begins_changes_no_verdict(
+    closed: str, args: tuple[str, ...]
+) -> None:
+    words = f'"$@" {closed}'
+    with running(Kind(itl=0)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        command = [sys.executable, SCRIPT, "-H", url, *args]
+        done = subprocess.run(["sh", "-c", words, "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_closed_stderr_leaves_the_document_alone() -> None:
+    with running(Kind(itl=0)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        command = [sys.executable, SCRIPT, "-H", url, "--json"]
+        done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], capture_output=True)
+    assert json.loads(done.stdout)["passed"] == 8
