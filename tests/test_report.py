@@ -588,6 +588,14 @@ def test_a_broken_file_costs_no_other_run_its_report(
     assert "x.json is left out" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("pictures")
+def test_a_picture_of_little_and_of_letters_that_its_font_lacks(tmp_path: Path) -> None:
+    case = {**LATENCY.facts(), "label": "測定"}  # matplotlib would warn of them, line by line
+    one = record(LATENCY, ttft_percentiles_ms={"0": 1.0, "100": 2.0}) | {"case": case}
+    assert command.main([str(put(tmp_path / "a", one))]) == 0
+    assert "ttft_spread" not in (tmp_path / "a/report.html").read_text()
+
+
 def test_what_is_no_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = put(tmp_path / "a", record(LATENCY))
     (folder / "folder.json").mkdir()
