@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="GPUs there are (those of the job, or of this machine)",
     )
     group = parser.add_argument_group("how to measure").add_argument
-    group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
+    group("--goodput", type=limit, nargs="+", action="extend", default=[], metavar="SLO",
           help="limits in ms that 99 %% of requests have to keep: ttft:500 tpot:30")  # fmt: skip
     group(
         "--loads", type=numbers, default=race.LOADS, metavar="N,N", help="streams (1,2,4,...,256)"
@@ -189,6 +189,8 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 def check_load(args: argparse.Namespace, port: int) -> None:
     """What of the command line cannot be measured, and what of it does less than one may think."""
+    if len(dict(args.goodput)) < len(args.goodput):
+        misused("--goodput: a limit is named twice")
     if args.output_len == 1 and "tpot" in dict(args.goodput):
         misused("--goodput tpot: answers of one token have no TPOT", hint="--output-len 2 or more")
     if port + PORTS_APART * TURNS > 65536:
