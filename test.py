@@ -36,7 +36,6 @@ DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # li
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
-ENDPOINT = "default: that of logs/endpoint.json, else"
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
 Facts = dict[str, Any]
@@ -441,6 +440,7 @@ def run(check: Check, server: Server, ask: Facts) -> Facts:
         # No such path, or no such model? Not all have every path, or take several prompts.
         gone = answer.status in (404, 405) and "model" not in text.replace(check.path, "")
         gone |= answer.status in (400, 422) and check.name == "batch" and "string" in text
+        gone |= answer.status == 404 and "chat model" in text  # OpenAI's, of completions
         return result | {"ok": None if gone else False, "detail": detail, "answer": text}
 
 
@@ -519,8 +519,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
-    add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")
+    add("-H", "--host", default="", help="name or URL (of logs/endpoint.json, else localhost)")
+    add("-p", "--port", default="", help="(of logs/endpoint.json, else 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first that is)")
     add("--each", action="store_true", help="each replica of logs/endpoint.json, and their front")
     add("--insecure", action="store_true", help="take any https certificate")

@@ -206,6 +206,21 @@ def test_what_a_gateway_does_not_serve_is_left_out(paths: list[str], last: str, 
         assert (check["ok"] is None) == (check["detail"] == "status 404 instead of 200: not there")
 
 
+def test_a_model_for_chats_alone_is_no_fault() -> None:
+    """OpenAI's own words."""
+    words = "This is a chat model and not supported in the v1/completions endpoint."
+    error = {"message": words, "type": "invalid_request_error", "param": "model", "code": None}
+
+    def answer(request: Request) -> None:
+        if "prompt" in (request.body or {}):
+            request.document({"error": error}, "404 Not Found")
+        else:
+            Kind()(request)
+
+    code, _, line = checks(answer)
+    assert (code, line) == (0, "4/8 passed, 4 not served")
+
+
 def test_a_model_that_is_not_there_is_no_path_that_is_not_there() -> None:
     def answer(request: Request) -> None:
         if request.body:
