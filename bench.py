@@ -30,7 +30,7 @@ from common.settings import setting
 from common.signals import Stopped
 from common.talk import Failure, clean, counted, read_json, say, write_json
 from load import bench_place, check, endpoint, same, sharegpt
-from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
+from load.arguments import count, limit, numbers, path, port, positive, rates, streams, types, whole
 from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
@@ -219,7 +219,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
 
 
 def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    kind, sharegpt = setting("BENCH_TYPE", environ), Path(setting("SHAREGPT_PATH", environ))
+    kind, sharegpt = setting("BENCH_TYPE", environ), path(setting("SHAREGPT_PATH", environ))
     group = parser.add_argument_group("the server").add_argument
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
     group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
@@ -229,7 +229,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
     group("--check", action="store_true", help="say what would be sent, and send no load")
-    group("-o", "--output", type=Path, metavar="DIR", help=f"({bench_place.RESULTS}/DATE-TIME)")
+    group("-o", "--output", type=path, metavar="DIR", help=f"({bench_place.RESULTS}/DATE-TIME)")
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
     group("--goodput", type=limit, nargs="+", action="extend", default=[], metavar="SLO",
@@ -244,7 +244,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
     group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
           help="openai-chat (openai)")  # fmt: skip
-    group("--sharegpt", type=Path, default=sharegpt, metavar="FILE", help=f"({sharegpt})")
+    group("--sharegpt", type=path, default=sharegpt, metavar="FILE", help=f"({sharegpt})")
     group = parser.add_argument_group("the client").add_argument
     group("--client", choices=("builtin", "trtllm"), metavar="NAME",
           help="builtin; trtllm with -i, or where it is installed")  # fmt: skip

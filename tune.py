@@ -39,7 +39,7 @@ from launch.nodes import Place, find_place
 from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
-from load.arguments import count, limit, numbers, positive
+from load.arguments import count, limit, numbers, path, positive
 from load.matrix import Case, too_few
 from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     group(
         "--minutes", type=positive, default=math.inf, metavar="M", help="begin nothing after them"
     )
-    group("-o", "--output", type=Path, metavar="DIR", help="(results/tune-DATE-TIME)")
+    group("-o", "--output", type=path, metavar="DIR", help="(results/tune-DATE-TIME)")
     group("--resume", action="store_true", help="go on in -o")
     group("--dry-run", action="store_true", help="list the candidates, and serve none")
     words = list(sys.argv[1:] if argv is None else argv)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
+from launch.arguments import from_home
 from load.matrix import SWEEP, TYPES
 
 LEAST = 1e-9  # of a rate and its like: what is less is nothing, and overflows
@@ -74,6 +76,10 @@ def whole(text: str) -> int:
     if (found := number(text, int)) < 0:
         raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
     return found
+
+
+def path(text: str) -> Path:
+    return Path(from_home(text))
 
 
 def port(text: str) -> int:

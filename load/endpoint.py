@@ -54,6 +54,10 @@ class Endpoint:
         )  # fmt: skip
 
     @property
+    def key_hint(self) -> str:
+        return "set another OPENAI_API_KEY" if self.api_key else "set OPENAI_API_KEY"
+
+    @property
     def prefix(self) -> str:
         return urlsplit(self.url).path
 
@@ -305,7 +309,7 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
         raise Unanswered(f"{url}: {e}") from None
     if answer.status != 200:
         words = endpoint.target.without_key(answer.moved or error_message(answer.body))
-        hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
+        hint = endpoint.key_hint if answer.status in (401, 403) else ""
         raise Unanswered(f"{url}: {answer.status}: {words}", hint)
     return answer
 

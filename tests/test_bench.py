@@ -610,6 +610,13 @@ def test_usage_errors(args: list[str]) -> None:
     assert stop.value.code == 2
 
 
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell puts it in after `=`, nor into .env."""
+    monkeypatch.setenv("HOME", "/h")
+    args = bench.parse(["--client", "builtin", "--output=~/r"], {"SHAREGPT_PATH": "~/s.json"})
+    assert (args.output, args.sharegpt) == (Path("/h/r"), Path("/h/s.json"))
+
+
 def test_limits_add_up_however_they_are_given() -> None:
     args = bench.parse(["--client", "builtin", "--goodput", "ttft:9", "--goodput", "tpot:8"], {})
     assert args.goodput == [("ttft", 9), ("tpot", 8)]

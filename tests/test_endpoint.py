@@ -392,3 +392,6 @@ def test_a_server_that_wants_a_key(status: str) -> None:
         with pytest.raises(Failure, match=f"/v1/models: {status[:3]}") as raised:
             found(port=server.port)
         assert raised.value.hint == "set OPENAI_API_KEY"
+        with pytest.raises(Failure) as raised:
+            found(port=server.port, OPENAI_API_KEY="wrong")
+        assert raised.value.hint == "set another OPENAI_API_KEY"
