@@ -187,7 +187,7 @@ def text_of(choice: Facts, key: str) -> str:
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:
-    found = reply.get(key, default) if isinstance(reply, dict) else None
+    found = default if not isinstance(reply, dict) or reply.get(key) is None else reply[key]
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise Wrong(f"the answer has no list of objects under {key!r}")
     return found

@@ -112,6 +112,17 @@ def test_usage_may_be_in(where: str) -> None:
     assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
 
 
+def test_a_list_without_choices_may_be_null() -> None:
+    """As Go writes an empty one."""
+
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from tokens(ask)
+        yield 0, ask.last_usage(choices=None)
+        yield 0, DONE
+
+    assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
+
+
 def test_a_whole_stream_without_done_is_whole() -> None:
     found = passes(Kind(pieces=lambda ask: list(usual(ask))[:-1]))
     assert found["streaming"]["detail"].endswith("but no [DONE] at the end")
