@@ -1390,3 +1390,15 @@ def test_a_download_has_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screen.getvalue() == "\r\033[Kdata, MB: 3/9, 2 s left"
     line(3, 0, 60)
     assert ", 60 tokens/s, 2 s left" in screen.getvalue()
+
+
+def test_a_line_fits_a_narrow_terminal_whatever_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that wraps cannot be taken back: four times a second there would be one more."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    LiveLine("throughput-in512-out256-unlimited", 100)(9, 3, 12345)
+    shown = re.sub("\x1b\\[[0-9]*[mK]|\r", "", terminal.getvalue())
+    assert shown.startswith("throughput-in512") and len(shown) <= 39
