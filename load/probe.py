@@ -74,7 +74,7 @@ class Prober:
             later = RETRY_AFTER.search(answer.error)
             if not (later or answer.error.startswith("HTTP 429")):
                 break
-            wanted = float(later[1]) if later else pause
+            wanted = (float(later[1]) if later else 0) or pause
             if wanted > LONGEST:
                 break  # no queue that empties: a quota that is used up
             if wanted >= NOTICED:
