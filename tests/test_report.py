@@ -221,6 +221,10 @@ def page_of(folder: Path, *records: dict[str, Any]) -> str:
     return (folder / "report.html").read_text()
 
 
+def test_one_load_is_no_loads(tmp_path: Path) -> None:
+    assert "<p>1 load, every run valid." in page_of(tmp_path / "a", record(LATENCY))
+
+
 def test_no_two_columns_have_one_name(tmp_path: Path) -> None:
     server = {column.key: 1.0 for column in results.SERVER}
     more = {"request_goodput": 1.0, "goodput_share": 1.0, "cached_share": 0.5}
