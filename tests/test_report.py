@@ -600,6 +600,17 @@ def test_a_picture_of_little_and_of_letters_that_its_font_lacks(tmp_path: Path) 
     assert "ttft_spread" not in (tmp_path / "a/report.html").read_text()
 
 
+def test_a_folder_that_takes_no_report_is_read_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's, say."""
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "summary.json/x").mkdir(parents=True)
+    assert command.main([str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert "latency-in128-out128-c1" in out and "ERROR Is a directory" in err
+
+
 def test_what_is_no_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = put(tmp_path / "a", record(LATENCY))
     (folder / "folder.json").mkdir()
