@@ -356,7 +356,7 @@ def test_what_is_closed_before_it_begins_changes_no_verdict(
     words = f'"$@" {closed}'
     with running(Kind(itl=0)) as server:
         url = f"http://127.0.0.1:{server.port}"
-        command = [sys.executable, SCRIPT, "-H", url, *args]
+        command = [sys.executable, str(SCRIPT), "-H", url, *args]
         done = subprocess.run(["sh", "-c", words, "sh", *command], capture_output=True, text=True)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
@@ -364,6 +364,6 @@ def test_what_is_closed_before_it_begins_changes_no_verdict(
 def test_a_closed_stderr_leaves_the_document_alone() -> None:
     with running(Kind(itl=0)) as server:
         url = f"http://127.0.0.1:{server.port}"
-        command = [sys.executable, SCRIPT, "-H", url, "--json"]
+        command = [sys.executable, str(SCRIPT), "-H", url, "--json"]
         done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], capture_output=True)
     assert json.loads(done.stdout)["passed"] == 8
