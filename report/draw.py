@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -47,7 +48,8 @@ def draw(charts: Sequence[Chart | Bands]) -> list[Picture]:
     except ImportError:
         say("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
-    with matplotlib.rc_context(LIKE_PAGE):
+    with matplotlib.rc_context(LIKE_PAGE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in letters that its font lacks: the page has them
         return [picture(chart, Figure(layout="constrained")) for chart in charts]
 
 
