@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import IO, Any, NoReturn
 
 from common.settings import setting
-from common.talk import Failure, die, note
+from common.talk import Failure, die, note, say
 from launch import slurm
 from launch.node.base import NOT_FOUND, OVER
 from launch.order import Command, Told, read
@@ -148,8 +148,15 @@ def ask_slurm(job: str) -> slurm.Allocation:
     state, nodes = slurm.value_in(record, "JobState"), slurm.value_in(record, "NodeList")
     if state in (*OVER, "PENDING") or nodes in ("", "(null)"):
         die(f"job {job} does not run: Slurm calls it {state or 'nothing'}", hint=hint)
-    known = run(["scontrol", "show", "node", "-o", nodes])
-    return slurm.allocation_of(record, known, functools.cache(expand))
+    known = why = ""
+    try:
+        known = run(["scontrol", "show", "node", "-o", nodes])
+    except Failure as failure:  # PrivateData=nodes; the job's own GPUs it shows nevertheless
+        why = failure.message
+    found = slurm.allocation_of(record, known, functools.cache(expand))
+    if why and not found.shares:
+        say(f"Slurm does not show which GPUs of its nodes are the job's, if any: {why}")
+    return found
 
 
 def expand(nodes: str) -> list[str]:

@@ -51,7 +51,8 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     with speaking(partial(say_waiting, place, patience)):
         nodes = gather(ask_until(survey_command(wanted, place), time.monotonic() + patience))
     for node in nodes:
-        node.share = place.allocation.shares.get(node.name)
+        if share := place.allocation.shares.get(node.name):
+            node.share = replace(share, of=share.of or max(share.count, node.facts.gpus))
     if len(nodes) < place.size:
         missing, names = place.size - len(nodes), ", ".join(node.name for node in nodes) or "none"
         hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"

@@ -597,11 +597,14 @@ match args:
     case ["show", "job", "-d", "77"]:
         gpus = faults.get("gpus", "0-7")
         count = len(gpus.split(",")) if "-" not in gpus else 8
+        gres = f"gpu:{count}(IDX:{gpus})" if gpus != "none" else ""
         print(f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   NodeList={listed}\n"
               "   Requeue=1 Restarts=0 BatchFlag=0 Reboot=0\n"
-              f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES=gpu:{count}(IDX:{gpus})\n")
+              f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES={gres}\n")
     case ["show", "job", "-d", job]:
         fail("slurm_load_jobs error: Invalid job id specified")
+    case ["show", "node", *_] if faults.get("private"):  # PrivateData=nodes
+        fail("slurm_load_node error: Access/permission denied")
     case ["show", "node", "-o", nodes] if nodes == listed:
         for name in faults["nodes"]:
             print(f"NodeName={name} Arch=x86_64 Gres=gpu:8(S:0-1) State=MIXED ")

@@ -24,7 +24,7 @@ from launch.node.messages import Container, Facts
 from launch.nodes import Place
 from launch.order import read
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
-from launch.slurm import Share
+from launch.slurm import Allocation, Share
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -570,6 +570,18 @@ def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
     monkeypatch.setattr(preflight, "PATIENCE", 0.3)
     with pytest.raises(Failure, match=r"^asking the nodes did not end within 0\.3 s"):
         preflight.ask_nodes(wanted(), slow())
+
+
+@pytest.mark.parametrize(("devices", "of"), [(8, 8), (0, 2), (1, 2)])
+def test_of_a_node_that_slurm_does_not_show_the_devices_count(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, devices: int, of: int
+) -> None:
+    os.environ.update(fakes.environment())
+    allocation = Allocation("77", nodes=("local",), shares={"local": Share(0, 2, "0,1")})
+    there = [Node("local", replace(GOOD, gpus=devices))]
+    monkeypatch.setattr(preflight, "gather", lambda _: there)
+    [node] = preflight.ask_nodes(wanted(), Place("77", 1, (), allocation))
+    assert node.share == Share(of, 2, "0,1")
 
 
 def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
