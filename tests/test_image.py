@@ -729,6 +729,36 @@ def test_a_password_is_in_no_argument_and_in_no_file_that_stays(
     fakes.nothing_is_left()
 
 
+SEES = """
+import json, os, sys
+config = os.environ["DOCKER_CONFIG"]
+with open(f"{config}/config.json") as mine, open(f"{config}/contexts/meta") as metas:
+    seen = json.load(mine), metas.read(), os.path.realpath(f"{config}/ca.pem")
+with open(os.environ["FAKE_HOME"] + "/seen", "a") as file:
+    print(json.dumps([sys.argv[1], *seen]), file=file)
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_pull_with_a_password_goes_to_the_daemon_of_the_users_context(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, named: bool
+) -> None:
+    """It has no use for the passwords that are in the user's file."""
+    theirs = tmp_path / "other" if named else fakes.home / ".docker"
+    (theirs / "contexts").mkdir(parents=True)
+    (theirs / "contexts/meta").write_text("m")
+    (theirs / "ca.pem").touch()
+    (theirs / "config.json").write_text('{"currentContext": "rootless", "auths": {"x": {}}}')
+    fakes.program("docker", SEES)
+    pulling = load(script, PRIVATE, **({"DOCKER_CONFIG": str(theirs)} if named else {}))
+    pulling.type(PASSWORD + "\n")
+    assert pulling.code() == 0, pulling.output
+    lines = (fakes.home / "seen").read_text().splitlines()
+    seen = [{"currentContext": "rootless"}, "m", str(theirs / "ca.pem")]
+    assert list(map(json.loads, lines)) == [[w, *seen] for w in ("login", "pull", "image")]
+    assert sorted(each.name for each in theirs.iterdir()) == ["ca.pem", "config.json", "contexts"]
+
+
 def test_a_denied_login_is_told(fakes: Fakes, script: Callable[..., Script]) -> None:
     pulling = log_in(fakes, script, denied=True)
     assert pulling.code() == 1
