@@ -16,7 +16,7 @@ from launch.findings import Node, Wanted
 from launch.image import Image
 from launch.node.enroot import is_shared
 from launch.node.messages import Facts, Holds, Present
-from launch.node.pyxis import NOT_INSIDE, Attend, Inside, RankInside
+from launch.node.pyxis import NOT_INSIDE, Attend, EndSteps, Inside, RankInside
 from launch.node.squash import Import, first_error
 from launch.nodes import Place
 from launch.order import Command
@@ -243,6 +243,31 @@ def test_without_an_error_the_last_word_counts() -> None:
 
 
 # On the node
+OF_STEPS = """
+import os, sys
+from pathlib import Path
+words = sorted(name for name in os.environ if name.startswith(("SQUEUE_", "SCANCEL_")))
+if words or "SLURM_CLUSTERS" in os.environ:
+    sys.exit(0)  # it does not see the step
+ended = Path(os.environ["FAKE_HOME"], "ended")
+if "scancel" in sys.argv[0]:
+    ended.write_text(sys.argv[1])
+elif "--all" in sys.argv and not ended.exists():  # a partition may be hidden
+    print("77.1 other\\n77.2 mine")
+"""
+
+
+def test_a_step_is_found_and_ended_whatever_the_users_environment_filters(
+    fakes: Fakes, script: Callable[..., Script]
+) -> None:
+    fakes.program("squeue", OF_STEPS)
+    fakes.program("scancel", OF_STEPS)
+    names = ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCANCEL_STATE", "SLURM_CLUSTERS")
+    order = script(Command((), EndSteps(["mine"])), SLURM_JOB_ID="77", **dict.fromkeys(names, "x"))
+    assert order.code() == 0 and order.told == []
+    assert (fakes.home / "ended").read_text() == "77.2"
+
+
 def test_what_is_not_in_the_container_starts_nothing(script: Callable[..., Script]) -> None:
     for order in (
         Inside(["touch", "/x"], [], 0, "/nowhere/proof"),

@@ -143,15 +143,19 @@ class Job:
         if not self.id:
             return False
         command = "squeue --all --local --noheader --states=all".split()
-        leaves = ("SQUEUE_", "SLURM_CLUSTERS")  # a filter must not make the job look ended
-        env = {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
-        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=env)[1]
+        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=unfiltered())[1]
         lines = said.splitlines()
         if f"{self.id} RUNNING" in lines:
             self.known = True
             return False
         gone = "Invalid job id specified" in said
         return self.known and (gone or any(f"{self.id} {state}" in lines for state in OVER))
+
+
+def unfiltered() -> dict[str, str]:
+    """Our environment for Slurm's programs: a filter must not make a job or step look ended."""
+    leaves = ("SQUEUE_", "SCANCEL_", "SLURM_CLUSTERS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
 
 
 def listening(port: int) -> set[str]:
