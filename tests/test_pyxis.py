@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -227,6 +228,19 @@ def test_an_image_is_imported_once_however_many_want_it(
         assert each.told[-2:] == [Present(order.path), Holds("tensorrt_llm 1.2.1")]
     assert (importing.home / "imports").read_text() == "x"
     assert not (tmp_path / "x.sqsh.part").exists()
+
+
+def test_a_colleague_may_take_the_lock_of_an_import_whatever_our_umask(
+    importing: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    order = Import("docker://r.io#x:1", str(tmp_path / "x.sqsh"))
+    before = os.umask(0o077)
+    try:
+        ours = script(Command(ONE_NODE, order))
+    finally:
+        os.umask(before)
+    assert ours.code() == 0, ours.output
+    assert (tmp_path / ".x.sqsh.lock").stat().st_mode & 0o777 == 0o666
 
 
 def test_an_import_that_fails_leaves_nothing_and_says_enroots_first_error(
