@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, NoReturn
 
@@ -166,11 +166,18 @@ def expand(nodes: str) -> list[str]:
     return run(["scontrol", "show", "hostnames", nodes]).split()
 
 
-def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str = "") -> str:
+def run(
+    argv: Sequence[str],
+    *,
+    timeout: float = 60,
+    text: str = "",
+    what: str = "",
+    begun: Callable[[Callable[[], None]], object] = id,
+) -> str:
     """Run a short command, return its stdout; Failure with the command's own last words.
 
-    `text` is its input, `what` says what it does. Its process ends with ours: a signal that stops
-    us stops it, too.
+    `text` is its input, `what` says what it does, `begun` is told how to kill it. Its process ends
+    with ours: a signal that stops us stops it, too.
     """
     import sh  # late: it brings asyncio
 
@@ -184,6 +191,7 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
         die(f"{argv[0]}: not found in PATH")
     except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
         die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
+    begun(process.kill)
     clock = threading.Timer(timeout, process.kill)  # sh's own looks ten times a second: 0.1 s each
     clock.daemon = True
     clock.start()
@@ -214,10 +222,10 @@ def die_of_exit(what: str, code: int, said: str) -> NoReturn:
     die(f"{what} ended with exit code {code}: {words or 'no message'}")
 
 
-def ask(command: Command, what: str, timeout: float = 60) -> list[Told]:
+def ask(command: Command, what: str, timeout: float = 60, **more: Any) -> list[Told]:  # noqa: ANN401
     """Give nodes a short order; what they told. Failure where one could not."""
     note(command.shown())
-    said = run(command.argv, timeout=timeout, text=command.text, what=what)
+    said = run(command.argv, timeout=timeout, text=command.text, what=what, **more)
     return list(read(said.splitlines()))
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import socket
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -617,6 +619,23 @@ def test_a_job_that_is_suspended_or_over_is_not_taken_for_nodes_that_boot(
         preflight.ask_nodes(wanted(), slow())
     said = capfd.readouterr().err
     assert f"Slurm calls job 77 {state}" in said and "Prolog" not in said
+
+
+@pytest.mark.parametrize(
+    ("state", "how"), [("CANCELLED", "has ended"), ("TIMEOUT", "its time limit")]
+)
+def test_the_end_of_the_job_is_the_end_of_waiting_for_its_nodes(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, state: str, how: str
+) -> None:
+    """srun may try for minutes."""
+    monkeypatch.setattr(preflight, "LOOK_EVERY", 0.1)
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
+    threading.Timer(1, lambda: fakes.set(state=state)).start()
+    begun = time.monotonic()
+    with pytest.raises(Failure, match=f"before its nodes have answered: job 77 .*{how}"):
+        preflight.ask_nodes(wanted(), slow(), 600)
+    assert 1 < time.monotonic() - begun < 50
+    fakes.nothing_is_left()
 
 
 WITHOUT = "while [[ $1 = --* ]]; do shift; done; "  # srun's flags

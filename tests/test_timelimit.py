@@ -125,6 +125,8 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
     [
         ("RUNNING", ""),
         ("SUSPENDED", ""),
+        ("CONFIGURING", ""),
+        ("SIGNALING", ""),
         ("COMPLETING", "has ended"),
         ("TIMEOUT", "has reached its time limit"),
         ("CANCELLED", "has ended (cancelled)"),
