@@ -374,6 +374,9 @@ def remove(name):
         fail("Error response from daemon: No such container: " + name)
     print(name)
 
+if faults.get("warns"):
+    print("WARNING: Error loading config file: open /root/.docker/config.json: permission denied",
+          file=sys.stderr)
 if down := faults.get("down"):
     if down is True or node.name in down:
         fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")

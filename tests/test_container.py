@@ -431,14 +431,17 @@ def test_a_bare_engine_whose_children_ignore_the_end_is_killed_with_them(
     fakes.nothing_is_left()
 
 
+@pytest.mark.parametrize("warns", [False, True])
 def test_removing_takes_this_launchs_container_only(
-    fakes: Fakes, script: Callable[..., Script]
+    fakes: Fakes, script: Callable[..., Script], warns: bool
 ) -> None:
+    fakes.set(warns=warns)  # docker's client does, where it cannot read its own file
     fakes.leave_container("trtllm")
     fakes.leave_container("trtllm-local10-local", launcher="other:1:1")
     fakes.leave_container(NAME, launcher=launcher())
     for _ in range(2):
-        assert script(remove_command(plan())).code() == 0
+        removing = script(remove_command(plan()))
+        assert (removing.code(), removing.told) == (0, [])
     assert fakes.containers() == ["local/trtllm", "local/trtllm-local10-local"]
     assert len(fakes.calls("docker", "rm")) == 1
 

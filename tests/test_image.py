@@ -493,6 +493,18 @@ def test_a_tarball_is_loaded(
     fakes.nothing_is_left()
 
 
+def test_a_warning_of_dockers_client_is_no_part_of_its_answer(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    """Where sudo has left a ~/.docker/config.json that is root's, each command prints one."""
+    fakes.set(warns=True)
+    found = image_file(tmp_path / "x")
+    loading = load(script, found)
+    assert (loading.code(), told(loading, Present)) == (0, list(found.ids)), loading.output
+    pulling = load(script, PUBLIC)
+    assert (pulling.code(), told(pulling, Present)) == (0, ["sha256:abc"])
+
+
 def test_gzip_does_where_there_is_no_pigz(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:

@@ -62,16 +62,20 @@ def put(line: str) -> None:
 
 
 def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # noqa: ANN401
-    """Exit code and output, errors included, of a short command."""
-    options.setdefault("stderr", subprocess.STDOUT)
+    """Exit code and output of a short command; of one that fails its errors, too.
+
+    Docker's client may have a warning beside each answer.
+    """
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    options.setdefault("stderr", pipe)
     try:
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
         done = subprocess.run(argv, stdin=null, stdout=pipe, timeout=timeout, **options)
     except subprocess.TimeoutExpired:
         return TIMED_OUT, ""
     except OSError as error:
         return NOT_FOUND, f"{argv[0]}: {error.strerror}"
-    return done.returncode, done.stdout.decode(errors="replace").strip()
+    said = done.stdout + ((done.stderr or b"") if done.returncode else b"")
+    return done.returncode, said.decode(errors="replace").strip()
 
 
 def shell_code(code: int) -> int:
