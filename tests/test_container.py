@@ -339,6 +339,9 @@ def test_the_cache_is_made_and_arguments_of_any_name_arrive(
         ("auto", "", None),  # a job that has none gets none
         ("all", "0", "all"),
         ('"device=1,2"', None, '"device=1,2"'),
+        ("device=1,2", None, '"device=1,2"'),  # .env takes a pair of quotes away
+        ("'device=MIG-a,0:1'", None, '"device=MIG-a,0:1"'),
+        ("device=0,driver=nvidia", None, "device=0,driver=nvidia"),
         ("2", None, "2"),
     ],
 )

@@ -94,10 +94,13 @@ def left(node: str, name: str, why: str) -> str:
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
+    # Docker reads a list of GPUs as one only in quotes, which a shell or .env may have taken away.
+    alone = re.fullmatch(r"['\"]?device=([\w.:,-]+)['\"]?", replica.gpus)
+    devices = ",".join(replica.devices) or (alone[1] if alone else "")
     return kind(
         name=plan.name_of(replica),
         launcher=launcher(),
-        gpus=f'"device={",".join(replica.devices)}"' if replica.devices else replica.gpus,
+        gpus=f'"device={devices}"' if devices else replica.gpus,
         shares={node: share.ids for node, share in shares.items() if not share.is_whole},
         caches=[path for _, path in plan.caches],
         options=docker_options(plan, environ),
