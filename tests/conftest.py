@@ -233,7 +233,7 @@ def run(name, rest):
             flags.append(next(words))
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
-            "--workdir=", "--env=", "--entrypoint=")) and word not in (
+            "--workdir=", "--env=", "--entrypoint=", "--userns=host")) and word not in (
             "--rm", "--init", "--interactive", "--sig-proxy=false", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
@@ -245,6 +245,9 @@ def run(name, rest):
         variable, equals, value = flag.removeprefix("--env=").partition("=")
         if flag.startswith("--env=") and (equals or variable in os.environ):
             seen[variable] = value if equals else os.environ[variable]
+    if faults.get("remaps") and "--net=host" in flags and "--userns=host" not in flags:
+        fail("docker: Error response from daemon: cannot share the host's network namespace when "
+             "user namespaces are enabled.", 125)
     if node.name in faults.get("no_run", []):
         fail("docker: Error response from daemon: could not select device driver.", 125)
     if container(name).exists():

@@ -106,6 +106,7 @@ def test_the_docker_options_are_these() -> None:
         "--uts=host",
         "--ipc=host",
         "--net=host",
+        "--userns=host",
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
         "--mount=type=bind,source=/fsx,target=/fsx",
@@ -282,6 +283,13 @@ def test_the_engines_exit_code_is_handed_through(
     held = hold(script, plan("bash", "-c", f"exit {code}"))
     assert held.code() == code
     ready.nothing_is_left()
+
+
+def test_a_docker_that_remaps_users_shares_its_network_nevertheless(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    ready.set(remaps=True)
+    assert hold(script, plan("true")).code() == 0
 
 
 def test_an_engine_that_is_killed_is_told_as_137(

@@ -126,6 +126,7 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         "--uts=host",                               # MPI and logs know a rank by its node's name
         "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
         "--net=host",                               # NCCL, EFA and MPI bind the node's interfaces
+        "--userns=host",                            # Docker that remaps users refuses that else
         "--ulimit=memlock=-1",                      # EFA and GPUDirect register (pin) memory
         "--ulimit=stack=67108864",                  # as NVIDIA's documentation starts its images
         *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
