@@ -392,9 +392,10 @@ match args:
         print(faults.get("store", "[[Backing Filesystem extfs]]"))
     case ["info", "--format",
           "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
-          "{{json .Runtimes}}"]:
+          "{{json .Runtimes}}{{json .SecurityOptions}}"]:
         store = faults.get("store", "[[Backing Filesystem extfs]]")
-        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}', sep="\n")
+        options = json.dumps(["name=seccomp,profile=builtin", *faults.get("security", [])])
+        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}' + options, sep="\n")
     case ["--version"]:
         print("Docker version 27.0.1, build 1")
     case ["image", "inspect", "--format", "{{json .Config.Labels}}", id]:

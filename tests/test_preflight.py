@@ -256,6 +256,19 @@ def test_podman_in_dockers_place_is_told() -> None:
     assert found["docker"] == ("bad", "`docker` is podman there (podman version 4.3.1)")
 
 
+@pytest.mark.parametrize(
+    ("version", "state"), [("27.0.1", "bad"), ("29.4.9", "bad"), ("29.5.0", "ok"), ("30.0", "ok")]
+)
+def test_a_rootless_docker_whose_network_is_its_own_is_told(version: str, state: str) -> None:
+    """Before 29.5 --net=host is that network: nobody reached the server."""
+    [finding] = [
+        f for f in judge([node(docker=version, rootless=True)], wanted()) if f.check == "docker"
+    ]
+    assert finding.state == state
+    assert (f"Docker {version} is rootless" in finding.text) == (state == "bad")
+    assert judge([node(docker=version)], wanted())[0].state == "ok"
+
+
 def test_a_registry_image_that_is_missing_is_pulled() -> None:
     found = states(judge([node(image="")], wanted(Image("r.io/x:1", registry="r.io"))))
     assert found["image"] == ("note", "pull")
@@ -436,6 +449,13 @@ def test_a_node_tells_that_docker_is_down(fakes: Fakes) -> None:
     facts = ask(fakes, wanted()).facts
     assert facts.no_docker == "docker: not found in PATH"
     assert facts.image == ""
+
+
+def test_a_node_tells_that_its_docker_is_rootless(fakes: Fakes) -> None:
+    assert not ask(fakes, wanted()).facts.rootless
+    fakes.set(security=["name=rootless", "name=cgroupns"])
+    facts = ask(fakes, wanted()).facts
+    assert facts.rootless and facts.toolkit
 
 
 PODMAN = """import sys

@@ -16,7 +16,7 @@ from launch.node.release import release_here, release_of
 
 DOCKER = ("docker", "info", "--format",
           "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
-          "{{json .Runtimes}}")  # fmt: skip
+          "{{json .Runtimes}}{{json .SecurityOptions}}")  # fmt: skip
 HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")  # of the toolkit, as dockerd finds it
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE = ("docker", "image", "inspect", "--format", "{{.Id}} {{json .RootFS.Layers}}")
@@ -137,6 +137,7 @@ def ask_docker(facts: Facts, tag: str) -> None:
         return
     facts.docker, facts.store, root = version, *rest[:2]
     facts.toolkit = has_toolkit("".join(rest[2:]))
+    facts.rootless = "name=rootless" in "".join(rest[2:])
     facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
     facts.free = free_bytes(root)
     for line in (answer(ours) or "").splitlines():

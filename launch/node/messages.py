@@ -21,6 +21,7 @@ class Facts:
     engine: str = ""  # where the program is, for runtime bare
     docker: str = ""  # its version
     no_docker: str = ""  # why it does not answer
+    rootless: bool = False
     podman: str = ""  # what `docker` is there instead, by its own word
     toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
     enroot: str = ""  # its version; '' where it is not in PATH

@@ -22,6 +22,7 @@ HAS_IMAGE = True
 ATTENDED = False
 LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
+SHARES_NETWORK = [29, 5]  # from this version on a rootless Docker shares the node's
 OF_DOCKER = re.compile(r"^docker: ", re.M)
 UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
 
@@ -159,6 +160,11 @@ def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
         start = f"start it there (systemctl start docker), or {LEAVE_OUT}"
         hint = f'{start}; for "permission denied", join the group docker there'
         return [node.bad("docker", f"Docker does not answer: {why}", hint)]
+    version = [int(number) for number in re.findall(r"\d+", node.facts.docker)]
+    if node.facts.rootless and version < SHARES_NETWORK:
+        its_own = "its --net=host is a network of its own, where nobody reaches the server"
+        hint = f"update it to 29.5, or use the system's Docker (docker context use), or {LEAVE_OUT}"
+        return [node.bad("docker", f"Docker {node.facts.docker} is rootless: {its_own}", hint)]
     found = [node.ok("docker", node.facts.docker)]
     if not (node.facts.toolkit or wanted.gpus == "none"):
         install = "install it there (nvidia-ctk runtime configure, then restart Docker)"
