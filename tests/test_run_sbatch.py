@@ -266,6 +266,33 @@ def test_a_node_that_tells_no_address_goes_by_its_name() -> None:
     assert address.url_of(Node("n1", Facts(addresses=["fe80::1"])), SLURM, args) == "http://n1:1"
 
 
+@pytest.mark.parametrize(
+    ("addresses", "url"),
+    [
+        (["10.0.0.5", "fe80::9", "fd00::5", "fd00::6"], "http://[fd00::5]:1"),
+        (["::1", "fd00::5"], "http://[fd00::5]:1"),
+        (["10.0.0.5", "fe80::9"], "http://10.0.0.5:1"),
+        (["fe80::9"], "http://n1:1"),
+    ],
+)
+def test_who_listens_by_ipv6_is_asked_by_ipv6(addresses: list[str], url: str) -> None:
+    """Some engines take nothing else then."""
+    head = Node("n1", Facts(addresses=addresses))
+    assert address.url_of(head, SLURM, ["--host", "::", "--port", "1"]) == url
+
+
+def test_a_node_that_has_only_ipv6_is_told_before_the_engine_listens_elsewhere() -> None:
+    head = Node("n1", Facts(addresses=["127.0.0.1", "fe80::1", "fd00::5"]))
+    with pytest.raises(Failure, match=r"n1 has no IPv4 address, .* 0\.0\.0\.0") as failure:
+        address.url_of(head, SLURM, ["--host", "0.0.0.0", "--port", "1"])
+    assert failure.value.hint == "add --host ::"
+
+
+def test_the_way_out_by_ipv6_is_known() -> None:
+    """The loopback has one everywhere but where the kernel has no IPv6."""
+    assert facts.source_towards("::1") in ("::1", "")
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_a_loopback_is_reached_from_its_own_network_whatever_the_hosts_are_called(
     host: str,

@@ -25,6 +25,7 @@ OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
         "{{.ID}} {{.Names}} " + LABELS)  # fmt: skip
 
 ELSEWHERE = "198.51.100.1"  # of a network that is nowhere (TEST-NET-2): the way out
+ELSEWHERE_6 = "2001:db8::1"
 
 
 @dataclass
@@ -69,14 +70,15 @@ class Survey:
 def addresses() -> list[str]:
     """Ours: that of the way to the launcher, that of the way out, then all of them in any order."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
-    routed = (source_towards(there) for there in (launcher, ELSEWHERE) if there)
+    routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
     every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
     return list(dict.fromkeys([*filter(None, routed), *every]))
 
 
 def source_towards(address: str) -> str:
     """Our address where we talk to that one; '' where no way leads there. Nothing is sent."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0])
     return ""
