@@ -124,6 +124,13 @@ def test_the_default_mount_was_not_asked_for() -> None:
         (["--all-or-nothing", "--replicas=2"], {"LOAD_AT_ONCE": "2"}, ""),
         (["--load-at-once=1", "--prefill=1", "--decode=1"], {}, ""),
         ([], {"NODELIST": "n1"}, "without Slurm, NODELIST does nothing"),
+        (
+            [],
+            {"CUDA_VISIBLE_DEVICES": "2,3"},
+            "without GPUS=device=2,3, CUDA_VISIBLE_DEVICES does nothing",
+        ),
+        ([], {"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": "none"}, ""),
+        (["--runtime=bare"], {"CUDA_VISIBLE_DEVICES": "2,3"}, ""),
         ([], {"NODELIST": "n1", "SLURM_JOB_ID": "7"}, ""),
         (["--status"], {"NODELIST": "n1"}, ""),
         (["--engine=vllm"], {"TRTLLM_VERSION": "1.1.0"}, "with vLLM, TRTLLM_VERSION does nothing"),
