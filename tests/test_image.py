@@ -870,6 +870,17 @@ def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[
     assert on_path.images() == {PRIVATE.tag: "sha256:abc"}
 
 
+def test_without_aws_the_nodes_pull_by_what_their_own_docker_knows(
+    on_path: Fakes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A credential helper, as clusters on AWS have it."""
+    on_path.without("aws")
+    provide.provide(PRIVATE, HERE)
+    assert on_path.calls("docker", "login") == []
+    assert on_path.images() == {PRIVATE.tag: "sha256:abc"}
+    assert "no `aws` here" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("ids", "registry", "fails"),
     [(("a", "a"), "r.io", False), (("a", "b"), "r.io", True), (("a", "b"), "", False)],
