@@ -104,6 +104,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
         return Place(f"local{os.getpid()}", 1, ())
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
         die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
+    if environ.get("SLURM_CLUSTERS") and (own := environ.get("SLURM_CLUSTER_NAME")):
+        os.environ["SLURM_CLUSTERS"] = own  # each cluster may have a job of that number
     allocation = ask_slurm(job)
     bend = (name for name in environ if BENDS.match(name) and not KEPT.match(name))
     leaks = [word for name in sorted(bend) for word in ("-u", name)]

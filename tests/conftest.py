@@ -597,6 +597,8 @@ raise SystemExit(max(codes, default=0))
 """
 
 SCONTROL = r"""
+if os.environ.get("SLURM_CLUSTERS") not in (None, faults.get("cluster")):
+    fail("scontrol: error: Only one cluster can be used at a time with scontrol")
 listed = ",".join(faults["nodes"])
 match args:
     case ["show", "job", job] if job == os.environ.get("SLURM_JOB_ID"):

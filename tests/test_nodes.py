@@ -164,6 +164,21 @@ def test_where_slurm_shows_no_node_the_job_tells_of_its_gpus(
     assert ("Slurm does not show" in capfd.readouterr().err) == (not found.shares)
 
 
+@pytest.mark.parametrize("asked", ["all", "a", "a,b", "b"])
+def test_the_cluster_that_is_asked_is_the_jobs_own(fakes: Fakes, asked: str) -> None:
+    """Jobs of several clusters have the same numbers, and scontrol asks only one."""
+    os.environ.update(fakes.environment(SLURM_CLUSTERS=asked))
+    fakes.set(cluster="b")
+    job = {"SLURM_JOB_ID": "77", "SLURM_CLUSTERS": asked}
+    assert find_place({**job, "SLURM_CLUSTER_NAME": "b"}).size == 2
+    os.environ["SLURM_CLUSTERS"] = asked
+    if asked == "b":  # salloc -M b, by an older Slurm
+        assert find_place(job).size == 2
+        return
+    with pytest.raises(Failure, match="Only one cluster"):
+        find_place(job)
+
+
 @pytest.mark.parametrize(("nodes", "first"), [(1, True), (2, True), (3, False)])
 def test_a_step_of_ranks_lies_on_the_first_nodes(
     job_of: Callable[..., Place], nodes: int, first: bool

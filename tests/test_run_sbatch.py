@@ -1826,8 +1826,9 @@ def test_a_spooled_copy_of_a_link_finds_the_original(
     fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "serve").symlink_to(toolset / "run_sbatch.py")
-    fakes.set(job=JOB.format(command=tmp_path / "serve", workdir=tmp_path))
-    done = launch("m", "--dry-run", script=spooled, slurm=True)
+    fakes.set(job=JOB.format(command=tmp_path / "serve", workdir=tmp_path), cluster="b")
+    clusters = {"SLURM_CLUSTERS": "all", "SLURM_CLUSTER_NAME": "b"}  # the job is this one's
+    done = launch("m", "--dry-run", script=spooled, slurm=True, **clusters)
     assert done.code() == 0, done.output
 
 
