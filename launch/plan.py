@@ -313,13 +313,12 @@ def wanted_of(
     """What the nodes have to offer; `plan` has yet to be laid over them."""
     head = plan.replicas[0]
     program = plan.command(head)[0]
-    made = [path for _, path in plan.caches]  # where they are missing
+    made = tuple(path for _, path in plan.caches)  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(plan)))
     ask = plan.release is None
-    whole = Wanted(
-        plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask
-    )
+    what = plan.runtime, found, head.port, head.gpus, program, paths, world
+    whole = Wanted(*what, made=made, ask_release=ask)
     if replicas == "1":
         return whole
     count = MOST if replicas == "auto" else min(int(replicas), MOST)

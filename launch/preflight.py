@@ -39,7 +39,8 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     paths += [wanted.probe] if wanted.probe else []
     what = wanted.runtime, [wanted.port, *wanted.ports], tag, wanted.program, paths
     kind = SurveyEnroot if wanted.image.squash else Survey
-    return Command(place.every, kind(*what, packages() if wanted.ask_release else []))
+    asked = packages() if wanted.ask_release else []
+    return Command(place.every, kind(*what, asked, list(wanted.made)))
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
@@ -164,6 +165,9 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
         elif path != str(wanted.image.tarball):
             hint = f"{shared}, or by the same path on every node that serves"
             yield node.bad("paths", f"{path} is not there, or not readable", hint)
+    for path in node.facts.unmade:
+        hint = "have HF_HOME, or the variable that names it, lead to a directory of yours"
+        yield node.bad("paths", f"{path} is not there, and you may not make it", hint)
 
 
 @contextlib.contextmanager

@@ -243,6 +243,23 @@ def test_a_mark_in_the_workspace_is_there_while_it_is_asked_for() -> None:
             assert mark == ""
 
 
+def test_a_cache_that_cannot_be_made_is_told_before_anything_heavy(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Root's home on NFS with root_squash; a home that the node does not mount."""
+    asked: list[str] = []
+    monkeypatch.setattr(os, "access", lambda path, _: asked.append(str(path)))
+    assert survey.can_be_made(str(tmp_path)) and asked == []
+    assert not survey.can_be_made(f"{tmp_path}/a/b") and asked == [str(tmp_path)]
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    made = [str(tmp_path / "new/hf"), str(tmp_path), str(tmp_path / "file/hf")]
+    found = ask(fakes, replace(bare(), made=tuple(made)))
+    assert found.facts.unmade == [made[2]]
+    [bad] = [f for f in judge([node(unmade=["/h/hf"])], wanted()) if f.state == "bad"]
+    assert bad.text == "/h/hf is not there, and you may not make it" and "HF_HOME" in bad.hint
+
+
 def test_a_node_without_the_container_toolkit_is_told() -> None:
     [bad] = [f for f in judge([node(toolkit=False)], wanted()) if f.state == "bad"]
     assert bad.text == "Docker has no NVIDIA container toolkit"

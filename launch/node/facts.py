@@ -38,6 +38,7 @@ class Survey:
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)  # of engines: which is there, and its version
+    made: list[str] = field(default_factory=list)  # directories to be made where they are missing
 
     def __call__(self) -> int:
         facts = Facts(
@@ -50,6 +51,7 @@ class Survey:
             gdrdrv=os.path.exists("/dev/gdrdrv"),
             taken=who_listen(self.ports),
             unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
+            unmade=[path for path in self.made if not can_be_made(path)],
         )
         self.look(facts)
         tell(facts)
@@ -65,6 +67,14 @@ class Survey:
             facts.release = release_here(facts.engine, self.packages)
         elif self.packages and facts.image:
             facts.release = release_of(facts.image, self.packages)
+
+
+def can_be_made(path: str) -> bool:
+    """Whether a directory is there, or we may make it."""
+    above = path
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    return above == path or (os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK))
 
 
 def addresses() -> list[str]:

@@ -18,6 +18,7 @@ class Facts:
     gdrdrv: bool = False
     taken: dict[str, str] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    unmade: list[str] = field(default_factory=list)  # directories that cannot be made
     engine: str = ""  # where the program is, for runtime bare
     docker: str = ""  # its version
     no_docker: str = ""  # why it does not answer
