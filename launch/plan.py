@@ -214,6 +214,9 @@ def find_mounts(
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
     else:
         say(f"{mount} does not exist here, so it is not mounted into the containers")
+    if Path("/") in mounts:
+        hint = "--workspace and --container-mount with directories below it"
+        die("/ cannot be mounted into the container", hint=hint)
     unique = list(dict.fromkeys(mounts))
     return [p for p in unique if not any(p != q and is_within(p, q) for q in unique)]
 

@@ -57,6 +57,16 @@ def test_every_directory_is_mounted_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("workspace", "mount"), [("/", "/no/such"), ("w", "/"), ("w", "root")])
+def test_the_root_cannot_be_mounted(tmp_path: Path, workspace: str, mount: str) -> None:
+    """Docker says so only once the image has been loaded. A job may have begun in /."""
+    (tmp_path / "w").mkdir()
+    (tmp_path / "root").symlink_to("/")
+    with pytest.raises(Failure, match="/ cannot be mounted into the container") as failure:
+        mounts_of(tmp_path / workspace, str(tmp_path / mount), tmp_path / "c")
+    assert "--workspace" in failure.value.hint
+
+
 def test_a_mount_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "mnt/fsx/m").mkdir(parents=True)
     (tmp_path / "fsx").symlink_to(tmp_path / "mnt/fsx")
