@@ -14,7 +14,8 @@ LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
 ASLEEP = ("SUSPENDED", "STOPPED")
-GOES_ON = ("RUNNING", *ASLEEP, "CONFIGURING", "RESIZING", "SIGNALING")
+BEGINS = ("CONFIGURING", "POWER_UP_NODE", "EXPEDITING")  # the last two by newer versions
+GOES_ON = ("RUNNING", *ASLEEP, *BEGINS, "RESIZING", "SIGNALING")
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
 
 
