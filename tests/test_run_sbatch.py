@@ -285,7 +285,10 @@ def test_a_node_that_tells_no_address_goes_by_its_name() -> None:
 def test_who_listens_by_ipv6_is_asked_by_ipv6(addresses: list[str], url: str) -> None:
     """Some engines take nothing else then."""
     head = Node("n1", Facts(addresses=addresses))
-    assert address.url_of(head, SLURM, ["--host", "::", "--port", "1"]) == url
+    args = ["--host", "::", "--port", "1"]
+    assert address.url_of(head, SLURM, args) == url
+    # An orchestrator splits its servers' addresses at the colon.
+    assert "[" not in address.url_of(head, SLURM, args, colons=False)
 
 
 def test_a_node_that_has_only_ipv6_is_told_before_the_engine_listens_elsewhere() -> None:
