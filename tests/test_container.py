@@ -126,6 +126,25 @@ def test_the_docker_options_are_these() -> None:
     assert TOKEN not in " ".join(command.argv) + command.text
 
 
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("ssh://me@gpu1", True),
+        ("tcp://10.0.0.9:2375", True),
+        ("tcp://127.0.0.1:2375", False),
+        ("unix:///run/user/1000/docker.sock", False),
+        ("", False),
+    ],
+)
+def test_a_docker_of_another_machine_is_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, told: bool
+) -> None:
+    """srun hands the variable on to all nodes, and none of them uses its own."""
+    monkeypatch.setenv("DOCKER_HOST", host)
+    docker.check(plan())
+    assert (f"DOCKER_HOST={host}: containers run there" in capfd.readouterr().err) == told
+
+
 def test_privileges_are_given_only_when_asked_for() -> None:
     asked = Plan(**{**vars(plan()), "privileged": True})
     assert "--privileged" in docker_options(asked, {})

@@ -2,11 +2,14 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.settings import PASSED_ON, SETTINGS
+from common.talk import say
+from launch.address import is_loopback
 from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
 from launch.image import GET_ONE, Image
@@ -24,6 +27,7 @@ LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
 SHARES_NETWORK = [29, 5]  # from this version on a rootless Docker shares the node's
 OF_DOCKER = re.compile(r"^docker: ", re.M)
+REMOTE = re.compile(r"(?:tcp|ssh|https?)://(?:[^@/]*@)?(\[[^\]]*\]|[^:/]*)")
 UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
 
 
@@ -32,7 +36,11 @@ def find_image(asked: str, workspace: Path) -> Image:
 
 
 def check(plan: Plan) -> None:
-    """There is nothing that Docker cannot do."""
+    """There is nothing that Docker cannot do; where it does it, an environment may decide."""
+    given = os.environ.get("DOCKER_HOST", "")
+    found = REMOTE.match(given)
+    if found and not is_loopback(found[1].strip("[]")):
+        say(f"DOCKER_HOST={given}: containers run there, whichever node starts them; unset it")
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:
