@@ -1059,7 +1059,7 @@ def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
     assert here == [
         "bash", "-c", bench_place.MAKE_FOLDER, "bench", "/cache",
         "docker", "run", "--rm", "--init", "--pull=never", f"--name=trtllm-bench-{os.getpid()}",
-        "--net=host", "--ipc=host", "--mount=type=bind,source=/a b,target=/a b",
+        "--net=host", "--ipc=host", "--userns=host", "--mount=type=bind,source=/a b,target=/a b",
         "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
     ]  # fmt: skip
