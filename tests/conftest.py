@@ -1063,10 +1063,10 @@ def any_machine(
 @pytest.fixture
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn, which takes longer than most runs, but where a test looks at pictures."""
-    from report import render
+    from report import render, side_by_side
 
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(render, "draw", lambda charts: [])
+    for module in (render, side_by_side) if "pictures" not in request.fixturenames else ():
+        monkeypatch.setattr(module, "draw", lambda charts, **files: [])
 
 
 @pytest.fixture

@@ -659,6 +659,7 @@ def test_a_package_that_is_missing_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "dotenv", None)
+    Path(".env").write_text("BENCH_TYPE=latency\n")
     assert bench.main(["-p", "1"]) == 1
     assert "package 'dotenv' is missing: run `make setup`" in capsys.readouterr().err
 

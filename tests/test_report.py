@@ -421,6 +421,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
 
 
+@pytest.mark.usefixtures("pictures")
 def test_more_than_two_are_each_compared_with_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
