@@ -32,10 +32,10 @@ from urllib.parse import urlsplit
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
-DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:(?![ \t]*\[DONE\])[ \t]*([^\r\n]*)")
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])(?:data:[ \t]?){1,2}(?![ \t]*\[DONE)([^\r\n]*)")
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DECIMAL = re.compile(rb'(_tokens"\s*:\s*\d+)\.0\b')  # some write 8.0
-DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
+DONE = re.compile(rb"(?:\A|[\r\n])(?:data: ?){1,2}\[DONE\]")  # some gateways wrap it twice
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading

@@ -123,6 +123,14 @@ def test_usage_may_come_after_done(held: bool) -> None:
     assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
 
 
+def test_events_may_be_wrapped_twice() -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from ((wait, b"data: " + data) for wait, data in usual(ask))
+
+    detail = passes(Kind(pieces=pieces))["streaming"]["detail"]
+    assert "32 tokens" in detail and "[DONE]" not in detail
+
+
 def test_tokens_may_be_counted_in_decimals() -> None:
     def decimals(usage: dict[str, int]) -> dict[str, float]:
         return {name: float(count) for name, count in usage.items()}
