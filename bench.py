@@ -264,6 +264,9 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "--resume needs -o, the folder to go on in"
     if len(dict(args.goodput)) < len(args.goodput):
         yield "--goodput: a limit is named twice"
+    planned = {case.output_len for case in cases(args.type, overrides(args))}
+    if "tpot" in dict(args.goodput) and (1 in args.output_len or planned == {1}):
+        yield "--goodput tpot: answers of one token have no TPOT; --output-len 2 or more"
     if args.client == "trtllm":
         given = {"--warmup": args.warmup is not None, "--shards": args.shards,
                  "--insecure": args.insecure}  # fmt: skip

@@ -32,9 +32,10 @@ from urllib.parse import urlsplit
 CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
 READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
-DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # lines of an event
+DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])(?:data:[ \t]?){1,2}(?![ \t]*\[DONE)([^\r\n]*)")
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
-DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
+DECIMAL = re.compile(rb'(_tokens"\s*:\s*\d+)\.0\b')  # some write 8.0
+DONE = re.compile(rb"(?:\A|[\r\n])(?:data: ?){1,2}\[DONE\]")  # some gateways wrap it twice
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
@@ -107,8 +108,7 @@ def streams(answer: Answer, ask: Facts) -> Facts:
     if not answer.content_type.lower().startswith("text/event-stream"):
         raise Wrong(f"the content type is {answer.content_type!r} instead of text/event-stream")
     done = DONE.search(answer.body)
-    events = list(EVENT.finditer(answer.body, 0, done.start() if done else len(answer.body)))
-    said = [(event.end(), b"\n".join(DATA.findall(event[0])).strip()) for event in events]
+    said = [(e.end(), b"\n".join(DATA.findall(e[0])).strip()) for e in EVENT.finditer(answer.body)]
     said = [(end, data) for end, data in said if data[:1] == b"{"]  # the others are heartbeats
     chunks = [parse(data) for _, data in said]
     for chunk in chunks or ([parse(answer.body)] if answer.body.startswith(b"{") else []):
@@ -194,8 +194,8 @@ def objects(reply: object, key: str, default: object = None) -> list[Facts]:
 
 
 def parse(text: bytes | bytearray) -> object:
-    try:
-        return json.loads(text.decode("utf-8-sig"), parse_constant=int)  # int("NaN") is an error
+    try:  # int("NaN") is an error
+        return json.loads(DECIMAL.sub(rb"\1", text).decode("utf-8-sig"), parse_constant=int)
     except (ValueError, RecursionError) as e:
         raise Wrong(f"this is not JSON: {'gzip, unasked' if text[:1] == bytes([31]) else e}") from e
 
@@ -210,7 +210,6 @@ class Check(NamedTuple):
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 COUNT = "Count on: 1, 2, 3, 4, 5,"  # any model goes on with a number and a comma
 ASK = [{"role": "user", "content": "Count from one to twenty in words."}]
-
 CHECKS = (
     Check("health", "/health", {}, is_ok),
     Check("list models", "/v1/models", {}, lists_model),
@@ -330,8 +329,7 @@ def cause(error: BaseException) -> str:
     """The innermost error: http.client wraps some in one of its own."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
-    empty = str(error).endswith(" b''")  # no chunk size, as nothing came
-    name = "IncompleteRead" if empty else type(error).__name__
+    name = "IncompleteRead" if str(error).endswith(" b''") else type(error).__name__  # no chunk
     return CAUSES.get(name, str(error) if name == "Wrong" else f"{name}: {error}")
 
 
@@ -365,12 +363,12 @@ class Server(NamedTuple):
             for block in self.send(path, body, answer):
                 answer.body += block
                 answer.stamps.append((len(answer.body), (time.perf_counter() - start) * 1000))
-                if DONE.search(answer.body[-64:]):
-                    break  # the end of the transfer may be late, or never come
+                if DONE.search(answer.body[-64:]) and re.search(rb'"usage"\s*:\s*{', answer.body):
+                    break
                 if len(answer.body) > MAX_BODY or time.perf_counter() - start > self.seconds:
                     raise Wrong("the answer does not end")
         except Exception as e:  # http.client lets a dozen unrelated kinds through
-            answer.broken = cause(e)
+            answer.broken = "" if DONE.search(answer.body) else cause(e)
         answer.ms = (time.perf_counter() - start) * 1000
 
     def send(self, path: str, body: Facts, answer: Answer) -> Iterator[bytes]:
@@ -385,7 +383,7 @@ class Server(NamedTuple):
         method, content = ("POST", json.dumps(body)) if body else ("GET", None)
         with closing(connection):
             connection.connect()
-            connection.sock.settimeout(self.seconds)
+            (sock := connection.sock).settimeout(self.seconds)
             connection.request(method, (url.path + path).replace("//v1/", "/"), content, headers)
             response = connection.getresponse()
             while 100 < response.status < 200:  # Early Hints; http.client knows 100 Continue alone
@@ -399,6 +397,8 @@ class Server(NamedTuple):
             while left != 0 and (block := response.read1(min(READ, left or READ))):
                 left = left and left - len(block)
                 yield block
+                if DONE.search(answer.body[-64:]):  # usage may follow, or the end may never come
+                    sock.settimeout(0.5)
             if left:
                 raise http.client.IncompleteRead(b"", left)
 

@@ -145,8 +145,9 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
     if (kind := kind_of(reply)) != "text/event-stream":
         outcome.quirks += (f"were event streams, though sent as {kind}",)
     tokens, others = split_events(body.data)
+    end = tokens[-1].end if tokens else 0
     for event in others:
-        _note(event.read(), outcome)
+        _note(event.read(), outcome, followed=event.end < end)
     for event in tokens if b'"error"' in body.data else ():  # of a gateway that lost its server
         if b'"error"' in event.text:
             _note(event.read(), outcome)
@@ -221,13 +222,16 @@ def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
     return sum(events - 1 for wait, events in steps if wait > LATE * usual)
 
 
-def _note(document: Json, outcome: Outcome) -> None:
-    """Keep the model's name, and raise the error, that a document or event holds."""
+def _note(document: Json, outcome: Outcome, followed: bool = False) -> None:
+    """Keep the model's name, and raise the error, that a document or event holds.
+
+    Words alone are a heartbeat where they are `followed` by a token.
+    """
     if not isinstance(document, dict):
         return
     # FastChat has the code apart; a document of words alone is an error by any name.
     kinds = (document.get("error"), document.get("error_code"), document.get("object") == "error")
     words = document.get("message") or document.get("detail")
-    if any(kinds) or (words and not document.get("choices")):
+    if any(kinds) or (words and not followed and not document.get("choices")):
         raise Told(f"error from the server: {error_message(json.dumps(document).encode())}")
     outcome.model = shown(str(document.get("model") or outcome.model))

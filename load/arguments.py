@@ -79,6 +79,8 @@ def whole(text: str) -> int:
 
 
 def path(text: str) -> Path:
+    if not text:  # a variable that is not set; it would be the current folder
+        raise argparse.ArgumentTypeError("an empty path")
     return Path(from_home(text))
 
 

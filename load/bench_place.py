@@ -47,6 +47,12 @@ def exit_code(work: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
                                 "then .venv/bin/python in place of python3"))  # fmt: skip
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return complain(Failure(f"{error}: a limit of processes or memory is reached",
+                                "`ulimit -u` shows how many processes and threads a user may have"
+                                ))  # fmt: skip
     except (Failure, OSError) as error:
         return complain(error)
 

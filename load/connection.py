@@ -28,6 +28,7 @@ READ_SIZE = 1 << 16
 ANCILLARY_SIZE = 128
 SECOND = 1_000_000_000
 CONNECT_TIMEOUT = 10.0
+BARE_END = b"\n0\n\n"  # of chunks; no JSON text, and no event, ends like this
 TOO_LATE = "no whole answer within"
 END_WITHIN = SECOND // 10  # after [DONE]; the loop looks four times a second
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
@@ -205,6 +206,8 @@ class Stream:
         try:
             if self.reply.add(data, stamp, now):
                 self.done(stamp)
+            elif self.reply.raw.endswith(BARE_END):
+                raise Malformed("its chunks' lines end with a bare \\n, where HTTP wants \\r\\n")
             elif len(self.reply.raw) > self.loop.load.largest:
                 raise Malformed(f"the answer does not end: {len(self.reply.raw):,} bytes so far")
         except Malformed as e:

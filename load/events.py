@@ -14,7 +14,7 @@ BLANK_LINES = re.compile(  # or none, behind an object: some leave them out
     rb"(?:\r\n|\n|\r(?!\n)){2,}|(?<=\})(?:\r\n|\n|\r)(?=data: ?(?:\{\"|\[DONE\]))"
 )
 BOM = b"\xef\xbb\xbf"
-BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\])[^{\s][^\r\n]*\s*\Z")
+BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\]|data:)[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
@@ -39,7 +39,7 @@ class Event(NamedTuple):
         for line in self.text.removeprefix(BOM).replace(b"\r", b"\n").split(b"\n"):
             field, _, value = line.partition(b":")
             if field == b"data":
-                data.append(value.strip())
+                data.append(value.strip().removeprefix(b"data:"))  # some gateways wrap it twice
             elif field == b"event":
                 name = value.strip()
             elif field not in FIELDS:

@@ -31,6 +31,10 @@ PIECE = 1 << 20
 LONGEST = 64 << 20  # characters of one conversation; more is no conversation
 LONGEST_WORD = 16  # characters of JSON's words and escapes: one may be cut by the end of a piece
 NEWLINE = "\n"
+PACKED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "ZIP", b"PAR1": "Parquet"}
+TAKEN = (
+    "--sharegpt takes JSON or JSON Lines of conversations, messages, or a prompt and its completion"
+)
 BETWEEN = re.compile(r"[\s,\[\]\x1e]*")  # entries; JSON Lines have no brackets and no commas
 TURNS = ("conversations", "conversation", "messages")
 ASIDE = ("system", "developer", "tool")
@@ -61,9 +65,7 @@ def pick(path: Path, count: int, seed: int | str) -> Conversations:
             picked[place] = turn
     if not picked:
         die(f"{path}: none of its {sum(1 for _ in entries(path)):,} entries is a conversation with "
-            "a question and an answer of usual length (4 to 1,024 tokens)",
-            hint="--sharegpt takes JSON or JSON Lines of conversations, messages, or a prompt and "
-            "its completion")  # fmt: skip
+            "a question and an answer of usual length (4 to 1,024 tokens)", hint=TAKEN)  # fmt: skip
     rng.shuffle(picked)
     return Conversations(tuple(picked))
 
@@ -118,7 +120,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 
     Failure where one of them is broken, by its number and line.
     """
-    decode, text, number, line = json.JSONDecoder().raw_decode, "", 1, 1
+    decode, text, number, line, found = json.JSONDecoder().raw_decode, "", 1, 1, False
     with path.open(encoding=encoding_of(path), errors="replace") as file:
         while piece := file.read(PIECE):
             text, at = text + piece, 0
@@ -128,9 +130,12 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
                 except (ValueError, RecursionError) as e:
                     if goes_on(e, text[start:]):
                         break  # the rest of it is in the next piece
+                    if not found and text[start] != "{":
+                        die(f"{path} is no JSON: {what_is(path)}", hint=TAKEN)
                     die(f"{path}: entry {number:,} (line {line + text.count(NEWLINE, 0, start):,}) "
                         f"is broken: {getattr(e, 'msg', e)}", hint="mend or remove it")  # fmt: skip
                 if isinstance(value, dict):
+                    found = True
                     yield value
                 number, at = number + 1, end
             line += text.count(NEWLINE, 0, start)
@@ -143,6 +148,15 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 def encoding_of(path: Path) -> str:
     with path.open("rb") as file:
         return "utf-16" if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+
+
+def what_is(path: Path) -> str:
+    """A file that is no JSON, by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(60)
+    packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
+    line = head.decode(encoding_of(path), "replace").partition(NEWLINE)[0].strip()
+    return f"it is a {packed} file" if packed else f"it begins with {line!r}"
 
 
 def goes_on(error: Exception, text: str) -> bool:

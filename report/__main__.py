@@ -21,6 +21,8 @@ from report.results import load
 from report.side_by_side import write as write_page
 from report.side_by_side import write_several
 
+LONGEST = 200  # bytes of the folders' names in a page's name
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -61,7 +63,7 @@ def side_by_side(first: Path, second: Path) -> int:
     for words in (*before.left_out, *after.left_out):
         say(words)
     names = (first.resolve().name, second.resolve().name)
-    page = second / f"compare-{names[0]}.html"
+    page = second / page_name(names[:1])
     write_page(names, before, after, page)
     say(f"{page}")
     return 0
@@ -74,10 +76,18 @@ def compare_several(folders: Sequence[Path]) -> int:
     print(several(names, [each.records for each in found]))
     for words in (words for each in found for words in each.left_out):
         say(words)
-    page = folders[-1] / f"compare-{'-'.join(own[:-1])}.html"
+    page = folders[-1] / page_name(own[:-1])
     write_several(names, found, page)
     say(f"{page}")
     return 0
+
+
+def page_name(names: Sequence[str]) -> str:
+    """What a file system takes: 255 bytes, and a few more while the page is written."""
+    words = "-".join(names)
+    if len(os.fsencode(words)) > LONGEST:
+        words = words[: LONGEST // 4] + "-and-more"  # a character has up to four bytes
+    return f"compare-{words}.html"
 
 
 def told_apart(folders: Sequence[Path]) -> list[str]:

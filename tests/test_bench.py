@@ -590,6 +590,22 @@ def test_nothing_that_is_written_may_be_changed_by_everybody(
     assert len(written) > 4 and [p for p in written if p.stat().st_mode & 0o002] == []
 
 
+def test_a_thread_that_cannot_start_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def work() -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            threading.Thread(target=print).start()
+        return 0
+
+    assert bench_place.exit_code(work) == 1
+    assert "ulimit -u" in capsys.readouterr().err
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -602,6 +618,7 @@ def test_nothing_that_is_written_may_be_changed_by_everybody(
         ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
         ["--shards", "-1"], ["--warmup", "-1"], ["--timeout", "inf"], ["--request-rate", "1e-300"],
         ["--burstiness", "1e-320"], ["--goodput", "ttft:9", "--goodput", "tpot:9", "ttft:8"],
+        ["-o", ""], ["--sharegpt="],
     ],
 )  # fmt: skip
 def test_usage_errors(args: list[str]) -> None:
@@ -620,6 +637,26 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_limits_add_up_however_they_are_given() -> None:
     args = bench.parse(["--client", "builtin", "--goodput", "ttft:9", "--goodput", "tpot:8"], {})
     assert args.goodput == [("ttft", 9), ("tpot", 8)]
+
+
+@pytest.mark.parametrize(
+    ("args", "refused"),
+    [
+        (("--output-len", "1,8"), True), (("-t", "sweep", "--output-len", "1"), True),
+        (("-t", "prefill"), True), (("-t", "prefill", "--output-len", "8"), False),
+        (("-t", "sweep"), False), ((), False),
+    ],
+)  # fmt: skip
+def test_a_limit_of_tpot_needs_more_than_one_token(
+    args: tuple[str, ...], refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--client", "builtin", "--goodput", "ttft:5", "tpot:30", *args]
+    try:
+        bench.parse(words, {})
+    except SystemExit as stop:
+        assert stop.code == 2
+    said = "--goodput tpot: answers of one token have no TPOT" in capsys.readouterr().err
+    assert said == refused
 
 
 def test_flags_win_over_the_environment_which_wins_over_env_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,8 @@ BROKEN = {
         "entry 1 .*Expect",
     ),
     "a file that does not end": (LINES[:-9], r"is not whole: it ends in the middle of entry 3 \("),
-    "a table": ("question,answer\nwhat?,that!\n" * 9, r"entry 1 \(line 1\) is broken: Expecting"),
+    "a table": ("question,answer\nwhat?,that!\n" * 9, "no JSON: it begins with 'question,answer'"),
+    "a quoted table": ('"a","b"\n0,that\n' * 9, 'no JSON: it begins with \'"a","b"\''),
     "nothing of use": ('[{"text": "one"}, {"text": "two"}]', "none of its 2 entries is a conver"),
     "nothing at all": ("", "none of its 0 entries"),
 }
@@ -162,6 +164,21 @@ def test_where_a_file_is_broken(
     monkeypatch.setattr(sharegpt, "PIECE", piece)
     with pytest.raises(Failure, match=words):
         picked(text.encode())
+
+
+PACKED = {
+    "gzip": gzip.compress(LINES.encode()),
+    "Parquet": b"PAR1" + bytes(range(256)),
+    "zstd": b"(\xb5/\xfd" + bytes(range(256)),
+    "ZIP": b"PK\x03\x04" + bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_what_else_a_file_is(kind: str) -> None:
+    with pytest.raises(Failure, match=f"data.json is no JSON: it is a {kind} file") as failed:
+        picked(PACKED[kind])
+    assert "takes JSON or JSON Lines of conversations" in failed.value.hint
 
 
 def test_half_a_surrogate_pair_is_sent_as_a_text_that_every_server_can_read() -> None:

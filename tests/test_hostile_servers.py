@@ -127,6 +127,7 @@ SERVERS: dict[str, tuple[Misbehave, str, str]] = {
 
 # In an event stream, where the others do not apply; measured requests only.
 STREAMS: dict[str, tuple[Misbehave, str]] = {
+    "ends the lines of its chunks oddly": (kept(stream().replace(b"\r\n", b"\n")), "a bare"),
     "streams for ever": (flood(WORD, EVENTS), "does not end"),
     "streams for ever, slowly": (flood(WORD, EVENTS, 0.02), "no whole answer within"),
     "sends an endless line": (flood(b"x" * 65536, EVENTS + b"data: "), "does not end"),

@@ -550,6 +550,17 @@ def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixt
     assert "no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("count", "length"), [(20, 15), (2, 240)])
+def test_the_page_of_many_folders_has_a_name_that_a_disk_takes(
+    count: int, length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (f"{i}".rjust(length, "0") for i in range(count))
+    folders = [put(tmp_path / name, *twice(10.0, 10.02)) for name in names]
+    assert command.main(["compare", *map(str, folders)]) == 0
+    (page,) = folders[-1].glob("compare-*.html")
+    assert page.name.startswith("compare-00") and str(page) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["compare", "one"], ["one", "two"], []])
 def test_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -382,6 +382,20 @@ def test_thoughts_are_output_though_the_total_alone_counts_them(total: Any, writ
     assert (out.prompt_tokens, out.output_tokens) == (32, written)
 
 
+def test_a_heartbeat_may_have_words_before_a_token() -> None:
+    beat = event({"message": "queued"})
+    out = read(HEAD, *map(chunk, (beat, token(), usage(4, 1))), chunk(DONE) + LAST)
+    assert (out.error, out.output_tokens, out.first) == ("", 1, 2 * MS)
+    out = read(HEAD, *map(chunk, (token(), beat)), chunk(DONE) + LAST)
+    assert out.error == "error from the server: queued"
+
+
+def test_events_that_were_wrapped_twice() -> None:
+    said = (token(), token(finish="stop"), usage(4, 2))
+    out = read(HEAD, *(chunk(b"data: " + e) for e in said), chunk(b"data: " + DONE) + LAST)
+    assert (out.error, out.output_tokens, out.events, out.finish) == ("", 2, 2, "stop")
+
+
 def test_a_broken_answer_whose_error_had_come_has_its_words() -> None:
     reply, outcome = Reply(), Outcome(0, 0, 0)
     reply.add(b"HTTP/1.1 413 Too Large\r\nContent-Length: 99\r\n\r\ntoo long a prompt", 0, 0)

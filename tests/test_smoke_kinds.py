@@ -112,6 +112,40 @@ def test_usage_may_be_in(where: str) -> None:
     assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_usage_may_come_after_done(held: bool) -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from tokens(ask)
+        yield 0, DONE
+        yield 0.2, ask.last_usage()
+        yield 9 if held else 0, b""
+
+    assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
+
+
+def test_events_may_be_wrapped_twice() -> None:
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from ((wait, b"data: " + data) for wait, data in usual(ask))
+
+    detail = passes(Kind(pieces=pieces))["streaming"]["detail"]
+    assert "32 tokens" in detail and "[DONE]" not in detail
+
+
+def test_tokens_may_be_counted_in_decimals() -> None:
+    def decimals(usage: dict[str, int]) -> dict[str, float]:
+        return {name: float(count) for name, count in usage.items()}
+
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from tokens(ask)
+        yield 0, event({"choices": [], "usage": decimals(ask.usage())})
+        yield 0, DONE
+
+    def document(ask: Ask) -> Any:
+        return (said := whole(ask)) | {"usage": decimals(said["usage"])}
+
+    passes(Kind(ttft=0, itl=0, pieces=pieces, document=document))
+
+
 def test_a_list_without_choices_may_be_null() -> None:
     """As Go writes an empty one."""
 
