@@ -28,7 +28,7 @@ class Settings:
             except ValueError as error:
                 raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
 
-        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # that is played
+        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # what is simulated
         self.gpus = int(value("GPUS", _not_negative, "8"))
         self.load_seconds = value("LOAD_SECONDS", _not_negative, "2")
         self.ttft = value("TTFT_MS", _not_negative, "20") / 1e3
