@@ -229,7 +229,7 @@ def chosen(words: str, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def table(outcomes: Sequence[tuple[Cell, Outcome]]) -> str:
-    """Markdown: a row a fault and outcome, its phases together."""
+    """Markdown: a row per fault and outcome, its phases together."""
     rows: dict[tuple[str, ...], list[tuple[str, float]]] = {}
     for cell, outcome in outcomes:
         key = (cell.fault.name, outcome.says, str(outcome.code), outcome.left)

@@ -31,7 +31,7 @@ def sentence(output: str) -> str:
 
 
 def truncated(workspace: Path, *, sidecar: bool) -> list[str]:
-    """Two thirds of a tarball; with a sidecar that believes in it, so that the nodes find out."""
+    """Two thirds of a tarball; with a sidecar of that size, only the nodes can find out."""
     path = workspace / "cut.tar.gz"
     whole = TARBALL.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
