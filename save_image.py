@@ -36,7 +36,7 @@ SIDECAR: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("schema", "unpacked_bytes", "packed_bytes"), (int,)),
     **dict.fromkeys(("tags", "diff_ids"), (list,)),
     **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the file
-    **dict.fromkeys(("config_digest", "manifest_digest"), (str, type(None))),  # of Docker's stores
+    **dict.fromkeys(("config_digest", "manifest_digest"), (str, type(None))),  # by Docker's store
 }
 ENGINES = ("tensorrt_llm", "sglang", "vllm")  # their packages; SGLang's image may have vLLM's, too
 QUESTION = ("import sys, importlib.metadata as m; [print(n, d.version) for n in sys.argv[1:] "
@@ -303,7 +303,7 @@ def read_sidecar(tarball: Path) -> Json:
         return None
     try:
         with path.open("rb") as file:
-            sidecar = parse_sidecar(file.read(SMALL))  # a larger one is cut off here, and no JSON
+            sidecar = parse_sidecar(file.read(SMALL))  # a larger one is cut off, and so no JSON
     except ValueError as error:
         die(f"the sidecar {path} {error}")
     if size != sidecar["packed_bytes"]:

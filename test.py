@@ -66,7 +66,7 @@ SPARE = {"top_k": "", "seed": "", "stream_options": "", "temperature": "",
 
 
 def is_ok(answer: Answer, ask: Facts) -> Facts:
-    if answer.broken or answer.status not in range(200, 204):  # some say 201 Created
+    if answer.broken or answer.status not in range(200, 204):  # some answer 201 Created
         status = f"status {answer.status} instead of 200{HINTS.get(answer.status, '')}"
         raise Wrong(answer.broken or status)
     return {"detail": ""}  # trtllm-serve's /health has an empty body, others' do not
@@ -482,7 +482,7 @@ def smoke(args: argparse.Namespace) -> int:
         check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
-        out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale
+        out.reconfigure(errors="backslashreplace")  # the text may not be ASCII, the locale may
     print("Testing", target.url + f", from {printable(target.file)}" * bool(target.file), file=out)
     if args.each and not target.replicas:
         raise Trouble(f"--each: {target.file or target.url} names no replicas")

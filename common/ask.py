@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from common.response import BROKEN_OFF, HEAD_LIMIT, Malformed, Reply, read_body
 
 CONNECT_TIMEOUT = 5.0
-LARGEST = 1 << 23  # bytes; a list of a thousand adapters takes 1 MB, of as many iterations 2 MB
+LARGEST = 1 << 23  # bytes; 1,000 adapters take 1 MB to list, 1,000 iterations' statistics 2 MB
 USER_AGENT = "tensorrt-llm-serve"  # gateways and their firewalls refuse requests without one
 DEFAULT_PORTS = {False: 80, True: 443}  # by TLS
-BUNDLE, CURLS = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # as in test.py; Python has SSL_CERT_FILE
+BUNDLE, CURLS = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # Python itself reads only SSL_CERT_FILE
 
 
 class Answer(NamedTuple):

@@ -19,7 +19,7 @@ HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is against the standard, but 
 NO_ANSWER = "the connection closed before the answer began"
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
-COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # `none` is harmless
+COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # `none` is no compression
 HEAD_LIMIT = 1 << 16  # bytes; no real header is nearly as long
 INTERIMS = 9
 WORDS = ("error", "message", "detail", "msg", "text")  # where servers put an error's text
@@ -70,7 +70,7 @@ def parse_head(raw: bytes | bytearray) -> Head | None:
             return None
         end = found.end()
         head = read_head(raw[start : found.start()].decode("latin-1"), end)
-        if head.status >= 200:  # interim answers, as 100 Continue, come first
+        if head.status >= 200:  # interim answers (100 Continue) come first
             return head
     raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
 
@@ -170,7 +170,7 @@ class Body(NamedTuple):
 
     data: bytes
     ends: list[int]  # where each chunk ends in `data`
-    shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
+    shifts: list[int]  # how much further on the chunk's bytes are in the raw answer
     whole: bool  # false if the connection closed before the end
 
     def raw_offset(self, offset: int) -> int:
@@ -204,7 +204,7 @@ def read_body(raw: bytearray, head: Head) -> Body:
 def error_message(body: bytes) -> str:
     """An error's message, from JSON (flat, or nested as OpenAI's), an HTML page or any text."""
     text = body.decode("utf-8", "replace").strip()
-    start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
+    start, end = text.find("{"), text.rfind("}")  # `data:` may come before it
     try:
         document = json.loads(text[start : end + 1])
         words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))

@@ -113,7 +113,7 @@ def say(message: str, code: str = "") -> None:
     Live.clear()
     try:
         text = colour(folded(line), code, sys.stderr) if code else folded(line)
-        print(text + "\n", end="", file=sys.stderr, flush=True)  # whole: other threads print, too
+        print(text + "\n", end="", file=sys.stderr, flush=True)  # one write, as other threads print
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 

@@ -191,7 +191,7 @@ def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
     outcome.first, outcome.last = times[0], times[-1]
     outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(times))
     outcome.events = len(times)
-    brought = Counter(reads)  # events a read
+    brought = Counter(reads)  # events per read
     outcome.merged = len(times) - len(brought)
     if outcome.merged:
         outcome.blurred = count_blurred(brought, reply.stamps)

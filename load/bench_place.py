@@ -197,7 +197,7 @@ def run(
 
     With `stdout`, its output goes there and its last words come from stderr only.
     """
-    say(f"$ {shlex.join(command)}")  # whose output follows
+    say(f"$ {shlex.join(command)}")  # its output follows
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)

@@ -66,7 +66,7 @@ def is_stream(data: bytes, kind: str) -> bool:
 def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
     """The events that carry choices, and the others, told apart without decoding them.
 
-    Data that is not an object is a heartbeat if an event with one follows, else an error's text.
+    Data that is not an object is a heartbeat if an event with an object follows, else an error.
     """
     tokens, others, last = [], [], 0
     for end, text in pieces(data):

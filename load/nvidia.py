@@ -121,7 +121,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
 
 
 def data_set(case: Case, options: Options) -> list[str]:
-    """The prompts' flags. Token ids, not text: ShareGPT's text would drift in length."""
+    """Flags for the prompts: without --random-ids they are ShareGPT's text, of other lengths."""
     if case.input_len is None:
         return ["--dataset-name", "sharegpt", "--dataset-path", str(options.sharegpt.resolve())]
     return [

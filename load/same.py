@@ -52,7 +52,7 @@ def launches(endpoint: Endpoint) -> dict[str, Any]:
 def starts(endpoint: Endpoint, looks: int, known: Collection[str] = ()) -> set[str]:
     """The start times of the processes met in so many looks, up to the first known one.
 
-    They come from Prometheus metrics, which vLLM has. `created` in a list of models is no start.
+    They come from Prometheus metrics, which vLLM has. `created` in a list of models is not one.
     """
     found: set[str] = set()
     for _ in range(looks):

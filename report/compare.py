@@ -136,7 +136,7 @@ def remarks(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
 
 
 def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    """What makes a comparison unfair, as another client. One line for all loads that share it."""
+    """What makes a comparison unfair, e.g. another client. One line for all loads that share it."""
     found: dict[str, list[str]] = {}
     for left, right in pairs(before, after):
         one, other = conditions(left), conditions(right)

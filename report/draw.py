@@ -35,7 +35,7 @@ LIKE_PAGE: Any = {  # matplotlib's own type names each of its 300 settings
 class Picture:
     name: str
     svg: str  # for the inside of a page
-    png: bytes  # b"" where only a page is made
+    png: bytes  # b"" if only a page is made
 
 
 def draw(charts: Sequence[Chart | Bands], *, files: bool = False) -> list[Picture]:
@@ -49,7 +49,7 @@ def draw(charts: Sequence[Chart | Bands], *, files: bool = False) -> list[Pictur
         say("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
     with matplotlib.rc_context(LIKE_PAGE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in letters that its font lacks: the page has them
+        warnings.simplefilter("ignore")  # a font may lack letters of a name; the page has them
         return [picture(chart, Figure(layout="constrained"), files) for chart in charts]
 
 

@@ -113,7 +113,7 @@ def spread(outcome: Outcome, name: str, load: int) -> float:
 
 
 def number(value: float) -> str:
-    """A GPU's throughput in three digits or more: 2.31 of a large model, 12,345 of a small one."""
+    """A GPU's throughput in at least three digits: 2.31 of a large model, 12,345 of a small one."""
     return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
 
 

@@ -46,7 +46,7 @@ def guess(loads: Sequence[int], requests: int | None, output_len: int) -> Pace:
 
 def estimate(candidates: Sequence[Candidate], loads: Sequence[int], repeat: int, nodes: Nodes,
              pace: Pace) -> str:  # fmt: skip
-    """From only the first round to every load of every candidate, each started twice."""
+    """The range from just the first round to all loads of all candidates, each started twice."""
     first, most = len(race.coarse(loads)) * repeat, len(loads) * repeat
     share = sum(nodes.needed(each.gpus) for each in candidates) / len(nodes.names)
     rounds = max(share, 1.0 if candidates else 0.0)  # groups that are served at the same time

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @dataclass
 class Nodes:
-    """A job's nodes, all with as many GPUs. A machine without Slurm is one node without a name."""
+    """A job's nodes, each with the same number of GPUs; without Slurm, one node without a name."""
 
     names: Sequence[str]
     gpus: int  # of each; 0: unknown, and then each candidate gets all nodes
@@ -22,7 +22,7 @@ class Nodes:
         return min(-(-gpus // self.gpus) if self.gpus else len(self.names), len(self.names)) or 1
 
     def take(self, gpus: int) -> list[str] | None:
-        """Neighbouring free nodes with so many GPUs; None while there are none."""
+        """Neighbouring free nodes with that many GPUs; None while there are none."""
         count = self.needed(gpus)
         for first in range(len(self.names) - count + 1):
             if all(self.free[first : first + count]):

@@ -63,7 +63,7 @@ class Generation:
         return first, text, pieces
 
     def _look_for(self, reason: str | int, ids: list[int], new: int) -> None:
-        """By the last tokens first, which then do not count, and then anywhere in the text."""
+        """Look for a stop in the last tokens, which then do not count, or else in the text."""
         if [token_id(piece) for piece in self.pieces[-len(ids) :]] == ids:
             self.finish_reason, self.stop_reason = "stop", reason
             if not self.keeps_stop:

@@ -41,7 +41,7 @@ class Faults:
 
         loop = get_running_loop()
         self._binary_log()
-        if "stuck-on-signal" in self._wanted:  # for one of several servers with one environment
+        if "stuck-on-signal" in self._wanted:  # picks one of several servers with one environment
             loop.add_signal_handler(signal.SIGUSR2, self._turn, "dead_engine")
         strikes: dict[str, Callable[[], None]] = {
             "exit-serving": self._exit,

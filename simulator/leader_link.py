@@ -88,7 +88,7 @@ class Link:
         loop.add_reader(self._socket, heard)
 
     def send(self, message: Message) -> None:
-        with suppress(OSError):  # that the leader has gone is noticed where its answer is awaited
+        with suppress(OSError):  # we notice that the leader has gone when we await its answer
             self._socket.sendall(seal(self._key, message))
 
     def receive(self) -> Message:

@@ -19,7 +19,7 @@ def pydantic() -> ModuleType:
 
 
 def bare(package: str, *below: str) -> None:
-    """Have a package without running its __init__, which does nothing but import."""
+    """Provide a package without running its __init__, which does nothing but import."""
     spec = find_spec(package)
     assert spec and spec.origin
     for name in (package, *(f"{package}.{each}" for each in below)):

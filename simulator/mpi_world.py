@@ -107,7 +107,7 @@ class Part:
     def _die(self) -> None:
         """Crash without a word to MPI, so that the others must find out by themselves."""
         if self._code == KILLED:
-            os.kill(os.getpid(), signal.SIGKILL)  # a container's first process is spared, though
+            os.kill(os.getpid(), signal.SIGKILL)  # which a container's first process survives
         else:
             log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {self._code}")
         os._exit(self._code)
@@ -143,7 +143,7 @@ def run_rank(work: Callable[[], bool]) -> int:
     """Return the exit code of a rank's work, which says whether the world is still whole."""
     for signum in (signal.SIGTERM, signal.SIGINT):  # to end even inside MPI's C code
         signal.signal(signum, signal.SIG_DFL)
-        if os.getpid() == 1:  # a container's first process: the kernel spares it the default
+        if os.getpid() == 1:  # a container's first process: the kernel ignores the default
             signal.signal(signum, lambda number, _: os._exit(128 + number))
     try:
         whole = work()

@@ -168,7 +168,7 @@ def clamp() -> str:
 
 
 def why_not() -> str | None:
-    """Why no cluster can be made on this machine; None where one can."""
+    """Why no cluster can be made on this machine; None if one can."""
     if os.geteuid() != 0:
         return "needs root (network namespaces, dockerd)"
     if not shutil.which("apt-get"):
@@ -432,7 +432,7 @@ class Cluster:
         self.lock = -1
 
     def __enter__(self) -> Cluster:
-        # Started in the background of a script, we would hand an ignored SIGINT on to every launch.
+        # If a script starts us in the background, SIGINT is ignored, and launches inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         packages.install(packages.CLUSTER)
         with packages.alone():

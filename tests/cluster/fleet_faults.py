@@ -59,7 +59,7 @@ def write_configs(scene: Scene) -> None:
 
 def survived(*meanwhile: str, within: float = 10, phases: tuple[str, ...] = ("serving",),
              **more: Any) -> Expect:  # fmt: skip
-    """A fault that is survived: this is said of it, while the others serve on."""
+    """A fault is survived: this is said of it, while the others serve on."""
     return Expect(phases, (), (130,), within, serves=True, meanwhile=meanwhile, **more)
 
 

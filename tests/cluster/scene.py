@@ -44,7 +44,7 @@ class Runtime:
 
     image: Path = TARBALL
     unpacker: str = "pigz"  # stands still while an image is being unpacked
-    process: str = "docker-init"  # is there for as long as a container is
+    process: str = "docker-init"  # runs for as long as its container
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Expect:
     """What must come of a fault in these phases."""
 
     phases: tuple[str, ...]
-    says: tuple[str, ...]  # words of the error, or of the whole output where there is no error
+    says: tuple[str, ...]  # words of the error, or of the whole output if there is no error
     codes: tuple[int, ...]
     within: float  # seconds from the fault to the end
     left: str = ""  # what stays behind until the fault has ended, and {} seconds longer
@@ -126,7 +126,7 @@ class Expect:
     meanwhile: tuple[str, ...] = ()  # what is said of a survived fault; `within` is until then
     asked: bool = True  # of a fleet: clients go on asking
     fails: bool = False  # some of their requests fail
-    stop: Callable[[Scene], object] = interrupt  # how what is survived is ended
+    stop: Callable[[Scene], object] = interrupt  # how a launch that survived is ended
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Cell:
     fault: Fault
     phase: str
     expect: Expect
-    reach: Callable[[Scene, Fault], None]  # the phase
+    reach: Callable[[Scene, Fault], None]  # brings the launch to the phase
     runtime: Runtime = Runtime()
 
     @property

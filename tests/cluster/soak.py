@@ -100,7 +100,7 @@ def start_bench(cluster: Cluster, workspace: Path, runs: int) -> subprocess.Pope
 
 
 def watch(pids: dict[str, int], seconds: float) -> dict[str, list[Use]]:
-    """Samples of each process until the time is over, or one of them is."""
+    """Samples of each process, until the time is up or one of them has ended."""
     used: dict[str, list[Use]] = {name: [] for name in pids}
     end = time.monotonic() + seconds
     while time.monotonic() < end:

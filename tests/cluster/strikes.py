@@ -258,7 +258,7 @@ def fill(scene: Scene) -> None:
 
 
 def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
-    """The tarball changes under the nodes that load it; afterwards it is what it was."""
+    """Change the tarball under the nodes that load it; afterwards it is put back."""
 
     def strike(scene: Scene) -> None:
         kept = TARBALL.with_suffix(".kept")

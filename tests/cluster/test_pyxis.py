@@ -175,7 +175,7 @@ def test_what_the_user_sees_of_a_fault(cell: Cell, cluster: Cluster) -> None:
 
 @pytest.fixture
 def without_docker(cluster: Cluster, launch: Launcher) -> Iterator[None]:
-    """n1 without Docker, but with it again when `launch` looks for containers at its end."""
+    """n1 has no Docker, until just before `launch` looks for containers at its end."""
     node = cluster.nodes["n1"]
     node.run("mount", "--bind", "/dev/null", "/usr/bin/docker")
     yield
