@@ -45,7 +45,7 @@ SAME = (
 
 
 class Bench:
-    """Runs cases one after the other, keeps each result the moment it is there."""
+    """Runs cases one after the other, and saves each result at once."""
 
     def __init__(
         self, server: Endpoint, client: Client, folder: Path, metadata: Record, resume: bool
@@ -59,7 +59,7 @@ class Bench:
         record = self.earlier(case, path) if self.resume else None
         if record is None:
             record = self.measure(case)
-            if path.exists():  # another client's, or of another load: not ours to lose
+            if path.exists():  # another client's or load's result must not be lost
                 ends = (f".before{n if n > 1 else ''}" for n in itertools.count(1))
                 names = (path.with_name(path.name + end) for end in ends)
                 path.replace(next(name for name in names if not name.exists()))
@@ -74,7 +74,7 @@ class Bench:
         return record
 
     def earlier(self, case: Case, path: Path) -> Record | None:
-        """A valid result of the same thing; an invalid one is worth another try."""
+        """An earlier valid result of the same thing; an invalid one is measured again."""
         if not path.exists():
             return None
         try:
@@ -87,7 +87,7 @@ class Bench:
         return None if why else record
 
     def unlike(self, record: Record, case: Case) -> str:
-        """In what an earlier result is of something else; empty where it is of the same."""
+        """How an earlier result differs from what would be measured now; '' if it does not."""
         before = {"model": record["model_id"], "load": record["case"],
                   "data set": record.get("data_set"),
                   **{key: record["metadata"].get(key) for key in SAME}}  # fmt: skip
@@ -101,13 +101,13 @@ class Bench:
         return None if case.input_len else sharegpt.identity(self.client.options.sharegpt)
 
     def in_folder(self) -> Found:
-        """With --resume also what earlier calls measured."""
+        """The results so far; with --resume also those of earlier calls."""
         return load(self.folder) if self.resume and self.records else Found(self.records, [])
 
     def measure(self, case: Case) -> Record:
         try:
             found = self.watched(case)
-        except Failure as e:  # this run's own; the others are worth having
+        except Failure as e:  # only this run has failed: the others go on
             found = nothing(case, e.message)
         rate = case.rate if math.isfinite(case.rate) else "inf"
         record: Record = clean({
@@ -127,7 +127,7 @@ class Bench:
         return record
 
     def watched(self, case: Case) -> Record:
-        """The client's record, with what became of the server meanwhile."""
+        """The client's record, with problems and notes about the server during the run."""
         before = same.identity(self.server)
         down = endpoint.not_up(self.server)
         witnesses = list(map(same.Witness, self.server.each))
@@ -140,13 +140,13 @@ class Bench:
         stopped = bool(found.get("stopped"))
         changed, seen = ([], []) if stopped else same.changes(self.server, before, ended)
         problems = [*found["problems"], *changed]
-        # What the launcher or the server itself tells is more than a sign.
+        # What the launcher or the server reports counts more than a closed connection.
         notes = [] if problems or before["launched"] or before["started"] else notes
         return {**found, "problems": problems, "notes": [*found["notes"], *down, *seen, *notes]}
 
 
 def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool) -> Record | None:
-    """Every case of the matrix, then the sweep; its knee."""
+    """Run every case of the matrix, then the sweep; returns its knee."""
     planned = list(cases(types, change))
     requests = sum(case.num_prompts for case in planned)
     all_of_them = f"{requests:,} request{'s' * (requests != 1)} in all"
@@ -164,12 +164,12 @@ def run_all(bench: Bench, types: Sequence[str], change: Overrides, by_rate: bool
 
 
 def finish(bench: Bench, knee: Record | None, stopped: bool) -> int:
-    """Write what there is, show it, and say how it went."""
+    """Write and show what there is; returns the exit code."""
     try:
         found = bench.in_folder()
         if found.records:
             report.write(bench.folder, *found)
-    finally:  # on a full disk, too
+    finally:  # even on a full disk
         invalid = show(bench, knee, stopped)
     return 1 if invalid or not bench.records else 0
 
@@ -306,7 +306,7 @@ def options(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
 
 def make_client(args: argparse.Namespace, server: Endpoint, environ: Mapping[str, str]) -> Client:
     if args.client == "builtin":
-        args.image = ""  # the setting's, perhaps
+        args.image = ""  # it may be the setting's
         return Builtin(server, options(args, environ))
     if args.image or not bench_place.is_installed():
         args.image = bench_place.provide_image(args.image, environ)
@@ -335,7 +335,7 @@ def facts(args: argparse.Namespace, server: Endpoint, client: Client, environ: M
 
 
 def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
-    """Where the server is in our allocation, or on this machine; another keeps its secret."""
+    """The server's GPUs, if it is in our allocation or on this machine; else []."""
     job = endpoint.read_record(server.record).get("job")
     if job and job == environ.get("SLURM_JOB_ID"):
         return bench_place.gpu_names(environ)
@@ -343,7 +343,7 @@ def gpus_of(server: Endpoint, environ: Mapping[str, str]) -> list[str]:
 
 
 def world_size(server: Endpoint, gpus: list[str]) -> int | None:
-    """GPUs that the server uses: by the launcher's record, or of a machine with one."""
+    """How many GPUs the server uses, by the launcher's record; else 1 on a machine with one."""
     record = endpoint.read_record(server.record)
     fleet = [each.get("gpus") for each in endpoint.up(record)]
     counts = [len(ids) for ids in fleet if isinstance(ids, list)]
@@ -362,7 +362,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
     if args.check:
         return check.check(server, args.client, options(args, environ), args.type, overrides(args))
     if any(case.input_len is None for case in cases(args.type, overrides(args))):
-        sharegpt.provide(args.sharegpt)  # an hour later would be too late to miss it
+        sharegpt.provide(args.sharegpt)  # now, and not after an hour of runs
     client = make_client(args, server, environ)
     folder = bench_place.result_folder(args.output, args.resume, "*.json")
     metadata = facts(args, server, client, environ, sys.argv[1:] if argv is None else argv)

@@ -36,22 +36,22 @@ SIDECAR: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("schema", "unpacked_bytes", "packed_bytes"), (int,)),
     **dict.fromkeys(("tags", "diff_ids"), (list,)),
     **dict.fromkeys(("sha256", "codec", "created"), (str,)),  # sha256: of the file
-    **dict.fromkeys(("config_digest", "manifest_digest"), (str, type(None))),  # of Docker's stores
+    **dict.fromkeys(("config_digest", "manifest_digest"), (str, type(None))),  # by Docker's store
 }
 ENGINES = ("tensorrt_llm", "sglang", "vllm")  # their packages; SGLang's image may have vLLM's, too
 QUESTION = ("import sys, importlib.metadata as m; [print(n, d.version) for n in sys.argv[1:] "
             "for d in m.distributions(name=n)]")  # fmt: skip
-# No GPU, no network. `void`: where NVIDIA's runtime is Docker's default, it looks for a driver.
+# No GPU, no network. `void`: NVIDIA's runtime, if it is the default, would look for a driver.
 ASK = "--rm --pull=never --net=none --env=NVIDIA_VISIBLE_DEVICES=void --entrypoint=python3".split()
-SQUASH = "-comp zstd -Xcompression-level 3 -b 1M".split()  # enroot's own leave the data as it is
+SQUASH = "-comp zstd -Xcompression-level 3 -b 1M".split()  # enroot's own do not compress the data
 OF_TAR = "-tar -no-progress -quiet -all-root -root-mode 755 -wildcards -e dev/* .dockerenv".split()
 # As in enroot's images: pyxis puts into rc.local what runs in place of the entrypoint.
 RC = 'cd "{}" && unset OLDPWD || exit; [ ! -s /etc/rc.local ] || . /etc/rc.local; exec {} "$@"\n'
 CHUNK = 1 << 20
-SMALL = 16 << 20  # a larger manifest or sidecar is none
-Json = Any  # whatever a document may turn out to hold
+SMALL = 16 << 20  # a larger file is no manifest or sidecar
+Json = Any  # anything that a document may hold
 Sink = Callable[[bytes], object]
-Side = tuple[Callable[..., object], ...]  # who reads the stream there, and who is shown its chunks
+Side = tuple[Callable[..., object], ...]  # a stream's reader, and the sinks that see its chunks
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -101,7 +101,7 @@ def tags_and_config(manifest: Json) -> tuple[list[str], str]:
 
 
 def manifest_digest(index: Json, image_id: str, config: str) -> str | None:
-    """What a containerd store will call the image: index.json knows, or such a store itself."""
+    """The image's id in a containerd store, from index.json or such a store itself; else None."""
     with suppress(TypeError, ValueError, LookupError):
         (digest,) = {entry["digest"] for entry in index["manifests"]}
         return str(digest)
@@ -138,14 +138,14 @@ class Progress:
 
 
 def stop(signum: int, frame: object) -> None:
-    """End as by an error: every `finally` runs, and a second signal breaks none."""
+    """End by an exception, so that every `finally` runs; further signals are ignored."""
     for each in STOPS:
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + signum)
 
 
 class Child(subprocess.Popen[bytes]):
-    """A program at work, its pipes and its last words."""
+    """A running program, its pipes and its last words."""
 
     stdin: Any
     stdout: Any
@@ -156,10 +156,10 @@ class Child(subprocess.Popen[bytes]):
             die(f"{cmd[0]} is not in PATH")
         self.name = shlex.join(cmd).partition(" -")[0]
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe could fill up and block)
-        # A session of its own: ^C reaches us alone, and we end it.
+        # A session of its own: ^C reaches only us, and we end the program.
         super().__init__(cmd, stdin=stdin, stdout=stdout, stderr=self.said, start_new_session=True)
         for pipe in filter(None, (self.stdin, self.stdout)):
-            with suppress(OSError):  # the user may have his fill of large pipes
+            with suppress(OSError):  # the user may be at the limit of large pipes
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CHUNK)
 
     def words(self) -> str:
@@ -174,9 +174,9 @@ class Child(subprocess.Popen[bytes]):
             die(f"{self.name} failed ({how}): {self.words() or 'it said nothing'}")
 
     def __exit__(self, *error: object) -> None:
-        # First end it, then close its pipes: a thread blocked in one of them holds that one's lock.
+        # End it before closing its pipes: a thread blocked in a pipe holds that pipe's lock.
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGTERM)  # enroot is several
+            os.killpg(self.pid, signal.SIGTERM)  # enroot is several processes
         with suppress(subprocess.TimeoutExpired):
             self.wait(5)
         self.kill()
@@ -202,7 +202,7 @@ class Tap:
 
 
 def through(program: Sequence[str], source: Child | BinaryIO, left: Side, right: Side) -> None:
-    """Pass a file, or what a child says, through a program, and look at the bytes on both sides."""
+    """Pass a file or a child's output through a program; sinks see the bytes of both sides."""
     ends: list[OSError | None] = []
 
     def feed() -> None:
@@ -215,7 +215,7 @@ def through(program: Sequence[str], source: Child | BinaryIO, left: Side, right:
             except OSError as error:
                 ends.append(error)
 
-    # One thread a side, blocking pipes: whoever dies, its neighbours notice, and none waits on.
+    # One thread per side, and blocking pipes: if one end dies, its neighbours notice, none hangs.
     with Child(*program, stdin=PIPE, stdout=PIPE) as middle:
         threading.Thread(target=feed, daemon=True).start()
         right[0](Tap(middle.stdout, *right[1:]))
@@ -234,7 +234,7 @@ def packer(codec: str) -> list[str]:
 
 
 def unpack(tarball: Path, verb: str, left: Side, right: Side) -> str:
-    """Pass a tarball through what unpacks it; how it was packed."""
+    """Pass a tarball through what unpacks it; returns how it was packed."""
     with tarball.open("rb") as file:
         codec = codec_of_bytes(file.read(512))  # the bytes decide: names lie
         file.seek(0)
@@ -262,7 +262,7 @@ def inspect(image: str) -> Json:
 
 
 def engine_of(found: Json) -> dict[str, str]:
-    """The engine that an image holds, and its version: our label says so, else it is asked."""
+    """The engine that an image holds, and its version, by our label or by asking the image."""
     labels = found["config"].get("Labels") or {}
     title, version = (labels.get(f"org.opencontainers.image.{x}") for x in ("title", "version"))
     if version and title == IMAGE.partition(":")[0]:
@@ -279,12 +279,12 @@ class Archive(dict[str, Json]):
     """The two small documents of a docker archive that name the image, caught as they pass."""
 
     def read(self, stream: Tap) -> None:
-        # No error here: who cut an archive short explains it; what is none has no manifest.
+        # No error here: whoever cut an archive short reports it; what is none has no manifest.
         with suppress(tarfile.TarError, ValueError, RecursionError):
             tar = tarfile.TarFile.open(fileobj=stream, mode="r|", bufsize=CHUNK)  # type: ignore[call-overload]
             for member in filter(tarfile.TarInfo.isreg, tar):  # old Dockers store links, too
                 self.look(tar, member)
-        stream.drain()  # a tar's end mark comes before the end
+        stream.drain()  # the tar's end mark comes before the end of the stream
 
     def look(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         file = cast(IO[bytes], tar.extractfile(member))
@@ -303,7 +303,7 @@ def read_sidecar(tarball: Path) -> Json:
         return None
     try:
         with path.open("rb") as file:
-            sidecar = parse_sidecar(file.read(SMALL))  # what is larger is no JSON then
+            sidecar = parse_sidecar(file.read(SMALL))  # a larger one is cut off, and so no JSON
     except ValueError as error:
         die(f"the sidecar {path} {error}")
     if size != sidecar["packed_bytes"]:
@@ -312,17 +312,17 @@ def read_sidecar(tarball: Path) -> Json:
 
 
 def is_ours(part: BinaryIO) -> bool:
-    """Lock TARGET.part, so that two saves cannot mix; False where it is, or was replaced."""
+    """Lock TARGET.part against a second save; False if it is locked, or was replaced."""
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(part.fileno()), Path(part.name).stat())
-    except OSError as error:  # no failure without locks: Lustre mounted without -o flock
+    except OSError as error:  # no locks is no failure: Lustre mounted without -o flock
         return not isinstance(error, BlockingIOError | FileNotFoundError)
 
 
 @contextmanager
 def part_of(target: Path) -> Iterator[BinaryIO]:
-    """Open TARGET.part for writing; a failure leaves none of it, and TARGET as it was."""
+    """Open TARGET.part for writing; after a failure it is gone, and TARGET is as it was."""
     if target.exists() and not target.is_file():
         die(f"{target} is not a file")  # the rename would replace it, even if it is /dev/null
     path = Path(f"{target}.part")
@@ -338,7 +338,7 @@ def part_of(target: Path) -> Iterator[BinaryIO]:
             die(f"cannot write {path}: {error.strerror}")
         raise
     finally:
-        with suppress(OSError):  # the disk is full: said already
+        with suppress(OSError):  # the disk is full, which has been reported
             part.close()
 
 
@@ -374,7 +374,7 @@ def save(image: str, target: Path, codec: str) -> str:
         else:
             names = pack(image, found, codec, progress, digest.update, part.write)
         say(str(progress))
-        if inspect(image) != found:  # whose layers, the old one's or the new one's?
+        if inspect(image) != found:  # or it would be unclear whose layers were saved
             die(f"{image} became another image while it was being saved", hint="save it again")
         commit(part, target, {
             "schema": 1, **names, "diff_ids": found["layers"], "unpacked_bytes": found["size"],
@@ -385,7 +385,7 @@ def save(image: str, target: Path, codec: str) -> str:
 
 
 def pack(image: str, found: Json, codec: str, progress: Progress, *sinks: Sink) -> Json:
-    """Pack what `docker save` writes; the names that are in it."""
+    """Pack what `docker save` writes; returns the names in it."""
     archive = Archive()
     with Child("docker", "save", "--", image, stdout=PIPE) as docker:
         through(packer(codec), docker, (archive.read, progress.add), (Tap.drain, *sinks))
@@ -397,9 +397,9 @@ def pack(image: str, found: Json, codec: str, progress: Progress, *sinks: Sink) 
 
 
 def squash(image: str, found: Json, part: BinaryIO, *sinks: Sink) -> Json:
-    """Have a squashfs file written, which takes our part's place; enroot asks for a command."""
+    """Write a squashfs file in place of `part`; enroot is used if the image has a command."""
     fresh = Path(f"{part.name}.sqsh").absolute()
-    fresh.unlink(missing_ok=True)  # enroot overwrites none
+    fresh.unlink(missing_ok=True)  # enroot does not overwrite
     os.environ.setdefault("ENROOT_SQUASH_OPTIONS", " ".join(SQUASH))
     try:
         if shutil.which("enroot") and any(map(found["config"].get, ("Cmd", "Entrypoint"))):
@@ -437,7 +437,7 @@ def export(found: Json, target: str) -> None:
             through(["mksquashfs", "-", target, *SQUASH, *OF_TAR], docker, left, (Tap.drain,))
     finally:
         rm = Child("docker", "rm", "--force", "--volumes", name)
-        rm.wait()  # with no `with`: a stop that comes meanwhile lets it end
+        rm.wait()  # not in a `with`: a signal now must not interrupt it
 
 
 def verify(tarball: Path) -> str:
@@ -445,7 +445,7 @@ def verify(tarball: Path) -> str:
         die(f"{tarball} has no sidecar {tarball}.json to be checked against")
     digest, archive = hashlib.sha256(), Archive()
     codec = unpack(tarball, "checked", (digest.update,), (archive.read,))
-    names = sidecar["tags"], sidecar["config_digest"]  # a squashfs file has none
+    names = sidecar["tags"], sidecar["config_digest"]  # a squashfs file has none of its own
     tags, config = names if codec == "sqsh" else tags_and_config(archive.get("manifest.json"))
     inside = {"sha256": digest.hexdigest(), "codec": codec, "tags": tags, "config_digest": config}
     for key, value in inside.items():
@@ -462,9 +462,9 @@ def load(tarball: Path) -> str:
             try:
                 docker.stdin.write(chunk)
             except BrokenPipeError:
-                docker.finish()  # no failure: it had all, what is left is padding after the tar
+                docker.finish()  # no failure: it had all, the rest is padding after the tar
 
-        # A failing decompressor ends `docker load` before it sees an end of file it could believe.
+        # If the decompressor fails, `docker load` is ended before it sees an end that looks right.
         unpack(tarball, "loaded", (), (Tap.drain, give))
         with suppress(BrokenPipeError):
             docker.stdin.close()
@@ -472,7 +472,7 @@ def load(tarball: Path) -> str:
         loaded = re.findall(r"Loaded image(?: ID)?: (.+)", docker.stdout.read().decode())
     if sidecar is None:
         say(f"note: no {tarball}.json, so what was loaded is not checked")
-    # Its Id depends on Docker's store; one of containerd makes it up where an archive has none.
+    # The Id depends on Docker's store; containerd's makes one up if an archive has none.
     for tag in sidecar["tags"] if sidecar else ():
         found, config, manifest = inspect(tag), sidecar["config_digest"], sidecar["manifest_digest"]
         same_layers = manifest is None and found["layers"] == sidecar["diff_ids"]
@@ -501,7 +501,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_env() -> None:
-    """Read .env, unless others may have written it: all that we start gets its variables."""
+    """Read .env; die if others may have written it: its variables reach all that we start."""
     try:
         from dotenv import load_dotenv
     except ImportError:
@@ -521,7 +521,7 @@ def load_env() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     args = parse(argv)
-    os.umask(os.umask(0o077) | 0o002)  # a tarball that everybody may change is nobody's image
+    os.umask(os.umask(0o077) | 0o002)  # nobody can trust an image that everybody may change
     load_env()
     for each in {each for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN}:  # nohup
         signal.signal(each, stop)

@@ -29,14 +29,14 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
 
-CONNECT_SECONDS = 5.0  # an address that drops packets is told apart from a slow engine
-READ, MAX_BODY = 1 << 16, 1 << 23  # a thousand models are listed in 1 MB
+CONNECT_SECONDS = 5.0  # tells an address that drops packets from a slow engine
+READ, MAX_BODY = 1 << 16, 1 << 23  # a list of a thousand models takes 1 MB
 EVENT = re.compile(rb"(?:[^\r\n]+(?:\r\n|[\r\n]|\Z))+")  # what blank lines separate
 DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])(?:data:[ \t]?){1,2}(?![ \t]*\[DONE)([^\r\n]*)")
-PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
+PARTS = re.compile(r'"text": "([^"]+)')  # texts of a content that is a list, as Mistral's
 DECIMAL = re.compile(rb'(_tokens"\s*:\s*\d+)\.0\b')  # some write 8.0
 DONE = re.compile(rb"(?:\A|[\r\n])(?:data: ?){1,2}\[DONE\]")  # some gateways wrap it twice
-BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
+BUFFERED_MS = 100.0  # an engine this slow to the first token also takes time for the others
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
 Facts = dict[str, Any]
@@ -47,12 +47,12 @@ class Wrong(Exception):
 
 
 class Trouble(Exception):
-    """Nothing could be checked: why, in one sentence, and maybe another exit code than 2."""
+    """Nothing could be checked. Arguments: why, in one sentence, and an exit code if not 2."""
 
 
 @dataclass
 class Answer:
-    status: int = 0  # 0: nothing came that was HTTP
+    status: int = 0  # 0: no HTTP answer came
     content_type: str = ""
     body: bytearray = field(default_factory=bytearray)
     stamps: list[tuple[int, float]] = field(default_factory=list)  # (length of body, ms)
@@ -67,14 +67,14 @@ SPARE = {"top_k": "", "seed": "", "stream_options": "", "temperature": "",
 
 
 def is_ok(answer: Answer, ask: Facts) -> Facts:
-    if answer.broken or answer.status not in range(200, 204):  # some say 201 Created
+    if answer.broken or answer.status not in range(200, 204):  # some answer 201 Created
         status = f"status {answer.status} instead of 200{HINTS.get(answer.status, '')}"
         raise Wrong(answer.broken or status)
     return {"detail": ""}  # trtllm-serve's /health has an empty body, others' do not
 
 
 def lists_model(answer: Answer, ask: Facts) -> Facts:
-    """An engine echoes whatever name a request carries: only this list tells what it serves."""
+    """Engines echo any name that a request carries: only this list tells what they serve."""
     is_ok(answer, ask)
     reply = parse(answer.body)  # some call it `models`, send the bare array, or only names
     found = (reply.get("models") or reply.get("data")) if isinstance(reply, dict) else reply
@@ -92,7 +92,7 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
 
 
 def served_as(model: str) -> list[str]:
-    """TensorRT-LLM serves a directory under its last part, vLLM under its path, Ollama a tag."""
+    """Names a model may have: TensorRT-LLM serves a directory under its last part, Ollama a tag."""
     is_path = model.startswith(("/", ".", "~")) or os.path.isdir(model)  # noqa: PTH112  never raises
     return [model, *([PurePath(model).name] if is_path else [f"{model}:latest", f"models/{model}"])]
 
@@ -130,7 +130,7 @@ def words(chunk: object) -> str:
 
 
 def whole(chunks: list[Any]) -> Facts:
-    """The reply that the stream was cut from; some put a usage of zeros into each chunk."""
+    """The reply that was streamed, put together; some put a usage of zeros into each chunk."""
     choices = [choice for chunk in chunks for choice in objects(chunk, "choices", [])]
     end = next(filter(None, (choice.get("finish_reason") for choice in reversed(choices))), None)
     parts = [*chunks[::-1], *choices[::-1], *(c.get("x_groq") for c in chunks)]  # Moonshot, Groq
@@ -150,7 +150,7 @@ def judge(reply: object, ask: Facts) -> Facts:
     thoughts = re.search('"(reasoning_tokens": [1-9]|completion_tokens": 0)', json.dumps(reply))
     for choice in choices:
         judge_choice(choice, ask, thoughts is not None)
-    if ask.get("stream") and "stream_options" not in ask:  # refused: nothing has to be counted
+    if ask.get("stream") and "stream_options" not in ask:  # it was refused, so no usage is due
         return {"detail": "uncounted tokens"}
     limit = ask.get("max_tokens") or ask["max_completion_tokens"]
     return {"detail": f"{(n := completion_tokens(reply, count * limit))} token{'s' * (n != 1)}"}
@@ -170,7 +170,7 @@ def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:
 def completion_tokens(reply: object, limit: int) -> int:
     match reply:
         case {"usage": {"prompt_tokens": int(p), "completion_tokens": int(c), "total_tokens": t}}:
-            # Google counts thoughts in the total alone.
+            # Google counts reasoning tokens only in the total.
             if p > 0 and 0 <= c <= limit and isinstance(t, int) and p + max(c, 1) <= t:
                 return c or t - p
             raise Wrong(f"usage: {p} prompt + {c} completion = {t} tokens, with {limit} allowed")
@@ -178,7 +178,7 @@ def completion_tokens(reply: object, limit: int) -> int:
 
 
 def text_of(choice: Facts, key: str) -> str:
-    """Chat has it under `message`, or `delta` in a stream; a completion in the choice itself."""
+    """The text: a chat's is under `message` (`delta` in a stream), a completion's in the choice."""
     part = choice.get(key) if key else choice
     # A reasoning model may spend all its tokens before the first word of content.
     keys = ("content", "reasoning_content", "reasoning", "thinking") if key else ("text",)
@@ -230,12 +230,12 @@ CHECKS = (
 class Target(NamedTuple):
     url: str
     model: str = ""  # empty: whatever the server lists first
-    file: str = ""  # that named it
+    file: str = ""  # the file that named it
     replicas: Sequence[tuple[str, str]] = ()  # name and URL of those behind a fleet's address
 
 
 def settings() -> dict[str, str]:
-    """The environment, over .env here, over .env next to this script."""
+    """The environment, then .env here, then .env next to this script."""
     found: dict[str, str | None] = {}
     try:
         from dotenv import dotenv_values
@@ -253,7 +253,7 @@ def settings() -> dict[str, str]:
 
 
 def check_owner(path: Path, why: str) -> None:
-    """What others may have written could send our key to them."""
+    """Trouble if others may have written the file: they could have our key sent to them."""
     if path.is_file():
         state, ours = path.stat(), {os.geteuid(), 0, Path(__file__).stat().st_uid}
         if state.st_uid not in ours or state.st_mode & 0o002:
@@ -265,7 +265,7 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
     # A URL on the command line is complete: PORT was meant for something else.
     port = port_number(args.port or ("" if "://" in args.host else env.get("PORT", "")))
     left = None if host else left_by_launcher(env.get("WORKSPACE", ""))
-    # PORT of the environment is the launcher's own setting: it hides no record.
+    # PORT in the environment is the launcher's own setting and overrides no record.
     if left and port_number(args.port) in (0, urlsplit(left.url).port):
         return left._replace(model=args.model or left.model)
     url = base_url(host or "localhost", port)
@@ -287,14 +287,14 @@ def left_by_launcher(workspace: str) -> Target | None:
                 left = json.loads(path.read_text(encoding="utf-8"))
                 each = [(str(r["name"]), base_url(r["url"])) for r in left.get("replicas") or ()]
                 return Target(base_url(left["url"]), str(left.get("model") or ""), str(path), each)
-        except Exception as e:  # it may be anybody's, and hold anything
+        except Exception as e:  # the file may hold anything
             wrong = f"{path} does not name a server ({e})"
             raise Trouble(f"{wrong}: remove it, or name the server with -H and -p", 1) from e
     return None
 
 
 def base_url(host: str, port: int = 0) -> str:
-    """What to put /v1/... behind; it ends with a slash where the API has a path in place of /v1."""
+    """The URL to append /v1/... to; it ends with a slash if the API has another path for /v1."""
     if host.count(":") > 1 and not {"[", "/"} & {*host}:
         host = f"[{host}]"  # a bare IPv6 address
     try:
@@ -340,7 +340,7 @@ class Server(NamedTuple):
     tls: ssl.SSLContext
 
     def curl(self, path: str, body: Facts) -> str:
-        """The request to paste: the shell fills in the key; no proxy, as here."""
+        """The request as a line to paste: the shell fills in the key; no proxy is used."""
         auth = '-H "Authorization: Bearer $OPENAI_API_KEY" ' if self.key else ""
         words = [re.sub("(?<!:)//v1/", "/", self.url + path)]
         words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
@@ -348,7 +348,7 @@ class Server(NamedTuple):
         return f"curl -isSN{insecure} --noproxy '*' {auth}{shlex.join(words)}"
 
     def fetch(self, path: str, body: Facts) -> Answer:
-        """The answer, or what there is of it when time is over: bytes can drip for ever."""
+        """The answer, or what came of it in time: a server can drip bytes for ever."""
         exchange = (path, body, answer := Answer(), time.perf_counter())
         reader = threading.Thread(target=self.converse, args=exchange, daemon=True)
         reader.start()
@@ -372,7 +372,7 @@ class Server(NamedTuple):
         answer.ms = (time.perf_counter() - start) * 1000
 
     def send(self, path: str, body: Facts, answer: Answer) -> Iterator[bytes]:
-        """What comes, as it comes. Proxies and redirects would take the key elsewhere."""
+        """Yield the bytes as they come. Proxies and redirects would take the key elsewhere."""
         host, wait = (url := urlsplit(self.url)).hostname or "", min(CONNECT_SECONDS, self.seconds)
         connection = http.client.HTTPConnection(host, url.port, timeout=wait)
         if url.scheme == "https":
@@ -386,7 +386,7 @@ class Server(NamedTuple):
             (sock := connection.sock).settimeout(self.seconds)
             connection.request(method, (url.path + path).replace("//v1/", "/"), content, headers)
             response = connection.getresponse()
-            while 100 < response.status < 200:  # Early Hints; http.client knows 100 Continue alone
+            while 100 < response.status < 200:  # Early Hints; http.client skips only 100
                 response.headers = None  # type: ignore[assignment]
                 response.begin()
             answer.status = response.status
@@ -445,7 +445,7 @@ def run(check: Check, server: Server, ask: Facts) -> Facts:
 
 
 def refused(answer: Answer, ask: Facts) -> str:
-    """The field that a 400 names and that we can do without; or none."""
+    """The field that a 400 or 422 names and that we can do without; '' if there is none."""
     said = answer.body.decode(errors="replace") if answer.status in (400, 422) else ""
     return next((n for n, other in SPARE.items() if n in ask and n in said and other in said), "")
 
@@ -464,7 +464,7 @@ def show(result: Facts, out: TextIO) -> Facts:
 
 
 def printable(text: str) -> str:
-    """On one line, and unable to drive the terminal."""
+    """The text on one line, with control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -482,7 +482,7 @@ def smoke(args: argparse.Namespace) -> int:
         check_owner(Path(target.file), "OPENAI_API_KEY is not sent there: -H, -p name a server")
     out = sys.stderr if args.json else sys.stdout
     if isinstance(out, TextIOWrapper):
-        out.reconfigure(errors="backslashreplace")  # a model's text, an ASCII locale
+        out.reconfigure(errors="backslashreplace")  # the text may not be ASCII, the locale may
     print("Testing", target.url + f", from {printable(target.file)}" * bool(target.file), file=out)
     if args.each and not target.replicas:
         raise Trouble(f"--each: {target.file or target.url} names no replicas")
@@ -497,7 +497,7 @@ def smoke(args: argparse.Namespace) -> int:
 
 
 def check_all(name: str, server: Server, target: Target, out: TextIO) -> Facts:
-    """A line a check; of a server with a name, one for all of them and those that failed."""
+    """Print a line per check; for a named server, one for all checks and those that failed."""
     results = [r if name else show(r, out) for r in run_all(server, target)]
     passed, failed = ([r for r in results if r["ok"] is ok] for ok in (True, False))
     ok = any(r["name"] in ("completions", "chat") for r in passed) and not failed

@@ -50,7 +50,7 @@ FLAGS = ("ENGINE", "RUNTIME", "IMAGE", "CONTAINER_MOUNT")  # settings that say w
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and what is for the launcher."""
+    """Our options, and the launcher's arguments."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s MODEL [options] [RUN_SBATCH_ARGS...]",
         description=(__doc__ or "").strip(),
@@ -109,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def split(values: str) -> list[str]:
-    """At the commas that are in no brackets and no quotes: a value may be a list."""
+    """Split at commas outside brackets and quotes: a value may be a list."""
     found, depth, quote = [""], 0, ""
     for char in values:
         if quote or char in "\"'":
@@ -133,7 +133,7 @@ def space_of(args: argparse.Namespace) -> Space:
     replicas = tuple(filter(None, (args.replicas or setting("REPLICAS")).split(",")))
     if wrong := [each for each in replicas if not (each == "auto" or is_count(each))]:
         misused(f"--replicas {wrong[0]}: neither a number nor auto")
-    replicas = () if replicas == ("1",) else replicas  # as if nobody had asked
+    replicas = () if replicas == ("1",) else replicas  # the same as not given
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if not args.tp and setting("TP"):
         try:
@@ -144,7 +144,7 @@ def space_of(args: argparse.Namespace) -> Space:
 
 
 def gpus_there(asked: int | None, place: Place) -> int:
-    """GPUs to plan with; 0 where nobody knows."""
+    """GPUs to plan with; 0 if nobody knows."""
     gpus = setting("GPUS")
     if asked or gpus == "none":
         return asked or 0
@@ -154,13 +154,13 @@ def gpus_there(asked: int | None, place: Place) -> int:
 
 
 def nodes_of(place: Place) -> Nodes:
-    """Where candidates are served. Nodes of several kinds are taken for the smallest of them."""
+    """The nodes that serve candidates. Nodes of several kinds all count as the smallest."""
     counts = [place.gpus(index) for index in range(place.size)]
     return Nodes(place.allocation.nodes or [""], min(counts, default=0))
 
 
 def of_workspace(launching: argparse.Namespace) -> list[str]:
-    """What a server finds in the user's workspace, where it has one of its own: image and model."""
+    """Options for image and model in the user's workspace, as each server has one of its own."""
     if not runtime(launching.runtime).HAS_IMAGE:
         return []
     tarball = None if launching.image else newest_tarball(launching.workspace)
@@ -172,9 +172,9 @@ def of_workspace(launching: argparse.Namespace) -> list[str]:
 
 
 def command_of(words: Sequence[str], model: Sequence[str]) -> list[str]:
-    """The launcher's words, as they were given, and what the environment adds to them.
+    """The launcher's arguments as they were given, and what the environment adds to them.
 
-    The answer has them to be pasted, where the environment may be another one.
+    The answer shows them to be pasted, perhaps where the environment is another one.
     """
     end = words.index("--") if "--" in words else len(words)
     flags = {name: f"--{name.lower().replace('_', '-')}" for name in FLAGS}
@@ -188,7 +188,7 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 
 def check_load(args: argparse.Namespace, port: int) -> None:
-    """What of the command line cannot be measured, and what of it does less than one may think."""
+    """Refuse what cannot be measured, and say which flags do less than one may think."""
     if len(dict(args.goodput)) < len(args.goodput):
         misused("--goodput: a limit is named twice")
     if args.output_len == 1 and "tpot" in dict(args.goodput):
@@ -202,7 +202,7 @@ def check_load(args: argparse.Namespace, port: int) -> None:
 
 
 def bench_words(args: argparse.Namespace) -> list[str]:
-    """What bench.py is given for every load."""
+    """bench.py's arguments for every load."""
     words = ["--input-len", str(args.input_len), "--output-len", str(args.output_len),
              "--repeat", str(args.repeat)]  # fmt: skip
     return words + (["--num-prompts", str(args.num_prompts)] if args.num_prompts else [])
@@ -212,7 +212,7 @@ def dry_run(
     candidates: Sequence[Candidate], left_out: Sequence[LeftOut], args: argparse.Namespace,
     nodes: Nodes, model: str,
 ) -> None:  # fmt: skip
-    """What would be tried, how many runs that is, and how long they will take."""
+    """Print what would be tried, how many runs that is, and how long they will take."""
     for each in candidates:
         servers = f", {each.replicas} servers" if each.replicas > 1 else ""
         print(f"{each.name}: {each.shape}, {counted(each.gpus, 'GPU')}{servers}")
@@ -227,14 +227,14 @@ def dry_run(
 def tune(argv: Sequence[str] | None = None) -> int:
     bench_place.environment()
     args, rest = parse(argv)
-    launching, words = cli.parse(["--replicas", "1", *rest], "")  # REPLICAS may be several here
+    launching, words = cli.parse(["--replicas", "1", *rest], "")  # REPLICAS may be a list here
     kind, place = engine(launching.engine), find_place(os.environ)
     given, common, port = kind.read(words, setting("PORT"))
     model, nodes = find_model(given), nodes_of(place)
     command = command_of(list(map(from_home, rest)), [] if given else [model])
     span = partial(expand, space_of(args), kind, common, model_config(model),
                    gpus_there(args.gpus, place))  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:  # no folder is left where nothing is to be done
+    with tempfile.TemporaryDirectory() as scratch:  # leaves no folder if there is nothing to do
         candidates, left_out = span(Path(scratch))
     check_load(args, port)
     if args.dry_run:

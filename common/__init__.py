@@ -1,4 +1,4 @@
-"""What every part needs: settings, words and errors, one question over HTTP, signals.
+"""What every part needs: settings, messages and errors, single HTTP requests, signals.
 
 Imports the standard library and python-dotenv, nothing of ours outside this folder.
 """

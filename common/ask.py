@@ -1,8 +1,8 @@
-"""One question to a server that may be anything: bounded in time and in size, and by the book.
+"""A single HTTP request to any kind of server, with limits on time and size.
 
-No redirect is followed: it would take the key, and what is measured, elsewhere. No proxy is used:
-it cannot reach a private node, or would answer in its stead. The library that scripts use for the
-rest has a timeout for each read, so that a byte a second would hold it for ever.
+Redirects are not followed: they would take the API key, and the measurement, elsewhere. Proxies are
+not used: they cannot reach a private node, or would answer in its place. `requests` will not do:
+its timeout is per read, so a server that sends a byte a second would hold us for ever.
 """
 
 import json
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from common.response import BROKEN_OFF, HEAD_LIMIT, Malformed, Reply, read_body
 
 CONNECT_TIMEOUT = 5.0
-LARGEST = 1 << 23  # bytes; a thousand adapters are listed in 1 MB, as many iterations told in 2
+LARGEST = 1 << 23  # bytes; 1,000 adapters take 1 MB to list, 1,000 iterations' statistics 2 MB
 USER_AGENT = "tensorrt-llm-serve"  # gateways and their firewalls refuse requests without one
 DEFAULT_PORTS = {False: 80, True: 443}  # by TLS
-BUNDLE, CURLS = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # test.py's; Python knows SSL_CERT_FILE
+BUNDLE, CURLS = "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"  # Python itself reads only SSL_CERT_FILE
 
 
 class Answer(NamedTuple):
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
     server: str = ""  # the header of that name
 
     def json(self) -> Any:  # noqa: ANN401
-        """The document; ValueError where it is none."""
+        """The JSON document; ValueError if it is not JSON."""
         try:
             return json.loads(self.body)
         except RecursionError:
@@ -47,10 +47,10 @@ def ask(
     verify: bool = True,
     whole: bool = True,
 ) -> Answer:
-    """The answer to a GET, or to a POST of `body`; without `whole`, its status alone.
+    """The answer to a GET, or to a POST of `body`; without `whole`, only its status.
 
-    Everything has to be over in `seconds`, at most a day; a connection within CONNECT_TIMEOUT.
-    OSError (TimeoutError, too) where nobody answers, Malformed where it is no good answer.
+    The whole exchange must end within `seconds` (at most a day), connecting within CONNECT_TIMEOUT.
+    OSError (including TimeoutError) if nobody answers, Malformed if the answer is not proper HTTP.
     """
     deadline, parts = time.monotonic() + seconds, urlsplit(url)
     tls = parts.scheme == "https"
@@ -74,7 +74,7 @@ def content(reply: Reply) -> bytes:
 
 
 def authority(host: str, port: int, tls: bool) -> str:
-    """A Host header as browsers write it: some gateways know no `name:80`."""
+    """The Host header as browsers write it: some gateways do not accept `name:80`."""
     name = f"[{host}]" if ":" in host else host.encode("idna").decode()
     return name if port == DEFAULT_PORTS[tls] else f"{name}:{port}"
 
@@ -112,7 +112,7 @@ def request(host: str, path: str, key: str, body: Mapping[str, object] | None) -
 
 
 def receive(sock: socket.socket, deadline: float, whole: bool) -> Reply:
-    """What comes until the answer is whole, or its header is; a deadline for all of it."""
+    """Read until the answer (without `whole`: its header) is there, or until the deadline."""
     reply = Reply()
     while True:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))

@@ -1,4 +1,4 @@
-"""One line of a terminal that tells how far a run or a download is."""
+"""The progress line that a terminal shows for a run or a download."""
 
 import contextlib
 import os
@@ -15,21 +15,21 @@ def colour(text: str, code: str, stream: TextIO) -> str:
 
 
 def at_terminal() -> bool:
-    """Somebody looks at all that we write."""
+    """Whether both stdout and stderr are a terminal."""
     with contextlib.suppress(ValueError):
         return sys.stdout.isatty() and sys.stderr.isatty()
     return False
 
 
 class Live:
-    """The line of the terminal that is written over. Whoever else talks there clears it first."""
+    """The terminal line that is rewritten in place. Any other output clears it first."""
 
     shown: ClassVar[bool] = False
 
     @classmethod
     def show(cls, words: str) -> None:
         cls.shown = True
-        width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be taken back
+        width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be erased
         bare = re.sub(r"\033\[\d*m", "", words)
         cls.write("\r\033[K" + (words if len(bare) <= width else bare[:width]))
 
@@ -41,12 +41,12 @@ class Live:
 
     @staticmethod
     def write(words: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
             print(words, end="", file=sys.stderr, flush=True)
 
 
 class LiveLine:
-    """On one line of a terminal: what is done, tokens a second if there are any, the time left."""
+    """One terminal line: how much is done, tokens per second if there are any, the time left."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.start = label, total, time.monotonic()

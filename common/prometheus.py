@@ -1,4 +1,4 @@
-"""A page of /metrics as Prometheus reads it, of an engine or of HAProxy: names, labels, values."""
+"""Parses a Prometheus /metrics page of an engine or HAProxy into names, labels and values."""
 
 import math
 import re
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})?[ \t]+([^\s#]+)", re.M)
 
-# What engines call a thing, without their own name before it.
+# The engines' names for each metric, without the engine's prefix.
 RUNNING = ("num_requests_running", "num_running_reqs", "batch_current_size")
 WAITING = ("num_requests_waiting", "num_queue_reqs", "queue_size")
 MADE = ("generation_tokens",)  # tokens
 
-Page = dict[str, list[float]]  # a metric's values, one a set of labels (replica, model, reason)
+Page = dict[str, list[float]]  # a metric's values, one per set of labels (replica, model, reason)
 
 
 def samples(text: str) -> Iterator[tuple[str, str, float]]:
-    """Each name, its labels in braces, and its value, where that is a number."""
+    """Every sample with a finite value: its name, its labels in braces, the value."""
     for name, labels, text_of_value in SAMPLE.findall(text):
         try:
             value = float(text_of_value)
@@ -26,7 +26,7 @@ def samples(text: str) -> Iterator[tuple[str, str, float]]:
 
 
 def of_engine(engines: str, *texts: str) -> Page:
-    """What one of `engines` (a|b) says here, without its name before and `_total` behind."""
+    """The metrics of any of `engines` (`a|b`), without the engine's prefix and a final `_total`."""
     of_one, found = re.compile(rf"(?:ray_)?(?:{engines})[:_](\w+)"), Page()
     for name, _, value in (each for text in texts for each in samples(text)):
         if known := of_one.fullmatch(name):
@@ -35,5 +35,5 @@ def of_engine(engines: str, *texts: str) -> Page:
 
 
 def total(page: Page, names: tuple[str, ...]) -> float | None:
-    """Of the first name that is there, whatever its labels; None where none is."""
+    """The sum over all labels of the first name that is present; None if none is."""
     return next((sum(page[name]) for name in names if name in page), None)

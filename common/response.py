@@ -1,7 +1,7 @@
-"""One answer over HTTP: its bytes as they came, where it ends, and what its header says.
+"""One HTTP answer: its bytes as they came, where it ends, and what its header says.
 
-While a request is measured nothing here runs but `Reply.add`, which looks at the last few bytes.
-All else happens when it has ended (load/answer.py).
+While a request is being measured, only `Reply.add` runs, which looks at the last few bytes.
+Everything else happens after it has ended (load/answer.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# No JSON text holds a raw line end: this is never content.
+# JSON text holds no raw line ends, so this is never content.
 STREAM_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
-HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is no line end by the book, and is sent
+HEAD_END = re.compile(rb"\r?\n\r?\n")  # a bare \n is against the standard, but some send it
 NO_ANSWER = "the connection closed before the answer began"
 BROKEN_OFF = "the connection closed in the middle of the answer"
 ERROR_LENGTH = 300
-COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # not `none`, which forbids them
-HEAD_LIMIT = 1 << 16  # bytes; no honest header comes near
+COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # `none` is no compression
+HEAD_LIMIT = 1 << 16  # bytes; no real header is nearly as long
 INTERIMS = 9
-WORDS = ("error", "message", "detail", "msg", "text")  # where an error's words are, by server
-PROTOCOLS = {  # what else may listen on a port, by its first bytes
+WORDS = ("error", "message", "detail", "msg", "text")  # where servers put an error's text
+PROTOCOLS = {  # what else may listen on a port, by the first bytes it sends
     b"\x15\x03": "it speaks TLS: write https://",
     b"\x16\x03": "it speaks TLS: write https://",
     b"\x00\x00": "it may be the port for HTTP/2 or gRPC",
@@ -43,14 +43,14 @@ class Head(NamedTuple):
     length: int | None
     close: bool
     kind: str  # the content type, without parameters; '' for none
-    encoding: str  # gzip and its like, which was not asked for; mostly ''
+    encoding: str  # gzip and the like, which we did not ask for; usually ''
     location: str
     server: str
     retry_after: str = ""
 
     @property
     def moved(self) -> str:
-        """Where a redirect leads, in words; '' where it is none."""
+        """Where a redirect leads, in words; '' if this is not one."""
         if not 300 <= self.status < 400:
             return ""
         where = f" to {shown(self.location)}" if self.location else ""
@@ -70,7 +70,7 @@ def parse_head(raw: bytes | bytearray) -> Head | None:
             return None
         end = found.end()
         head = read_head(raw[start : found.start()].decode("latin-1"), end)
-        if head.status >= 200:  # 100 Continue and its like come before the answer
+        if head.status >= 200:  # interim answers (100 Continue) come first
             return head
     raise Malformed(f"{INTERIMS} times 100 Continue, and no answer")
 
@@ -111,12 +111,12 @@ class Reply:
         self.raw = bytearray()
         self.ends = array("q")
         self.stamps = array("q")  # arrival of each read's last packet, ns since 1970
-        self.seen = array("q")  # when the client got round to it
+        self.seen = array("q")  # when the client read it
         self.head: Head | None = None
         self.walked = 0
 
     def add(self, data: bytes, stamp: int, seen: int) -> bool:
-        """Keep what came; true when it was the end of the answer."""
+        """Keep what came; true if it completes the answer."""
         self.raw += data
         self.ends.append(len(self.raw))
         self.stamps.append(stamp)
@@ -137,7 +137,7 @@ class Reply:
         return head.length is not None and len(self.raw) >= head.end + head.length
 
     def said_done(self) -> bool:
-        """Is [DONE] the last that came? Some never end the transfer after it."""
+        """Is [DONE] the last thing that came? Some servers never end the transfer after it."""
         return self.raw[-32:].rstrip(b"\r\n").endswith(b"[DONE]")
 
     def _at_last_chunk(self) -> bool:
@@ -155,7 +155,7 @@ def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
             size = int(raw[at:eol].partition(b";")[0], 16)
         except ValueError:
             size = -1
-        if size < 0:  # one that went back would be read for ever
+        if size < 0:  # a negative size would make us loop for ever
             raise Malformed(f"bad chunk size {bytes(raw[at:eol][:20])!r}")
         if eol + 4 + size > len(raw):
             return
@@ -166,12 +166,12 @@ def chunks(raw: bytes | bytearray, at: int) -> Iterator[tuple[int, int]]:
 
 
 class Body(NamedTuple):
-    """A body without its transfer encoding, and how to find its bytes in the raw answer again."""
+    """A body without its transfer encoding, and where its bytes are in the raw answer."""
 
     data: bytes
     ends: list[int]  # where each chunk ends in `data`
-    shifts: list[int]  # how much further on the chunk's bytes lie in the raw answer
-    whole: bool  # else the connection closed before the end
+    shifts: list[int]  # how much further on the chunk's bytes are in the raw answer
+    whole: bool  # false if the connection closed before the end
 
     def raw_offset(self, offset: int) -> int:
         return offset + self.shifts[bisect_left(self.ends, offset)]
@@ -202,9 +202,9 @@ def read_body(raw: bytearray, head: Head) -> Body:
 
 
 def error_message(body: bytes) -> str:
-    """The words of an error: flat, nested as OpenAI's, a page, or any text."""
+    """An error's message, from JSON (flat, or nested as OpenAI's), an HTML page or any text."""
     text = body.decode("utf-8", "replace").strip()
-    start, end = text.find("{"), text.rfind("}")  # `data:` may stand before it
+    start, end = text.find("{"), text.rfind("}")  # `data:` may come before it
     try:
         document = json.loads(text[start : end + 1])
         words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
@@ -217,6 +217,6 @@ def error_message(body: bytes) -> str:
 
 
 def shown(text: str) -> str:
-    """What a server said, for a terminal and a report: one line, nothing that acts on either."""
+    """A server's words made safe for a terminal and a report: one line, no control characters."""
     line = " ".join(text.split())[:ERROR_LENGTH]
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

@@ -14,7 +14,7 @@ from common.talk import die, misused, say
 
 @dataclass(frozen=True)
 class Setting:
-    """A variable, its default, and a line of what it is for."""
+    """A variable, its default, and one line on what it is for."""
 
     name: str
     default: str
@@ -56,37 +56,37 @@ ROWS = (
 )
 SETTINGS = tuple(Setting(*row) for row in ROWS)
 
-# Set in the environment, these reach the engine: NCCL_DEBUG, FI_PROVIDER, TRTLLM_..., and so on.
+# Variables with these prefixes are passed on from the environment to the engine.
 PASSED_ON = ("NCCL_", "FI_", "HF_", "UCX_", "TRTLLM_", "TLLM_", "VLLM_", "SGLANG_", "SGL_")
 
-# What Hugging Face's libraries take for these, too.
+# Older names that Hugging Face's libraries still accept.
 OLDER = {
     "HUGGING_FACE_HUB_TOKEN": "HF_TOKEN",
     "HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE",
 }
 
-# Of make alone: it turns them into flags.
+# Variables for make only, which turns them into flags.
 OF_MAKE = (
     "CONFIGS GOODPUT FILE COMPRESS RESULTS BEFORE AFTER FOLDER CLUSTER HOURS JOB LOG EXTRA_ARGS "
     "BENCH_ARGS REPLICA PREFILL DECODE PREFILL_CONFIG DECODE_CONFIG"
 ).split()
-# What the programs that we call read from their environment; the engine without a container, too.
+# Variables read by the programs that we call, and by an engine without a container.
 OTHERS = re.compile(
     "(?i:(https?|all|no|ftp)_proxy)|(GLOO|TP)_SOCKET_IFNAME|"
     "(DOCKER|AWS|SLURM|SALLOC|SBATCH|SRUN|SQUEUE|SINFO|SSL|XDG|LC|REQUESTS|CURL)_\\w+|PYTHON\\w+|"
     "PATH|HOME|LANG|TZ|TMPDIR|TERM|COLUMNS|NO_COLOR|MAKEFLAGS|LD_LIBRARY_PATH|KRB5CCNAME"
 )
 
-# What the kernel takes for one variable or argument; .env is the one way around it.
+# The kernel's limit in bytes for one variable or argument; only .env could exceed it.
 LONGEST = 128 * 1024 - 1
 SECRETS = re.compile("TOKEN|SECRET|PASSWORD|_KEY$")
 
 
 def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
-    """Failure for a file that anybody may have written: what it says can mean running their code.
+    """Failure if anybody else may have written the file: its contents can make us run their code.
 
-    Ours, root's, and the owner's of these scripts, whose code we run anyway, are as good as told by
-    us. Who owns the directory does not matter: what others put there is theirs.
+    We trust files that belong to us, to root, or to the owner of these scripts, whose code we run
+    anyway. Who owns the directory does not matter: a file that others put there is theirs.
     """
     friends = {os.geteuid(), 0, Path(__file__).stat().st_uid}
     if state.st_uid not in friends:
@@ -97,17 +97,17 @@ def trust(path: Path, state: os.stat_result, otherwise: str) -> None:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a .env file; {} where there is none. Failure where it is not sound."""
+    """The variables of a .env file; {} if there is none. Failure if it is unreadable or unsafe."""
     try:
         if not (path.is_file() or path.is_fifo()):
             return {}
-        with path.open(encoding="utf-8-sig") as file:  # Windows' editors put a mark in front
+        with path.open(encoding="utf-8-sig") as file:  # Windows editors put a BOM in front
             state = os.fstat(file.fileno())
             trust(path, state, "it is not read; make it your own (chown, chmod o-w) or remove it")
             text = file.read()
     except (OSError, ValueError) as error:
         die(f"cannot read {path}: {error}")
-    from dotenv import dotenv_values  # late: many have no such file
+    from dotenv import dotenv_values  # late: often there is no such file
 
     check_lines(path, text)
     found = {n: value for n, value in dotenv_values(stream=io.StringIO(text)).items() if value}
@@ -132,7 +132,7 @@ def check_lines(path: Path, text: str) -> None:
 
 
 def say_useless(path: Path, names: Iterable[str]) -> None:
-    """A line for each variable that nobody heeds: a slip, or one that belongs elsewhere."""
+    """Warn about each variable that nothing reads: a typo, or one that belongs elsewhere."""
     ours = [each.name for each in SETTINGS]
     for name in names:
         heeded = name in ours or name in OLDER or name.startswith(PASSED_ON)
@@ -145,9 +145,9 @@ def say_useless(path: Path, names: Iterable[str]) -> None:
 
 
 def load_env_files() -> None:
-    """Read .env of the current directory, then beside the scripts.
+    """Read .env in the current directory, then the one beside the scripts.
 
-    By explicit path: under sbatch the script that runs is a copy in a spool directory.
+    The path is explicit: under sbatch the running script is a copy in a spool directory.
     """
     try:
         here = Path.cwd()
@@ -161,7 +161,7 @@ def load_env_files() -> None:
 
 
 def heed_older(environ: MutableMapping[str, str]) -> None:
-    """Hugging Face's caches and token that go by older names, by those that we pass on."""
+    """Copy Hugging Face's cache and token from older variable names to those that we pass on."""
     for name, newer in OLDER.items():
         if environ.get(name) and not environ.get(newer):
             environ[newer] = environ[name]
@@ -171,7 +171,7 @@ def heed_older(environ: MutableMapping[str, str]) -> None:
 
 
 def setting(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """A setting's value below its flag. An empty variable counts as not set."""
+    """A setting's value where no flag gives it. An empty variable counts as unset."""
     environ = os.environ if environ is None else environ
     return environ.get(name) or default_of(name)
 

@@ -7,24 +7,24 @@ from types import FrameType
 from common.talk import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What Slurm sends before the time limit where the job asks for it: --signal=B:USR1@300.
+# Slurm sends one of these before the time limit if the job asks for it: --signal=B:USR1@300.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 
 
 class Stopped(BaseException):
-    """A signal asked us to stop, the first argument says which; or, in a thread, the main one."""
+    """A signal (the first argument) asked us to stop; in a thread: the main thread did."""
 
 
 def pause(over: threading.Event, seconds: float) -> None:
-    """Sleep in a thread; Stopped as soon as all is over."""
+    """Sleep in a thread; Stopped as soon as `over` is set."""
     if over.wait(seconds):
         raise Stopped
 
 
 def obey() -> None:
-    """From now on a signal is a Stopped, unless it is ignored, as nohup and `&` want it.
+    """From now on a signal raises Stopped, unless we were started with it ignored (nohup, `&`).
 
-    Who ignores the end of its children hands that on to us, and we would not hear of ours.
+    SIGCHLD is reset: a parent that ignores it passes that on, and we would miss our children's end.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for each in SIGNALS:
@@ -33,7 +33,7 @@ def obey() -> None:
 
 
 def outlive_warnings() -> None:
-    """From now on they are told, and end nothing."""
+    """From now on these signals are reported and no longer end us."""
     for each in WARNINGS:
         signal.signal(each, on_warning)
 
@@ -41,12 +41,12 @@ def outlive_warnings() -> None:
 def on_warning(signum: int, _: FrameType | None) -> None:
     name = signal.Signals(signum).name
     words = f"{name} came, as Slurm sends it before the time limit (--signal): the server goes on"
-    # In a thread: who is interrupted may be in the middle of a line.
+    # In a thread, because the interrupted code may be in the middle of printing a line.
     threading.Thread(target=say, args=(words,)).start()
 
 
 def on_signal(signum: int, _: FrameType | None) -> None:
-    # The second one must not break the clean-up that the first has begun.
+    # A second signal must not break the clean-up that the first one began.
     turn_deaf()
     raise Stopped(signum)
 

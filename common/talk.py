@@ -1,4 +1,4 @@
-"""Words for people, and files for programs: what failed, what goes on, results written whole."""
+"""Messages for people and files for programs: errors, progress, files that are written whole."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from typing import IO, Any, ClassVar, NoReturn
 from common.live import Live, colour
 
 HEARTBEAT = 30.0  # seconds between two lines while something takes long
-WIDTH = 120  # columns of a terminal that are used
+WIDTH = 120  # columns used on a terminal
 
 
 class Failure(Exception):
     """What failed, in one sentence, and what to do next. Ends the program with its exit code.
 
-    One that is `passing` may not happen again when the server is started anew (--restart).
+    A `passing` failure may not happen again when the server is restarted (--restart).
     """
 
     def __init__(self, message: str, hint: str = "", passing: bool = False, code: int = 1) -> None:
@@ -39,7 +39,7 @@ def die(message: str, *, hint: str = "", passing: bool = False) -> NoReturn:
 
 
 def misused(message: str, *, hint: str = "") -> NoReturn:
-    """Wrong usage: of words or settings, before anything is done. Exit code 2, as argparse's."""
+    """Wrong arguments or settings, found before anything is done. Exit code 2, like argparse's."""
     raise Failure(message, hint, code=2)
 
 
@@ -56,20 +56,20 @@ def complain(error: Failure | OSError) -> int:
 
 
 def next_line(hint: str) -> str:
-    """What to do next, below the word ERROR."""
+    """The hint, on a line of its own below the error."""
     return f"\n           next: {hint}" if hint else ""
 
 
 class Record:
-    """What is kept of the talk: lines for a launch's own log, and whether the terminal gets all."""
+    """The launch's log of all that is said, and whether the terminal shows all of it, too."""
 
     verbose = False  # -v: commands, too
     file: IO[str] | None = None
-    early: ClassVar[list[str]] = []  # said before the log was there
+    early: ClassVar[list[str]] = []  # said before the log was open
 
     @classmethod
     def open(cls, path: Path) -> None:
-        """Write to this file from now on, first what was said before."""
+        """Log to this file from now on, starting with what was said so far."""
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             cls.file = path.open("a", encoding="utf-8", errors="surrogateescape")
@@ -89,7 +89,7 @@ class Record:
 
 @contextlib.contextmanager
 def speaking(speak: Callable[[float], object], every: float = 0) -> Iterator[None]:
-    """While the block lasts, `speak` is called now and then, with the seconds that it has taken."""
+    """Call `speak` regularly during the block, with the seconds that have passed."""
     over, begun = threading.Event(), time.monotonic()
 
     def beat() -> None:
@@ -104,7 +104,7 @@ def speaking(speak: Callable[[float], object], every: float = 0) -> Iterator[Non
 
 
 def say(message: str, code: str = "") -> None:
-    """Talk goes to stderr, with the time, in a colour where a code asks for one.
+    """Print a message to stderr with the time, in colour if `code` is given.
 
     A terminal that is gone must not stop a clean-up.
     """
@@ -113,7 +113,7 @@ def say(message: str, code: str = "") -> None:
     Live.clear()
     try:
         text = colour(folded(line), code, sys.stderr) if code else folded(line)
-        print(text + "\n", end="", file=sys.stderr, flush=True)  # at once: other threads talk, too
+        print(text + "\n", end="", file=sys.stderr, flush=True)  # one write, as other threads print
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
@@ -124,20 +124,20 @@ def counted(number: int, what: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of as many words each, in columns."""
+    """Rows of equal length as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def visible(text: str) -> str:
-    """What a server or a file says must not drive the terminal: an escape is shown, not obeyed."""
+    """Text made safe for a terminal: control characters are shown, not obeyed."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def clean(data: Any) -> Any:  # noqa: ANN401
-    """A document as others may have it: words visible, and no NaN, which JSON does not know."""
+    """A document made safe to pass on: visible text, and no NaN, which JSON does not have."""
     if isinstance(data, str):
         return visible(data)
     if isinstance(data, float):
@@ -148,10 +148,10 @@ def clean(data: Any) -> Any:  # noqa: ANN401
 
 
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What a terminal does not know, in characters that all know; a byte of a name as it is."""
+    """Encode what stdout cannot show as ASCII, but keep the bytes of file names as they are."""
     assert isinstance(error, UnicodeEncodeError)
     first = error.object[error.start]
-    if "\udc80" <= first <= "\udcff":  # of a name that is not UTF-8
+    if "\udc80" <= first <= "\udcff":  # a byte of a name that is not UTF-8
         return first.encode("ascii", "surrogateescape"), error.start + 1
     text = first.replace("±", "+-")
     return text.encode("ascii", "backslashreplace").decode(), error.start + 1
@@ -161,9 +161,9 @@ codecs.register_error("plain", plain)
 
 
 def print_plainly() -> None:
-    """No character stops us: a log may be ASCII, after hours. Who captures stdout is left alone.
+    """No character may stop us after hours of work because stdout is ASCII (unless it is captured).
 
-    Nor does a stream that was closed before we began (`>&-`): a pipe of ours would be in its place.
+    Nor may a stream that was closed at our start (`>&-`): a pipe of ours would take its number.
     """
     while (null := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(null, True)
@@ -174,7 +174,7 @@ def print_plainly() -> None:
 
 
 def folded(text: str) -> str:
-    """A long sentence on several lines of a terminal. What can be pasted stays as it is."""
+    """Fold long sentences for a terminal. Lines to be pasted (indented ones) stay as they are."""
     if not sys.stderr.isatty():
         return text
     return "\n".join(folded_line(line) for line in text.split("\n"))
@@ -188,7 +188,7 @@ def folded_line(line: str) -> str:
 
 
 def note(message: str) -> None:
-    """For the launch's log, and for the terminal only where -v asks for it: a command in full."""
+    """Write a full command to the launch's log, and to the terminal only with -v."""
     if Record.verbose:
         say(message)
     else:
@@ -196,14 +196,14 @@ def note(message: str) -> None:
 
 
 def keep_ours() -> None:
-    """What we write is not for everybody to change, whatever umask we were given."""
+    """Files that we write are never world-writable, whatever our umask was."""
     os.umask(os.umask(0o077) | 0o002)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """A document; null for a NaN, which other programs write. OSError; ValueError where it is none.
+    """A JSON document, with None for a NaN. OSError, or ValueError if it is not JSON.
 
-    What is no regular file is not opened: it could keep its reader waiting for ever.
+    Only a regular file is opened: reading anything else could block for ever.
     """
     if not path.is_file():
         raise OSError(f"{path.name} is no file")
@@ -221,7 +221,7 @@ def write_json(path: Path, data: object) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[str]]:
-    """To write all of it or nothing, for readers that look at any moment."""
+    """Write a file whole or not at all, because others may read it at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

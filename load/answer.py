@@ -1,4 +1,4 @@
-"""What one answer was, read from its raw bytes and their arrival times after it has ended."""
+"""Reads a finished answer from its raw bytes and their arrival times."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from load.events import (
 LATE = 1.5  # times the usual pace
 TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
 ABORTED = ("error", "abort", "cancelled", "timeout")  # finish reasons
-# What was odd about a whole answer, as the end of `N answers ...`.
+# What was odd about a complete answer, phrased to follow `N answers`.
 NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
 NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
 HELD_OPEN = "ended with [DONE], but the transfer stayed open: each kept its stream from the next "
@@ -48,7 +48,7 @@ HELD_OPEN += "request for up to half a second, which throughput includes"
 
 @dataclass(slots=True)
 class Outcome:
-    """What one request turned out to be. Times are ns since 1970, on the client's clock."""
+    """The result of one request. Times are ns since 1970, by the client's clock."""
 
     index: int
     intended: int
@@ -58,24 +58,24 @@ class Outcome:
     gaps: array[float] = field(default_factory=lambda: array("f"))  # ms between token events
     prompt_tokens: int | None = None
     output_tokens: int | None = None
-    cached_tokens: int | None = None  # of the prompt's; None: the server does not say
+    cached_tokens: int | None = None  # prompt tokens; None: the server does not say
     events: int = 0
-    merged: int = 0  # events that came with another in one read, so their times are one
-    blurred: int = 0  # those of them that had waited for each other: somebody was late
-    first_blurred: bool = False  # the first one came with others, and was read late
+    merged: int = 0  # events read together with an earlier one, so their times are the same
+    blurred: int = 0  # those of them in late reads, so their true times are unknown
+    first_blurred: bool = False  # the first event came with others and was read late
     has_text: bool = False
     streamed: bool = True
     model: str = ""
     finish: str = ""  # why the output ended: stop, length, ...
     collected: bool = False  # a stream whose length was known before it began
-    connect: int = 0  # ns for a new connection, as the server had closed the last one
-    quirks: tuple[str, ...] = ()  # what was odd, though all is there
+    connect: int = 0  # ns to open a new connection, as the server had closed the last one
+    quirks: tuple[str, ...] = ()  # what was odd about a complete answer
     error: str = ""
     retried: bool = False
 
 
 class Told(Malformed):
-    """The server's own words: better than that the connection broke afterwards."""
+    """The server's own error, which says more than that the connection broke afterwards."""
 
 
 def read_reply(reply: Reply, outcome: Outcome, chat: bool) -> Outcome:
@@ -98,7 +98,7 @@ def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
     if head is None:
         raise Malformed(BROKEN_OFF if reply.raw else NO_ANSWER)
     body = read_body(reply.raw, head)
-    if head.status not in range(200, 204):  # some say 201 Created, as to any POST
+    if head.status not in range(200, 204):  # some answer 201 Created to any POST
         words = f"HTTP {head.status}: {head.moved or error_message(body.data)}"
         raise Told(f"{words} (Retry-After: {head.retry_after})" if head.retry_after else words)
     read = _read_stream if is_stream(body.data, head.kind) else _read_document
@@ -111,7 +111,7 @@ def _read(reply: Reply, outcome: Outcome, chat: bool) -> None:
 
 
 def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None:
-    """The server did not stream: everything arrives at the end."""
+    """The server did not stream: all tokens arrive at the end."""
     try:
         document = json.loads(body.data)
     except ValueError as e:
@@ -148,7 +148,7 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
     end = tokens[-1].end if tokens else 0
     for event in others:
         _note(event.read(), outcome, followed=event.end < end)
-    for event in tokens if b'"error"' in body.data else ():  # of a gateway that lost its server
+    for event in tokens if b'"error"' in body.data else ():  # from a gateway that lost its server
         if b'"error"' in event.text:
             _note(event.read(), outcome)
     tokens = tokens or [e for e in others if (e.read() or {}).get("choices")]  # written oddly
@@ -165,7 +165,7 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
 
 
 def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
-    """Is it all there? By [DONE], or by the finish reason and the end of the transfer."""
+    """Check that the answer is complete: [DONE], or a finish reason and the end of the transfer."""
     done = any(b"[DONE]" in event.text for event in others)
     if outcome.finish in ABORTED:
         raise Told(f"the server ended the answer: finish_reason {outcome.finish!r}")
@@ -174,7 +174,7 @@ def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
     if not done and not outcome.finish:
         raise Malformed("the stream ended without [DONE] and without a finish_reason")
     if not done and any(USAGE.search(event.text) for event in others):
-        # Who sends usage in an event of its own, as OpenAI does, sends [DONE] after it as well.
+        # Servers that send usage in its own event, as OpenAI does, send [DONE] after it.
         raise Malformed(
             "the stream ended without [DONE], which follows usage in an event of its own"
         )
@@ -185,25 +185,25 @@ def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
 
 
 def _time(reply: Reply, offsets: list[int], outcome: Outcome) -> None:
-    """From the bytes at which the token events end to their times."""
+    """Set the times of the token events, which end at these offsets of the raw bytes."""
     reads = [bisect_left(reply.ends, offset) for offset in offsets]
     reads = one_for_each(reads, reply.stamps, outcome.output_tokens)
     times = [reply.stamps[read] for read in reads]
     outcome.first, outcome.last = times[0], times[-1]
     outcome.gaps.extend((b - a) / 1e6 for a, b in pairwise(times))
     outcome.events = len(times)
-    brought = Counter(reads)  # events a read
+    brought = Counter(reads)  # events per read
     outcome.merged = len(times) - len(brought)
     if outcome.merged:
         outcome.blurred = count_blurred(brought, reply.stamps)
-    # A server may send its first tokens together; then the client has them as soon as they arrive.
+    # A server may really send its first tokens together; then they are read as they arrive.
     at, pace = reads[0], (times[-1] - times[0]) / max(len(times) - 1, 1)
     late = reply.seen[at] - reply.stamps[at] > max(pace / 2, TOGETHER * 1e6)
     outcome.first_blurred = brought[at] > 1 and pace > 0 and late
 
 
 def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) -> list[int]:
-    """Where a token came as several events at once: the first of them, if that makes the count."""
+    """If tokens came as several events at once, keep the first of each if the count then fits."""
     if not tokens or len(reads) <= tokens:
         return reads
     apart = TOGETHER * 1e6
@@ -212,10 +212,10 @@ def one_for_each(reads: list[int], stamps: Sequence[int], tokens: int | None) ->
 
 
 def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
-    """Events in reads that came later after the last one than usual.
+    """How many events came with another after an unusually long gap.
 
-    A server that sends its events in pairs sends pairs at its usual pace. When several came at
-    once *and* after a longer time, they were sent singly, and only the last one's time is known.
+    A server that sends its events in pairs does so at its usual pace. If several came at once *and*
+    after a longer gap, they were sent one by one, and only the last one's time is known.
     """
     steps = [(stamps[b] - stamps[a], brought[b]) for a, b in pairwise(sorted(brought))]
     usual = sorted(wait for wait, _ in steps)[len(steps) // 2] if steps else 0
@@ -223,13 +223,13 @@ def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
 
 
 def _note(document: Json, outcome: Outcome, followed: bool = False) -> None:
-    """Keep the model's name, and raise the error, that a document or event holds.
+    """Keep the model's name from a document or event; Told if it holds an error.
 
-    Words alone are a heartbeat where they are `followed` by a token.
+    A document with only a message is a heartbeat if a token follows.
     """
     if not isinstance(document, dict):
         return
-    # FastChat has the code apart; a document of words alone is an error by any name.
+    # FastChat sends `error_code`; a document with only a message is an error, too.
     kinds = (document.get("error"), document.get("error_code"), document.get("object") == "error")
     words = document.get("message") or document.get("detail")
     if any(kinds) or (words and not followed and not document.get("choices")):

@@ -1,4 +1,4 @@
-"""What bench.py takes as the value of a flag; each says what is wrong with another."""
+"""Parsers of bench.py's flags, each of which says what is wrong with a bad value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 from launch.arguments import from_home
 from load.matrix import SWEEP, TYPES
 
-LEAST = 1e-9  # of a rate and its like: what is less is nothing, and overflows
+LEAST = 1e-9  # for rates and the like: smaller values would overflow
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 N = TypeVar("N", int, float)
 

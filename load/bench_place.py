@@ -1,7 +1,7 @@
-"""How the benchmark scripts run and end, and where NVIDIA's own programs do.
+"""How the benchmark scripts run and end, and where NVIDIA's own programs run.
 
-That is here, in a container, or in one on an allocation's first node: a prefix to put before a
-command, never a branch.
+Those run here, in a container, or in one on the first node of an allocation. The choice is only a
+prefix to the command, never a branch.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from launch import nodes
 from launch.nodes import Place, find_place
 from launch.slurm import last_words
 
-PYTHON = "python3"  # of PATH, as in the container: it is asked, and it runs NVIDIA's programs
+PYTHON = "python3"  # from PATH, as in the container: it runs NVIDIA's programs
 FIND = "import importlib.util as u, sys; sys.exit(u.find_spec('tensorrt_llm') is None)"
 NOT_HERE = "run it in salloc or sbatch, or give an image of Docker's; --client builtin needs none"
-MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount wants its source to be there
+MAKE_FOLDER = 'mkdir -p "$1"; shift; exec "$@"'  # a --mount needs its source to exist
 PASSED_ON = ("HF_", "TRTLLM_", "TLLM_", "OPENAI_API_KEY", "NO_PROXY", "no_proxy")
 RESULTS = "results"
 WORDS = 1 << 14  # bytes of a program's output that are kept for its last words
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Do a script's work; whatever stops it is one sentence and an exit code."""
+    """Do a script's work; any failure becomes one sentence and an exit code."""
     obey()
     keep_ours()
     print_plainly()
@@ -58,9 +58,9 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def environment() -> dict[str, str]:
-    """The environment over the .env files.
+    """The environment, which takes precedence over the .env files.
 
-    Not HOST from the environment: conda's compilers and tcsh set it to other things.
+    HOST counts only in .env: conda's compilers and tcsh set it to other things.
     """
     os.environ.pop("HOST", None)
     load_env_files()
@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def result_folder(asked: Path | None, resume: bool, results: str, name: str = "") -> Path:
-    """Where results go, made; `results` matches those that only --resume may add to."""
+    """Create the folder for results. If it has files that match `results`, --resume is required."""
     if not asked:
         return new_folder(Path(RESULTS) / (name + time.strftime("%Y%m%d-%H%M%S")))
     folder = asked
@@ -79,7 +79,7 @@ def result_folder(asked: Path | None, resume: bool, results: str, name: str = ""
 
 
 def new_folder(path: Path) -> Path:
-    """Made, and by nobody else: others may have started in the same second."""
+    """Create a folder of our own, numbered if another run started in the same second."""
     folder, number = path, 1
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -106,7 +106,7 @@ def node(environ: Mapping[str, str]) -> Place:
 
 
 def provide_image(asked: str, environ: Mapping[str, str]) -> str:
-    """Bring the image there if it is not, as run_sbatch.py does; its tag."""
+    """Make sure that the image is there, as run_sbatch.py does, and return its tag."""
     from launch import image, provide, squash
 
     asked = asked or setting("IMAGE", environ)
@@ -123,7 +123,7 @@ def provide_image(asked: str, environ: Mapping[str, str]) -> str:
 
 
 def find_tag(tag: str, environ: Mapping[str, str]) -> None:
-    """A local tag that is not there fails now, and not once a run."""
+    """Fail now if a local tag is missing, not once in every run."""
     try:
         nodes.run(inspect(tag, environ))
     except Failure as e:
@@ -137,7 +137,7 @@ def name() -> str:
 def prefix(
     tag: str, mounts: Sequence[Path], environ: Mapping[str, str], gpus: str = ""
 ) -> list[str]:
-    """Puts a command into a container that sees the mounts; [] for no tag: it runs as it is."""
+    """The prefix that runs a command in a container with these mounts; [] without a tag."""
     if not tag:
         return []
     from launch.runtimes.docker import mount_flag
@@ -156,7 +156,7 @@ def prefix(
         *([f"--gpus={gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"] if gpus else []),
         *map(mount_flag, dict.fromkeys([*map(str, mounts), cache])),
         f"--env=HF_HOME={cache}",
-        *(f"--env={n}" for n in names),  # names only: an argv is there for all to read
+        *(f"--env={n}" for n in names),  # names only: anybody can read a command line
         tag,
     ]  # fmt: skip
 
@@ -164,12 +164,12 @@ def prefix(
 def step_of_pyxis(
     tag: str, mounts: list[str], names: list[str], environ: Mapping[str, str], gpus: str
 ) -> list[str]:
-    """The same as a step of Slurm, in a container that goes with it."""
+    """The same prefix for pyxis: a step of Slurm in a container that ends with it."""
     from launch.runtimes import pyxis
 
     place, cache = node(environ), mounts[-1]
     pyxis.check_place(place, mounts)
-    nodes.run([*place.head, "mkdir", "-p", "--", cache])  # pyxis mounts only what is there
+    nodes.run([*place.head, "mkdir", "-p", "--", cache])  # pyxis mounts only what exists
     return [
         *pyxis.hooks(bool(gpus), environ),
         f"HF_HOME={cache}",
@@ -181,13 +181,13 @@ def step_of_pyxis(
 
 @contextmanager
 def removed_afterwards(command: Sequence[str], environ: Mapping[str, str]) -> Iterator[None]:
-    """However this ends, no container of ours stays: a killed `docker run` leaves it running."""
+    """Remove our container if the block fails: a killed `docker run` leaves it running."""
     try:
         yield
     except BaseException:
         if "docker" in command:
             remove = [*node(environ).head, "docker", "rm", "--force", name()]
-            with suppress(subprocess.TimeoutExpired):  # what happened is worth more
+            with suppress(subprocess.TimeoutExpired):  # the first error matters more
                 subprocess.run(remove, capture_output=True, timeout=30, check=False)
         raise
 
@@ -199,11 +199,11 @@ def run(
     timeout: float | None = None,
     stdout: IO[bytes] | None = None,
 ) -> tuple[int, str]:
-    """Show a command and run it, its output on stderr; its exit status and last words.
+    """Show and run a command, its output on stderr; returns its exit status and last words.
 
-    With `stdout` what it prints goes there, and only its errors are words.
+    With `stdout`, its output goes there and its last words come from stderr only.
     """
-    say(f"$ {shlex.join(command)}")  # whose output follows
+    say(f"$ {shlex.join(command)}")  # its output follows
     program = "docker" if "docker" in command and command[0] == "bash" else command[0]
     if not shutil.which(program):
         die(f"{program}: not found in PATH", hint=hint)
@@ -219,15 +219,15 @@ def run(
             ).returncode
         finally:
             os.close(sink)
-        copier.join(1)  # a child of its own may hold the pipe for longer
+        copier.join(1)  # a child of the program may hold the pipe for longer
     return status, last_words(words.decode(errors="replace"))
 
 
 def copy(source: int, words: bytearray) -> None:
-    """From a pipe to stderr; the last of it is kept."""
+    """Copy a pipe to stderr, keeping the last WORDS bytes in `words`."""
     with open(source, "rb", buffering=0) as pipe:
         while piece := pipe.read(WORDS):
-            with suppress(OSError, ValueError):  # nobody reads any more: the program goes on
+            with suppress(OSError, ValueError):  # nobody reads stderr any more: the program goes on
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
             words += piece
@@ -243,13 +243,13 @@ def image_id(tag: str, environ: Mapping[str, str]) -> str | None:
         return None
     from launch import squash
 
-    if squash.is_squash(tag):  # it has a name and, in its sidecar, a sum
+    if squash.is_squash(tag):  # a file, with its sum in its sidecar
         return squash.read_squash(Path(tag)).sha256 or None
     return output(inspect(tag, environ))
 
 
 def gpu_names(environ: Mapping[str, str]) -> list[str]:
-    """Of the first node of the allocation that the environment names; without one, of this."""
+    """GPU names on the first node of the environment's allocation; without one, on this machine."""
     ask = [*node(environ).head, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return (output(ask) or "").splitlines()
 

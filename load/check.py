@@ -16,7 +16,7 @@ from load.probe import Found, explore
 def check(
     server: Endpoint, client: str, options: Options, types: Sequence[str], change: Overrides
 ) -> int:
-    """Prints it, and one JSON document as the last line; 1 where the server does not answer."""
+    """Print the findings, and a JSON document as the last line; 1 if no answer came."""
     found, planned = explore(server, options.chat, options.timeout), list(cases(types, change))
     warm_up = {c.name: warm_up_count(c, options) if client == "builtin" else 0 for c in planned}
     facts = {

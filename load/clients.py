@@ -1,6 +1,6 @@
-"""What a measuring client is, and ours. NVIDIA's is in nvidia.py.
+"""The interface of measuring clients, and our own client. NVIDIA's is in nvidia.py.
 
-A case goes in, a record comes out: the names of benchmark_serving's result files, `valid` and
+A case goes in, a record comes out: the fields of benchmark_serving's result files, plus `valid` and
 `problems`.
 """
 
@@ -31,7 +31,7 @@ from load.probe import Found, explore
 from load.target import CutShort, Load, LoadError, Result
 
 WAITED = 0.05  # share of its time that a request waited for a stream: worth a note
-ATTEMPTS = 3  # when the client could not keep up, for no fault of the server's
+ATTEMPTS = 3  # at a run, if only our own client could not keep up
 WARM_UP_TOKENS = 32
 WARM_UP_STREAMS = 16
 LONGEST = 2048  # tokens of a conversation's answer
@@ -43,7 +43,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for every run."""
+    """The options that all runs share."""
 
     sharegpt: Path
     backend: str = "openai"  # or openai-chat, as in benchmark_serving
@@ -71,7 +71,7 @@ class Client(Protocol):
 
 
 def die_if_silent(endpoint: Endpoint, options: Options) -> None:
-    """Failure when not even the shortest request is answered: no other run would be, either."""
+    """Failure if not even a short request is answered: no run would succeed either."""
     found = explore(endpoint, options.chat, options.timeout)
     if found.error:
         die(
@@ -91,7 +91,7 @@ def nothing(case: Case, why: str) -> Record:
 
 
 class Builtin:
-    """loadgen.py: no container, no tokenizer, no GPU on the client."""
+    """Our own client, on loadgen.py: it needs no container, tokenizer or GPU."""
 
     name = "builtin"
 
@@ -139,7 +139,7 @@ class Builtin:
         return record | (details(load, result) if self.options.detailed else {})
 
     def acquaint(self) -> int:
-        """Once, or until the server answers; the number of requests that it took."""
+        """Find out once what the server understands; returns how many requests it took."""
         if not self.server.error:
             return 0
         self.server = explore(self.endpoint, self.options.chat, self.options.timeout)
@@ -166,7 +166,7 @@ class Builtin:
 
     def prompts(self, case: Case, attempt: int) -> Prompts:
         options = self.options
-        # No run may find the prefix cache of another, a repeat or an attempt before it.
+        # No run may benefit from the prefix cache of an earlier run, repeat or attempt.
         seed = f"{options.seed}/{case.name}/{attempt}"
         if case.input_len is None or case.output_len is None:
             count = case.num_prompts + WARM_UP_STREAMS
@@ -174,7 +174,7 @@ class Builtin:
         return RandomPrompts(case.input_len, case.output_len, seed, self.server.dialect.text)
 
     def wanted(self, case: Case, prompts: Prompts) -> Wanted:
-        """What the answers have to be like, now that it is known what the server understands."""
+        """What valid answers look like, given what the server understands."""
         dialect = self.server.dialect
         input_len = None if dialect.text else case.input_len
         name, asked = self.server.model, self.endpoint.model
@@ -184,7 +184,7 @@ class Builtin:
         return wanted
 
     def warm_up(self, case: Case, load: Load) -> int:
-        """Unmeasured requests with prompts of their own, and how many they were."""
+        """Send unmeasured requests with prompts of their own; returns how many."""
         count = warm_up_count(case, self.options)
         done = measure(self.warm_up_load(load, count)).outcomes if count else []
         if count and all(o.error.startswith(TOO_LATE) for o in done):
@@ -204,14 +204,14 @@ class Builtin:
 
 
 def warm_up_count(case: Case, options: Options) -> int:
-    """Unmeasured requests before a run of ours."""
+    """How many unmeasured requests precede a run."""
     if options.warmup is not None:
         return options.warmup
     return min(case.concurrency or case.num_prompts, case.num_prompts, WARM_UP_STREAMS)
 
 
 def watched(load: Load, case: Case) -> Result:
-    """Measure it; a terminal shows how far it is."""
+    """Measure a load, with a progress line on a terminal."""
     line = LiveLine(case.name, case.num_prompts)
     try:
         return measure(load, line)
@@ -228,7 +228,7 @@ def unmeasured(probes: int, warmed: int) -> list[str]:
 
 
 def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
-    """Whether ignore_eos is taken and ignored."""
+    """A note if the server accepts ignore_eos but does not obey it."""
     early = [o for o in result.outcomes if not o.error and ended_early(o, wanted)]
     if not early or not dialect.ignore_eos:
         return []
@@ -238,7 +238,7 @@ def early_ends(dialect: Dialect, result: Result, wanted: Wanted) -> list[str]:
 
 
 def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
-    """Whether the load was as much as the run's name says."""
+    """A note if the load was less than the run's name says."""
     streams, client = case.concurrency, record["client"]
     if load.open_loop:  # a stream can be busy when the next request is due
         waited = client["mean_late_ms"]
@@ -250,7 +250,7 @@ def unlike_its_name(load: Load, case: Case, record: Record) -> list[str]:
 
 
 def repeats(prompts: Prompts, count: int, warmed: int) -> list[str]:
-    """Whether a data set was too small for so many requests and those before them."""
+    """A note if the data set was too small for these requests and the warm-up."""
     if not isinstance(prompts, Conversations) or len(prompts.turns) > count:
         return []
     if len(prompts.turns) == count:
@@ -278,7 +278,7 @@ def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
 
 
 def details(load: Load, result: Result) -> Record:
-    """One value a request, as --save-detailed of benchmark_serving; seconds."""
+    """One value per request, as benchmark_serving's --save-detailed has it; times in seconds."""
     outcomes = result.outcomes
     start = [o.intended if load.open_loop else o.sent for o in outcomes]
     return {

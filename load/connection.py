@@ -1,7 +1,7 @@
-"""One connection of the load generator, and the request that is on it.
+"""One connection of the load generator, and its current request.
 
-When its socket is ready the loop calls its current step: connected, handshake, idle, flush or
-receive. While a request is measured only `receive` runs: it notes bytes and the kernel's stamp.
+When the socket is ready, the loop calls the current step: connected, handshake, idle, flush or
+receive. While a request is measured only `receive` runs; it notes bytes and the kernel's stamp.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECOND = 1_000_000_000
 CONNECT_TIMEOUT = 10.0
 BARE_END = b"\n0\n\n"  # of chunks; no JSON text, and no event, ends like this
 TOO_LATE = "no whole answer within"
-END_WITHIN = SECOND // 10  # after [DONE]; the loop looks four times a second
+END_WITHIN = SECOND // 10  # ns to wait after [DONE]; the loop looks four times a second
 RETRY_WITHIN = SECOND // 10  # a connection that breaks this soon was closed before our request came
 
 Step = Callable[[int], None]  # what to do when the socket is ready; given the time
@@ -44,29 +44,29 @@ class Owner(Protocol):
     address: Address
     tls: ssl.SSLContext | None
     ready: dict[int, Step]
-    unstamped: int  # reads without a stamp of the kernel's
+    unstamped: int  # reads without a kernel timestamp
 
     def watch(self, stream: Stream, step: Step, events: int, known: bool = False) -> None:
-        """Run `step` when the socket is ready; `known` where it is watched already."""
+        """Run `step` when the socket is ready; `known` if it is watched already."""
 
     def forget(self, stream: Stream) -> None:
-        """Watch it no longer."""
+        """Stop watching it."""
 
     def receiver(self, stream: Stream) -> Step:
-        """How this load reads: by TLS or not."""
+        """The step that reads, with or without TLS."""
 
     def opened(self, stream: Stream) -> None:
         """It is connected, and free."""
 
     def lost(self, stream: Stream, why: str) -> None:
-        """It is gone, and had no request."""
+        """It is gone, and carried no request."""
 
     def ended(self, stream: Stream, outcome: Outcome, when: int) -> None:
-        """Its request is over, well or not."""
+        """Its request has ended, successfully or not."""
 
 
 class Stream:
-    """Kept open from request to request, and opened again when the server closed it."""
+    """A connection that stays open between requests and is reopened if the server closes it."""
 
     def __init__(self, loop: Owner) -> None:
         self.loop = loop
@@ -79,7 +79,7 @@ class Stream:
         self.reply = Reply()
         self.opening = False
         self.since = 0  # when it began to open
-        self.took = 0  # ns to open it: the way there and back, at least
+        self.took = 0  # ns to open it: at least one round trip
         self.error = 0
 
     # opening
@@ -157,7 +157,7 @@ class Stream:
             self.loop.watch(self, self.flush, select.EPOLLIN | select.EPOLLOUT, known=True)
 
     def flush(self, now: int) -> None:
-        """Send the rest of a long request, and look for an answer: an error may come before."""
+        """Send the rest of a long request, and read: an error may come before it is all sent."""
         assert self.sock and self.unsent is not None
         try:
             self.unsent = self.unsent[self.sock.send(self.unsent) :]
@@ -230,14 +230,14 @@ class Stream:
     # ending
 
     def idle(self, now: int) -> None:
-        """The server closed the connection between two requests, or spoke unasked: leave it."""
+        """The server closed the connection between two requests, or spoke unasked: give it up."""
         if self.only_tls_spoke():
             return
         self.close()
         self.loop.lost(self, "the server closed the connection")
 
     def only_tls_spoke(self) -> bool:
-        """Session tickets come when the handshake is over, and are nothing to us."""
+        """Whether only TLS session tickets came: they follow the handshake and do not matter."""
         if not isinstance(self.sock, ssl.SSLSocket):
             return False
         try:
@@ -249,7 +249,7 @@ class Stream:
         return False
 
     def broken(self, why: str, retry: bool = True) -> None:
-        """The connection is at its end; an empty `why` means that the server closed it."""
+        """The connection has ended; an empty `why` means that the server closed it."""
         self.close()
         outcome, began = self.outcome, bool(self.reply.raw)
         if outcome is None:
@@ -262,21 +262,21 @@ class Stream:
             outcome.error = why
         elif not began:
             outcome.error = NO_ANSWER
-        self.hand_over(now)  # whether a closed connection broke it off is for its reader to say
+        self.hand_over(now)  # load/answer.py decides whether the answer was cut off
 
     def may_retry(self, outcome: Outcome, now: int) -> bool:
-        """A kept-alive connection that the server closed just as our request went out."""
+        """Whether the server closed a kept-alive connection just as our request went out."""
         soon = now - outcome.sent < RETRY_WITHIN + 2 * self.took
         return self.served > 0 and not outcome.retried and soon
 
     def is_done(self, now: int) -> bool:
-        """[DONE] came, and the end of the transfer does not."""
+        """Whether [DONE] came but the transfer does not end."""
         if self.outcome is None or not self.reply.stamps:
             return False
         return now > self.reply.stamps[-1] + END_WITHIN and self.reply.said_done()
 
     def leave(self, now: int) -> None:
-        """Take the answer as whole; what may still come on this connection is nothing to us."""
+        """Take the answer as complete, and ignore what else may come on this connection."""
         assert self.outcome
         self.outcome.quirks += (HELD_OPEN,)
         self.close()

@@ -1,8 +1,8 @@
-"""What the server counted itself while a run was measured, and how it agrees with the client.
+"""What the server itself counted during a run, and how that agrees with the client.
 
-Before a run, a few times during it and after it /metrics is read: Prometheus text of vLLM, SGLang,
-TensorRT-LLM (/prometheus/metrics), LMDeploy, TGI; and TensorRT-LLM's own /metrics, a list of
-iterations that each reading empties. While a run is measured nothing is parsed, bytes are kept.
+/metrics is read before a run, a few times during it, and after it: Prometheus text of vLLM, SGLang,
+TensorRT-LLM (/prometheus/metrics), LMDeploy and TGI; and TensorRT-LLM's own /metrics, a list of
+iterations that each reading empties. During a run the bytes are only kept, not parsed.
 
     counters = Counters(endpoint)
     with counters.watching():
@@ -27,13 +27,13 @@ from common.talk import Failure
 from load.endpoint import Endpoint, fetch
 
 PATHS = ("/metrics", "/prometheus/metrics")
-FIRST, EVERY = 0.25, 5.0  # s to the first look during a run; then twice as long, at most EVERY
+FIRST, EVERY = 0.25, 5.0  # s to the first look in a run; each wait is twice the last, up to EVERY
 ENGINES = "vllm|sglang|trtllm|lmdeploy|tgi|dynamo_frontend"
 SETTLES = 0.1  # s after its last token until a request is in the counters
 CAME = "of the prompt tokens came from the server's cache"
-CACHE_HIT = 0.01  # share of the prompt tokens from which on a run is marked
+CACHE_HIT = 0.01  # share of cached prompt tokens above which a run is marked
 
-# Names without the engine's before them; of several the first that is there.
+# Names without the engine's prefix; if there are several, the first that is present counts.
 HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds",),
     "queue": ("request_queue_time_seconds", "queue_time_seconds", "request_queue_duration"),
@@ -42,7 +42,7 @@ HISTOGRAMS = {
     "e2el": ("e2e_request_latency_seconds", "request_duration", "request_duration_seconds"),
 }
 KV_USE = ("kv_cache_usage_perc", "gpu_cache_usage_perc", "token_usage", "kv_cache_utilization")
-# Prompt tokens, or blocks of them, from the cache; and the sum that they are a share of.
+# Cached prompt tokens (or blocks), and the counters that add up to their total.
 CACHE = (
     ("prefix_cache_hits", ("prefix_cache_queries",)),
     ("gpu_prefix_cache_hits", ("gpu_prefix_cache_queries",)),
@@ -62,15 +62,15 @@ COUNTERS = {
 
 Record = dict[str, Any]
 Raw = list[bytes]
-Look = tuple[float, Page]  # and the seconds that it stands for
+Look = tuple[float, Page]  # the seconds that it stands for, and its values
 
 
 class Counters:
-    """A server's counters over one run after the other; `extra` requests of each are no result."""
+    """A server's counters, run after run; `extra` requests of each run are not in its results."""
 
     def __init__(self, endpoint: Endpoint, extra: int = 0) -> None:
         self.extra = extra
-        # A fleet's own address would answer with the page of one replica, by chance.
+        # A fleet's own address would answer with the page of a random replica.
         self.sources = [(each, path) for each in endpoint.each for path in PATHS]
         self.before: Raw = []
         self.during: list[tuple[float, Raw]] = []
@@ -101,13 +101,13 @@ class Counters:
         return [read(*source) for source in self.sources]
 
     def add_to(self, record: Record, name: str) -> None:
-        """The server's figures beside the client's; notes on what is odd in the run."""
+        """Add the server's figures to the client's record, and notes on what is odd in the run."""
         notes: list[str] = []
         if self.sources and not record.get("stopped"):
             time.sleep(SETTLES)
             told, notes = self.told(record, self.read_all())
             said = record.get("cached_share")
-            if said is None or told.get("cached_share", 0) > said:  # a gateway writes zeros
+            if said is None or told.get("cached_share", 0) > said:  # some gateways write zeros
                 record |= {"cached_share": None, "cached_source": None}
             record |= {key: v for key, v in told.items() if record.get(key) is None}
         record["notes"] += [f"{name}: {note}" for note in (*notes, *cache_note(record))]
@@ -155,7 +155,7 @@ def iterations(*raws: Raw) -> list[Record]:
 def compare(
     record: Record, before: Page, looks: Sequence[Look], after: Page, extra: int
 ) -> tuple[Record, list[str]]:
-    """The server's means of the run's own requests, the client's less them, and notes."""
+    """The server's means for the run, the client's means minus those, and notes."""
     passed = {k: sum(after[k]) - sum(before.get(k, ())) for k in COUNTERS if k in after}
     if any(value < 0 for value in passed.values()):
         return {}, ["the server's counters went back, so they are left out: it was restarted, or "
@@ -169,7 +169,7 @@ def compare(
 
 
 def means(passed: Mapping[str, float]) -> Record:
-    """Of the histograms, in ms."""
+    """Means of the histograms, in ms."""
     facts: Record = {}
     for metric, names in HISTOGRAMS.items():
         name = next((n for n in names if passed.get(f"{n}_count")), None)
@@ -182,7 +182,7 @@ def means(passed: Mapping[str, float]) -> Record:
 
 
 def levels(looks: Sequence[Look]) -> Record:
-    """Means over time of what goes up and down: of replicas the sum, of their KV use the mean."""
+    """Time-weighted means of gauges: summed over replicas, but averaged for KV use."""
     facts = {}
     for metric, names in (("running", RUNNING), ("waiting", WAITING), ("kv_use", KV_USE)):
         together = fmean if metric == "kv_use" else sum
@@ -207,9 +207,9 @@ def from_cache(hits: float, total: float) -> Record:
 
 
 def of_iterations(servers: Sequence[tuple[Sequence[Record], Sequence[Record]]]) -> Record:
-    """Of TensorRT-LLM's iterations before and during a run: the same, as far as its list has them.
+    """The same figures from TensorRT-LLM's iterations, as far as it reports them.
 
-    Several servers are a fleet's replicas, taken together as in `levels`.
+    `servers` has each replica's iterations before and during the run, combined as in `levels`.
     """
     each = [levels_of(steps) for _, steps in servers]
     facts: Record = {}
@@ -221,7 +221,7 @@ def of_iterations(servers: Sequence[tuple[Sequence[Record], Sequence[Record]]]) 
 
 
 def levels_of(steps: Sequence[Record]) -> dict[str, list[float]]:
-    """Of one server's iterations: what ran, what waited, and its share of KV cache in use."""
+    """One server's running and waiting requests and its KV cache use (0 to 1), per iteration."""
     stats = stats_of(steps)
     used, most = (numbers(kv.get(key) for kv in stats) for key in ("usedNumBlocks", "maxNumBlocks"))
     return {
@@ -232,7 +232,7 @@ def levels_of(steps: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def reuse(before: Sequence[Record], steps: Sequence[Record]) -> tuple[float, float]:
-    """Blocks of prompts that one server's cache had and had not; both count from its start."""
+    """Prompt blocks that hit and missed one server's cache; it counts both from its start."""
     stats = stats_of([*before[-1:], *steps])
     reused, missed = (
         numbers(kv.get(f"{key}Blocks") for kv in stats) for key in ("reused", "missed")
@@ -252,7 +252,7 @@ def numbers(values: Iterable[Any]) -> list[float]:
 
 
 def beyond(record: Record, facts: Record) -> Record:
-    """By how much the client saw more than the server: the way between, or a mistake of either."""
+    """How much higher the client's means are: the network, or a mistake on either side."""
     found = {}
     means = {k: record.get(f"mean_{k}_ms") for k in ("ttft", "e2el")} | {"itl": per_token(record)}
     for metric, ours in means.items():
@@ -263,7 +263,7 @@ def beyond(record: Record, facts: Record) -> Record:
 
 
 def per_token(record: Record) -> float | None:
-    """The client's mean ITL in ms as a server counts it: of tokens, even if an event has many."""
+    """The client's mean ITL in ms per token, as servers count it, even if an event has several."""
     itl, each = record.get("mean_itl_ms"), record.get("client", {}).get("tokens_per_event")
     tokens, count = record.get("total_output_tokens", 0), record["completed"]
     if itl is None or not each or tokens <= count:

@@ -1,4 +1,4 @@
-"""The server under test: where it is, what it serves, and whether it is still the same one."""
+"""The server under test: where it is and what it serves."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from common.talk import Failure, die, say
 from load.target import Target
 
 TIMEOUT = 10.0
-OWN_END = re.compile("(/(?:chat/)?completions|/models)?/*$")  # an end of a URL that we add
+OWN_END = re.compile("(/(?:chat/)?completions|/models)?/*$")  # URL endings that we add ourselves
 OTHER_VERSION = re.compile(r"/v\d\w*$")  # Google's v1beta, Zhipu's v4
-NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by OpenSSL's version
+NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # by version of OpenSSL
 
 
 class Unanswered(Failure):
-    """A server is there; this question it does not answer as it should."""
+    """The server is there, but does not answer this request as it should."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server, and the model it serves under the name it gives it."""
+    """A server and its model, under the name that the server uses."""
 
     url: str
     model: str  # the id in /v1/models
-    asked: str  # what names its tokenizer: -m, the launcher's MODEL, or the id
+    asked: str  # names its tokenizer: -m, the launcher's MODEL, or the id
     api_key: str = ""
     verify: bool = True
     record: Path | None = None  # the launcher's endpoint.json, when it is about this server
-    trtllm: bool = False  # by its own word
+    trtllm: bool = False  # as its list of models says
     unlisted: str = ""  # why -m is taken at its word: the server lists no such model
     name: str = ""  # of one replica of a fleet
     replicas: tuple[tuple[str, str], ...] = ()  # of a fleet, behind this address: name and URL
@@ -63,7 +63,7 @@ class Endpoint:
 
     @property
     def each(self) -> tuple[Endpoint, ...]:
-        """Every server by itself: what it counts is lost where they answer in turn."""
+        """Each replica by itself: behind one address we could not tell whose counters we read."""
         return tuple(
             replace(self, url=url, name=name, replicas=()) for name, url in self.replicas
         ) or (self,)
@@ -88,7 +88,7 @@ def find_endpoint(
         url = asked
     key, replicas = api_key(environ, record), replicas_of(left) if record else ()
     endpoint = Endpoint(url, "", "", key, verify, record, replicas=replicas)
-    # MODEL is what the launcher is to serve: the record of what it does serve is better.
+    # MODEL is what the launcher should serve; its record says what it does serve.
     model = model or ("" if left else environ.get("MODEL", ""))
     endpoint = with_model(endpoint, model)
     given = str(left.get("model_argument") or endpoint.model)
@@ -97,7 +97,7 @@ def find_endpoint(
 
 
 def with_model(endpoint: Endpoint, model: str) -> Endpoint:
-    """The name that the server has for it; where it has no list of models, -m's own."""
+    """The endpoint with the server's name for the model, or -m's if it lists no models."""
     try:
         cards = model_cards(endpoint)
     except Unanswered as e:
@@ -113,7 +113,7 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
 
 
 def left_url(record: Mapping[str, Any]) -> str:
-    """The launcher's own URL, or none that can be used."""
+    """The launcher's URL; '' if it is unusable."""
     try:
         return base_url(str(record.get("url") or ""), None, 80)
     except Failure:
@@ -121,7 +121,7 @@ def left_url(record: Mapping[str, Any]) -> str:
 
 
 def api_key(environ: Mapping[str, str], record: Path | None) -> str:
-    """OPENAI_API_KEY, but not for a server that somebody else's record names."""
+    """OPENAI_API_KEY; Failure if it would go where somebody else's record says."""
     key = environ.get("OPENAI_API_KEY", "")
     if not re.fullmatch("[!-~]*", key):
         die("OPENAI_API_KEY has characters that no HTTP header can carry")
@@ -139,7 +139,7 @@ def find_record(environ: Mapping[str, str]) -> Path | None:
 
 
 def read_record(record: Path | None) -> dict[str, Any]:
-    """What the launcher wrote; nothing where it did not, or has removed it."""
+    """What the launcher wrote; {} if the record is missing or unreadable."""
     try:
         found = json.loads(record.read_text()) if record else {}
     except (OSError, ValueError, RecursionError):
@@ -148,18 +148,18 @@ def read_record(record: Path | None) -> dict[str, Any]:
 
 
 def fleet(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the launcher wrote of each replica; nothing where there is one server."""
+    """The launcher's record of each replica; [] for a single server."""
     found = record.get("replicas")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def up(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those of a fleet that answer."""
+    """The replicas of a fleet that answer."""
     return [each for each in fleet(record) if each.get("state", "ready") == "ready"]
 
 
 def not_up(endpoint: Endpoint) -> list[str]:
-    """A note, where some of a fleet do not."""
+    """A note if some replicas of a fleet do not answer."""
     record = read_record(endpoint.record)
     every, ready = fleet(record), up(record)
     rest = [f"{each.get('name')} ({each.get('state')})" for each in every if each not in ready]
@@ -173,10 +173,10 @@ def replicas_of(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def base_url(host: str, port: int | None, default: int) -> str:
-    """From a name, an address, HOST:PORT or a whole URL, to which no default port is added.
+    """The base URL for a name, an address, HOST:PORT or a whole URL (which gets no default port).
 
-    It ends with a slash where the API has another path in place of /v1: a version of its own, or
-    what stands before a known end, as in https://host/api/chat/completions.
+    It ends with a slash if the API has another path in place of /v1: a version of its own, or what
+    precedes a known ending, as in https://host/api/chat/completions.
     """
     bare_ipv6 = host.count(":") > 1 and "[" not in host and "://" not in host
     try:
@@ -189,7 +189,7 @@ def base_url(host: str, port: int | None, default: int) -> str:
         die(f"{host[:99]!r} is neither a host nor a URL")
     odd = own == 0 or not re.fullmatch(r"[^\s@?#\\]+", host) or not host.isprintable()
     if odd or not parts.hostname or parts.scheme not in ("http", "https"):
-        # With a login in it, it would be in every result.
+        # A login in the URL would be in every result.
         die(f"{host[:99]!r} is neither a host nor an http(s) URL (without login or query)")
     if own and port not in (None, own):
         die(f"{host!r} and -p {port} name two ports: which one?")
@@ -201,7 +201,7 @@ def base_url(host: str, port: int | None, default: int) -> str:
 
 
 def at(root: str, path: str) -> str:
-    """Where a path of the API is, below a URL or the path of one that `base_url` has made."""
+    """The URL (or path) of an API route, below a URL (or path) made by `base_url`."""
     return root + path.removeprefix("/v1").lstrip("/") if root.endswith("/") else root + path
 
 
@@ -211,7 +211,7 @@ def port_of(url: str) -> int:
 
 
 def same_server(one: str, other: str) -> bool:
-    """Do two URLs, by whatever names, lead to one port of one machine?"""
+    """Do two URLs lead to the same port of the same machine, by whatever names?"""
     hosts = [addresses(urlsplit(url).hostname or "") for url in (one, other)]
     return port_of(one) == port_of(other) and bool(hosts[0] & hosts[1])
 
@@ -221,7 +221,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def addresses(host: str) -> set[str]:
-    """A host's addresses; all that are this machine's count as one."""
+    """A host's addresses; this machine's all become 'here'."""
     try:
         found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
@@ -237,9 +237,9 @@ def can_bind(family: int, address: Any) -> bool:  # noqa: ANN401
 
 
 def choose(model: str, served: list[str], url: str) -> str:
-    """TensorRT-LLM serves a directory under its last part, and answers to any name at all."""
+    """The server's name for the model. We check, as TensorRT-LLM answers to any name at all."""
     is_path = model.startswith(("/", ".", "~")) or Path(model).is_dir()
-    # Ollama lists a tag that nobody types; Google's models are in a folder.
+    # A directory is served under its last part; Ollama adds a tag, Google a folder.
     names = [model, PurePath(model).name] if is_path else [model, f"{model}:latest",
                                                            f"models/{model}"]  # fmt: skip
     patterns = [name for name in served if "*" in name]  # LiteLLM's openai/*
@@ -263,7 +263,7 @@ def models(endpoint: Endpoint) -> list[str]:
 
 
 def model_cards(endpoint: Endpoint) -> list[dict[str, Any]]:
-    """Under `data`, as OpenAI has it; some call it `models`, send the bare array, or only names."""
+    """The list of models: under `data` (OpenAI), under `models`, as a bare array, or only names."""
     answer = get(endpoint, "/v1/models")
     if isinstance(answer, dict):
         answer = answer.get("data") or answer.get("models")
@@ -293,7 +293,7 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
 
 
 def fetch(endpoint: Endpoint, path: str) -> Answer:
-    """A whole answer of status 200."""
+    """A complete answer with status 200; Unanswered or Failure otherwise."""
     url = at(endpoint.url, path)
     try:
         answer = ask(url, TIMEOUT, key=endpoint.api_key, verify=endpoint.verify)
@@ -315,7 +315,7 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
 
 
 def unused(url: str) -> str:
-    """A word where the environment names a proxy: what is measured never goes through one."""
+    """A hint if the environment names a proxy, which measurements never go through."""
     from urllib.request import getproxies, proxy_bypass
 
     parts, known = urlsplit(url), getproxies()
@@ -331,7 +331,7 @@ def tls_hint(error: ssl.SSLError) -> str:
 
 
 def version(endpoint: Endpoint) -> str | None:
-    """Not every server tells."""
+    """The server's version; None if it does not tell."""
     try:
         return str(get(endpoint, "/version")["version"])[:ERROR_LENGTH]
     except (Failure, KeyError, TypeError):

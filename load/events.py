@@ -1,4 +1,4 @@
-"""Server-sent events as servers and gateways write them, and which of a stream's are tokens."""
+"""Server-sent events as servers and gateways write them, and which ones are tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from common.response import Malformed, error_message
 
-COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # inside a JSON string quotes are escaped
-BLANK_LINES = re.compile(  # or none, behind an object: some leave them out
+COMPACT, SPACED = b'"choices":[{', b'"choices": [{'  # never in a JSON string: it escapes quotes
+BLANK_LINES = re.compile(  # or one line end after an object: some leave the blank line out
     rb"(?:\r\n|\n|\r(?!\n)){2,}|(?<=\})(?:\r\n|\n|\r)(?=data: ?(?:\{\"|\[DONE\]))"
 )
 BOM = b"\xef\xbb\xbf"
@@ -18,7 +18,7 @@ BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\]|data:)[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
-FIELDS = (b"", b"event", b"id", b"retry")  # besides data; '' is a comment, which keeps it alive
+FIELDS = (b"", b"event", b"id", b"retry")  # besides data; '' is a comment, to stay connected
 TEXT_KEYS = (
     "text content reasoning_content reasoning reasoning_details thinking refusal "
     "tool_calls function_call token_ids"
@@ -28,13 +28,13 @@ Json = Any
 
 
 class Event(NamedTuple):
-    """One server-sent event: where it ends in the body, and its text, unread."""
+    """One server-sent event: where it ends in the body, and its unparsed text."""
 
     end: int
     text: bytes
 
     def read(self) -> Json:
-        """Its document; None for one without, as heartbeats are, and for [DONE]."""
+        """Its JSON document; None for [DONE] and for events without one, such as heartbeats."""
         data, name, strays = [], b"", []
         for line in self.text.removeprefix(BOM).replace(b"\r", b"\n").split(b"\n"):
             field, _, value = line.partition(b":")
@@ -45,9 +45,9 @@ class Event(NamedTuple):
             elif field not in FIELDS:
                 strays.append(line)
         said = b"\n".join(data).strip()
-        if name == b"error" or (strays and not said):  # its words, maybe without `data:`
+        if name == b"error" or (strays and not said):  # its text may lack `data:`
             raise Malformed(f"error from the server: {error_message(said or b' '.join(strays))}")
-        if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # `event: ping`, say
+        if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # such as `event: ping`
             return None
         try:
             return json.loads(said)
@@ -56,7 +56,7 @@ class Event(NamedTuple):
 
 
 def is_stream(data: bytes, kind: str) -> bool:
-    """Is a body a stream of events? Some call it text/plain; others so call a document."""
+    """Is a body an event stream? Its content type may be wrong either way."""
     start = data.removeprefix(BOM).lstrip()[:1]
     return bool(STREAM.match(data.removeprefix(BOM))) or (
         kind == "text/event-stream" and start not in (b"{", b"<")
@@ -66,7 +66,7 @@ def is_stream(data: bytes, kind: str) -> bool:
 def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
     """The events that carry choices, and the others, told apart without decoding them.
 
-    Data that is no object is a heartbeat where one with an object follows, else an error's text.
+    Data that is not an object is a heartbeat if an event with an object follows, else an error.
     """
     tokens, others, last = [], [], 0
     for end, text in pieces(data):
@@ -79,7 +79,7 @@ def split_events(data: bytes) -> tuple[list[Event], list[Event]]:
 
 
 def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """What blank lines separate, and where each ends; they may be of \\n, \\r\\n, \\r, or mixed."""
+    """The pieces between blank lines, and where each ends. A line ends in \\n, \\r\\n or \\r."""
     lines, returns = data.count(b"\n"), data.count(b"\r")
     stuck = b"}\ndata:" in data or b"}\r\ndata:" in data
     if stuck or (returns and not lines == returns == data.count(b"\r\n")):
@@ -113,11 +113,11 @@ def says(document: Json) -> bool:
 
 
 def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> list[Event]:
-    """Those that are tokens, of a stream in which the server counts `wanted`.
+    """The events that are tokens, in a stream for which the server counts `wanted` tokens.
 
-    A chat begins with the role alone, some completions with an empty text; a stream ends with the
-    reason why, or with the usage. None of them is a token. But half a character is one, and a
-    special token too, and neither has a text: these are told from the others by the count.
+    A chat begins with only the role, some completions with an empty text; a stream ends with the
+    finish reason or the usage. None of these is a token. Half a character or a special token is
+    one, though it has no text either: only the count tells these apart.
     """
     spoken = (i for i, event in enumerate(events) if says(event.read()))
     first = next(spoken, None)
@@ -136,9 +136,9 @@ def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> lis
 
 
 def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
-    """Tokens of the prompt, of the output, and of the prompt from a cache: the last that are true.
+    """Tokens of the prompt, of the output, and of the prompt from a cache: the last real values.
 
-    Some servers count on in each event, some put zeros or null into all but the last one.
+    Some servers send running counts in each event, some zeros or null in all but the last one.
     """
     prompt = output = cached = None
     for event in sorted(events, reverse=True):
@@ -153,7 +153,7 @@ def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:
 
 
 def usage_of(document: Json) -> Json:
-    """At the top, as OpenAI has it; in a choice, as Moonshot, or under a name, as Groq has it."""
+    """The usage: at the top (OpenAI), in a choice (Moonshot) or under `x_groq`; {} if none."""
     if not isinstance(document, dict):
         return {}
     holders = (document, *(document.get("choices") or ()), document.get("x_groq"))
@@ -162,26 +162,26 @@ def usage_of(document: Json) -> Json:
 
 
 def written(usage: Json) -> int | None:
-    """Tokens of the output. xAI and Google count thoughts in the total alone."""
+    """Tokens of the output. xAI and Google count reasoning tokens only in the total."""
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     prompt, output, total = (counted(usage.get(name)) for name in names)
     return output if output is None else max(output, (total or 0) - (prompt or total or 0))
 
 
 def from_cache(usage: Json) -> int | None:
-    """As OpenAI, vLLM, SGLang and TensorRT-LLM write it, or DeepSeek; None where nobody says."""
+    """Cached prompt tokens, as OpenAI and most others write them, or DeepSeek; None if unsaid."""
     details = usage.get("prompt_tokens_details")
     said = details.get("cached_tokens") if isinstance(details, dict) else None
     return counted(usage.get("prompt_cache_hit_tokens") if said is None else said)
 
 
 def counted(value: Json) -> int | None:
-    """A number of tokens, as some write 8.0; None for what cannot be one."""
+    """A number of tokens (some servers write 8.0); None if it cannot be one."""
     whole = type(value) is int or (type(value) is float and value.is_integer())
     return int(value) if whole and 0 <= value < 1 << 32 else None
 
 
 def finish_reason(events: Sequence[Event]) -> str:
-    """Why the output ended; '' where no event says."""
+    """Why the output ended; '' if no event says."""
     found = (FINISH.search(event.text) for event in reversed(events))
     return next((match[1].decode() for match in found if match), "")

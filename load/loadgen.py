@@ -1,13 +1,13 @@
 """Put a load on an OpenAI-compatible server and measure when each token came.
 
 One epoll loop sends requests and keeps what comes back, as bytes, with the *kernel's* arrival
-times (SO_TIMESTAMPING): a client that is late to read must not look like a server that was late to
-answer. Answers are understood (response.py) when they are whole and the loop has nothing to do.
-Linux and the standard library only.
+times (SO_TIMESTAMPING): a client that reads late must not look like a server that answers late.
+Answers are parsed (answer.py) once they are complete and the loop has nothing to do. Linux and the
+standard library only.
 
-Closed loop: `streams` requests are in flight, a new one follows each that ends; a latency counts
-from the moment its request was sent. Open loop (a finite `rate`): requests go out at their own
-times, however the server does; a latency counts from when its request was *meant* to go out.
+Closed loop: `streams` requests are in flight, and each that ends is followed by a new one; latency
+counts from the moment a request was sent. Open loop (a finite `rate`): requests go out at their own
+times, however the server does; latency counts from when a request was *meant* to go out.
 
     target = Target("localhost", 8000)
     result = measure(Load(target, "/v1/completions", body=lambda i: b"{...}", count=100, streams=4))
@@ -42,7 +42,7 @@ Pipe = Any  # multiprocessing's connection, whose class differs between Python v
 
 
 def measure(load: Load, progress: Progress = no_progress) -> Result:
-    """Put the load on, from as many processes as it needs. CutShort where a signal ends it."""
+    """Put the load on, from as many processes as needed. CutShort if a signal ends it."""
     shards = shards_for(load, len(os.sched_getaffinity(0)))
     allow_files(load.width // shards + 64)
     one = shards == 1
@@ -53,7 +53,7 @@ def measure(load: Load, progress: Progress = no_progress) -> Result:
 
 
 def shards_for(load: Load, cores: int) -> int:
-    """How many processes: at ease on half of the cores (others need theirs), else what it takes."""
+    """How many processes: as many as half of the cores hold at ease, and more only if needed."""
     known = 0 if load.open_loop and load.streams is None else load.width  # streams in flight
     at_ease = min(cores // 2, math.ceil(known / STREAMS_A_SHARD))
     needed = min(cores, math.ceil(load.width / MOST_STREAMS_A_SHARD))
@@ -90,12 +90,12 @@ def measure_here(
 
 
 def clock_offset() -> int:
-    """Arrival stamps are wall-clock time: when that steps, they are wrong."""
+    """Wall clock less monotonic clock, in ns. If it changes, arrival stamps are wrong."""
     return time.time_ns() - time.monotonic_ns()
 
 
 def time_without_core() -> int:
-    """ns that this process was ready to run and did not; 0 where the kernel does not tell."""
+    """ns that this process was ready but waited for a core; 0 if the kernel does not tell."""
     try:
         return int(Path("/proc/self/schedstat").read_text().split()[1])
     except (OSError, IndexError, ValueError):
@@ -104,15 +104,15 @@ def time_without_core() -> int:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage collection while measuring, and no other work first where it may say so (root).
+    """While measuring: no garbage collection, and real-time priority where that is allowed (root).
 
-    It runs for microseconds at a time, but has to do so when packets come: late by a token's time,
-    it finds two tokens under one stamp.
+    We run for microseconds at a time, but must do so when packets come: if we are late by the time
+    of a token, two tokens share one stamp.
     """
     was_on, before = gc.isenabled(), None
     gc.collect()
     gc.disable()
-    with suppress(OSError):  # musl, Alpine's C library, cannot even say what it is
+    with suppress(OSError):  # musl, Alpine's C library, does not have these calls
         before = os.sched_getscheduler(0), os.sched_getparam(0)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     try:
@@ -156,25 +156,25 @@ def measure_sharded(load: Load, shards: int, progress: Progress) -> Result:
         return merged(results(pipes, progress))
     finally:
         for worker in workers:
-            worker.kill()  # it is deaf to other signals
+            worker.kill()  # it ignores other signals
             worker.join()
 
 
 def results(pipes: list[Pipe], progress: Progress) -> list[Result]:
-    """What every worker measured: after a signal, until then."""
+    """What every worker measured; after a signal, what it had measured until then."""
     found: dict[Pipe, Result] = {}
     try:
         hear(pipes, "result", progress, found)
     except Stopped as stopped:
         for pipe in pipes:
-            with suppress(OSError):  # one that is done has gone
+            with suppress(OSError):  # a worker that is done has gone
                 pipe.send(stopped.args[0])
         hear(pipes, "result", no_progress, found)
     return list(found.values())
 
 
 def hear(pipes: list[Pipe], kind: str, progress: Progress, found: dict[Pipe, Any]) -> None:
-    """One message of this kind from every worker; their progress is passed on as a sum."""
+    """Wait for a message of this kind from every worker; their progress is passed on as a sum."""
     counts: dict[Any, tuple[int, int, int]] = {}
     while len(found) < len(pipes):
         for pipe in multiprocessing.connection.wait([p for p in pipes if p not in found]):
@@ -200,7 +200,7 @@ def receive(pipe: Pipe) -> tuple[str, Any]:
 
 
 def work(load: Load, shard: int, shards: int, pipe: Pipe) -> None:
-    for each in SIGNALS:  # they are the parent's to act on: a ^C, or Slurm's end, comes to all
+    for each in SIGNALS:  # the parent handles them: a ^C, or Slurm's end, reaches all processes
         signal.signal(each, signal.SIG_IGN)
 
     def connected() -> int:

@@ -1,7 +1,6 @@
 """One epoll loop that sends requests and keeps what comes back, as bytes and arrival times.
 
-Nothing is understood while it has anything better to do: answers are read (answer.py) when they are
-whole and no socket is ready.
+Answers are parsed (answer.py) only once they are complete and no socket is ready.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from load.connection import CONNECT_TIMEOUT, SECOND, Address, Step, Stream
 from load.target import Load, LoadError, Progress, Target
 
 CONNECTS_AT_ONCE = 64  # a server's listen queue can be short
-SPARE_CONNECTIONS = 8  # open loop: so many are kept open and free, so that no request waits for one
+SPARE_CONNECTIONS = 8  # open loop: free connections kept open, so that no request waits for one
 UNREAD_LIMIT = 48 << 20  # bytes of ended answers kept before the loop stops to read one
 PREPARED_LIMIT = 16 << 20  # bytes of requests written ahead of time
-PREOPENED = 64  # open loop: how many requests will be in flight is not known
+PREOPENED = 64  # open loop: nobody knows how many requests will be in flight
 RAMP = 100_000  # ns between a closed loop's first requests; a burst would queue on the sockets
-MAX_EVENTS = 64  # then look at the clock again
+MAX_EVENTS = 64  # a poll; then the clock is read again
 
 
 class Loop:
@@ -49,7 +48,7 @@ class Loop:
         self.spare: list[Stream] = []  # connected, without a request
         self.running = False
         self.closing = False  # the server closes after each answer: it may have few workers
-        self.refused = False  # a spare connection was; from then on only requests open them
+        self.refused = False  # a spare one was refused; from then on only requests open connections
         self.due: int | None = None  # open loop: when the next request is meant to go out
         self.requests: deque[bytes] = deque()  # written ahead of time
         self.written = self.next = self.finished = self.failed = self.tokens = 0
@@ -118,7 +117,7 @@ class Loop:
         self.finished += 1
         self.hung = 0
         if self.none_left():
-            stream.close()  # idle, it may hold the worker that another stream is waiting for
+            stream.close()  # an idle one may hold the worker that another stream is waiting for
         elif not self.load.open_loop:
             self.dispatch(stream, when)
         elif stream.sock:
@@ -151,7 +150,7 @@ class Loop:
         return True
 
     def send_due(self) -> None:
-        """Send what is due; at the limit of streams it waits, and its lateness says so."""
+        """Send what is due. At the limit of streams a request waits, which its lateness shows."""
         while self.due is not None and self.due <= time.time_ns() and not self.full():
             if self.none_left():  # the first streams were quick and took them all
                 self.due = None
@@ -190,7 +189,7 @@ class Loop:
     # turning
 
     def run(self, start: int) -> None:
-        """Send, receive, and read in the pauses, until every request has ended, or it is cut."""
+        """Send, receive, and parse in pauses, until every request has ended or the run is cut."""
         self.running = True
         self.arrivals = arrivals(self.load, self.shard, self.shards, start)
         self.due = next(self.arrivals)
@@ -201,7 +200,7 @@ class Loop:
                     self.send_due()
                 while self.unread_bytes > UNREAD_LIMIT:
                     self.read_answer()
-        except Stopped as stopped:  # what has ended is worth having
+        except Stopped as stopped:  # the requests that have ended are kept
             self.stopped = stopped.args[0]
             self.cut = f"stopped by {signal.Signals(self.stopped).name}"
         while self.read_answer():
@@ -229,14 +228,14 @@ class Loop:
         delay = (self.due - time.time_ns()) / SECOND
         if delay > 0.004:
             return self.epoll.poll(min(delay - 0.002, 0.25), MAX_EVENTS)
-        if delay > 0:  # epoll's own time-out counts whole milliseconds, select's does not
+        if delay > 0:  # epoll's timeout counts whole milliseconds, select's does not
             select.select((self.epoll,), (), (), delay)
         return self.epoll.poll(0, MAX_EVENTS)
 
     def look_after(self, now: int) -> None:
-        """Four times a second: requests that take too long, and a word on how far we are."""
+        """Four times a second: end requests that take too long, and report progress."""
         step = time.time_ns() - time.monotonic_ns() - self.clock
-        if abs(step) > SECOND:  # no time is true any more, neither a limit nor when one is due
+        if abs(step) > SECOND:  # no time is right any more, neither limits nor due times
             self.cut = f"the clock was set by {step / SECOND:,.0f} s"
             return
         for stream in [s for s in self.streams if s.is_done(now)]:
@@ -249,14 +248,14 @@ class Loop:
         self.progress(self.finished, self.failed, self.tokens)
 
     def give_up_on_a_server_that_hangs(self) -> None:
-        """Each of its requests would take the whole timeout. One alone may just be slow."""
+        """Every further request would take the whole timeout. A single one may just be slow."""
         rest = self.finished < len(self.indices) or self.hung == self.finished
         if rest and self.hung >= max(self.width, 2):
             self.cut = (f"the server hangs: {self.hung} requests in a row had no whole answer "
                         f"within {self.load.timeout:g} s")  # fmt: skip
 
     def has_stamps(self) -> bool:
-        """Not with TLS, and not every kernel gives them; the first packets may go without."""
+        """Not with TLS, and not on every kernel; the first packets may come without."""
         return not self.tls and self.unstamped <= self.lags.total() / 2
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What `bench.py` measures: one table, and what the command line makes of it."""
+"""The table of what `bench.py` measures, and how the command line changes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Row:
     lengths: tuple[tuple[int, int], ...]  # pairs of input and output tokens; (): a data set's own
     requests: int
     concurrency: tuple[int | None, ...]
-    per_stream: int = 0  # so many requests for each in flight, when more than `requests`
+    per_stream: int = 0  # requests for each stream, if that is more than `requests`
 
 
 PER_STREAM = 5
@@ -34,12 +34,12 @@ MATRIX = (
 SWEEP = Row("sweep",   ((512, 256),), 20, (), per_stream=PER_STREAM)
 # fmt: on
 TYPES = tuple(row.type for row in MATRIX)
-MANY = 20  # streams that unlimited ones count as, where requests are so many a stream
+MANY = 20  # streams that `unlimited` counts as where requests are counted per stream
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a load, and which repeat of it this is."""
+    """One run: a load, and the number of its repeat."""
 
     type: str
     input_len: int | None
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Names the load; the same for every repeat."""
+        """The load's name, the same for every repeat."""
         lengths = [f"in{self.input_len}-out{self.output_len}"] if self.input_len else []
         streams = f"c{self.concurrency}" if self.concurrency else "unlimited"
         rate = [f"rate{self.rate:g}"] if math.isfinite(self.rate) else []
@@ -62,7 +62,7 @@ class Case:
         return self.label if self.repeat == 1 else f"{self.label}-r{self.repeat}"
 
     def facts(self) -> dict[str, Any]:
-        """For a result file; JSON has no infinity."""
+        """Its fields for a result file; JSON has no infinity."""
         rate = self.rate if math.isfinite(self.rate) else "inf"
         return {"name": self.name, "label": self.label, **asdict(self), "rate": rate}
 
@@ -109,7 +109,7 @@ def cases(types: Sequence[str], change: Overrides) -> Iterator[Case]:
 
 
 def too_few(case: Case) -> str:
-    """A word where the requests cannot fill the streams that the run is named after."""
+    """A note if there are too few requests to fill the streams in the run's name."""
     if not case.concurrency or case.num_prompts >= case.concurrency:
         return ""
     return (f"no more than {case.num_prompts} of {case.concurrency} streams are in flight, since "
@@ -118,7 +118,7 @@ def too_few(case: Case) -> str:
 
 
 def surprises(planned: Sequence[Case], change: Overrides) -> Iterator[str]:
-    """What of the command line does not do what one may think."""
+    """Notes on flags that do not do what one may think."""
     if (change.input_len or change.output_len) and any(c.input_len is None for c in planned):
         yield "conversations have lengths of their own: --input-len and --output-len leave them"
     yield from unique(f"{c.label}: {words}" for c in planned if (words := too_few(c)))

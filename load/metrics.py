@@ -1,6 +1,6 @@
-"""From what each request was to the numbers of a run, and whether they can be believed.
+"""Turns the results of requests into the figures of a run, and says whether they are valid.
 
-The names are those of benchmark_serving's result files, so that what reads them reads ours.
+The names are those of benchmark_serving's result files, so that whatever reads those reads ours.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from load.target import Load, Result
 
 PERCENTILES = (90, 95, 99)
 METRICS = ("ttft", "tpot", "itl", "e2el")
-DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # a value a request
-SHOWN = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # of a distribution in the report
+DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "e2els", "errors")  # one value per request
+SHOWN = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)  # percentiles in the report
 KINDS = ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))
 SLOW_CLIENT = 0.05  # share of the requests' time that the client itself may add
-BLURRED = 0.005  # share of events with another one's time: more, and the p99 of the gaps is off
+BLURRED = 0.005  # share of events with another's time; above it the p99 of the gaps is off
 CLOCK_STEP_MS = 1.0
 BUSY = 0.9  # of a core
-CUT_OFF = ("", "length", "max_tokens", "content_filter")  # finish reasons that are not the model's
-FRESH = 0.05  # share of requests on new connections that is worth a word
+CUT_OFF = ("", "length", "max_tokens", "content_filter")  # reasons that are not the model's own
+FRESH = 0.05  # share of requests on new connections that is worth a note
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run has to be to count."""
+    """What a run's answers must be like for it to be valid."""
 
     model: str
     output_len: int | None  # None: each request has its own
@@ -115,7 +115,7 @@ def summarise(
 
 
 def cached_prompts(good: Sequence[Outcome], tokens_in: int) -> dict[str, Any]:
-    """By the answers' own words. vLLM says nothing where it is nothing, if it says it at all."""
+    """The cached share by the answers' usage. vLLM leaves it out if it is 0, or altogether."""
     said = [o.cached_tokens for o in good if o.cached_tokens is not None]
     if not said or not tokens_in:
         return {"cached_share": None, "cached_source": None}
@@ -130,7 +130,7 @@ def span(good: Sequence[Outcome]) -> float:
 
 
 class Distribution:
-    """Values in order, equal ones kept once: a run has millions of gaps, of few lengths."""
+    """Sorted values, equal ones kept once: a run has millions of gaps, but few different ones."""
 
     def __init__(self, values: Iterable[float]) -> None:
         counts = Counter(values)
@@ -150,7 +150,7 @@ class Distribution:
         return math.sqrt(math.fsum(squares) / (len(self) or 1))
 
     def percentile(self, p: float) -> float:
-        """Between the two nearest values, as numpy does."""
+        """Interpolated between the two nearest values, as numpy does."""
         position = (len(self) - 1) * p / 100
         low, high = self.at(math.floor(position)), self.at(math.ceil(position))
         return low + (high - low) * (position % 1)
@@ -174,14 +174,14 @@ def percentiles(found: Distribution) -> dict[str, float]:
 
 
 def mean(values: Iterable[float]) -> float:
-    found = array("d", values)  # a list of millions would take four times as much
+    found = array("d", values)  # a list of millions would take four times the memory
     return math.fsum(found) / len(found) if found else 0.0
 
 
 def growth(times: Iterable[float], latencies: Iterable[float]) -> float | None:
-    """By how many seconds a latency grew in each second of load: 0 where the server keeps up.
+    """By how many seconds latency grew per second of load; 0 if the server keeps up.
 
-    Of the second half alone: at first a batch fills, and requests grow slower for that.
+    Only the second half counts: at first latency grows because the batch fills up.
     """
     points = sorted(zip(times, latencies, strict=True))
     points = points[len(points) // 2 :]
@@ -235,7 +235,7 @@ def odd_outputs(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
 
 
 def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
-    """By the model's own word, and not because something cut it short."""
+    """Whether the model itself ended the output early, and nothing cut it short."""
     asked = wanted.output_lens(outcome.index) if wanted.output_lens else wanted.output_len or 0
     its_own = outcome.finish.lower() not in CUT_OFF  # stop, eos, eos_token, end_turn, ...
     return its_own and (outcome.output_tokens or 0) < asked
@@ -276,7 +276,7 @@ def other_models(good: Sequence[Outcome], wanted: Wanted) -> list[str]:
     others = sorted({o.model for o in good if o.model and o.model != wanted.model})
     if not others:
         return []
-    alias = wanted.asked not in ("", wanted.model)  # of several, or of one with another to fall to
+    alias = wanted.asked not in ("", wanted.model)  # a name for several models, or with a fallback
     first = f", which answered for {wanted.asked} at first" if alias else ""
     return [f"answers came from {', '.join(others)}, not from {wanted.model}{first}"]
 
@@ -310,7 +310,7 @@ def client_facts(load: Load, result: Result, itl: float) -> dict[str, Any]:
 
 
 def connections(load: Load, good: Sequence[Outcome]) -> list[str]:
-    """A user of such a server waits for them, too."""
+    """A note if many requests needed a new connection: a server's users wait for that, too."""
     new = [o.connect / 1e6 for o in good if o.connect and not o.retried]
     if len(new) <= FRESH * len(good):
         return []
@@ -320,7 +320,7 @@ def connections(load: Load, good: Sequence[Outcome]) -> list[str]:
 
 
 def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float) -> list[str]:
-    """A client that cannot keep up measures itself."""
+    """Signs that the client could not keep up, in which case it measured itself."""
     found = []
     queueing = load.open_loop and load.streams is not None  # then waiting was asked for
     if facts["late_share"] > SLOW_CLIENT and not queueing:
@@ -328,7 +328,7 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
     good = [o for o in result.outcomes if not o.error]
     behind = facts["merged_share"] > BLURRED and facts["p99_read_lag_ms"] > itl / 2 > 0
     held_up = facts["blurred_share"] > BLURRED and result.waited > itl
-    if (behind or held_up) and judge(good).problems:  # it must have been late nearly always
+    if (behind or held_up) and judge(good).problems:  # it counts only if it was late nearly always
         behind, held_up = result.cpu > BUSY, result.waited > 500 * span(good)
     if behind or held_up:
         share = facts["merged_share"] if behind else facts["blurred_share"]
@@ -353,7 +353,7 @@ def offered_rate(load: Load, outcomes: Sequence[Outcome]) -> float | None:
 
 
 def lag(lags: Counter[int], share: float) -> float:
-    """How late the client read, in ms. Negative: the packet came while it was reading."""
+    """How late the client read in ms, at this quantile; 0 if packets came while it was reading."""
     wanted, seen = share * lags.total(), 0
     for step in sorted(lags):
         seen += lags[step]

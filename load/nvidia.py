@@ -1,4 +1,4 @@
-"""NVIDIA's own measuring client, benchmark_serving: its command line, and its result judged."""
+"""NVIDIA's own measuring client, benchmark_serving: its command line, and a check of its result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from load.matrix import Case
 from load.metrics import DETAILS, KINDS, METRICS, PERCENTILES, Distribution, growth, percentiles
 from load.streams import Shape, judge_shapes, shape
 
-TOO_MUCH = 1e15  # of anything that is measured
+TOO_MUCH = 1e15  # more than any real figure
 TOTALS = (
     "duration", "total_input_tokens", "total_output_tokens", "request_throughput",
     "output_throughput", "total_token_throughput", "user_throughput",
 )  # fmt: skip
-GOODPUT = ("request_goodput", "request_goodput:")  # as vLLM has it now, and as it had
+GOODPUT = ("request_goodput", "request_goodput:")  # the names in newer and in older versions
 FIGURES = (*TOTALS, *(f"{k}_{name}_ms" for k in KINDS for name in METRICS), *GOODPUT)
 UNKNOWN = "NVIDIA's client does not say whether it kept up with the server"
 
@@ -76,19 +76,19 @@ class BenchmarkServing:
 
 
 def unproxied(environ: Mapping[str, str], host: str) -> dict[str, str]:
-    """Its HTTP library would send the measured requests through HTTP_PROXY."""
+    """The environment without a proxy for this host: the client's library would use HTTP_PROXY."""
     names = ("NO_PROXY", "no_proxy")
     return {**environ, **{n: ",".join(filter(None, (environ.get(n), host))) for n in names}}
 
 
 def longest(case: Case, timeout: float) -> float:
-    """Seconds a run may take: every request its timeout, and time to start and to read."""
+    """Seconds a run may take: the timeout for every round, and time to start and to read."""
     rounds = case.num_prompts / (case.concurrency or case.num_prompts)
     return timeout * (rounds + 2) + case.num_prompts / case.rate
 
 
 def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Path) -> list[str]:
-    """Its arguments, all of which 1.1.0 has."""
+    """The command line of the client; 1.1.0 has all of these options."""
     served = endpoint.model if endpoint.model != endpoint.asked else ""
     target = endpoint.target
     if endpoint.prefix.endswith("/"):
@@ -109,7 +109,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
         *(["--request-rate", f"{case.rate:g}", "--burstiness", f"{options.burstiness:g}"]
           if math.isfinite(case.rate) else []),
         "--ignore-eos",
-        # The same seed means the same prompts: they would meet an earlier run's prefix cache.
+        # The same seed means the same prompts, which would meet an earlier run's prefix cache.
         "--seed", str(zlib.crc32(f"{options.seed}/{case.name}".encode())),
         "--percentile-metrics", "ttft,tpot,itl,e2el",  # e2el is not among its defaults
         "--metric-percentiles", ",".join(map(str, PERCENTILES)),
@@ -121,7 +121,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
 
 
 def data_set(case: Case, options: Options) -> list[str]:
-    """Without --random-ids it takes its texts from ShareGPT; as text, lengths would drift."""
+    """Flags for the prompts: without --random-ids they are ShareGPT's text, of other lengths."""
     if case.input_len is None:
         return ["--dataset-name", "sharegpt", "--dataset-path", str(options.sharegpt.resolve())]
     return [
@@ -135,7 +135,7 @@ def data_set(case: Case, options: Options) -> list[str]:
 
 
 def judge(case: Case, record: Record, detailed: bool) -> Record:
-    """Its exit status says nothing: it ends well when every request failed."""
+    """Judge the client's record: its exit code is 0 even if every request failed."""
     lost, record = without_times(record), sound(record)
     errors = [e for e in record.get("errors", []) if e]
     outputs = [n for n, e in zip_lists(record, "output_lens", "errors") if not e]
@@ -155,7 +155,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
     streams = judge_shapes(list(shapes(record)))
     latencies = end_to_end(record) if math.isfinite(case.rate) else []
     record["e2el_growth"] = growth((i / case.rate for i in range(len(latencies))), latencies)
-    if case.output_len == 1:  # there is nothing between tokens, and it calls that 0 ms
+    if case.output_len == 1:  # there are no gaps between tokens, which the client reports as 0 ms
         record |= {f"{kind}_{name}_ms": None for name in ("tpot", "itl") for kind in KINDS}
     record |= distributions(record)
     if not detailed:
@@ -172,7 +172,7 @@ def judge(case: Case, record: Record, detailed: bool) -> Record:
 
 
 def sound(record: Record) -> Record:
-    """The same, with numbers where numbers belong: a mean or time that is none becomes None."""
+    """The record, with None for every mean or time that is no usable number."""
     figures = {name: figure(record[name]) for name in FIGURES if name in record}
     times = {name: [*map(figure, record[name])] for name in ("ttfts", "e2els") if name in record}
     gaps = [numbers(gaps or ()) for gaps in record.get("itls", ())]
@@ -196,7 +196,7 @@ def without_times(record: Record) -> list[str]:
 
 
 def shapes(record: Record) -> Iterator[Shape]:
-    """How the answers came, where it writes down the gaps."""
+    """How the answers came, if the client recorded the gaps."""
     counted, gaps_of = zip_lists(record, "output_lens", "errors"), record.get("itls", [])
     ttfts = record.get("ttfts") or [0.0] * len(gaps_of)
     for (tokens, error), gaps, ttft in zip(counted, gaps_of, ttfts, strict=False):
@@ -205,7 +205,7 @@ def shapes(record: Record) -> Iterator[Shape]:
 
 
 def without_figures(case: Case, record: Record) -> list[str]:
-    """It writes NaN for the mean of nothing."""
+    """A problem if figures are missing: the client writes NaN for the mean of nothing."""
     expected = METRICS if case.output_len != 1 else ("ttft", "e2el")
     names = [*TOTALS, *(f"{kind}_{name}_ms" for name in expected for kind in KINDS)]
     missing = [name for name in names if name in record and record[name] is None]
@@ -213,7 +213,7 @@ def without_figures(case: Case, record: Record) -> list[str]:
 
 
 def distributions(record: Record) -> Record:
-    """In ms, of what it writes down in seconds for each request."""
+    """Percentiles in ms of what the client recorded for each request in seconds."""
     gaps = [gap for gaps in record.get("itls", []) for gap in gaps]
     ttfts = numbers(record.get("ttfts", ()))
     values = {"ttft": ttfts, "itl": gaps, "e2el": end_to_end(record)}
@@ -222,7 +222,7 @@ def distributions(record: Record) -> Record:
 
 
 def end_to_end(record: Record) -> list[float]:
-    """Seconds of each request; not every version of the script writes them down."""
+    """Each request's seconds, added up if this version of the client does not record them."""
     parts = zip(record.get("ttfts", []), record.get("itls", []), strict=False)
     added_up = [ttft + sum(gaps) for ttft, gaps in parts if ttft is not None]
     return numbers(record.get("e2els", ())) or added_up

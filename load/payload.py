@@ -1,4 +1,4 @@
-"""What the requests ask: random token ids of an exact length, or ShareGPT's conversations."""
+"""The prompts of requests: random token ids of an exact length, or ShareGPT's conversations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-# Ids that every vocabulary has, above the special tokens that most begin with.
+# Ids that every vocabulary has, above the special tokens at its beginning.
 FIRST_ID, LAST_ID = 1000, 20_000
 WORDS = ("time", "year", "people", "way", "day", "thing", "world", "life", "hand", "part", "child")
 
@@ -20,12 +20,12 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class RandomPrompts:
-    """No two alike, so that no prefix cache knows them; the same ones for the same seed."""
+    """Prompts that all differ, so that no prefix cache helps; a seed always gives the same ones."""
 
     input_len: int
     output_len: int
     seed: str
-    text: bool = False  # where no token ids are taken: about as many words
+    text: bool = False  # if the server takes no token ids: about as many words
 
     def __call__(self, index: int) -> tuple[str | list[int], int]:
         rng = random.Random(f"{self.seed}/{index}")
@@ -72,7 +72,7 @@ class Requests:
     model: str
     prompts: Prompts
     dialect: Dialect = Dialect()
-    longest: int = 0  # a warm-up need not write as much
+    longest: int = 0  # most tokens of an answer in a warm-up; 0: no limit
 
     def __call__(self, index: int) -> bytes:
         prompt, length = self.prompts(index)

@@ -1,7 +1,7 @@
-"""Find out by a few short requests what a server understands; the measured ones keep to that.
+"""Finds out with a few short requests what a server understands; measured requests keep to that.
 
-A server that refuses a field says so in words of its own, or not at all. So what a refused request
-is made of is put together again piece by piece, and what is refused for itself is left out.
+Servers report a refused field in words of their own, or not at all. So a refused request is built
+up again field by field, and the fields that the server refuses are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from load.payload import Dialect, RandomPrompts, Requests
 from load.target import Load, LoadError
 
 PROMPT = 16  # tokens
-OUTPUTS = (8, 16)  # no limit is as low as the first; OpenRouter may refuse less than the other
+OUTPUTS = (8, 16)  # the first is below any limit; OpenRouter may refuse less than the second
 SECONDS = 60.0
 ROOM = 1 << 18  # bytes of an answer; an event takes a few hundred
 BUSY = re.compile("HTTP (429|50[234]|52[0-9])")  # the last are Cloudflare's
-# With these the server means another thing than the fields of the request.
+# Statuses that are not about the fields of the request.
 OTHERWISE = re.compile(f"HTTP (401|403|404|405|408|413)|{BUSY.pattern}")
 RETRY_AFTER = re.compile(r"\(Retry-After: (\d{1,4})\)$")
-PAUSES, LONGEST = (1, 2, 4), 60.0  # s until a server that counts requests is asked again
-NOTICED = 3.0  # s that somebody at a terminal wonders about
+PAUSES, LONGEST = (1, 2, 4), 60.0  # s before a server with a rate limit is asked again
+NOTICED = 3.0  # s after which somebody at a terminal would wonder
 NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) within|HTTP 429")
 REFUSED = re.compile("HTTP [45]|error from the server")
 
-WITHOUT = {  # in the order in which they matter least
+WITHOUT = {  # the least important first
     "token_ids": ("token ids as a prompt", "prompts are text, and their length is the server's "
                   "to say"),
     "stream_options": ("stream_options", "it may not count its tokens"),
@@ -47,7 +47,7 @@ LENGTHS = ("max_tokens", "max_completion_tokens")
 
 @dataclass(frozen=True)
 class Found:
-    """What a server turned out to be like; `error` where it does not answer at all."""
+    """What was found out about a server; `error` if it does not answer at all."""
 
     dialect: Dialect
     model: str  # as its answers name it
@@ -59,7 +59,7 @@ class Found:
 
 @dataclass
 class Prober:
-    """Sends one short request after the other, and keeps what the answers call the model."""
+    """Sends short requests, one after the other, and collects the model names in the answers."""
 
     endpoint: Endpoint
     timeout: float
@@ -68,7 +68,7 @@ class Prober:
     names: set[str] = field(default_factory=set)
 
     def __call__(self, dialect: Dialect) -> Outcome:
-        """The answer; where the server wants to be asked later, that of later."""
+        """The answer; if the server asks us to come back later, the later answer."""
         answer = self.once(dialect)
         for pause in PAUSES:
             later = RETRY_AFTER.search(answer.error)
@@ -76,7 +76,7 @@ class Prober:
                 break
             wanted = (float(later[1]) if later else 0) or pause
             if wanted > LONGEST:
-                break  # no queue that empties: a quota that is used up
+                break  # not a queue that empties, but a quota that is used up
             if wanted >= NOTICED:
                 status = answer.error[: len("HTTP 429")]
                 say(f"the server is too busy to answer ({status}): asking again in {wanted:g} s")
@@ -128,7 +128,7 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
 
 
 def refused(answer: Outcome) -> bool:
-    """Was it the request that the server did not like, and not the moment or the address?"""
+    """Was the request itself refused, rather than its moment or its address?"""
     return bool(REFUSED.match(answer.error)) and not OTHERWISE.match(answer.error)
 
 
@@ -142,7 +142,7 @@ def too_long(answer: Outcome, wanted: int) -> bool:
 def pieced_together(
     ask: Prober, full: Dialect, refusal: Outcome
 ) -> tuple[Dialect, Outcome, Sequence[str]]:
-    """From the plainest request that is accepted back to all that is."""
+    """Start from the plainest request that is accepted, and add all that is accepted, too."""
     for ask.output, length in itertools.product(OUTPUTS, LENGTHS):
         plain = replace(PLAINEST, chat=full.chat, length=length)
         if not refused(answer := ask(plain)):
@@ -171,7 +171,7 @@ def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[
 
 
 def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
-    """Which flag helps, where no request of this kind is answered."""
+    """Which flag helps, if no request of this kind is answered."""
     if answer.error.startswith("HTTP 401"):
         return ask.endpoint.key_hint
     if NOBODY.match(answer.error):

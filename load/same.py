@@ -1,4 +1,4 @@
-"""Is the server under test still the same one after a run, and each server of a fleet?"""
+"""Checks after a run that the server, or each server of a fleet, is still the same one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from load.endpoint import (
     up,
 )
 
-LOOKS = 4  # at /metrics before a run, on connections that a balancer may lead to other replicas
-LOOKS_AFTER = 8  # until a process shows that was there before
+LOOKS = 4  # at /metrics before a run; a balancer may lead each to another replica
+LOOKS_AFTER = 8  # at most, until we meet a process that was there before
 LISTINGS, PAUSE = 3, 0.3  # a replica may be a moment behind with its models
 
 STARTED = re.compile(
@@ -33,15 +33,15 @@ RESTARTED = "the server was restarted during the run"
 
 
 def identity(endpoint: Endpoint) -> dict[str, Any]:
-    """What must not change while it is measured."""
+    """What must not change during a run."""
     launched = launches(endpoint)
-    # TensorRT-LLM's /metrics is no Prometheus page, and to read it empties it.
+    # TensorRT-LLM's /metrics is no Prometheus page, and reading it empties it.
     told = endpoint.trtllm or launched
     return {"launched": launched, "started": set() if told else starts(endpoint, LOOKS)}
 
 
 def launches(endpoint: Endpoint) -> dict[str, Any]:
-    """When the launcher started it, and each replica, by name; {} where it has not."""
+    """When the launcher started the server, and each replica by name; {} if it did not."""
     record = read_record(endpoint.record)
     if not record.get("started"):
         return {}
@@ -50,9 +50,9 @@ def launches(endpoint: Endpoint) -> dict[str, Any]:
 
 
 def starts(endpoint: Endpoint, looks: int, known: Collection[str] = ()) -> set[str]:
-    """When its processes started, of those met in so many looks, or up to one that is known.
+    """The start times of the processes met in so many looks, up to the first known one.
 
-    By the Prometheus metrics, which vLLM has. `created` in a list of models is no start.
+    They come from Prometheus metrics, which vLLM has. `created` in a list of models is not one.
     """
     found: set[str] = set()
     for _ in range(looks):
@@ -72,9 +72,9 @@ def process_starts(endpoint: Endpoint) -> Iterator[str]:
 def changes(
     endpoint: Endpoint, before: Mapping[str, Any], ended: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
-    """Why a run that began with this server did not end with it; and what else is worth a note.
+    """Problems if the server changed during a run, and notes.
 
-    `ended` are replicas that are known not to have lived through it.
+    `ended` are replicas that are known to have ended during the run.
     """
     problems, notes = served_now(endpoint)
     known = before.get("started", set())
@@ -95,12 +95,12 @@ def changes(
 
 
 def restarted(before: Collection[str], now: Collection[str]) -> bool:
-    """One process was there, and now it is another, younger one. Two at a time are replicas."""
+    """Whether a younger process has replaced the only one. Two at a time are replicas."""
     return len(before) == len(now) == 1 and float(*now) > float(*before)
 
 
 def served_now(endpoint: Endpoint) -> tuple[list[str], list[str]]:
-    """A problem where the model, or the server, is gone; only a note where it does not say."""
+    """A problem if the model or the server is gone; only a note if it does not list its models."""
     problem = ""
     for attempt in range(0 if endpoint.unlisted else LISTINGS):
         time.sleep(PAUSE if attempt else 0)
@@ -118,21 +118,21 @@ def served_now(endpoint: Endpoint) -> tuple[list[str], list[str]]:
 
 
 class Witness:
-    """A connection on which nothing is said, for as long as a run lasts.
+    """An idle connection that is held during a run: if it closes, the server may have restarted.
 
-    Only at uvicorn (TensorRT-LLM, vLLM, SGLang), which keeps it while it lives, and which it costs
-    nothing: a server with a worker for each connection would have one less for the load.
+    Only for uvicorn (TensorRT-LLM, vLLM, SGLang), which keeps it open as long as it lives, at no
+    cost. A server with one worker per connection would have one less for the load.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         target, self.name, self.sock = endpoint.target, endpoint.name, None
-        if not target.tls:  # a server waits for a handshake for so long only
+        if not target.tls:  # a server does not wait long for a handshake
             with suppress(OSError, Failure):
                 if fetch(endpoint, "/v1/models").server == "uvicorn":
                     self.sock = socket.create_connection((target.host, target.port), TIMEOUT)
 
     def notes(self) -> list[str]:
-        """To be asked once, at the end."""
+        """A note if it was closed. To be called once, at the end."""
         if self.sock is None:
             return []
         with self.sock:

@@ -1,7 +1,7 @@
-"""The ShareGPT conversations: found by path, downloaded when missing, picked by the usual rules.
+"""The ShareGPT conversations: found by path, downloaded if missing, picked by the usual rules.
 
-The client has no tokenizer. The rules of benchmark_serving (which conversations are too short or
-too long) are applied to lengths estimated from characters; what is reported comes from the server.
+The client has no tokenizer. So benchmark_serving's rules on what is too short or too long use
+lengths estimated from characters; the lengths that are reported come from the server.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ URL = (
 CHARACTERS_A_TOKEN = 4
 PIECE = 1 << 20
 LONGEST = 64 << 20  # characters of one conversation; more is no conversation
-LONGEST_WORD = 16  # characters of JSON's words and escapes: one may be cut by the end of a piece
+LONGEST_WORD = 16  # characters of a JSON word or escape, which the end of a piece may cut
 NEWLINE = "\n"
 PACKED = {b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK\x03\x04": "ZIP", b"PAR1": "Parquet"}
 TAKEN = (
     "--sharegpt takes JSON or JSON Lines of conversations, messages, or a prompt and its completion"
 )
-BETWEEN = re.compile(r"[\s,\[\]\x1e]*")  # entries; JSON Lines have no brackets and no commas
+BETWEEN = re.compile(r"[\s,\[\]\x1e]*")  # between entries; JSON Lines have no brackets or commas
 TURNS = ("conversations", "conversation", "messages")
 ASIDE = ("system", "developer", "tool")
 USERS = ("user", "human", "prompter")
@@ -45,9 +45,9 @@ ANSWERS = ("completion", "response", "answer", "output")
 
 
 def provide(path: Path) -> None:
-    """Before the first run: download what is missing, and read all of it.
+    """Before the first run: download the data set if it is missing, and read all of it.
 
-    Failure for a file with a broken entry, which is named, or with nothing that can be used.
+    Failure if an entry is broken (it is named), or if nothing in it can be used.
     """
     if not path.exists():
         download(URL, path)
@@ -79,12 +79,12 @@ def usable_turns(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def first_turns(entry: dict[str, Any]) -> tuple[str, str]:
-    """A question and its answer, as ShareGPT, OpenAI and the sets for instructions write them."""
+    """A question and its answer, in the formats of ShareGPT, OpenAI and instruction sets."""
     found: list[Any] = next(
         (entry[name] for name in TURNS if isinstance(entry.get(name), list)), []
     )
     turns = [turn for turn in found if isinstance(turn, dict) and role(turn) not in ASIDE]
-    # A greeting of the assistant's may come first; where no roles are known, the first one asks.
+    # The assistant's greeting may come first; without known roles, the first turn asks.
     at = next((i for i, turn in enumerate(turns) if role(turn) in USERS), 0)
     asked = [words(turn, TEXTS) for turn in turns[at : at + 1]]
     said = [words(turn, TEXTS) for turn in turns[at + 1 :] if role(turn) not in USERS]
@@ -97,13 +97,13 @@ def role(turn: dict[str, Any]) -> str:
 
 
 def question(entry: dict[str, Any]) -> str:
-    """Alpaca's instructions are about an input, Dolly's about a context."""
+    """The question, with Alpaca's `input` or Dolly's `context` below it."""
     parts = [words(entry, (name,)) for name in ("instruction", "input", "context")]
     return words(entry, QUESTIONS) or "\n\n".join(filter(None, parts))
 
 
 def words(holder: dict[str, Any], names: tuple[str, ...]) -> str:
-    """The first text under one of these names. Half a surrogate pair is none that can be sent."""
+    """The first text under one of these names, without half surrogate pairs: none can be sent."""
     text = next((holder[name] for name in names if isinstance(holder.get(name), str | list)), "")
     if isinstance(text, list):  # of OpenAI's parts
         parts = [part.get("text") for part in text if isinstance(part, dict)]
@@ -118,7 +118,7 @@ def tokens(text: str) -> int:
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON array or of JSON Lines, one by one: the file may be larger than memory.
 
-    Failure where one of them is broken, by its number and line.
+    Failure, with the number and line of the entry, if one is broken.
     """
     decode, text, number, line, found = json.JSONDecoder().raw_decode, "", 1, 1, False
     with path.open(encoding=encoding_of(path), errors="replace") as file:
@@ -160,14 +160,14 @@ def what_is(path: Path) -> str:
 
 
 def goes_on(error: Exception, text: str) -> bool:
-    """Was the text only not long enough yet?"""
+    """Did decoding fail only because the text is incomplete so far?"""
     if not isinstance(error, json.JSONDecodeError) or len(text) > LONGEST:
         return False
     return error.msg.startswith("Unterminated") or error.pos + LONGEST_WORD > len(error.doc)
 
 
 def download(url: str, path: Path) -> None:
-    """Into `.part`, going on where an earlier try stopped; renamed when it is whole and right."""
+    """Download to `.part`, continuing an earlier try; rename it once it is complete and correct."""
     import requests
 
     part = path.with_name(path.name + ".part")
@@ -193,7 +193,7 @@ def download(url: str, path: Path) -> None:
 
 
 def cause(error: Exception) -> str:
-    """In plain words: the library's own are a page long."""
+    """The error in plain words: the library's own are a page long."""
     import requests
 
     match error:
@@ -226,7 +226,7 @@ def keep(answer: Any, part: Path, have: int) -> None:  # noqa: ANN401
 
 
 def identity(path: Path) -> dict[str, str] | None:
-    """What tells one data set from another; None where there is no file."""
+    """What tells one data set from another; None if there is no file."""
     if not path.is_file():
         return None
     seen = path.stat()
@@ -235,7 +235,7 @@ def identity(path: Path) -> dict[str, str] | None:
 
 @functools.cache
 def sha256_of(path: Path, *_: int) -> str:
-    """Of a file that is large, once for as long as it stays the same."""
+    """The sum of a large file, computed once for as long as the file stays the same."""
     return sha256(path)
 
 

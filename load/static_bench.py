@@ -29,7 +29,7 @@ DATASET, REPORT = "dataset.jsonl", "report.json"
 
 
 def prepare_command(args: argparse.Namespace) -> list[str]:
-    """Prints the data set: requests of one length each."""
+    """The command that prints the data set, of requests that are all of one length."""
     return [
         "python3", args.prepare_dataset, "--tokenizer", args.model, "--stdout", "token-norm-dist",
         f"--num-requests={args.num_requests}",
@@ -77,7 +77,7 @@ def static_bench(argv: Sequence[str] | None) -> int:
     folder = (args.output or Path("results") / time.strftime("static-%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(args.model).resolve()
-    if model.is_dir():  # the container's directory is another
+    if model.is_dir():  # the container has another current directory
         args.model = str(model)
     mounts = [folder, *([model] if model.is_dir() else [])]
     tag = args.image

@@ -1,8 +1,7 @@
-"""Did the answers stream? What was held back on its way has lost its times.
+"""Did the answers really stream, or did something on the way hold tokens back?
 
-A proxy may collect an answer whole, or hand it on every 4 KB or 100 ms. Then the tokens have come
-together, and their times are the proxy's. (That a late client reads them together is another
-matter: metrics.slow_client.)
+A proxy may collect a whole answer, or pass it on every 4 KB or 100 ms. Tokens then arrive together,
+at times that are the proxy's. (A client that reads late is another matter: metrics.slow_client.)
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ FEWEST = 8  # tokens; fewer may be one step of an engine that speculates
 PAIRS = 1.5
 HURRY = 2.0  # ms a token
 CLUMP = 3.0  # tokens at a time, on average; a busy server sends two together now and then
-HEAD_CLUMP = 5  # the same, at the beginning alone
+HEAD_CLUMP = 5  # the same, for the beginning only
 SPOILT, ODD = 0.5, 0.05  # shares of the answers: a problem (a server may just stall), a note
 BUFFERED = "something on the way (a proxy or gateway; nginx: proxy_buffering off) holds them back"
 
@@ -41,16 +40,16 @@ class Judgement:
 class Shape:
     """How the tokens of one answer came."""
 
-    tokens: int  # of their own: a token may be several events, and a few tokens one
-    bursts: int  # in which they came
-    first: int  # events in the first of them
+    tokens: int  # or events, if fewer: one event may hold several tokens
+    bursts: int  # groups in which they came
+    first: int  # events in the first burst
     collected: bool
     waited: float = 0.0  # ms until the first
     lasted: float = 0.0  # ms from the first to the last
 
     @property
     def replayed(self) -> bool:
-        """One after the other, and yet at once: faster than nearly all engines write."""
+        """Whether they came one by one, yet faster than nearly any engine writes."""
         return self.lasted < min(self.waited / 10, (self.tokens - 1) * HURRY)
 
     @property
@@ -65,7 +64,7 @@ class Shape:
 def shape(
     gaps: Sequence[float], tokens: int | None, collected: bool = False, waited: float = 0.0
 ) -> Shape:
-    """Of the gaps between an answer's events, in ms, and the tokens that the server counted."""
+    """An answer's shape, from the gaps between its events in ms and the server's token count."""
     events = len(gaps) + 1
     apart = [i for i, gap in enumerate(gaps, 1) if gap > TOGETHER]
     count, first = min(events, tokens or events), (*apart, events)[0]
@@ -73,7 +72,7 @@ def shape(
 
 
 def judge(good: Sequence[Outcome]) -> Judgement:
-    """Which of the metrics the answers can bear."""
+    """Which metrics these answers can support."""
     found = judge_shapes(
         [shape(o.gaps, o.output_tokens, o.collected, (o.first - o.sent) / 1e6) for o in good]
     )
@@ -109,7 +108,7 @@ def judge_shapes(shapes: Sequence[Shape]) -> Judgement:
 
 
 def replays(hurried: Sequence[Shape], shapes: Sequence[Shape]) -> list[str]:
-    """A proxy may collect an answer and send it on event by event; a small model can be as fast."""
+    """A note on answers that a proxy may have replayed; a small model can be as fast."""
     if len(hurried) <= SPOILT * len(shapes):
         return []
     return [f"{len(hurried)} of {len(shapes)} answers came whole in less than a tenth of the time "
@@ -118,12 +117,12 @@ def replays(hurried: Sequence[Shape], shapes: Sequence[Shape]) -> list[str]:
 
 
 def average(shapes: Sequence[Shape]) -> float:
-    """Tokens at a time."""
+    """Mean tokens per burst."""
     return sum(s.tokens for s in shapes) / (sum(s.bursts for s in shapes) or 1)
 
 
 def together(shapes: Sequence[Shape]) -> list[str]:
-    """Too little to judge, and enough to say."""
+    """A note on answers that came at once, but are too short to judge."""
     short = [s for s in shapes if 1 < s.tokens < FEWEST and s.whole]
     if len(short) <= ODD * len(shapes):
         return []
@@ -132,7 +131,7 @@ def together(shapes: Sequence[Shape]) -> list[str]:
 
 
 def in_pairs(many: Sequence[Shape]) -> list[str]:
-    """Less than a clump, and still not one token after the other."""
+    """A note if tokens came in groups that are smaller than clumps."""
     size = average(many)
     if not PAIRS <= size < CLUMP:
         return []

@@ -1,4 +1,4 @@
-"""More and more load, until more does not pay: where is the knee?"""
+"""Doubles the load until more does not pay, to find the knee."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ WORTH = 1.05  # twice the load has to bring at least this much throughput
 KEPT_UP = 0.95  # of the offered rate
 GOOD = 0.99  # of the requests have to keep the --goodput limits
 MOST_STREAMS = 4096
-RATE_SECONDS = 30  # a rate is held for so long, and
-SETTLED = 4  # for so many times as long as a request took at the rate before
+RATE_SECONDS = 30  # a rate is held for at least this long, and for
+SETTLED = 4  # this many times as long as a request took at the rate before
 
 Record = dict[str, Any]
 Measure = Callable[[Case], Record]
 
 
 def conflicts(types: Sequence[str], change: Overrides, by: str | None) -> Iterator[str]:
-    """What on the command line a sweep would have to ignore."""
+    """Flags that a sweep would have to ignore."""
     if SWEEP.type not in types:
         if by:
             yield "--sweep-by is for -t sweep"
@@ -44,9 +44,9 @@ def conflicts(types: Sequence[str], change: Overrides, by: str | None) -> Iterat
 
 
 def sweep(change: Overrides, measure: Measure, by_rate: bool) -> tuple[list[Record], Record | None]:
-    """Measure at 1, 2, 4, ... streams (or requests a second); a run a step, and the best of them.
+    """Measure at 1, 2, 4, ... streams (or requests a second); returns a run per step, and the knee.
 
-    With --repeat, the step's run is the one of median throughput, or an invalid one.
+    With --repeat, a step's run is the one of median throughput, or an invalid one if there is any.
     """
     found: list[Record] = []
     load = first_step(change, by_rate)
@@ -65,7 +65,7 @@ def first_step(change: Overrides, by_rate: bool) -> float:
 
 
 def verdict(found: Sequence[Record], best: Record | None, by_rate: bool) -> str:
-    """Where the knee is and why the sweep ended there, for people."""
+    """Where the knee is and why the sweep ended there, in a sentence."""
     why = stop_reason(found, by_rate)
     if not best:
         return f"sweep: the knee: none, since at the first step {why}"
@@ -82,7 +82,7 @@ def case_for(load: float, change: Overrides, by_rate: bool, before: Record | Non
         seconds = max(RATE_SECONDS, SETTLED * before["mean_e2el_ms"] / 1e3 if before else 0)
         count = max(row.requests, math.ceil(load * seconds))
         return Case(row.type, inputs, outputs, count, None, load)
-    # Fewer would not fill the streams, and the knee would be theirs and not the server's.
+    # Fewer would not fill the streams, and the knee would not be the server's.
     count = max(requests_for(row, int(load), change), row.per_stream * int(load))
     return Case(row.type, inputs, outputs, count, int(load))
 
@@ -94,7 +94,7 @@ def middle(repeats: Sequence[Record]) -> Record:
 
 
 def stop_reason(found: Sequence[Record], by_rate: bool) -> str:
-    """Why the last step was one too many; empty while it was not."""
+    """Why the last step was one too many; '' if it was not."""
     last = found[-1]
     if not last["valid"]:
         return f"the run is invalid ({'; '.join(last.get('problems', ()))})"
@@ -111,15 +111,15 @@ def stop_reason(found: Sequence[Record], by_rate: bool) -> str:
 
 
 def sustained_rate(record: Record) -> float:
-    """Requests a second that the server does: less than offered where each waits longer.
+    """Requests a second that the server sustains: fewer than offered if latency keeps growing.
 
-    A queue that grows by a tenth of a second every second is a tenth too much load.
+    If latency grows by 0.1 s every second, a tenth too much is offered.
     """
     return offered_rate(record) / (1 + max(record["e2el_growth"] or 0.0, 0.0))
 
 
 def offered_rate(record: Record) -> float:
-    """What the dice gave, not what was asked for: few requests are seldom Poisson's mean."""
+    """The rate that was really offered: few Poisson arrivals seldom average what was asked for."""
     return float(record.get("client", {}).get("offered_rate") or record["request_rate"])
 
 

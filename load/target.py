@@ -1,4 +1,4 @@
-"""What a load is: where it goes, what it sends, how fast; and what comes back from it."""
+"""A load (where it goes, what it sends, how fast) and its result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Target:
     verify: bool = True
 
     def without_key(self, text: str) -> str:
-        """Some servers repeat what they refuse."""
+        """The text without our API key: some servers repeat it in an error."""
         return text.replace(self.api_key, "***") if self.api_key else text
 
     def request(self, path: str, body: bytes) -> bytes:
@@ -57,7 +57,7 @@ class Load:
     count: int
     streams: int | None = None  # most requests in flight; None: no limit
     rate: float = math.inf  # requests a second
-    burstiness: float = 1.0  # 1 is Poisson, less comes in bursts, more is evener
+    burstiness: float = 1.0  # 1: Poisson; less: in bursts; more: more even
     timeout: float = 600.0  # seconds a request may take
     seed: int = 0
     chat: bool = False
@@ -83,7 +83,7 @@ class Result:
     clock_step: float = 0.0  # ms that the wall clock moved against the monotonic one
     lags: Counter[int] = field(default_factory=Counter)  # reads by their lateness, in 0.1 ms
     cpu: float = 0.0  # the busiest process: share of a core
-    waited: float = 0.0  # ms in which it was ready to run and others had its core
+    waited: float = 0.0  # ms that it was ready to run but others had its core
 
 
 Progress = Callable[[int, int, int], None]  # requests done, requests failed, tokens received

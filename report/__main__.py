@@ -44,20 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(first: Path, *others: Path) -> int:
-    """Of one folder; or, after the word `compare`, of others side by side."""
+    """Report on one folder or, after the word `compare`, compare others."""
     if others:
         return compare_several(others) if others[2:] else side_by_side(*others)
     found = load(first)
     try:
         write(first, *found)
-    finally:  # in a folder that only others may write to, too
+    finally:  # even if only others may write to the folder
         print(table(*found))
     say(f"{first}/report.html")
     return 0
 
 
 def side_by_side(first: Path, second: Path) -> int:
-    """On the screen, and as a page in the second folder: it is the newer one."""
+    """Compare two folders on the terminal and on a page in the second, which is the newer one."""
     before, after = load(first), load(second)
     print(comparison(before.records, after.records))
     for words in (*before.left_out, *after.left_out):
@@ -70,7 +70,7 @@ def side_by_side(first: Path, second: Path) -> int:
 
 
 def compare_several(folders: Sequence[Path]) -> int:
-    """The same of more than two, each against the first; the page is in the last one."""
+    """The same for more than two, each against the first; the page is in the last one."""
     found, own = [load(folder) for folder in folders], [each.resolve().name for each in folders]
     names = own if len(set(own)) == len(own) else told_apart(folders)
     print(several(names, [each.records for each in found]))
@@ -91,7 +91,7 @@ def page_name(names: Sequence[str]) -> str:
 
 
 def told_apart(folders: Sequence[Path]) -> list[str]:
-    """Their paths, as far as they differ."""
+    """The paths of the folders, without what they have in common."""
     whole = [each.resolve() for each in folders]
     common = os.path.commonpath(whole)
     return [str(each.relative_to(common)) for each in whole]

@@ -1,4 +1,4 @@
-"""The charts of a report: which there are, and what their points say when they are pointed at."""
+"""The charts of a report: which there are, and the tooltips of their points."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Chart:
     x: str
     y: str
     series: dict[str, list[Point]] = field(default_factory=dict)
-    pale: frozenset[str] = frozenset()  # series that do not matter so much
-    within: tuple[float | None, float | None] | None = None  # the part of the x axis that is marked
+    pale: frozenset[str] = frozenset()  # series that are less important
+    within: tuple[float | None, float | None] | None = None  # the marked part of the x axis
 
 
 class Band(NamedTuple):
@@ -49,7 +49,7 @@ class Bands:
 
 
 def all_charts(sides: Sequence[Side]) -> list[Chart | Bands]:
-    """Those that have anything to show."""
+    """All charts that have something to show."""
     charts = [
         against("ttft_input", "Time to first token against input length", sides, "prefill",
                 "input_len", "input tokens", "ttft"),
@@ -82,7 +82,7 @@ def against(
 
 
 def load_curve(name: str, title: str, sides: Sequence[Side], type_: str) -> Chart:
-    """Each point a step of load: further up more work done, further right a longer wait."""
+    """Each point is a load: higher means more throughput, further right a longer wait."""
     chart = Chart(name, title, "mean end-to-end latency, ms", "output tokens/s")
     for label, found in families(sides, [type_], "concurrency", "rate"):
         chart.series["throughput" + label] = steps(
@@ -92,7 +92,7 @@ def load_curve(name: str, title: str, sides: Sequence[Side], type_: str) -> Char
 
 
 def per_user(sides: Sequence[Side]) -> Chart:
-    """What one user gets against what the GPUs do for all: the choice of a load is one of these."""
+    """Throughput per user against throughput per GPU: choosing a load is choosing a point here."""
     everything = [g for _, found in sides for g in found]
     key, y = "gpu_throughput", "output tokens/s per GPU"
     if not all(g.value(key) for g in everything):
@@ -110,7 +110,7 @@ Value = Callable[[Group], float | None]
 
 
 def steps(found: Iterable[Group], x: Value, y: Value) -> list[Point]:
-    """Points from load to load, and not as they were measured."""
+    """Points in the order of their loads, whatever the order of the runs."""
     return [
         Point(a, b, f"{g.label}: {figures(g)}", step_of(g))
         for g in sorted(found, key=load_of)
@@ -137,7 +137,7 @@ def bands(metric: str, sides: Sequence[Side]) -> Bands:
 def families(
     sides: Sequence[Side], types: Sequence[str], *running: str
 ) -> list[tuple[str, list[Group]]]:
-    """The valid loads of a type, a family for all that differ only in what runs along the axis."""
+    """The valid loads of these types, grouped by all but what runs along the axis."""
     mine = [(s, g) for s, found in sides for g in found if g.valid and g.case["type"] in types]
     rest = [k for k in ("input_len", "output_len", "concurrency", "rate") if k not in running]
     differing = [k for k in rest if len({g.case[k] for _, g in mine}) > 1]

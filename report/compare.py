@@ -1,4 +1,4 @@
-"""Folders of results side by side: what became better or worse, and is it the same thing?"""
+"""Compares folders of results: what became better or worse, and are the runs comparable?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from report.results import COMPARED, Column, Group, Record, columns_of, groups, in_words
 
-NOTICED = 0.03  # a change of less means nothing, however sure it is
+NOTICED = 0.03  # a smaller change means nothing, however certain it is
 # Student's t, two-sided, 99 %, for 1, 2, ... degrees of freedom: how many standard errors apart two
 # means have to be. Twenty loads have 180 figures: at 95 % nine of them would change by chance.
 STUDENT = (63.7, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98)
@@ -19,11 +19,11 @@ ONE_RUN, UNKNOWN = "one run", "unknown"
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one figure of one load."""
+    """How one figure of one load changed."""
 
     label: str
     column: Column
-    before: tuple[float, ...]  # a value a run
+    before: tuple[float, ...]  # one value per run
     after: tuple[float, ...]
 
     @property
@@ -32,13 +32,13 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """None where there was nothing before."""
+        """The change as a share; None if the mean was 0 before."""
         before, after = self.means
         return after / before - 1 if before else None
 
     @property
     def noise(self) -> float | None:
-        """How far apart the means of two such series come by chance; None: nobody knows."""
+        """How far apart two such means may be by chance; None if a side has only one run."""
         sides = (self.before, self.after)
         if min(map(len, sides)) < 2:
             return None
@@ -74,7 +74,7 @@ HEAD = ("load", "", "before", "after", "change", "by chance", "")
 
 
 def pairs(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[Group, Group]]:
-    """The loads that both measured, and measured validly."""
+    """The loads that are valid in both."""
     left, right = ({g.label: g for g in groups(r) if g.valid} for r in (before, after))
     return [(left[label], right[label]) for label in left if label in right]
 
@@ -95,7 +95,7 @@ def comparison(before: Sequence[Record], after: Sequence[Record]) -> str:
 
 
 def several(names: Sequence[str], folders: Sequence[Sequence[Record]]) -> str:
-    """A row a figure: what the first folder has, and each other one with its change from that."""
+    """A row per figure: the first folder's value, then each other one's with its change."""
     first, *others = folders
     rows = [("load", "", *names), *rows_of([compare(first, other) for other in others])]
     lines = columns_of(rows) if rows[1:] else []
@@ -116,7 +116,7 @@ def rows_of(changes: Sequence[Sequence[Change]]) -> Iterator[tuple[str, ...]]:
 
 
 def outcome(changes: Sequence[Change]) -> list[str]:
-    """The whole of it in a sentence or two."""
+    """The verdict in a sentence or two."""
     if not changes:
         return ["nothing to compare: the folders have no valid load in common"]
     found = Counter(change.verdict for change in changes)
@@ -136,7 +136,7 @@ def remarks(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
 
 
 def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
-    """What makes a comparison lame: another client, say. One line for all loads that share it."""
+    """What makes a comparison unfair, e.g. another client. One line for all loads that share it."""
     found: dict[str, list[str]] = {}
     for left, right in pairs(before, after):
         one, other = conditions(left), conditions(right)
@@ -172,13 +172,13 @@ def conditions(group: Group) -> Record:
 
 
 def cached(group: Group) -> str:
-    """To a tenth: a cache that is a little warmer is no other measurement."""
+    """The cached share to a tenth: a cache that is a little warmer makes no difference."""
     share = group.value("cached_share")
     return UNKNOWN if share is None else f"{round(share, 1):.0%}"
 
 
 def left_out(before: Sequence[Record], after: Sequence[Record]) -> Iterator[str]:
-    """What could not be compared must not look as if nothing had changed."""
+    """The loads that were not compared, so that they do not look unchanged."""
     for side, mine, others in (("before", before, after), ("after", after, before)):
         labels = {g.label for g in groups(others)}
         yield from (f"only {side}: {g.label}" for g in groups(mine) if g.label not in labels)

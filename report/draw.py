@@ -1,7 +1,7 @@
-"""How a chart is drawn: once, by matplotlib, as a PNG and as the SVG that the page holds.
+"""Draws a chart with matplotlib, once for both the PNG and the SVG inside the page.
 
-The SVG is text in the page itself: it takes the page's fonts and colours, dark or light, and its
-points have titles, which a browser shows when they are pointed at.
+The SVG is text in the page itself: it takes on the page's fonts and colours, dark or light, and its
+points have titles, which a browser shows as tooltips.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from common.talk import say
 from report.charts import Band, Bands, Chart, Point
 
-INK = "#202124"  # in the page: the colour of its text
+INK = "#202124"  # replaced by the page's text colour
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#64748b", "#eab308", "#06b6d4")
 WIDTH, HEIGHT = 5.4, 3.5  # inches: as wide as half of the page, or a telephone
-FAR_APART = 30  # from the smallest to the largest: then the axis is logarithmic
+FAR_APART = 30  # largest over smallest value from which on the axis is logarithmic
 OFFSETS = tuple(product((5, -5), (5, -5))) + tuple(product((14, -14), (14, -14)))  # points
 LIKE_PAGE: Any = {  # matplotlib's own type names each of its 300 settings
     "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10, "text.color": INK,
@@ -35,11 +35,11 @@ LIKE_PAGE: Any = {  # matplotlib's own type names each of its 300 settings
 class Picture:
     name: str
     svg: str  # for the inside of a page
-    png: bytes  # b"" where only a page is made
+    png: bytes  # b"" if only a page is made
 
 
 def draw(charts: Sequence[Chart | Bands], *, files: bool = False) -> list[Picture]:
-    """Nothing without matplotlib: numbers are there without it."""
+    """The pictures. There are none without matplotlib, which the figures do not need."""
     if not charts:
         return []
     try:
@@ -49,7 +49,7 @@ def draw(charts: Sequence[Chart | Bands], *, files: bool = False) -> list[Pictur
         say("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
     with matplotlib.rc_context(LIKE_PAGE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in letters that its font lacks: the page has them
+        warnings.simplefilter("ignore")  # a font may lack letters of a name; the page has them
         return [picture(chart, Figure(layout="constrained"), files) for chart in charts]
 
 
@@ -86,9 +86,9 @@ def draw_lines(chart: Chart, figure: Any) -> list[str]:  # noqa: ANN401
 
 
 def lay_out(figure: Any) -> None:  # noqa: ANN401
-    """Where things are is found out once, not once a format: it takes most of the time."""
+    """Compute the layout once, not once per format: it takes most of the time."""
     figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # not "none", whose place-holder has each format drawn twice
+    figure.set_layout_engine(None)  # not "none", whose place-holder makes each format draw twice
 
 
 def scale(axes: Any, values: Sequence[float]) -> None:  # noqa: ANN401
@@ -105,7 +105,7 @@ def scale(axes: Any, values: Sequence[float]) -> None:  # noqa: ANN401
 
 
 def name_points(axes: Any, points: Sequence[Point]) -> None:  # noqa: ANN401
-    """A label beside each point where there is room; at saturation they lie on each other."""
+    """Label each point where there is room; at saturation points lie on each other."""
     taken = [dot(axes, point) for point in points]
     for point in points:
         for x, y in OFFSETS:
@@ -133,7 +133,7 @@ def inside(axes: Any, box: Any) -> bool:  # noqa: ANN401
 
 
 def draw_bands(chart: Bands, figure: Any) -> list[str]:  # noqa: ANN401
-    """A row a load: thin p5 to p95, thick p25 to p75, a dot at the median, a tick at p99."""
+    """A row per load: thin p5 to p95, thick p25 to p75, a dot at the median, a tick at p99."""
     figure.set_size_inches(WIDTH, 1.1 + 0.24 * len(chart.rows))
     axes = figure.subplots()
     sides = list(dict.fromkeys(row.side for row in chart.rows))
@@ -173,7 +173,7 @@ def saved(figure: Any, kind: str) -> bytes:  # noqa: ANN401
 
 
 def inline(svg: str, tips: Sequence[str]) -> str:
-    """For the inside of a page: as wide as there is room, and titles on the points."""
+    """The SVG for a page: as wide as there is room, with titles on its points."""
 
     def titled(found: re.Match[str]) -> str:
         return f'<g class="tip"><title>{escape(tips[int(found[1])])}</title>'

@@ -1,4 +1,4 @@
-"""report.html: one file that opens from a disk, reads on a telephone, and prints."""
+"""report.html: one file that opens from a disk, is readable on a phone, and prints well."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def load_table(found: Sequence[Group], columns: Sequence[Column]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of cells that are HTML; one may begin with its own <td ...> or <th ...>."""
+    """A table of HTML cells; a cell may begin with its own <td ...> or <th ...>."""
     body = "\n".join("<tr>" + "".join(map(whole_cell, row)) for row in rows)
     heads = "".join(text if text.startswith("<th") else f"<th>{text}" for text in head)
     return (f'<div class="wide"><table><thead><tr>{heads}</thead><tbody>\n{body}\n</tbody></table>'
@@ -129,7 +129,7 @@ def whole_cell(text: str) -> str:
 
 
 def name(group: Group) -> str:
-    """Long names may break, at their dashes, so that a telephone has room for the figures."""
+    """A load's name. Long ones may wrap at their dashes, so that a phone has room for figures."""
     mark = "" if group.valid else ' <span class="bad">invalid</span>'
     return breakable(group.label) + mark
 
@@ -160,7 +160,7 @@ def listed(items: Iterable[str]) -> str:
 
 
 def measured(found: Sequence[Group]) -> str:
-    """What all runs have in common; and a row for each way, where they do not."""
+    """What all runs have in common, and a table of how they differ if they do."""
     ways: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for group in found:
         for record in group.records:

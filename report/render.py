@@ -46,7 +46,7 @@ OWN = "\nThe server's own means of the same requests, and by how much the client
 
 
 def table(records: Sequence[Record], left_out: Sequence[str] = ()) -> str:
-    """A row a load; repeats are averaged, with their spread."""
+    """A row per load; repeats are averaged, with their spread."""
     found = groups(records)
     lines = [*rows(found, columns_for(records)), *servers_own(found, records)]
     lines += [f"INVALID {g.label}: {problem}" for g in found for problem in g.problems]
@@ -60,14 +60,14 @@ def rows(found: Sequence[Group], columns: Sequence[Column], spread: bool = True)
 
 
 def servers_own(found: Sequence[Group], records: Sequence[Record]) -> list[str]:
-    """A second table, where a server told of the same requests."""
+    """A second table, if the server told its own figures of the same requests."""
     columns = known(SERVER, records)
     told = [g for g in found if known(columns, g.records)]
     return [OWN, *rows(told, columns, spread=False)] if told else []
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """What every reader should know, and once is enough."""
+    """What every reader should know, each note once."""
     found = list(dict.fromkeys(note for r in records for note in r.get("notes", ())
                                if CAME not in note))  # fmt: skip
     found += cached_loads(records)
@@ -83,7 +83,7 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 
 def cached_loads(records: Sequence[Record]) -> list[str]:
-    """One line for all that say it; each load's own share is in its column."""
+    """One line for all loads with cached prompts; each one's own share is in its column."""
     shares = [s for g in groups(records) if (s := g.value(CACHED.key) or 0) > CACHE_HIT]
     if not shares:
         return []
@@ -93,7 +93,7 @@ def cached_loads(records: Sequence[Record]) -> list[str]:
 
 
 def one_line(record: Record) -> str:
-    """For the terminal, when a run is done."""
+    """A run's line on the terminal."""
     group = Group(record["case"]["name"], (record,))
     told = [c for c in columns_for([record]) if "p99" not in c.title]
     facts = ", ".join(f"{c.title} {group.shown(c)[0]}" for c in told)
@@ -103,7 +103,7 @@ def one_line(record: Record) -> str:
 
 
 def brief(record: Record) -> Record:
-    """A run in the one document that bench.py prints."""
+    """A run's entry in the document that bench.py prints."""
     return {"name": record["case"]["name"], "valid": record["valid"],
             "problems": record["problems"],
             **{c.key: rounded(value_of(record, c.key))
@@ -118,7 +118,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def write(folder: Path, records: Sequence[Record], left_out: Sequence[str] = ()) -> None:
-    """Everything that is made from the runs' own files."""
+    """Write every file that is made from the runs' own files."""
     write_json(folder / SUMMARY, records)
     with whole_file(folder / "summary.csv") as file:
         write_csv(file, records)

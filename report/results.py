@@ -1,4 +1,4 @@
-"""Results as they are read: the runs of a folder, a load's repeats together, the columns shown."""
+"""Reads results: the runs of a folder, the repeats of a load, and the columns that are shown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CACHED = Column("cached_share", "cached", 1, share=True)
 PER_USER = Column("user_throughput", "tok/s per user", 1, more_is_better=True)
 PER_GPU = Column("gpu_throughput", "tok/s per GPU", 0, more_is_better=True)
 COMPARED = (*COLUMNS, GOODPUT)
-# The server's own means of the same requests, and the client's less them.
+# The server's own means of the same requests, and the client's minus those.
 SERVER = (
     Column("server_mean_ttft_ms", "TTFT ms"),
     Column("ttft_beyond_server_ms", "TTFT +ms"),
@@ -66,7 +66,7 @@ ALL = (*COUNTS, *COMPARED, CACHED, PER_USER, PER_GPU, *SERVER)
 
 
 def known(columns: Iterable[Column], records: Iterable[Record]) -> tuple[Column, ...]:
-    """Those of the columns that any run has a value for."""
+    """The columns that any run has a value for."""
     records = list(records)
     return tuple(c for c in columns if any(value_of(r, c.key) is not None for r in records))
 
@@ -120,13 +120,13 @@ class Group:
         return statistics.stdev(values) / middle if len(values) > 1 and middle else 0.0
 
     def percentiles(self, metric: str) -> dict[float, float]:
-        """A metric's percentiles in ms, the mean of the repeats'; {} where none were kept."""
+        """A metric's percentiles in ms, averaged over the repeats; {} if none were kept."""
         found = [p for r in self.records if (p := r.get(f"{metric}_percentiles_ms"))]
         shared = [p for p in found[0] if all(p in each for each in found)] if found else []
         return {float(p): statistics.fmean(each[p] for each in found) for p in shared}
 
     def shown(self, column: Column) -> tuple[str, str]:
-        """A value in words, and its spread where there were repeats."""
+        """A value in words, and its spread if there were repeats."""
         value = self.value(column.key)
         if value is None:
             return "-", ""
@@ -161,18 +161,18 @@ FIGURES = {
 
 
 def figures(group: Group, *keys: str) -> str:
-    """In words: these of a load's figures, or all of them."""
+    """These of a load's figures in words, or all of them."""
     found = ((FIGURES[key], group.value(key)) for key in keys or FIGURES)
     return ", ".join(form.format(value) for form, value in found if value is not None)
 
 
 def load_of(group: Group) -> tuple[float, float]:
-    """What orders loads: the rate, then the streams."""
+    """The order of loads: by rate, then by streams."""
     return float(group.case["rate"]), float(group.case["concurrency"] or math.inf)
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
-    """A load's repeats together; what another client left in the folder is no repeat."""
+    """Records grouped by load; those of another client are not repeats."""
     together: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         known, case = record.get("metadata", {}), record["case"]
@@ -194,7 +194,7 @@ class Found(NamedTuple):
 
 
 def load(folder: Path) -> Found:
-    """A file that is broken, or no result of ours, costs nobody else the report."""
+    """The results in a folder. A file that is broken or not ours is left out, with a reason."""
     if not folder.is_dir():
         die(f"{folder}: no such folder")
     records, left_out = [], []
@@ -223,7 +223,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def sound(record: Any) -> Record:  # noqa: ANN401
-    """A result of bench.py, as others may have it; ValueError where it is none."""
+    """A result of bench.py that is safe to show; ValueError if it is not one."""
     if not (isinstance(record, dict) and isinstance(record.get("case"), dict)):
         raise ValueError("no result of bench.py")
     if not is_sound(record):
@@ -232,7 +232,7 @@ def sound(record: Any) -> Record:  # noqa: ANN401
 
 
 def is_sound(record: Record) -> bool:
-    """Whether a document has what reports are made of, each of its kind."""
+    """Whether a record has all that reports need, each with the right type."""
     case, client = record["case"], record.get("client", {})
     metadata = record.get("metadata", {})
     lists = [record.get("problems"), record.get("notes", [])]
@@ -273,7 +273,7 @@ def without_details(record: Record) -> Record:
 
 
 def columns_of(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, numbers to the right."""
+    """Rows as lines in columns: the first to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

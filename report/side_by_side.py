@@ -1,4 +1,4 @@
-"""The page of several folders: what is better or worse, by how much, and by more than chance?"""
+"""The comparison page: what is better or worse, by how much, and by more than chance?"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def html_of_several(names: Sequence[str], folders: Sequence[Found]) -> str:
 
 
 def matrix(changes: Sequence[Change]) -> str:
-    """A row a load, a column a figure."""
+    """A row per load, a column per figure."""
     columns = [c for c in COMPARED if any(change.column == c for change in changes)]
     found = {(change.label, change.column.key): change for change in changes}
     labels = dict.fromkeys(change.label for change in changes)

@@ -1,4 +1,4 @@
-"""What a benchmark says, in sentences: where the knee is, and how much work keeps the limits."""
+"""A benchmark's findings in sentences: where the knee is, and how much load keeps the limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AT_THE_KNEE = (
 
 
 def in_short(groups: Sequence[Group]) -> list[str]:
-    """The answers that a reader came for; but for a sweep's end, of valid runs only."""
+    """The main findings, from valid runs only except for how a sweep ended."""
     valid = [g for g in groups if g.valid]
     return [*most(valid), *knees(groups), *goodput(valid)]
 
@@ -27,7 +27,7 @@ def most(valid: Sequence[Group]) -> Iterator[str]:
 
 
 def knees(groups: Sequence[Group]) -> Iterator[str]:
-    """Of each sweep: up to where more load brought more, and what ended it."""
+    """For each sweep: how far more load brought more, and what ended it."""
     sweeps: dict[tuple[object, ...], list[Group]] = {}
     for group in sorted((g for g in groups if g.case["type"] == "sweep"), key=load_of):
         case = group.case
@@ -56,7 +56,7 @@ def knee_of(found: Sequence[Group]) -> str:
 
 
 def goodput(valid: Sequence[Group]) -> Iterator[str]:
-    """Where --goodput set limits: of each type the load with the most requests within them."""
+    """If --goodput set limits: for each type, the load with the most requests within them."""
     limited = [g for g in valid if g.value("request_goodput") is not None]
     if not limited:
         return

@@ -25,10 +25,10 @@ NAMES = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 
 @dataclass
 class Outcome:
-    """All that is known so far of the candidates."""
+    """All that is known so far about the candidates."""
 
     model: str
-    command: Sequence[str]  # the launcher's, that all have; MODEL and the engine's arguments in it
+    command: Sequence[str]  # the launcher's arguments for all, with MODEL and the engine's own
     limits: Mapping[str, float]  # ms, which 99 % of the requests have to keep
     candidates: Sequence[Candidate]
     left_out: Sequence[LeftOut]
@@ -47,7 +47,7 @@ class Outcome:
         return next(each for each in self.candidates if each.name == name)
 
     def command_of(self, name: str) -> str:
-        """Ready to paste, but for the key of the API, which is nobody else's."""
+        """A candidate's command, ready to paste; API keys are masked."""
         words = self.candidate(name).words(self.command)
         for key in filter(None, (given(words, flag) for flag in ("--api-key", "--admin-api-key"))):
             words = [re.sub(f"^(-[^=]+=)?{re.escape(key)}$", r"\1***", word) for word in words]
@@ -68,24 +68,24 @@ def point_of(group: Group) -> race.Point:
 
 
 def ms(point: race.Point, name: str, digits: int = 1) -> str:
-    """A p99 in words; `-` of what there was none of, as TPOT of answers of one token."""
+    """A p99 in ms; `-` if there is none, as for the TPOT of answers of one token."""
     value = point.p99[name]
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best one within some limits; `name` '' where nothing keeps them."""
+    """The best candidate within some limits; `name` is '' if none keeps them."""
 
     limits: Mapping[str, float]
     name: str = ""
     load: int = 0
     ties: tuple[str, ...] = ()  # others that are no worse, as far as the repeats can tell
-    margin: Mapping[str, float] = field(default_factory=dict)  # what is left of each limit
+    margin: Mapping[str, float] = field(default_factory=dict)  # the share left of each limit
 
 
 def answers(outcome: Outcome) -> list[Best]:
-    """The best for each limit, and for all of them; without limits for the most throughput."""
+    """The best for each limit, and for all of them; without limits, that of the most throughput."""
     return [best_of(outcome, limits) for limits in race.objectives(outcome.limits) or [{}]]
 
 
@@ -108,12 +108,12 @@ def best_of(outcome: Outcome, limits: Mapping[str, float]) -> Best:
 
 
 def spread(outcome: Outcome, name: str, load: int) -> float:
-    """Between the repeats, as a share; 0 where there was one run."""
+    """The spread between the repeats, as a share; 0 for a single run."""
     return outcome.groups[name][load].spread("gpu_throughput")
 
 
 def number(value: float) -> str:
-    """Three digits at least of what a GPU does: 2.31 of a large model, 12,345 of a small one."""
+    """A GPU's throughput in at least three digits: 2.31 of a large model, 12,345 of a small one."""
     return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1))))}f}"
 
 
@@ -273,7 +273,7 @@ def mark_of(group: Group, on_front: bool) -> str:
 
 
 def charts(outcome: Outcome) -> Iterable[Chart]:
-    """What one user gets, and how long one waits, against what a GPU does; a line a candidate."""
+    """Throughput per user, and TTFT, against throughput per GPU; a line per candidate."""
     measured = {n: f for n, f in outcome.measured.items() if any(p.valid for p in f.values())}
     if not measured:
         return
@@ -299,5 +299,5 @@ def charts(outcome: Outcome) -> Iterable[Chart]:
 
 
 def with_region(chart: Chart, low: float | None, high: float | None = None) -> Chart:
-    """The chart with the part marked that is within the limits."""
+    """The chart, with the part marked that is within the limits."""
     return chart if low is None and high is None else replace(chart, within=(low, high))

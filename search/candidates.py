@@ -1,4 +1,4 @@
-"""What is to be tried: the candidates that a command line spans, and why others are left out."""
+"""The candidates that a command line spans, and why others are left out."""
 
 import itertools
 import json
@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration: how it is called, what the engine is given, and the GPUs that it takes."""
+    """A configuration: its name, the engine's arguments, and how many GPUs it takes."""
 
     name: str  # of its row and its folder
-    args: tuple[str, ...]  # for the engine, beyond those that all have
-    shape: str  # in the words of the field: `TP 8, EP 8`
+    args: tuple[str, ...]  # for the engine, besides those that all have
+    shape: str  # in the usual words: `TP 8, EP 8`
     gpus: int
     replicas: int = 1
-    settings: str = ""  # all that the engine is given, the contents of its file, too
+    settings: str = ""  # everything the engine is given, including the contents of its file
 
     def words(self, common: Sequence[str], *options: str) -> list[str]:
-        """The launcher's: those that all have, options before their `--`, the engine's arguments.
+        """The launcher's arguments: `common`, with `options` before its `--`, then the engine's.
 
-        How many servers is said in any case: the setting REPLICAS may say something else.
+        --replicas is always given, because the setting REPLICAS may say something else.
         """
         end = common.index("--") if "--" in common else len(common)
         options = (*options, "--replicas", str(self.replicas))
@@ -48,7 +48,7 @@ class Space:
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of --set
 
     def combinations(self) -> Iterator[tuple[str, dict[str, int], str, dict[str, str]]]:
-        """Config, sizes, replicas and settings of each; '' and {} for what is not spanned."""
+        """Config, sizes, replicas and settings of each; '' or {} for what is not varied."""
         configs: list[tuple[str, dict[str, int]]] = [(config, {}) for config in self.configs]
         sizes = [("", each) for each in mixed(self.sizes)] if self.sizes or not configs else []
         for (config, size), replicas, settings in itertools.product(
@@ -72,10 +72,10 @@ def expand(
     space: Space, engine: Engine, common: Sequence[str], model: Mapping[str, Any], gpus: int,
     folder: Path,
 ) -> tuple[list[Candidate], list[LeftOut]]:  # fmt: skip
-    """All candidates that fit `gpus` GPUs (0: not known), and why the others do not.
+    """All candidates that fit `gpus` GPUs (0: unknown), and why the others do not.
 
-    `common` are the arguments that all have, `model` is the model's config.json. Settings that
-    need a file get one in `folder`.
+    `common` are the arguments that all have, `model` is the model's config.json. Settings that need
+    a file get one in `folder`.
     """
     found: dict[str, Candidate] = {}
     left_out: list[LeftOut] = []
@@ -87,7 +87,7 @@ def expand(
             args = engine.tuned(config, sizes, settings, folder / f"{name}.yaml")
             shape, world = engine.check([*common, *args])
             if setting("TP") and not value_of([*common, *args], *engine.TP):
-                args += [engine.TP[0], str(world.tp)]  # else the launcher adds that of the setting
+                args += [engine.TP[0], str(world.tp)]  # else the launcher would add the setting's
             refuse_by_model(model, 1 if "attention DP" in shape else world.tp, world.pp)
             count = number_of(replicas, world.size, gpus)
             same = json.dumps([engine.effective([*common, *args]), count], sort_keys=True)
@@ -112,13 +112,13 @@ def name_of(
 
 
 def free(name: str, taken: Collection[str]) -> str:
-    """The name, with a number where another candidate has it: `a/tp.yaml` and `b/tp.yaml`."""
+    """The name, with a number if another candidate has it: `a/tp.yaml` and `b/tp.yaml`."""
     others = (f"{name}-{n}" for n in itertools.count(2))
     return next(each for each in itertools.chain([name], others) if each not in taken)
 
 
 def number_of(replicas: str, world: int, gpus: int) -> int:
-    """How many servers. Failure where they need more GPUs than there are."""
+    """How many servers. Failure if they need more GPUs than there are."""
     if replicas == "auto":
         if not gpus:
             raise Failure("how many replicas are `auto` is not known: give --gpus")
@@ -131,7 +131,7 @@ def number_of(replicas: str, world: int, gpus: int) -> int:
 
 
 def refuse_by_model(model: Mapping[str, Any], tp: int, pp: int) -> None:
-    """Failure where the model's own numbers say that the engine cannot split it so.
+    """Failure if the model's own numbers show that the engine cannot split it this way.
 
     `tp` is the number of parts of each layer's attention.
     """
@@ -145,9 +145,9 @@ def refuse_by_model(model: Mapping[str, Any], tp: int, pp: int) -> None:
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The model's config.json where it is on this machine: a directory, or in Hugging Face's cache.
+    """The model's config.json, from its directory or from Hugging Face's cache on this machine.
 
-    {} where it is not: then nothing is left out by it.
+    {} if it is in neither; then no candidate is left out because of it.
     """
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")

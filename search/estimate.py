@@ -1,4 +1,4 @@
-"""How long a search will take: as an earlier one of the same model and loads, else a guess."""
+"""Estimates how long a search will take, from an earlier one of the same kind or by a guess."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,12 +14,12 @@ from search.nodes import Nodes
 START, TOKEN = (
     90.0,
     0.02,
-)  # seconds of a start and of each token of a stream, where nothing is known
+)  # seconds of a start, and of each token of a stream, if nothing is known
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that a start and a run take, and where that is known from."""
+    """Seconds that a start and a run take, and how we know."""
 
     start: float
     run: float
@@ -27,7 +27,7 @@ class Pace:
 
 
 def earlier(results: Path, model: str, bench: Sequence[str]) -> Pace | None:
-    """As the newest search beside this one that did the same."""
+    """The pace of the newest search beside this one with the same model and loads."""
     for path in sorted(results.glob("*/tune.json"), key=lambda p: -p.stat().st_mtime):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             found = read_json(path)
@@ -38,7 +38,7 @@ def earlier(results: Path, model: str, bench: Sequence[str]) -> Pace | None:
 
 
 def guess(loads: Sequence[int], requests: int | None, output_len: int) -> Pace:
-    """At so many tokens a second for each stream, whatever the load."""
+    """A guess: TOKEN seconds for each token of a stream, whatever the load."""
     each = [(requests or PER_STREAM * load) / load * output_len * TOKEN for load in loads]
     told = f"guessed, with {1000 * TOKEN:.0f} ms a token: nothing like it was measured here"
     return Pace(START, sum(each) / len(each), told)
@@ -46,10 +46,10 @@ def guess(loads: Sequence[int], requests: int | None, output_len: int) -> Pace:
 
 def estimate(candidates: Sequence[Candidate], loads: Sequence[int], repeat: int, nodes: Nodes,
              pace: Pace) -> str:  # fmt: skip
-    """From the first round alone to every load of all, each served a second time."""
+    """The range from just the first round to all loads of all candidates, each started twice."""
     first, most = len(race.coarse(loads)) * repeat, len(loads) * repeat
     share = sum(nodes.needed(each.gpus) for each in candidates) / len(nodes.names)
-    rounds = max(share, 1.0 if candidates else 0.0)  # of those that are served at the same time
+    rounds = max(share, 1.0 if candidates else 0.0)  # groups that are served at the same time
     least, longest = (
         rounds * (starts * pace.start + runs * pace.run) / 60
         for starts, runs in ((1, first), (2, most))

@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 @dataclass
 class Nodes:
-    """The nodes of a job, with as many GPUs each; a machine without Slurm is one without a name."""
+    """A job's nodes, each with the same number of GPUs; without Slurm, one node without a name."""
 
     names: Sequence[str]
-    gpus: int  # of each; 0: not known, and then each candidate has all nodes
+    gpus: int  # of each; 0: unknown, and then each candidate gets all nodes
 
     def __post_init__(self) -> None:
         self.free = [True] * len(self.names)
@@ -22,7 +22,7 @@ class Nodes:
         return min(-(-gpus // self.gpus) if self.gpus else len(self.names), len(self.names)) or 1
 
     def take(self, gpus: int) -> list[str] | None:
-        """So many free nodes that follow each other; None while there are none."""
+        """Neighbouring free nodes with that many GPUs; None while there are none."""
         count = self.needed(gpus)
         for first in range(len(self.names) - count + 1):
             if all(self.free[first : first + count]):
@@ -41,7 +41,7 @@ def side_by_side(
 ) -> None:  # fmt: skip
     """Do all tasks, each on nodes of its own, as many at once as there is room for.
 
-    A signal, or an error of one, ends the others by `end_all` and is raised once they have ended.
+    A signal, or an error in one task, ends the others through `end_all` and is raised after that.
     """
     waiting, running = list(tasks), dict[Future[None], list[str]]()
     with ThreadPoolExecutor(len(nodes.names)) as threads:

@@ -1,9 +1,9 @@
-"""Which load of which candidate is measured next: as few as the answer needs.
+"""Decides which load of which candidate is measured next, with as few runs as possible.
 
 First every candidate is measured at a few loads far apart. Between two of them a candidate can at
 best combine the latency of the lower load with the throughput of the higher one, as both only grow
-with the load. Where even that would not beat what somebody else has shown, nothing is to be found
-there; else the load in the middle is measured.
+with the load. If even that would not beat what another candidate has shown, nothing is to be found
+there; otherwise the load in the middle is measured.
 """
 
 import itertools
@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # streams
-APART = 4  # every so many of them at first
-WORTH = 1.05  # what is not better by this much is not searched for
+APART = 4  # the first round measures one load in this many
+WORTH = 1.05  # smaller improvements are not searched for
 KNEE = 1.05  # each doubling of the load has to bring at least this much throughput
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a load has shown. Throughputs in output tokens/s; latencies in ms, by name."""
+    """The result of a load. Throughputs in output tokens/s; latencies in ms, by name."""
 
     user: float
     gpu: float
-    p99: Mapping[str, float]  # ttft, tpot, e2el; nan, which keeps no limit, where there is none
+    p99: Mapping[str, float]  # ttft, tpot, e2el; nan if there is none, which keeps no limit
     valid: bool = True
 
     def keeps(self, limits: Mapping[str, float]) -> bool:
@@ -34,12 +34,12 @@ Measured = Mapping[str, Mapping[int, Point]]  # by candidate and load
 
 
 def coarse(loads: Sequence[int]) -> list[int]:
-    """Those measured first: far apart, and the lowest and the highest."""
+    """The loads measured first: far apart, with the lowest and the highest."""
     return sorted({*loads[::APART], loads[-1]})
 
 
 def is_over(found: Mapping[int, Point]) -> bool:
-    """Whether more load is of no use: the last one failed, or brought too little."""
+    """Whether more load is pointless: the last one failed, or brought too little."""
     last = sorted(found)[-2:]
     if not last:
         return False
@@ -51,13 +51,13 @@ def is_over(found: Mapping[int, Point]) -> bool:
 
 
 def objectives(limits: Mapping[str, float]) -> list[dict[str, float]]:
-    """What a best one is looked for: each limit by itself, and all of them together."""
+    """The limits to find a best candidate for: each by itself, and all of them together."""
     each = [{name: most} for name, most in limits.items()]
     return [*each, dict(limits)] if len(each) > 1 else each
 
 
 def best(measured: Measured, limits: Mapping[str, float]) -> tuple[str, int] | None:
-    """The candidate and load with the most throughput a GPU within the limits."""
+    """The candidate and load with the most throughput per GPU within the limits."""
     kept = [
         (point.gpu, name, load)
         for name, found in measured.items()
@@ -68,7 +68,7 @@ def best(measured: Measured, limits: Mapping[str, float]) -> tuple[str, int] | N
 
 
 def front(measured: Measured) -> list[tuple[str, int]]:
-    """The points that no other beats both for one user and a GPU, the fastest for one first."""
+    """The points that no other beats both per user and per GPU, the fastest for one user first."""
     points = [
         (point.user, point.gpu, name, load)
         for name, found in measured.items()
@@ -86,7 +86,7 @@ def front(measured: Measured) -> list[tuple[str, int]]:
 
 def next_loads(measured: Measured, name: str, loads: Sequence[int],
                limits: Mapping[str, float]) -> list[int]:  # fmt: skip
-    """What is to be measured of a candidate, after the first round; [] where nothing is."""
+    """The loads to measure next for a candidate, after the first round; [] if there are none."""
     found = measured[name]
     return [
         between[len(between) // 2]
@@ -120,12 +120,12 @@ def is_promising(
 
 
 def gpu_of(measured: Measured, limits: Mapping[str, float]) -> float:
-    """The most throughput a GPU within the limits; 0 where nothing keeps them."""
+    """The most throughput per GPU within the limits; 0 if nothing keeps them."""
     found = best(measured, limits)
     return measured[found[0]][found[1]].gpu if found else 0.0
 
 
 def order(measured: Measured, loads: Sequence[int], limits: Mapping[str, float]) -> list[str]:
-    """The candidates with something left to measure, the one that may bring most first."""
+    """The candidates with something left to measure, the most promising first."""
     ahead = [name for name in measured if next_loads(measured, name, loads, limits)]
     return sorted(ahead, key=lambda name: -max(p.gpu for p in measured[name].values()))

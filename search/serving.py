@@ -1,4 +1,4 @@
-"""A candidate served by the launcher, a process of its own, and ended with all that it started."""
+"""Serves a candidate with a launcher of its own, and ends all that it started."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ class Serving:
 
     @property
     def words(self) -> Path:
-        """What it says."""
+        """The file with what it says."""
         return self.folder / "launcher.txt"
 
     def cause(self) -> str:
@@ -46,11 +46,11 @@ class Serving:
 def serving(
     words: Sequence[str], nodes: Sequence[str], folder: Path, started: Callable[[Process], None]
 ) -> Iterator[Serving]:
-    """Serve it on these nodes for as long as the block lasts. Failure where it is not ready.
+    """Serve a candidate on these nodes during the block. Failure if it does not get ready.
 
-    `words` are the launcher's, `folder` is the workspace that they name, one for each candidate:
-    several of a job would have one record between them. `started` is told of the launcher, before
-    it is ready.
+    `words` are the launcher's; `folder` is the workspace that they name. Each candidate has its
+    own: otherwise all candidates of a job would share one record. `started` is called with the
+    launcher before it is ready.
     """
     program = [sys.executable, str(ROOT / "run_sbatch.py"), *words]
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +61,8 @@ def serving(
             stdout=subprocess.DEVNULL,  # the engine's log, which is in logs/, too
             stderr=talk,
             env={**os.environ, "NODELIST": ",".join(nodes)},
-            start_new_session=True,  # a ^C is for us: we end it once it is safe
-            preexec_fn=ending_with_us(signal.SIGTERM),  # then it ends what it started
+            start_new_session=True,  # ^C reaches only us: we end it once it is safe
+            preexec_fn=ending_with_us(signal.SIGTERM),  # at which it ends what it started
         )
     started(launcher)
     served = Serving(launcher, folder)
@@ -85,7 +85,7 @@ def await_endpoint(served: Serving, record: Path) -> str:
 
 
 def end(launcher: Process) -> None:
-    """The launcher cleans up in its own time, which is bounded."""
+    """End the launcher. It has 60 s to clean up."""
     if launcher.poll() is None:
         launcher.send_signal(signal.SIGTERM)  # SIGINT is ignored in the background of a shell
     try:

@@ -1,4 +1,4 @@
-"""The search: every candidate at a few loads, then what may still be better, until nothing is."""
+"""Runs the search: every candidate at a few loads, then only what may still be better."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ from search.candidates import Candidate
 from search.nodes import Nodes, side_by_side
 from search.serving import ROOT, Process, Serving, serving
 
-ASKED = "asked.txt"  # in a candidate's folder: what its results are of
-PORTS_APART = 20  # a candidate never meets the port of the one before, nor a fleet's replicas
+ASKED = "asked.txt"  # in a candidate's folder: a digest of what its results are of
+PORTS_APART = 20  # a candidate shares no port with the one before, not even a replica's
 TURNS = 16  # after so many the first port is free again
 
 
@@ -37,13 +37,13 @@ class Tuner:
     port: int
     deadline: float  # by time.monotonic()
     nodes: Nodes
-    more: Sequence[str] = ()  # options of the launcher that a server of one's own does not need
+    more: Sequence[str] = ()  # launcher options that a workspace per candidate needs
     served: Iterator[int] = field(default_factory=itertools.count)
     stopping: threading.Event = field(default_factory=threading.Event)
     processes: list[Process] = field(default_factory=list)
 
     def run(self) -> None:
-        """Measure until the answer cannot change; what there is by then is written in any case."""
+        """Measure until the answer cannot change. What there is by then is written in any case."""
         try:
             self.read_earlier()
             self.search()
@@ -80,7 +80,7 @@ class Tuner:
         side_by_side(list(loads), lambda each: each.gpus, self.nodes, work, self.end_all)
 
     def began(self, process: Process) -> None:
-        """It is ended with us; whoever waits for it, in a thread of its own, cleans up."""
+        """Remember a process that ends with us. The thread that waits for it cleans up."""
         self.processes.append(process)
         if self.stopping.is_set():
             process.terminate()
@@ -92,7 +92,7 @@ class Tuner:
                 process.terminate()
 
     def is_late(self, ahead: float = 0.0) -> bool:
-        """Whether nothing new is to begin that takes `ahead` seconds at first; says so once."""
+        """Whether it is too late to begin what takes `ahead` seconds at first; says so once."""
         if self.stopping.is_set():
             return True
         if time.monotonic() + ahead > self.deadline and not self.outcome.unfinished:
@@ -109,7 +109,7 @@ class Tuner:
     # --- one candidate ----------------------------------------------------------------------------
 
     def examine(self, candidate: Candidate, loads: Sequence[int], nodes: Sequence[str]) -> None:
-        """Serve it and measure these loads, or all that look promising. A failure is its row."""
+        """Serve it and measure these loads, or all that look promising. A failure is recorded."""
         name, where = candidate.name, ", ".join(filter(None, nodes))
         on = f" on {where}" if where else ""
         say(f"{name}: {candidate.shape}, {counted(candidate.gpus, 'GPU')}: starting{on}")
@@ -131,7 +131,7 @@ class Tuner:
             self.outcome.groups[name] = {}  # what it has shown by then stays in its folder
 
     def is_settling(self) -> bool:
-        """Whether all have been seen at their first loads."""
+        """Whether every candidate has been measured, or has failed."""
         seen = {*self.outcome.failed, *(n for n, found in self.outcome.groups.items() if found)}
         return all(candidate.name in seen for candidate in self.outcome.candidates)
 
@@ -150,7 +150,7 @@ class Tuner:
         return serving(words, nodes, folder, self.began)
 
     def measure(self, candidate: Candidate, served: Serving, loads: Sequence[int]) -> None:
-        """By bench.py, as its user would. Failure where the server is gone."""
+        """Measure loads with bench.py, as a user would. Failure if the server is gone."""
         folder = self.folder / candidate.name
         command = [
             *[sys.executable, str(ROOT / "bench.py"), "--client", "builtin", "--resume"],
@@ -179,9 +179,9 @@ class Tuner:
             raise Failure(served.cause())
 
     def read(self, name: str, now: Sequence[int] = ()) -> None:
-        """What its folder holds: runs of bench.py, several of a load where it was repeated.
+        """Read the runs of bench.py in a candidate's folder, grouped by load.
 
-        Of loads that were not measured `now` or before, only those that bench.py would not repeat.
+        Loads that were not measured `now` or before count only if bench.py would not repeat them.
         """
         with suppress(Failure):
             records = [r for r in load(self.folder / name).records if r["case"]["concurrency"]]
@@ -196,7 +196,7 @@ class Tuner:
         return group.valid and len(group.records) >= repeats
 
     def read_earlier(self) -> None:
-        """With --resume: what an earlier search has measured is not measured again."""
+        """With --resume, take over what an earlier search has measured."""
         for candidate in self.outcome.candidates:
             self.set_aside(candidate)
             self.read(candidate.name)
@@ -207,16 +207,16 @@ class Tuner:
     def asked(self, candidate: Candidate) -> bytes:
         """A digest of what makes results comparable: what is served, and how it is measured.
 
-        In words it could hold the key of the API.
+        It is only a digest because the text may hold an API key.
         """
-        bench = without(self.outcome.bench, "--repeat")  # of which there may be more
+        bench = without(self.outcome.bench, "--repeat")  # more of them may be added
         command = without(without(self.outcome.command, "--ready-timeout"), "--restart")
         words = "\n".join([shlex.join(command), candidate.settings, shlex.join(bench)])
         # A path need not be UTF-8.
         return sha256(words.encode(errors="surrogateescape")).hexdigest().encode()
 
     def set_aside(self, candidate: Candidate) -> None:
-        """A folder with results of something else is kept by another name."""
+        """Rename a candidate's folder if it holds results of something else."""
         folder = self.folder / candidate.name
         try:
             before = (folder / ASKED).read_bytes()
@@ -245,7 +245,7 @@ class Tuner:
 
 
 def last_line(path: Path) -> str:
-    """What a program said last; of bench.py not its document for other programs."""
+    """What a program said last, except for bench.py's document for other programs."""
     said = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(said) if not is_document(line)), "no word")
 

@@ -1,4 +1,4 @@
-"""The shapes of answers: whole, and streamed, where a token must not cost much."""
+"""Builds answers, whole and streamed; a streamed token has to be cheap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT_CHUNK = ("chatcmpl", "chat.completion.chunk")
 
 
 def always(answer: Response) -> Callable[[], Awaitable[Response]]:
-    """A route that says the same to everybody."""
+    """A route that always gives the same answer."""
 
     async def route() -> Response:
         return answer
@@ -31,7 +31,7 @@ def always(answer: Response) -> Callable[[], Awaitable[Response]]:
 
 
 def _body(kind: tuple[str, str], model: str, choices: list[Json], **rest: object) -> Json:
-    """Every event of a stream has an id of its own, too."""
+    """What all answers have around their choices; each event of a stream has an id of its own."""
     head = {"id": _new_id(kind[0]), "object": kind[1], "created": int(time.time())}
     return {**head, "model": model, "choices": choices, **rest}
 
@@ -53,7 +53,7 @@ def _usage_of(*done: Generation) -> Json:
 
 
 def whole(request: AnyRequest, served: str, done: Sequence[Generation]) -> Json:
-    """Several prompts are answered under the server's name, one under the request's."""
+    """A whole answer, under the server's name for several prompts, else under the request's."""
     one, usage = len(done) == 1, _usage_of(*done)
     if isinstance(request, CompletionRequest):
         choices = [_completion_choice(request, each) for each in done]
@@ -77,7 +77,7 @@ def _chat_choice(request: ChatCompletionRequest, generation: Generation) -> Json
 
 
 def _completion_choice(request: CompletionRequest, generation: Generation) -> Json:
-    """What is new: in a whole answer, all of it."""
+    """A choice with the text that is new: in a whole answer, all of it."""
     first, text, pieces = generation.diff()
     text = generation.prompt.echo + text if request.echo and first else text
     return {
@@ -95,7 +95,7 @@ def _completion_choice(request: CompletionRequest, generation: Generation) -> Js
 
 def _chat_message(request: ChatCompletionRequest, generation: Generation) -> Json:
     content, calls = generation.text, []
-    if isinstance(tool := request.tool_choice, NamedTool):  # whatever the text: as its arguments
+    if isinstance(tool := request.tool_choice, NamedTool):  # any text becomes the arguments
         function = {"name": tool.function.name, "arguments": content}
         calls = [{"id": _new_id("chatcmpl-tool"), "type": "function", "function": function}]
         content = ""
@@ -109,8 +109,8 @@ def _chat_message(request: ChatCompletionRequest, generation: Generation) -> Jso
 
 
 def _logprobs(request: ChatCompletionRequest, pieces: Sequence[str], **unset: None) -> Json | None:
-    """One of the many that a model could have: the simulator's has but this token in mind.
-    What is unset is null in a whole answer, and not there in a streamed one."""
+    """The tokens' log probabilities; the simulator never has another token in mind. What is unset
+    is null in a whole answer, and missing in a streamed one."""
     if not request.logprobs:
         return None
     content = []

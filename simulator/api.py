@@ -28,7 +28,7 @@ from protocol import AnyRequest, ChatCompletionRequest, CompletionRequest, Respo
 from starlette.types import ASGIApp, Receive, Scope, Send
 from words import Prompt, continue_text, fingerprint, prompts_of
 
-QUEUE_PATIENCE = 2.0  # seconds for which an empty queue of statistics is waited for
+QUEUE_PATIENCE = 2.0  # seconds to wait while the queue of statistics is empty
 OWNER = "tensorrt_llm_simulator"
 Sink = Callable[[Generation], None]
 
@@ -52,7 +52,7 @@ class Api:
         self._faults = faults
         self._zero_token_requests = 0
         self._serial = count()  # makes sampled answers differ
-        # From 0.132 on, FastAPI minds a body without a type, unless told not to.
+        # Since 0.132 FastAPI refuses a body without a content type, unless told not to.
         self._app = FastAPI(strict_content_type=False)
         self._app.add_exception_handler(RequestValidationError, invalid)
         get, post = self._app.get, self._app.post
@@ -126,7 +126,7 @@ class Api:
         return await self._answer(request, raw)
 
     async def _answer(self, request: AnyRequest, raw: Request) -> Response:
-        """What is refused before a worker sees it is told; later a stream has begun, and is cut."""
+        """The server's own refusal is an answer; a worker's comes too late, and cuts a stream."""
         try:
             if self._faults.broken:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -140,7 +140,7 @@ class Api:
             return refusal(str(error))
 
     async def _whole(self, request: AnyRequest, prompts: list[Prompt], raw: Request) -> Json:
-        """Return the answer once it is whole, or early when nobody waits for it any more."""
+        """Return the answer once it is whole, or early if nobody waits for it any more."""
         over = asyncio.Event()
 
         def take(_: Generation) -> None:
@@ -179,14 +179,14 @@ class Api:
     async def _running(
         self, request: AnyRequest, prompts: list[Prompt], interval: float, sink: Sink
     ) -> AsyncIterator[list[Generation]]:
-        """What the engine has accepted and works on, until nobody looks at it any more."""
+        """What the engine has accepted; it works on that until the block ends."""
         check_engine(request, prompts, self._args)
-        if request.max_tokens == 0:  # the real engine survives the first request for nothing
+        if request.max_tokens == 0:  # the real engine survives the first such request
             self._zero_token_requests += 1
             if self._zero_token_requests == 1:
                 raise RequestError("max_tokens must be greater than 0, but got 0")
             log("E", "CppExecutorError: max_tokens 0: the executor has died, shutting down")
-            for _ in range(2):  # the second cuts what is open
+            for _ in range(2):  # the second cuts open connections
                 signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
         generations = [*self._generations(request, prompts, interval, sink)]

@@ -1,4 +1,4 @@
-"""The command line of `trtllm-serve` 1.1.0 and 1.2.1, for click, which parses the real one."""
+"""The command line of `trtllm-serve` 1.1.0 and 1.2.1, made with click like the real one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIRECTORY = click.Path(exists=True, file_okay=False, readable=True)
 TOOL_PARSERS = click.Choice(
     "qwen3 qwen3_coder kimi_k2 deepseek_v3 deepseek_v31 deepseek_v32".split()
 )
-OPTIONS: dict[str, dict[str, Any]] = {  # 1.1.0 knows the last name of each
+OPTIONS: dict[str, dict[str, Any]] = {  # 1.1.0 knows only the last name of each
     "--tokenizer": TEXT,
     "--host": {"default": "localhost"},
     "--port": {"default": 8000},
@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # 1.1.0 knows the last name of each
     "--server_role": TEXT,
     "--fail_fast_on_attention_window_too_large": FLAG,
 }
-NEW_OPTIONS: dict[str, dict[str, Any]] = {  # of 1.2.1, in which nothing of 1.1.0 is missing
+NEW_OPTIONS: dict[str, dict[str, Any]] = {  # new in 1.2.1, which has all of 1.1.0's, too
     "--context_parallel_size --cp_size": {"default": 1},
     "--reasoning_parser": {"type": click.Choice(["deepseek-r1", "qwen3", "nano-v3"])},
     "--tool_parser": {"type": TOOL_PARSERS},
@@ -70,7 +70,7 @@ DISAGGREGATED: list[click.Parameter] = [
 
 
 class DefaultGroup(click.Group):
-    """What is no command is the model of `serve`."""
+    """A first word that is no command is the model for `serve`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -84,8 +84,8 @@ class DefaultGroup(click.Group):
 def command_line(
     serve: Callable[..., object], disaggregated: Callable[..., object], version: str
 ) -> click.Group:
-    """Return the program: `serve` gets MODEL and the options by their newer names, undashed, which
-    are those of the YAML."""
+    """Return the program: `serve` gets MODEL and the options by their newer names without dashes,
+    which are also the YAML's."""
     old = version == "1.1.0"
     params: list[click.Parameter] = [click.Argument(["model"])]
     for declared, how in (OPTIONS if old else OPTIONS | NEW_OPTIONS).items():

@@ -1,9 +1,9 @@
-"""What a step costs by the model and the way it is spread, for TRTLLM_SIM_COST: a search needs
+"""What a step costs for a model and the way it is spread (TRTLLM_SIM_COST), as a search needs
 candidates that differ as in life.
 
-A roofline in plain terms: a decoding step reads the weights and the cached keys and values, a
-prompt is arithmetic, each layer talks twice over the link. What it leaves out: kernels that do not
-reach these shares, expert parallelism, speculation, the cache's reuse.
+It is a simple roofline: a decoding step reads the weights and the cached keys and values, a prompt
+is arithmetic, and each layer talks twice over the link. It leaves out kernels that do not reach
+these shares, expert parallelism, speculation, and reuse of the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llm_args import LlmArgs
 
 class Model(NamedTuple):
     weights: float  # bytes
-    attention: float  # its share of them, which attention DP keeps whole on every rank
-    parameters: float  # that a token is multiplied with
+    attention: float  # attention's share of them, which attention DP keeps whole on each rank
+    parameters: float  # used for each token
     layers: int
     hidden: int
-    kv_heads: int  # over so many ranks keys and values are split; then they are kept twice
+    kv_heads: int  # keys and values are split over so many ranks; beyond that they are copied
     kv_bytes: float  # of one token's keys and values
 
 
@@ -31,16 +31,16 @@ MODELS = {
     "405b": Model(810e9, 0.2, 405e9, 126, 16384, 8, 516e3),
     "671b": Model(689e9, 0.02, 37e9, 61, 7168, 1, 70e3),  # one latent head: attention DP pays
 }
-MEMORY, BANDWIDTH, FLOPS = 141e9, 4.8e12 * 0.6, 990e12 * 0.4  # of an H200; shares that are reached
+MEMORY, BANDWIDTH, FLOPS = 141e9, 4.8e12 * 0.6, 990e12 * 0.4  # of an H200, times the share reached
 LINK, NETWORK = (8e-6, 450e9 * 0.7), (30e-6, 50e9 * 0.7)  # seconds a message, bytes/s
 HOST = 2e-3  # seconds a step, whatever it does
 ACTIVATION = 2  # bytes
 USABLE = 0.9  # of the memory
-LEAST = 1024  # tokens, without whose keys and values nothing can be served
+LEAST = 1024  # tokens whose keys and values must fit, or nothing can be served
 
 
 class Cost(NamedTuple):
-    """Of one server. Times in seconds; `context`: tokens of a sequence that are cached."""
+    """The costs of one server in seconds; `context` is how many tokens of a sequence are cached."""
 
     model: Model
     tp: int
@@ -49,7 +49,7 @@ class Cost(NamedTuple):
     link: tuple[float, float]
 
     def step(self, running: int, context: float) -> float:
-        """One token for each of so many sequences."""
+        """One token for each of `running` sequences."""
         batch = max(1, ceil(running / self.pp))  # the others are in other stages
         apart = self.tp if self.attention_dp else min(self.tp, self.model.kv_heads)
         reads = self.weights / self.tp + batch * context * self.model.kv_bytes / apart
@@ -69,7 +69,7 @@ class Cost(NamedTuple):
 
     @property
     def weights(self) -> float:
-        """Bytes on all ranks of a stage together, as one stage would hold the whole model."""
+        """Bytes on all ranks of a stage together, if one stage held the whole model."""
         more = self.model.attention * (self.tp - 1) if self.attention_dp else 0.0
         return self.model.weights * (1 + more)
 
@@ -82,7 +82,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(name: str | None, args: LlmArgs) -> Cost | None:
-    """None where nothing is asked for. Raises Fatal, as the engine does, where it does not fit."""
+    """The costs; None if no model is named. Fatal, as in the engine, if it does not fit."""
     if not name:
         return None
     if name not in MODELS:

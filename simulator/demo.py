@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The whole way on any machine: the real launcher with the simulator, the API checks, a benchmark.
 
-No GPU, no Docker, no cluster: `run_sbatch.py --runtime bare` finds the simulator in PATH, where on
-a GPU node it finds TensorRT-LLM. Ends by itself, exit code 0 when all went well; what it leaves,
-the benchmark's report and the server's log, is in a folder of results/.
+It needs no GPU, Docker or cluster: `run_sbatch.py --runtime bare` finds the simulator in PATH,
+where on a GPU node it finds TensorRT-LLM. It ends by itself, with exit code 0 if all went well. The
+benchmark's report and the server's log stay in a folder of results/.
 
     make demo
 """
@@ -91,7 +91,7 @@ def await_endpoint(server: subprocess.Popen[bytes]) -> None:
 
 
 def measure(words: list[str]) -> int:
-    """A part of the short benchmark: its table; what else it says only when it fails."""
+    """Run a part of the benchmark: print its table, and the rest only if it fails."""
     command = [sys.executable, str(ROOT / "bench.py"), "--client", "builtin", *words,
                "--output", str(RESULTS)]  # fmt: skip
     with (RESULTS / "logs/bench.log").open("a+") as talk:
@@ -106,9 +106,9 @@ def measure(words: list[str]) -> int:
 
 
 def is_only_busy() -> bool:
-    """Whether nothing is wrong with the runs but times: client and server share a busy machine.
+    """Whether only times are wrong with the runs, as client and server share a busy machine.
 
-    What the client says of itself, and tokens that came together because the server was late.
+    That is what the client says about itself, and tokens that came together from a late server.
     """
     runs = [json.loads(path.read_text()) for path in RESULTS.glob("*-*.json")]
     own = [problem for run in runs for problem in run["client"].get("problems", [])]

@@ -1,7 +1,7 @@
 """`trtllm-serve disaggregated`: one address in front of context and generation servers.
 
-A request goes to a context server, which answers its first token, and with what that has handed on
-to a generation server. This orchestrator trusts its list: a server that has died gets its share.
+A request goes to a context server, which makes the first token, and then, with what that server
+hands on, to a generation server. A server that dies after the start still gets its share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from protocol import ChatCompletionRequest, CompletionRequest
 
 POLL_SECONDS, RETRY_SECONDS = 3, 1
 ROUTERS = ROUND_ROBIN, _, CACHE_AWARE = ["round_robin", "load_balancing", "kv_cache_aware"]
-CONTINUES = ("length", "not_finished")  # how a context server's answer ends where there is more
+CONTINUES = ("length", "not_finished")  # finish reasons of a context server that mean there is more
 
 
 class Router:
@@ -37,7 +37,7 @@ class Router:
         router: Json | None = None,
         **_: Any,  # noqa: ANN401 (YAML)
     ) -> None:
-        """Without a list the real one waits for a server that is called None."""
+        """Without a list it waits for a server called None, as the real one does."""
         found = [(host, int(port)) for host, port in (url.split(":") for url in urls or ())]
         if found and len(found) != num_instances:
             raise ValueError(
@@ -57,7 +57,7 @@ class Router:
 
     @contextmanager
     def server(self, body: Json) -> Iterator[str]:
-        """A server, which has that much more to do until it is given back."""
+        """A server; its load counts this request until the block ends."""
         if self._turns:
             yield next(self._turns)
             return
@@ -79,7 +79,7 @@ def _count_tokens(body: Json) -> int:
     return len(body["prompt"])
 
 
-# -- its file --
+# -- its config file --
 
 
 def read_config(flags: Mapping[str, Any], version: str) -> Json:
@@ -97,7 +97,7 @@ def _routers(
     conditional_disagg_config: Json | None = None,
     **rest: Any,  # noqa: ANN401 (YAML)
 ) -> list[Router]:
-    """Any other key is one of both lists, where the workers' own arguments once had their place."""
+    """Any other key belongs in both lists: the workers' own arguments once stood here."""
     lists = {"context": context_servers or {}, "generation": generation_servers or {}}
     for key, value in rest.items():
         for name, section in lists.items():
@@ -123,7 +123,7 @@ async def invalid(_: Request, error: Exception) -> Response:
 
 
 class Orchestrator:
-    """Made of its file: what Python says of a wrong one is the end of the real one's traceback."""
+    """Built from its config file; errors in that are Python's own, as in the real one."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Orchestrator:
             raise ValueError(f"Max retries {max_retries} must be greater than or equal to 0")
         self.app = FastAPI(lifespan=self._lifespan, strict_content_type=False)
         self.app.add_exception_handler(RequestValidationError, invalid)
-        self.app.get("/health")(always(Response()))  # the servers are not looked at again
+        self.app.get("/health")(always(Response()))  # without a look at the servers
         self.app.get("/version")(always(JSONResponse({"version": version})))
         self.app.get("/perf_metrics")(always(JSONResponse([])))
         self.app.get("/cluster_info")(always(JSONResponse({})))
@@ -152,7 +152,7 @@ class Orchestrator:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """uvicorn opens the port when all servers are ready, and not at all where they are late."""
+        """uvicorn opens the port once all servers are ready, and not at all if they are late."""
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         timeout = aiohttp.ClientTimeout(total=self._flags["request_timeout"])
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
@@ -216,7 +216,7 @@ class Orchestrator:
         return context
 
     async def _ask(self, url: str, body: Json) -> Json:
-        """An answer that does not stream. Whatever went wrong, the same server is asked again."""
+        """A whole answer. After an error of the connection the same server is asked again."""
         for attempt in range(self._retries + 1):
             try:
                 async with self._session.post(url, json=body) as response:
@@ -232,7 +232,7 @@ class Orchestrator:
         raise HTTPException(500, "Internal server error")
 
     async def _events(self, held: ExitStack, url: str, body: Json | None) -> AsyncIterator[bytes]:
-        """A stream as it comes. It has begun: what goes wrong from here on can only cut it."""
+        """Pass a stream on as it comes. It has begun, so that an error can only cut it."""
         with held:
             if body is None:
                 yield b"data: [DONE]\n\n"
@@ -245,7 +245,7 @@ class Orchestrator:
 
 
 def _one_prompt(prompt: Any) -> Any:  # noqa: ANN401 (one of four forms)
-    """A list of one is taken out of it, be it a text or a token id."""
+    """The prompt; one that is alone in a list is taken out, be it a text or a token id."""
     if isinstance(prompt, list) and len(prompt) == 1:
         return prompt[0]
     if not isinstance(prompt, str) and not all(isinstance(each, int) for each in prompt):

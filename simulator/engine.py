@@ -1,4 +1,4 @@
-"""The running batch: every sequence has a timetable, which timers of the event loop keep."""
+"""The running batch: every sequence has a timetable, kept by timers of the event loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from environment import Settings
 from faults import Faults
 from words import GENERATED, Prompt, token_id
 
-Stop = tuple[str | int, list[int]]  # what the client named, and the ids it is made of
+Stop = tuple[str | int, list[int]]  # what the client named, and its token ids
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class Generation:
     sink: Callable[[Generation], None]
     stops: Sequence[Stop] = ()
     keeps_stop: bool = False
-    prefilled: bool = False  # by a context server, whose first token is ours, too
+    prefilled: bool = False  # by a context server; we answer its first token, too
     state: str = ""  # a context server's, for the generation server
     text: str = ""
     pieces: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Generation:
         return first, text, pieces
 
     def _look_for(self, reason: str | int, ids: list[int], new: int) -> None:
-        """By the last tokens first, which then do not count, and then anywhere in the text."""
+        """Look for a stop in the last tokens, which then do not count, or else in the text."""
         if [token_id(piece) for piece in self.pieces[-len(ids) :]] == ids:
             self.finish_reason, self.stop_reason = "stop", reason
             if not self.keeps_stop:
@@ -86,12 +86,12 @@ class Engine:
         self, settings: Settings, faults: Faults, max_batch_size: int, cost: Cost | None
     ) -> None:
         self.submitted = 0
-        self.iterations: deque[dict[str, int]] = deque(maxlen=1000)  # since somebody read them
+        self.iterations: deque[dict[str, int]] = deque(maxlen=1000)  # since the last reading
         self._faults = faults
         self._settings = settings
         self._max_batch_size = max_batch_size
         self._cost = cost
-        self._prefilled = 0.0  # when the last prompt admitted is through, of those that cost
+        self._prefilled = 0.0  # when the next prompt may begin, if prompts have a cost
         self._waiting: deque[Generation] = deque()
         self._running: set[Generation] = set()
 
@@ -101,7 +101,7 @@ class Engine:
         self._admit()
 
     def cancel(self, generations: list[Generation]) -> None:
-        """Free the slots at once; a timer finds out when its time comes."""
+        """Free the slots at once; the timers notice when they fire."""
         for generation in generations:
             generation.cancelled = True
         self._running -= {*generations}
@@ -115,14 +115,14 @@ class Engine:
                 self._schedule(self._first_token(generation), generation)
 
     def _has_room(self) -> bool:
-        """In the batch, and for the keys and values that are kept, or will be."""
+        """Is there room in the batch, and for the keys and values of all that runs?"""
         if not (self._cost and self._running):
             return len(self._running) < self._max_batch_size
         cached = sum(each.prompt.tokens + each.max_tokens for each in self._running)
         return len(self._running) < self._max_batch_size and cached <= self._cost.room
 
     def _first_token(self, generation: Generation) -> float:
-        """When it comes. Prompts that cost go one after the other, a stage apart."""
+        """When the first token comes. Prompts that have a cost follow each other, a stage apart."""
         now, tokens = monotonic(), generation.prompt.tokens
         if generation.prefilled:  # by a context server
             return now + self._itl()

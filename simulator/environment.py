@@ -28,14 +28,14 @@ class Settings:
             except ValueError as error:
                 raise Fatal("ValueError", f"TRTLLM_SIM_{name}={text}: {error}") from None
 
-        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # that is played
+        self.version = value("VERSION", _one_of("1.1.0", "1.2.1"), "1.1.0")  # what is simulated
         self.gpus = int(value("GPUS", _not_negative, "8"))
         self.load_seconds = value("LOAD_SECONDS", _not_negative, "2")
         self.ttft = value("TTFT_MS", _not_negative, "20") / 1e3
         self.prefill_per_token = value("PREFILL_US_PER_TOKEN", _not_negative, "20") / 1e6
         self.itl = value("ITL_MS", _not_negative, "5") / 1e3
         self.itl_per_running = value("ITL_US_PER_RUNNING", _not_negative, "0") / 1e6
-        self.cost = env.get("TRTLLM_SIM_COST")  # a model's, in place of the four times above
+        self.cost = env.get("TRTLLM_SIM_COST")  # a model's name, in place of the four times above
         self.output_tokens = value("OUTPUT_TOKENS", _token_range, "32-256")
         self.launch = value("LAUNCH", _one_of("stuck", "propagate"), "stuck")  # see README.md
         self.faults = value("FAULT", _faults, "")

@@ -20,7 +20,7 @@ class Faults:
         self._wanted = wanted
 
     def begin(self) -> None:
-        """Start what does not wait for the server to be ready."""
+        """Start the faults that do not wait for the server to be ready."""
         if "ignore-term" in self._wanted:  # whatever handlers uvicorn sets
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
         if "log-flood" in self._wanted:
@@ -36,12 +36,12 @@ class Faults:
             time.sleep(3600)
 
     def ready(self) -> None:
-        """Set the clocks of what strikes a ready server."""
-        from asyncio import get_running_loop  # when there is one, its import is no longer dear
+        """Schedule the faults that strike a ready server."""
+        from asyncio import get_running_loop  # by now it is imported, so it costs nothing
 
         loop = get_running_loop()
         self._binary_log()
-        if "stuck-on-signal" in self._wanted:  # one of several servers with the same environment
+        if "stuck-on-signal" in self._wanted:  # picks one of several servers with one environment
             loop.add_signal_handler(signal.SIGUSR2, self._turn, "dead_engine")
         strikes: dict[str, Callable[[], None]] = {
             "exit-serving": self._exit,
@@ -57,7 +57,7 @@ class Faults:
             loop.call_later(delay[0], strikes[kind])
 
     def lose_engine(self) -> None:
-        """The HTTP server lives on without what answers its requests."""
+        """The HTTP server lives on, but its engine is gone."""
         self._turn("unhealthy", "dead_engine")
         log("E", "Executor worker died, requests will not be answered")
 
@@ -77,7 +77,7 @@ class Faults:
 
 
 def _take_memory(most: int = 1 << 30) -> None:
-    """Memory, until the kernel has had enough: a container with less than a gigabyte is ended."""
+    """Take a gigabyte: the kernel kills a container that may not have that much."""
     taken = bytearray()
     while len(taken) < most:
         taken += b"\xff" * (16 << 20)

@@ -1,7 +1,7 @@
 """What a context server hands to a generation server, by way of the orchestrator.
 
 The real one hands on its first token and the address from which the prompt's keys and values can be
-fetched; this one hands on what the answer follows from. Either is opaque to whoever carries it.
+fetched; this one hands on what determines the answer. Both are opaque to the orchestrator.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def handed_on(generation: Generation) -> dict[str, Any] | None:
 
 
 def prompt_ids(generation: Generation) -> list[int] | None:
-    """As many ids as the prompt has tokens: a context server hands them on, too."""
+    """As many ids as the prompt has tokens, which a context server hands on, too; else None."""
     if not generation.state:
         return None
     prompt = generation.prompt
@@ -52,7 +52,7 @@ def prompt_ids(generation: Generation) -> list[int] | None:
 
 
 def taken_over(params: Any, args: LlmArgs) -> tuple[int, str, str]:  # noqa: ANN401
-    """Seed, text and opening to go on with. ValueError for what no server like us has handed on."""
+    """Seed, text and opening to go on with. ValueError if they are not from a server like ours."""
     if params.first_gen_tokens is None or params.ctx_request_id is None:
         raise ValueError("__init__(): incompatible function arguments: ContextPhaseParams")
     try:

@@ -48,13 +48,13 @@ def unseal(key: bytes, line: bytes) -> Message:
 
 
 def _signature(key: bytes, text: bytes) -> bytes:
-    import hmac  # not in ranks, which sign nothing: OpenSSL comes with it
+    import hmac  # late: it loads OpenSSL, and ranks sign nothing
 
     return hmac.new(key, text, "sha256").hexdigest().encode()
 
 
 class Link:
-    """The client's end. Whatever it waits for, it waits for ever, as the real one's ZeroMQ does."""
+    """The client's end. It waits for ever, as the real one's ZeroMQ does."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._key = read_key(env)
@@ -69,14 +69,14 @@ class Link:
         self._lines = self._socket.makefile("rb")
 
     def join(self, world_size: int, gpus_per_node: int) -> None:
-        """Have the leader hold the world that it finds against the one that we want."""
+        """Have the leader compare its world with the one that we want; Fatal if they differ."""
         self.send({"op": "join", "world_size": world_size, "gpus_per_node": gpus_per_node})
         if "kind" in (answer := self.receive()):
             raise Fatal(answer["kind"], answer["error"])
 
     def on_broken(self, react: Callable[[], None]) -> None:
         """Have the leader keep watch; call `react` once when it speaks again, or has gone."""
-        from asyncio import get_running_loop  # not in ranks, for which its import is dear
+        from asyncio import get_running_loop  # late: it is slow to import, and ranks do not need it
 
         self.send({"op": "watch"})
         loop = get_running_loop()
@@ -88,11 +88,11 @@ class Link:
         loop.add_reader(self._socket, heard)
 
     def send(self, message: Message) -> None:
-        with suppress(OSError):  # a leader that has gone is noticed where its answer is awaited
+        with suppress(OSError):  # we notice that the leader has gone when we await its answer
             self._socket.sendall(seal(self._key, message))
 
     def receive(self) -> Message:
-        """Return the leader's answer; a broken world has none, and nobody tells us so."""
+        """Return the leader's answer; in a broken world wait for ever, as the real one does."""
         with suppress(OSError):
             line = self._lines.readline()
             if line and "broken" not in (answer := unseal(self._key, line)):

@@ -1,4 +1,4 @@
-"""The engine's own libraries, without the parts that take as long to import and are never used."""
+"""The engine's own libraries, without parts that are slow to import and never used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def pydantic() -> ModuleType:
-    """Else it asks all packages for plug-ins, and builds every model whether it is used or not."""
+    """Import pydantic without its search for plug-ins, and without building unused models."""
     os.environ["PYDANTIC_DISABLE_PLUGINS"] = "__all__"
     import pydantic
 
@@ -19,7 +19,7 @@ def pydantic() -> ModuleType:
 
 
 def bare(package: str, *below: str) -> None:
-    """Without what its own __init__ imports, which is all that it has."""
+    """Provide a package without running its __init__, which does nothing but import."""
     spec = find_spec(package)
     assert spec and spec.origin
     for name in (package, *(f"{package}.{each}" for each in below)):
@@ -39,7 +39,7 @@ class Unused(ModuleType):
 
 
 def fastapi() -> None:
-    """Without pydantic 1 and the models of /openapi.json, which is not checked against them."""
+    """Prepare FastAPI: no pydantic 1, and no models of /openapi.json, which is not checked here."""
     pydantic()
     for name in ("_compat.v1", "temp_pydantic_v1_params", "openapi.models"):
         sys.modules[f"fastapi.{name}"] = Unused(name)

@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {  # NaN is in none of 
 
 
 class RequestError(Exception):
-    """A worker refuses: too late for a clean answer to a stream."""
+    """A worker refuses, which is too late for a clean answer to a stream."""
 
 
 def fail(broken: object, reason: str) -> None:
@@ -37,8 +37,8 @@ def fail(broken: object, reason: str) -> None:
 
 
 def check_request(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) -> None:
-    """Raise ValueError for what the server refuses by itself. Of a response_format, it wants no
-    more than the schema of one that names itself JSON: what else it says is ignored."""
+    """Raise ValueError for what the server refuses by itself. Of a response_format it checks only
+    that one of type json has a schema; it ignores the rest."""
     refuse(request.n > 1, "Multiple response is not supported in PyTorch workflow")
     wanted, best_of = request.response_format, request.best_of or request.n
     lacking = wanted and wanted.type == "json" and wanted.schema_ is None
@@ -85,7 +85,7 @@ def check_engine(request: AnyRequest, prompts: Sequence[Prompt], args: LlmArgs) 
         value = getattr(request, name)
         fail(value is not None and not holds(value), f"require {rule}, got {value}")
     most = request.max_tokens or 0
-    fail(most < 0, f"require max_tokens >= 0, got {most}")  # one too large is made smaller
+    fail(most < 0, f"require max_tokens >= 0, got {most}")  # one that is too large is reduced
     numbers = [request.top_k, request.min_tokens, request.best_of or 1]
     numbers += request.stop_token_ids or ()
     for number in chain(numbers, *(prompt.ids for prompt in prompts)):

@@ -13,7 +13,7 @@ from console import Fatal
 from environment import Settings
 from leader_link import is_proxied
 
-# What 1.2.1 has besides is marked with +, what it has no more with -.
+# Keys that are new in 1.2.1 are marked with +, those that it dropped with -.
 KEYS: dict[type, str] = {
     int: """
         tensor_parallel_size pipeline_parallel_size context_parallel_size gpus_per_node
@@ -68,13 +68,13 @@ MODEL_CONTEXT = 131072  # the simulated model's own limit, when --max_seq_len se
 
 
 class LlmArgs:
-    """The flags by their YAML names, and the YAML, which has the last word."""
+    """The flags by their YAML names, overridden by the YAML."""
 
     def __init__(self, flags: Mapping[str, Any], settings: Settings) -> None:
         gpus, version = settings.gpus, settings.version
         if flags["gpus_per_node"] is None and gpus == 0:
             raise Fatal("ValueError", "No GPU devices found on the node")
-        forgotten = {"moe_cluster_parallel_size": None}  # as soon as it is parsed
+        forgotten = {"moe_cluster_parallel_size": None}  # as the real one does once it is parsed
         config = {**flags, **forgotten, **_read_yaml(flags["config"], version != "1.1.0")}
         self.model: str = flags["model"]
         self.served_name = _served_name(self.model)
@@ -95,7 +95,7 @@ class LlmArgs:
         # What carries KV caches to and from other servers: nothing, unless the YAML names it.
         backend = (config.get("cache_transceiver_config") or {}).get("backend")
         self.transceiver = DEFAULT_BACKEND[version] if backend == "DEFAULT" else backend
-        self.overlaps = not config.get("disable_overlap_scheduler")  # a context server may not
+        self.overlaps = not config.get("disable_overlap_scheduler")  # not in a context server
         self.prometheus = bool(config.get("return_perf_metrics"))
         self.iter_stats = bool(config.get("enable_iter_perf_stats"))
         _check_moe(self, config)
@@ -103,8 +103,8 @@ class LlmArgs:
 
 
 def read_yaml_file(path: str) -> Any:  # noqa: ANN401 (YAML)
-    """What is wrong with it Python tells, as it does of the real one."""
-    import yaml  # not where there is no such file
+    """Its errors are Python's own, as in the real one."""
+    import yaml  # late: often there is no such file
 
     with Path(path).open(encoding="utf-8") as file:
         return yaml.safe_load(file)
@@ -144,7 +144,7 @@ def _checked(config: dict[str, Any], new: bool) -> dict[str, Any]:
 
 
 def _names(text: str, new: bool) -> tuple[str, ...]:
-    """Those that the version has."""
+    """The names that the version has."""
     return tuple(name.rstrip("+-") for name in text.split() if name[-1] != "+-"[new])
 
 
@@ -186,8 +186,8 @@ def _cp_type(cp_config: object) -> str | None:
 
 
 def _check_gpus(args: LlmArgs, asked: int | None, gpus: int) -> None:
-    """Hold this node's share of the ranks against its GPUs: all ranks, unless told otherwise. Fail
-    where MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
+    """Compare this node's share of the ranks (all, unless told otherwise) with its GPUs. Fail where
+    MPI_Comm_spawn would, which cannot start them inside somebody else's MPI or Slurm step."""
     world, spawned = args.world_size, not is_proxied(os.environ)
     per_node = world if spawned and asked is None else args.gpus_per_node
     nodes = -(-world // per_node)

@@ -60,7 +60,7 @@ def _number(names: Sequence[str], default: int) -> int:
 
 
 def _prepare(size: int, port: int) -> None:
-    """Export what trtllm-serve and the leader read. The key is for the environment alone."""
+    """Export what trtllm-serve and the leader read. The key goes into the environment only."""
     address = f"tcp://127.0.0.1:{port}"
     os.environ |= {PROXY: "1", "tllm_mpi_size": str(size), ADDRESS: address}
     os.environ[KEY] = os.urandom(32).hex()
@@ -70,7 +70,7 @@ def _prepare(size: int, port: int) -> None:
 
 def _reserve() -> socket.socket:
     """Bind the first free port. The real script only looks for one: two that look at the same
-    moment, be they ranks of one world, find the same one, and then a leader cannot listen."""
+    moment, even two ranks of one world, find the same one, and a leader cannot listen."""
     for port in count(FIRST_PORT):
         listener = socket.socket()
         with suppress(OSError):
@@ -81,7 +81,7 @@ def _reserve() -> socket.socket:
 
 
 class RankZero:
-    """The two children, and which of their ends ends the rank."""
+    """The two children, and whose end ends the rank."""
 
     def __init__(
         self, command: Sequence[str], size: int, settings: Settings, listener: socket.socket
@@ -119,7 +119,7 @@ class RankZero:
             codes[pid] = code if code >= 0 else 128 - code
             if pid == self._server and (self._propagate or code == 0):
                 _yellow(f"Rank0 Task exit code: {codes[pid]}")
-                # In a thread: the leader may not listen yet, and may end without having done so.
+                # In a thread: the leader may not listen yet, and may end before it does.
                 threading.Thread(target=self._stop, daemon=True).start()
         return (self._propagate and codes[self._server]) or codes[self._leader]
 

@@ -1,6 +1,6 @@
-"""Rank 0: asks all ranks, itself among them, for what trtllm-serve wants of them.
+"""Rank 0: passes what trtllm-serve wants on to all ranks, itself included.
 
-A thread for each client; MPI is left to the main one.
+Each client has a thread; only the main thread uses MPI.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Broken(Exception):
 
 
 def check_world(reports: Sequence[Report], wanted: int, gpus_per_node: int) -> None:
-    """Hold the world against the engine's size, and the ranks' GPUs against each other."""
+    """Check that there are as many ranks as wanted, each with a GPU of its own; Fatal if not."""
     if len(reports) != wanted:
         raise Fatal(
             "ValueError",
@@ -118,7 +118,7 @@ class Leader:
                     except Broken as error:
                         log("E", f"[simulator] the MPI world is broken: {error}")
                         client.sendall(seal(self._key, {"broken": str(error)}))
-                        lines.read()  # what trtllm-serve waits for does not come any more
+                        lines.read()  # what trtllm-serve waits for will not come any more
         except ValueError as error:
             log("W", f"[simulator] the leader refuses a client: {error}")
         except OSError:
@@ -134,7 +134,7 @@ class Leader:
             client.sendall(seal(self._key, {"loaded": True}))
         elif message["op"] == "watch":
             self._ask({"op": "beat"}, PATIENCE)
-            while not select.select([client], [], [], HEARTBEAT)[0]:  # it says no more: it is gone
+            while not select.select([client], [], [], HEARTBEAT)[0]:  # readable: it is gone
                 self._ask({"op": "beat"}, PATIENCE)
 
     def _join(self, message: Message) -> Message:
@@ -148,7 +148,7 @@ class Leader:
 
 
 def main(size: int, listener: socket.socket) -> bool:
-    """Serve until told to stop, once all ranks are there; say whether they all still are then."""
+    """Serve until told to stop; return whether all ranks are still there."""
     leader = Leader(enter(size))
     listener.listen()
     Thread(target=leader.accept, args=[listener], daemon=True).start()

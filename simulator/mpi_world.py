@@ -1,4 +1,4 @@
-"""What each rank does when the leader, who is at rank 0, orders it.
+"""What each rank does on the orders of the leader, which is at rank 0.
 
 Nobody blocks inside MPI: Open MPI waits by spinning, and idle ranks must leave the cores alone.
 """
@@ -71,7 +71,7 @@ class Part:
         self._dies_after, self._code = _fate(self.rank, settings.faults)
 
     def turn(self) -> Message | None:
-        """Do what there is to do; return the order to stop when it has come."""
+        """Do what there is to do; return the order to stop once it has come."""
         if self._comm.iprobe(tag=ORDER):
             order: Message = self._comm.recv(tag=ORDER)
             if order["op"] == "stop":
@@ -81,7 +81,7 @@ class Part:
         return None
 
     def _begin(self, order: Message) -> None:
-        """Set the clock: a rank does nothing but wait."""
+        """Schedule what the order asks for; a rank only waits."""
         takes = 0.0
         if order["op"] == "load":
             takes = self._settings.load_seconds
@@ -105,16 +105,16 @@ class Part:
         return all(request.Test() for request in self._sent)
 
     def _die(self) -> None:
-        """Crash: without a word to MPI, so that the others must find out by themselves."""
+        """Crash without a word to MPI, so that the others must find out by themselves."""
         if self._code == KILLED:
-            os.kill(os.getpid(), signal.SIGKILL)  # a container's first process is spared, though
+            os.kill(os.getpid(), signal.SIGKILL)  # which a container's first process survives
         else:
             log("E", f"rank {self.rank} on {self.host}: CUDA error, exiting with code {self._code}")
         os._exit(self._code)
 
 
 def _fate(rank: int, faults: Mapping[str, Sequence[float]]) -> tuple[float | None, int]:
-    """How long after loading it dies, 0: half way through, and its exit code."""
+    """Seconds from loading to its death (0: half way, None: never), and its exit code."""
     fates = []
     for name, given in (("exit-rank", 2), ("kill-rank", 1)):
         said = faults.get(name, [-1])
@@ -127,7 +127,7 @@ def _fate(rank: int, faults: Mapping[str, Sequence[float]]) -> tuple[float | Non
 def obey(rank: int, size: int, settings: Settings) -> bool:
     """Be a worker until told to stop; say whether all ranks are still there then."""
     part = Part(enter(size), settings)
-    if part.rank != rank:  # every task a world of its own: the launcher spoke no PMI to it
+    if part.rank != rank:  # each task is a world of its own: the launcher offered no PMI
         raise Fatal(
             "RuntimeError",
             f"rank{part.rank} should not have executor\n"
@@ -143,7 +143,7 @@ def run_rank(work: Callable[[], bool]) -> int:
     """Return the exit code of a rank's work, which says whether the world is still whole."""
     for signum in (signal.SIGTERM, signal.SIGINT):  # to end even inside MPI's C code
         signal.signal(signum, signal.SIG_DFL)
-        if os.getpid() == 1:  # a container's first process: the kernel spares it the default
+        if os.getpid() == 1:  # a container's first process: the kernel ignores the default
             signal.signal(signum, lambda number, _: os._exit(128 + number))
     try:
         whole = work()

@@ -11,13 +11,13 @@ from libraries import bare
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from typing_extensions import Required, TypedDict
 
-bare("openai", "types", "types.chat")  # or its client comes, too, and takes a second
+bare("openai", "types", "types.chat")  # or its client is imported, too, which takes a second
 from openai.types.chat import chat_completion_assistant_message_param as assistant  # noqa: E402
 from openai.types.chat import chat_completion_content_part_param as part  # noqa: E402
 from openai.types.chat import chat_completion_message_param as message  # noqa: E402
 
 Body = dict[str, Any]
-create: Any = create_model  # for classes that are made of data, which no type checker follows
+create: Any = create_model  # for classes made from data, which no type checker follows
 
 
 class Strict(BaseModel):
@@ -140,7 +140,7 @@ class ReasoningEffort(str, Enum):
 Effort = ReasoningEffort | Literal["low", "medium", "high"]
 
 
-# -- the two requests; their fields stand in the order in which mistakes are told --
+# -- the two requests; their fields are in the order in which mistakes are reported --
 
 
 class CompletionHead(Strict):

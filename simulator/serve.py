@@ -1,6 +1,6 @@
 """The life of the server, in the real one's order: check, load the model, only then bind.
 
-1.2.1 binds the port before it loads; it listens there when it has loaded, too. Whatever a mistake
+1.2.1 binds the port before it loads, but listens there only once it has loaded, too. What a mistake
 in the arguments does not need is imported late: starting is most of what the simulator does.
 """
 
@@ -55,7 +55,7 @@ def main() -> None:
 def serve(settings: Settings, **flags: Any) -> None:  # noqa: ANN401 (as click hands them over)
     with _ending_as_the_real_one(settings.version):
         args = LlmArgs(flags, settings)
-        cost = cost_of(settings.cost, args)  # or it does not fit
+        cost = cost_of(settings.cost, args)  # Fatal if it does not fit
         sockets = _bind(settings.version, args.host, args.port)
         faults = Faults(settings.faults)
         faults.begin()
@@ -90,7 +90,7 @@ def disaggregated(settings: Settings, **flags: Any) -> None:  # noqa: ANN401
 
 @contextmanager
 def _ending_as_the_real_one(version: str) -> Iterator[None]:
-    """What the version that is played cannot do ends it with a traceback's last line."""
+    """End as the real one does: with a traceback's last line, or 130 after ^C."""
     log("I", f"This is a SIMULATOR of TensorRT-LLM {version}: no model is loaded, no GPU is used")
     try:
         yield
@@ -101,7 +101,7 @@ def _ending_as_the_real_one(version: str) -> Iterator[None]:
 
 
 def _bind(version: str, host: str, port: int) -> list[socket.socket] | None:
-    """As the real one does: IPv4 only, and without SO_REUSEADDR. 1.1.0 does not, uvicorn does."""
+    """Bind as the real 1.2.1 does: IPv4 only, and no SO_REUSEADDR. For 1.1.0 uvicorn binds."""
     if version == "1.1.0":
         return None
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -143,7 +143,7 @@ def _until_stopped(server: Server, sockets: list[socket.socket] | None) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_until_complete(server.serve(sockets))
-    except KeyboardInterrupt:  # uvicorn has finished, and dies of the signal that has ended it
+    except KeyboardInterrupt:  # uvicorn has finished: die of the signal that ended it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
         raise

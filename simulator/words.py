@@ -1,4 +1,4 @@
-"""A language model in miniature: prompts out of requests, and what deterministically follows them.
+"""A language model in miniature: takes prompts from requests, and continues them predictably.
 
 A token is a word, a number or a punctuation mark. The prose is made so that the stop strings people
 try ("the", ".", a line break) turn up within a few dozen tokens, and counting prompts count on.
@@ -16,7 +16,7 @@ from zlib import crc32
 from protocol import AnyRequest, ChatCompletionRequest
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
-GENERATED = re.compile(r" ?\w+|[^\w\s]|\n+|\s")  # as the tokens of an answer are
+GENERATED = re.compile(r" ?\w+|[^\w\s]|\n+|\s")  # the tokens of an answer
 SEQUENCE = re.compile(r"(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*(,?)\s*$")
 COUNT_TO = re.compile(r"count\D{0,40}?(\d{1,9})\s*(?:to|through|-)\s*(\d{1,9})", re.IGNORECASE)
 VOCABULARY = 32000
@@ -83,7 +83,7 @@ class Prompt(NamedTuple):
 
 
 def prompts_of(request: AnyRequest) -> list[Prompt]:
-    """Of a completion in four forms: a text, token ids, or a list of either."""
+    """A request's prompts. A completion has four forms: a text, token ids, or a list of either."""
     if isinstance(request, ChatCompletionRequest):
         return [_chat_prompt(request)]
     prompt: Any = request.prompt
@@ -101,7 +101,7 @@ def _prompt(prompt: str | list[int]) -> Prompt:
 
 
 def chat_role(request: ChatCompletionRequest) -> str:
-    """Whom the answer is by: a prompt that is not opened for the assistant goes on as it ends."""
+    """Whose words the answer is: without an assistant's opening, the last message goes on."""
     return "assistant" if request.add_generation_prompt else str(request.messages[-1]["role"])
 
 
@@ -120,7 +120,7 @@ def _message_text(message: Any) -> str:  # noqa: ANN401 (one of nine TypedDicts)
     content = message.get("content")
     if isinstance(content, str):
         return content
-    parts = [_part_text(part) for part in content or ()]  # here pydantic checks them, not before
+    parts = [_part_text(part) for part in content or ()]  # pydantic checks them here, not before
     return "\n".join(filter(None, parts))
 
 

@@ -1,8 +1,8 @@
 """Fakes at the boundary: `docker`, `srun` and the like on a PATH that holds nothing unexpected.
 
-Every fake writes down how it was called and refuses what it does not know with exit code 64. The
-fake docker has a state directory a node and starts containers as real Docker does: not as children
-of its client, so that one that is forgotten lives on. What is left of it at a test's end fails it.
+Every fake records how it was called, and refuses what it does not know with exit code 64. The fake
+docker has a state directory per node, and starts containers as real Docker does: not as children of
+its client, so that a forgotten one lives on. Whatever is left when a test ends fails it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TAG = "tensorrt-llm-serve:latest"
 TOKEN = "hf_do_not_print_me"
 # Seconds that anything may take on a machine that is busy with something else. What must not happen
-# by itself in a test takes far longer.
+# by itself in a test is set to take far longer.
 PATIENCE = 60.0
 # An srun that ignores its flags and has one node, this one.
 ONE_NODE = ("bash", "-c", 'while [[ $1 = --* ]]; do shift; done; exec "$@"', "srun")
@@ -71,11 +71,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In CI everything that a test may need is there, before the first one looks for it."""
-    # Started in the background of a script, we would hand an ignored SIGINT on to every process.
+    """Prepare what all tests need; in CI, install it before the first one looks for it."""
+    # If a script started us in the background, SIGINT is ignored, and every process inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_bytecode()
-    # As where .venv is activated: another `python3` may be a script that looks for one, each time.
+    # As if .venv were activated: another `python3` may be a script that first looks for one.
     os.environ["PATH"] = f"{sys.prefix}/bin:{os.environ['PATH']}"
     if CI and os.geteuid() == 0:
         packages.install([*packages.OTHERS, *packages.CLUSTER])
@@ -85,34 +85,34 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def keep_bytecode() -> None:
-    """Where Python is told to write none, every script that a test starts is compiled anew, which
-    takes longer than many a test."""
+    """Write bytecode even if Python is told not to: else every script that a test starts is
+    compiled anew, which takes longer than many a test."""
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_collection_finish() -> None:
-    """The tests themselves are no garbage: the benchmark's client, which collects it before each
-    measurement, need not look at all of them each time."""
+    """Keep the tests out of the garbage collection that the benchmark's client runs before each
+    measurement."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Four more than cores, up to six: those three that have a cluster wait most of the time."""
+    """Four more than there are cores, up to six: the three that have a cluster mostly wait."""
     return min((os.cpu_count() or 1) + 4, 6)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a skipped test is a failed one: no ring may be missing there."""
+    """In CI a skipped test counts as failed: no ring of tests may be missing there."""
     report = yield
     if CI and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped in CI: {report.longrepr}"
     return report
 
 
-# Real programs that the scripts may use. What is not in this list must not be needed.
+# Real programs that the scripts may use. They must not need any other.
 TOOLS = [
     "awk",
     "base64",
@@ -489,7 +489,7 @@ match args:
 """
 
 # Runs its command as so many tasks on each node, as srun does, and copies its input to all of them.
-# With --kill-on-bad-exit=1 the first task that fails takes the others with it.
+# With --kill-on-bad-exit=1 the first task that fails ends the others.
 SRUN = r"""
 def flag(words, pattern):
     # The value of the flag that has to come next, before it is a value that may be any.
@@ -698,7 +698,7 @@ PROGRAMS = {
 }
 
 
-# Those that are asked most, and what of it takes an input, or lasts.
+# The programs that are called most, and which of their commands take input, or last.
 AT_ONCE = {"docker": "run|exec|load|pull|login", "scontrol": "", "squeue": "", "hostname": ""}
 
 
@@ -738,7 +738,7 @@ class Fakes:
         (self.bin / name).chmod(0o755)
 
     def set(self, **faults: object) -> None:
-        """What goes otherwise than well, and what Slurm knows."""
+        """Set what goes wrong, and what Slurm knows."""
         (self.home / "faults.json").write_text(
             json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults})
         )
@@ -779,7 +779,7 @@ class Fakes:
         )
 
     def container(self) -> dict[str, Any]:
-        """The one that runs."""
+        """The only container that runs."""
         [path] = self.home.glob("*/container-*.json")
         return dict(json.loads(path.read_text()))
 
@@ -837,14 +837,14 @@ def fakes(tmp_path: Path) -> Iterator[Fakes]:
 
 @pytest.fixture
 def ready(fakes: Fakes) -> Fakes:
-    """With the image on the node."""
+    """The fakes, with the image on the node."""
     fakes.hold_image()
     return fakes
 
 
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """None of the settings, of Slurm's variables or of a developer's .env files; cwd is empty."""
+    """No settings, no variables of Slurm's, no .env of a developer's; the cwd is empty."""
     from common import settings
 
     before = dict(os.environ)
@@ -864,7 +864,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 
 class Script:
-    """An order that is held, its standard input in our hands."""
+    """A running order, whose standard input is in our hands."""
 
     def __init__(self, fakes: Fakes, command: Command, **env: str) -> None:
         self.fakes, self.output_path = fakes, fakes.home / f"output-{time.monotonic_ns()}"
@@ -932,7 +932,7 @@ def script(fakes: Fakes) -> Iterator[Callable[..., Script]]:
 
 
 class Watch(threading.Thread):
-    """Every argument of every process, as anybody may read them, for as long as it is watched."""
+    """Looks for secrets in every process's arguments, which anybody may read."""
 
     def __init__(self, *secrets: str) -> None:
         super().__init__(daemon=True)
@@ -982,15 +982,15 @@ def plan(*engine: str, runtime: str = "docker", gpus: str = "none", cache: str =
 
 
 def shown_orders(output: str) -> dict[str, tuple[list[str], dict[str, Any]]]:
-    """What --dry-run shows of orders: what each is for, its command line and the order itself."""
+    """The orders that --dry-run shows: what each is for, its command line and the order itself."""
     head = r"^# (.*)\n\(?\{ cat (?:.|\n)*?<<'ORDER'; .*\} \| \\\n"
     block = head + r"((?:.*\\\n)*.*\n)((?:.|\n)*?)\n\nORDER$"
     found = re.findall(block, output, re.M)
     return {why: (shlex.split(command), json.loads(order)) for why, command, order in found}
 
 
-# Of this worker alone, and below those that Linux hands to clients: a port that one test has found
-# free is taken by no other before its own server has it. In turn: one just used is not there again.
+# Ports for this worker only, below those that Linux gives to clients: nobody else takes a port that
+# a test has found free. They take turns, since one that was just used may still be busy.
 BAND = 20_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw5").removeprefix("gw")) % 6)
 PORTS = itertools.cycle(range(BAND, BAND + 2_000))
 
@@ -1000,7 +1000,7 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many neighbours that nobody listens on."""
+    """The first of `count` neighbouring ports that nobody listens on."""
     while True:
         ports = list(itertools.islice(PORTS, count))
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
@@ -1034,7 +1034,7 @@ def archive(
 
 
 def packed(data: bytes, codec: str) -> bytes:
-    """Packed by the real program."""
+    """The data, packed by the real program."""
     command = {"gz": ["gzip", "-c"], "zst": ["zstd", "-qc"], "none": ["cat"]}[codec]
     return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
 
@@ -1052,7 +1052,7 @@ def config_digest(data: bytes) -> str:
 def any_machine(
     undrawn: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A busy machine makes no run of bench.py invalid, but where a test is about just that."""
+    """A busy machine makes no run of bench.py invalid, except in tests of just that."""
     from load import metrics
 
     if "real_limits" not in request.fixturenames:
@@ -1062,7 +1062,7 @@ def any_machine(
 
 @pytest.fixture
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is drawn, which takes longer than most runs, but where a test looks at pictures."""
+    """Nothing is drawn, which takes longer than most runs, except where a test needs pictures."""
     from report import render, side_by_side
 
     for module in (render, side_by_side) if "pictures" not in request.fixturenames else ():
@@ -1071,12 +1071,12 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def pictures() -> None:
-    """They are drawn in spite of `undrawn`."""
+    """Pictures are drawn in spite of `undrawn`."""
 
 
 @pytest.fixture
 def real_limits() -> None:
-    """Of what the client may add: `any_machine` does not lift them."""
+    """Keep the limits on what the client may add, which `any_machine` lifts."""
 
 
 @pytest.fixture
@@ -1089,7 +1089,7 @@ def same_signals() -> Iterator[None]:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> ssl.SSLContext:
-    """A server's, that nobody trusts."""
+    """A server's certificate that nobody trusts."""
     if not shutil.which("openssl"):
         assert not CI, "openssl is needed in CI"
         pytest.skip("openssl is not installed")

@@ -2,11 +2,11 @@
 
     make bench-fleet
 
-The front stands before a server that answers by the clock (timetable_server.c) and says itself when
-each token went out. The server has one core; the front and the client share the other, on which the
-front comes first. The client's times are the kernel's, so it does not matter when it reads. What
-else the machine does can only add to a figure: the best of a few runs counts. A virtual core that
-sleeps takes long to wake, and half a millisecond is what this would show: nothing sleeps here.
+The front stands before a server that answers on schedule (timetable_server.c) and reports when each
+token went out. The server has one core; the front and the client share the other, on which the
+front has priority. The client's times are the kernel's, so it does not matter when it reads. Other
+work on the machine can only add to a figure, so the best of a few runs counts. A sleeping virtual
+core is slow to wake, and half a millisecond would show: nothing sleeps here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ STREAMS = {1: 10, 16: 10, 64: 10, 256: 40}  # and their ITL in ms: a larger batc
 REPEATS = 5
 TTFT_ALLOWED, ITL_ALLOWED = 0.5, 0.1  # ms
 JSON = {"Content-Type": "application/json"}
-FIRST, THEN = os.sched_param(10), os.sched_param(5)  # both before what else the machine does
+FIRST, THEN = os.sched_param(10), os.sched_param(5)  # both before all else on the machine
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
 # --- what the front adds --------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Added:
-    """By how much the client saw a token later than the server sent it, in ms."""
+    """How much later the client saw a token than the server sent it, in ms."""
 
     ttft: float
     itl_p99: float
@@ -95,7 +95,7 @@ def fronting(*ports: int) -> Iterator[Front]:
 
 @contextmanager
 def shared_cores(server: int, front: Front) -> Iterator[None]:
-    """The server on one; on the other the front, and when that sleeps the client."""
+    """The server gets one core, the front the other; the client gets that when the front sleeps."""
     one, other, *_ = every = sorted(os.sched_getaffinity(0))
     assert front.step
     [haproxy] = children(front.step.process.pid)
@@ -112,7 +112,7 @@ def shared_cores(server: int, front: Front) -> Iterator[None]:
 
 @contextmanager
 def awake() -> Iterator[None]:
-    """No core sleeps: a loop runs on each while there is nothing else to run."""
+    """Keep every core awake: a loop runs on each while there is nothing else to run."""
     loops = []
     try:
         for core in os.sched_getaffinity(0):
@@ -185,7 +185,7 @@ def simulator(port: int) -> subprocess.Popen[bytes]:
 
 
 def ask(port: int, tokens: int) -> bool:
-    """A stream of so many tokens: whether it came whole."""
+    """Ask for a stream of so many tokens; whether it came whole."""
     body = {"model": "m", "prompt": "x", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
@@ -195,7 +195,7 @@ def ask(port: int, tokens: int) -> bool:
 
 
 def keep_asking(port: int, over: threading.Event) -> list[bool]:
-    """A short request each 50 ms, each on a connection of its own."""
+    """Send a short request every 50 ms, each on a connection of its own."""
     with ThreadPoolExecutor(32) as pool:
         asked = []
         while not over.wait(0.05):
@@ -211,7 +211,7 @@ def answers(port: int, path: str) -> bytes:
 
 
 def is_up(port: int, name: str) -> bool:
-    """By the front's own word."""
+    """Whether the front says that a replica is up."""
     return name in up_by_front(answers(port, "/router/metrics").decode())
 
 

@@ -32,7 +32,7 @@ from tests.cluster.launches import (
 )
 
 REPEATS = 5
-BALLAST_MB = 400  # an image of a few dozen MB would measure the start of a step
+BALLAST_MB = 400  # a small image would only measure the start of a step
 LOAD_SECONDS = 2.0  # what the simulated engine takes by itself
 
 
@@ -96,7 +96,7 @@ class Bench:
             assert process.wait() == 0
 
     def load(self) -> float:
-        started = self.launch("-v", "--pp_size", "2", **QUICK)  # what does not serve is not loaded
+        started = self.launch("-v", "--pp_size", "2", **QUICK)  # only nodes that serve load
         start = started.until('"Load": {')
         end = started.until('"Hold": {')
         started.until("READY")

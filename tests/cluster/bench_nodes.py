@@ -2,11 +2,10 @@
 
     make bench-nodes
 
-All nodes share this machine's cores, where real ones each bring their own: a node's own work, done
-side by side on a real cluster, adds up here. So the least that there is to do is done by hand
-beside it, with nothing of the launcher: ask every node for the image and start a container on the
-first; or start one on every node and an MPI rank in each. The image is on every node; the engine
-takes 10 s by itself, which the growth by hand counts, too.
+All nodes share this machine's cores: a node's own work, done side by side on a real cluster, adds
+up here. So the minimum is done by hand beside it, without the launcher: ask every node for the
+image and start a container on the first; or start one on every node and an MPI rank in each. The
+image is on every node; the engine takes 10 s by itself, which the growth by hand counts, too.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LOAD_SECONDS = 10
 HEAD = "{:>8}" + "{:>16}{:>8}{:>10}" * 2
 ROW = "{:8}" + "{:14.2f} s{:6.2f} x{:8.2f} x" * 2
 
-# Arguments: the image, and on how many nodes. What the containers print says that they run.
+# Arguments: the image, and on how many nodes. The containers print `up` once they run.
 ALONE = """
 image=$1 nodes=$2
 step() {
@@ -73,7 +72,7 @@ def main() -> int:
 
 
 def median(seconds: Callable[..., float], *arguments: object) -> float:
-    """Of some runs; the first, which loads the image, is left out."""
+    """The median of some runs; the first, which loads the image, is left out."""
     return statistics.median([seconds(*arguments) for _ in range(1 + REPEATS)][1:])
 
 

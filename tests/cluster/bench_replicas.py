@@ -1,8 +1,8 @@
-"""How a fleet grows on the cluster: what 8 replicas answer and how long they take, next to 1.
+"""How a fleet grows on the cluster: throughput and start of 8 replicas, next to 1.
 
-Part of `make bench-fleet`. All nodes share this machine's cores, where real ones each bring their
-own. So the engines are slow: they sleep, and answer so many requests at a time, no more. They are
-made faster until the cores are the limit, which the last rows show.
+Part of `make bench-fleet`. All nodes share this machine's cores. So the engines are slow: they
+sleep, and answer only so many requests at a time. They are made faster until the cores are the
+limit, as the last rows show.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Bench:
                 break
 
     def rate(self, count: int, itl: float) -> float:
-        """Half as many requests again as are answered at a time, so that none waits for work."""
+        """Half as many requests again are in flight as are answered at a time: no replica idles."""
         args = ("--max_batch_size", str(BATCH))
         with self.serving(count, nodes_of(count), *args, TRTLLM_SIM_ITL_MS=str(itl)):
             load = f"-t throughput --input-len 16 --output-len {TOKENS} --client builtin"
@@ -90,7 +90,7 @@ class Bench:
     # --- start ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Seconds by the clock, and those of processors: the launcher's own, and everybody's."""
+        """Wall-clock seconds, and CPU seconds of the launcher and of all programs."""
         print(f"\nFrom the command to READY, without the {LOAD_SECONDS} s that an engine loads:\n")
         print("| replicas | nodes | s | of 1 | CPU-s of the launcher | of all programs |")
         print("|--:" * 6 + "|")
@@ -137,7 +137,7 @@ def program(pid: int) -> str:
 
 
 def cpu(pid: int) -> float:
-    """Seconds so far."""
+    """CPU seconds so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / TICKS
 
@@ -149,6 +149,6 @@ def all_cpu() -> float:
 
 
 def memory(pid: int) -> float:
-    """MB that are its own."""
+    """MB of private memory."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024

@@ -1,4 +1,4 @@
-"""A real Slurm + Docker cluster on one machine, in network namespaces; gone without a trace.
+"""A real Slurm + Docker cluster on one machine, in network namespaces; it leaves no trace.
 
 Every node has its own host name, address, process table, /dev, /tmp and /run, its own slurmd and
 its own dockerd. One more machine, `ctl`, plays the login node: slurmctld and the tests' commands
@@ -7,7 +7,7 @@ run there. /fsx is the file system that all of them share.
     python -m tests.cluster.cluster                    # a shell on ctl; the cluster ends with it
     python -m tests.cluster.cluster -n 4 -- sinfo -N   # one command
 
-Needs root. What is missing of Debian's packages is installed.
+Needs root. Debian packages that are missing are installed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GPUS_PER_NODE = 8
 CPUS_PER_NODE = 16
 PATIENCE = 120.0  # seconds that anything may take on a machine that is busy with something else
 
-# Debian's own programs first: what is installed beside them may be a client of another age.
+# Debian's own programs only: others may be clients of another version.
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 SLURM_CONF = """\
@@ -77,15 +77,15 @@ PartitionName=first Nodes={first} Default=YES
 PartitionName=all Nodes=ALL
 """
 
-# The real NVIDIA hook would put the driver into the container; here it has only to exist.
+# The real NVIDIA hook would put the driver into the container; here it only has to exist.
 GPU_HOOK = """\
 #!/bin/sh
 cat >/dev/null
 exit 0
 """
 
-# Where the machine may not raise limits (no CAP_SYS_RESOURCE), `--ulimit memlock=-1` fails in runc.
-# This runtime lowers that limit to what the machine has, and is runc otherwise.
+# If we may not raise limits (no CAP_SYS_RESOURCE), `--ulimit memlock=-1` fails in runc. This
+# runtime lowers that limit to what the machine has, and is runc otherwise.
 CLAMPED_RUNC = """\
 #!/bin/sh
 for word; do
@@ -98,15 +98,15 @@ done
 exec /usr/sbin/runc "$@"
 """
 
-# dockerd runs this in place of containerd, whose collector of garbage looks every 50 times as long
-# as a look takes. With little to look at that is 400 times a second, on each node.
+# dockerd runs this in place of containerd, whose garbage collector waits 50 times as long as it
+# works. With little to collect it would run 400 times a second on each node.
 CALM_CONTAINERD = """\
 #!/bin/sh
 printf '\\n[plugins.scheduler]\\npause_threshold = 0.0001\\n' >>"$2"
 exec /usr/bin/containerd "$@"
 """
 
-# What no test needs of the Debian in an image; the last one lacks a library until it is configured.
+# Parts of Debian that no test needs in an image; the last one lacks a library until configured.
 LEFT_OUT = (
     "usr/share/doc usr/share/locale usr/share/man usr/share/X11 usr/share/perl* usr/lib/*/perl* "
     "usr/lib/*/gconv usr/lib/apt usr/lib/python3*/pydoc_data usr/lib/python3*/test "
@@ -114,8 +114,8 @@ LEFT_OUT = (
     "usr/lib/*/openmpi/lib/openmpi3/mca_mtl_psm.so"
 ).split()
 
-# A node's private parts. The holder runs this, then waits: the node lives as long as it does, and
-# whoever ends there without a parent is reaped, as by any machine's first process.
+# Sets up what a node has to itself. The holder runs this, then waits: the node lives as long as it
+# does, and it reaps orphans, as any machine's first process does.
 NODE_SETUP = """\
 set -e
 hostname "$1"
@@ -157,7 +157,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = PATIENC
 
 
 def clamp() -> str:
-    """The sed program that lowers what a container asks for; nothing where limits may be raised."""
+    """The sed program that lowers a container's limit; '' if we may raise limits."""
     status = Path("/proc/self/status").read_text()
     if int(status.partition("CapBnd:")[2].split()[0], 16) >> 24 & 1:
         return ""
@@ -168,7 +168,7 @@ def clamp() -> str:
 
 
 def why_not() -> str | None:
-    """Why no cluster can be made on this machine; None where one can."""
+    """Why no cluster can be made on this machine; None if one can."""
     if os.geteuid() != 0:
         return "needs root (network namespaces, dockerd)"
     if not shutil.which("apt-get"):
@@ -206,8 +206,8 @@ def _make_tarball(tarball: Path, include: str, libraries: Sequence[str]) -> None
 
 
 def _unpack_debian(root: Path, include: str) -> None:
-    """Packages and what they depend on, which no script of theirs configures: that takes minutes of
-    a machine's time. What is done here in its place is what is needed of it."""
+    """Unpack packages and what they depend on, without running their scripts, which takes minutes.
+    The little that we need of those is done here."""
     _run("mmdebstrap", "--mode=root", "--variant=extract", f"--include={include}", "bookworm",
          str(root))  # fmt: skip
     _run("rm", "-r", *(str(found) for path in LEFT_OUT for found in root.glob(path)))
@@ -218,8 +218,8 @@ def _unpack_debian(root: Path, include: str) -> None:
 
 
 def _install_libraries(root: Path, libraries: Sequence[str]) -> None:
-    """Wheels for Debian's Python, compiled, since a container has nowhere to keep that. Of openai's
-    20 MB only the types that the simulator reads."""
+    """Install wheels for Debian's Python, compiled, as a container has nowhere to keep bytecode. Of
+    openai's 20 MB only the types that the simulator reads are installed."""
     target, scratch = root / "usr/local/lib/python3.11/dist-packages", root / "tmp/openai"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile",
            "--python-version", "3.11", "--only-binary=:all:"]  # fmt: skip
@@ -236,8 +236,8 @@ def _install_libraries(root: Path, libraries: Sequence[str]) -> None:
 
 
 def _slim(root: Path) -> None:
-    """Every test that loads the image unpacks all of it: no debugging symbols, and in place of the
-    31 MB that Unicode knows of characters, which libxml2 links and nobody asks, an empty table."""
+    """Shrink the image, as every test that loads it unpacks all of it: no debugging symbols, and an
+    empty table in place of 31 MB of Unicode data, which libxml2 links and nobody uses."""
     _run("strip", *map(str, root.glob("usr/local/lib/python3*/dist-packages/**/*.so")))
     for library in root.glob("usr/lib/*/libicudata.so.*.*"):
         name, version = library.name.rpartition(".")[0], library.name.split(".")[2]
@@ -248,7 +248,7 @@ def _slim(root: Path) -> None:
 
 
 def _run(*command: str) -> None:
-    # What Python compiles goes beside its source, wherever our own keeps that.
+    # Bytecode goes beside its source, wherever our own Python keeps it.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, text=True, capture_output=True, env=env)
     if done.returncode:
@@ -334,7 +334,7 @@ class Machine:
         for pid in map(int, children if "--pid" in self.namespaces else [daemon.pid]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
-        # Where it was stopped, its nsenter has stopped with it, and nobody has woken that one.
+        # If it was stopped (SIGSTOP), its nsenter was stopped with it and has to be woken, too.
         daemon.send_signal(signal.SIGCONT)
         try:
             daemon.wait(PATIENCE)
@@ -348,7 +348,7 @@ class Machine:
         return Path(f"/proc/{self.pid}/root")
 
     def processes(self) -> dict[int, str]:
-        """The command line of each by its number there; of the dead nothing is left to be told."""
+        """The command line of each process by its number there; the dead are left out."""
         found = {}
         for path in self.root.glob("proc/[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -357,7 +357,7 @@ class Machine:
         return found
 
     def docker_says(self, path: str) -> Any:
-        """What its Docker answers to a GET; to start a client for it takes ten times as long."""
+        """Its Docker's answer to a GET; starting a client for that takes ten times as long."""
         connection = http.client.HTTPConnection("docker")
         connection.sock = socket.socket(socket.AF_UNIX)
         try:
@@ -414,8 +414,8 @@ class Machine:
 class Cluster:
     """`with Cluster(2) as cluster:`; `cluster.ctl` is the login node, `cluster.nodes` the rest.
 
-    Jobs that name no partition get the first `default` nodes (all of them); the partition `all`
-    has every node. With `in_memory` no disk is slow, and none has to be tidied up.
+    Jobs that name no partition get the first `default` nodes (None: all); the partition `all` has
+    every node. `in_memory` puts all files on a tmpfs: no slow disk, and nothing to tidy up.
     """
 
     def __init__(
@@ -432,7 +432,7 @@ class Cluster:
         self.lock = -1
 
     def __enter__(self) -> Cluster:
-        # Started in the background of a script, we would hand an ignored SIGINT on to every launch.
+        # If a script starts us in the background, SIGINT is ignored, and launches inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         packages.install(packages.CLUSTER)
         with packages.alone():
@@ -581,13 +581,13 @@ class Cluster:
         return set(states) == {"idle"}
 
     def ends_now(self, job: str) -> None:
-        """A job's time is up. Slurm refuses a second that is over when it reads of it."""
+        """End a job's time now; tried again, as Slurm refuses a second that is over by then."""
         update = ["scontrol", "update", f"JobId={job}", "EndTime=now"]
         wait_until(lambda: self.ctl.run(*update, check=False).returncode == 0, f"end of job {job}")
 
     def close(self) -> None:
         """End every process, then remove every file. Mounts and links end with their namespaces."""
-        with ThreadPoolExecutor() as pool, contextlib.suppress(Exception):  # all the rest goes on
+        with ThreadPoolExecutor() as pool, contextlib.suppress(Exception):  # the rest has to go on
             list(pool.map(remove_containers, self.nodes.values()))
         machines = [*self.nodes.values(), *([self.ctl] if hasattr(self, "ctl") else [])]
         for pid in processes_in_network_of([m.holder.pid for m in machines]):
@@ -601,14 +601,14 @@ class Cluster:
         subprocess.run(["umount", "--lazy", "/fsx", str(self.state)], capture_output=True)
         shutil.rmtree(self.state, ignore_errors=True)
         os.close(self.lock)
-        # Another cluster has mounted its own there: without the directory that mount would be gone.
+        # If another cluster has its own mounted there, that needs the directory.
         if self.made_fsx and not list(self.state.parent.glob("trtllm-cluster-*")):
             with contextlib.suppress(OSError):
                 Path("/fsx").rmdir()
 
 
 def remove_containers(node: Machine) -> None:
-    """What its containers have mounted is let go of; then its dockerd ends."""
+    """Remove a node's containers, so that their mounts are released, then end its dockerd."""
     if node.holder.poll() is None and "dockerd" in node.daemons:
         containers = node.run("docker", "ps", "-aq", check=False).stdout.split()
         if containers:
@@ -617,14 +617,14 @@ def remove_containers(node: Machine) -> None:
 
 
 def take_lock(state: Path) -> int:
-    """A lock that says whose process still uses a state directory; the kernel drops it with us."""
+    """Lock a state directory while we use it; the kernel drops the lock when we die."""
     descriptor = os.open(state / "lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
 
 def sweep() -> None:
-    """Remove what a cluster left whose process was killed."""
+    """Remove what clusters have left whose process was killed."""
     for state in Path("/var/tmp").glob("trtllm-cluster-*"):
         with contextlib.suppress(OSError):
             os.close(take_lock(state))
@@ -632,7 +632,7 @@ def sweep() -> None:
 
 
 def copy_repository(source: Path, target: Path) -> None:
-    """What git knows of a checkout, as a clone would have it, and our virtual environment."""
+    """Copy what git knows of a checkout, as a clone would, and link our virtual environment."""
     names = subprocess.run(
         ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         check=True,
@@ -654,7 +654,7 @@ def build_image(
     ballast_mb: int = 0,
     engine: str = "1.1.0",
 ) -> None:
-    """An image with the simulator in place of the engine. `version` makes one unlike the others."""
+    """Build an image with the simulator in place of the engine; `version` makes it a new one."""
     if not node.run("docker", "image", "inspect", "base:1", check=False).stdout.strip("[]\n"):
         path = f"ENV PATH=/opt/simulator:{PATH}"
         node.docker("import", "--change", path, str(root_tarball()), "base:1")
@@ -663,7 +663,7 @@ def build_image(
         # NVIDIA's benchmark client, in name and flags, beside the engine.
         shutil.copytree(simulator.parent / "tests/stand_in", Path(context, "simulator/stand_in"))
         _run("/usr/bin/python3", "-m", "compileall", "-q", context)  # Debian's, as in the image
-        # What Python knows of a package that is installed.
+        # Python's record of an installed package.
         package = Path(context, f"simulator/stand_in/tensorrt_llm-{engine}.dist-info")
         package.mkdir()
         (package / "METADATA").write_text(f"Name: tensorrt_llm\nVersion: {engine}\n")

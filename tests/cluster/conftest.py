@@ -16,8 +16,8 @@ from tests.cluster.cluster import Cluster, why_not
 from tests.cluster.launches import PYTHON, REPO, WHOLE, Launch, prepare, strangers, traces
 
 Launcher = Callable[..., Launch]
-# Tests on a cluster mostly wait, so there are three, each of which takes about as long. The second
-# one has four nodes.
+# Tests on a cluster mostly wait, so there are three clusters, each busy for about as long. The
+# second one has four nodes.
 OF_A_CLUSTER = {
     "test_matrix.py": 1,
     **dict.fromkeys(("test_multinode.py", "test_serve.py", "test_fleet.py", "test_tune.py"), 2),
@@ -26,10 +26,10 @@ OF_A_CLUSTER = {
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes milliseconds comes before what takes a cluster, of which there are three.
+    """Fast tests come before those that need a cluster, and each cluster's tests are a group.
 
-    What waits for a minute is begun first: the other processes of a `make check` go on beside it.
-    What measures comes last: by then they have no more to do.
+    Tests that wait for a minute begin first: the other processes of a `make check` go on beside
+    them. Those that measure come last: by then the other processes are done.
     """
     on_cluster = {item for item in items if Path(__file__).parent in item.path.parents}
     measures = {item for item in on_cluster if item.path.name == "test_bench.py"}
@@ -47,8 +47,8 @@ def available_memory() -> float:
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Two nodes (four in the partition `all`, where its tests ask for them): an image tarball, on
-    each a stranger's container."""
+    """Two nodes (four in the partition `all`, if its tests ask for them), with an image tarball and
+    a stranger's container on each."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no cluster here: {reason}")
     if (

@@ -223,13 +223,13 @@ CELLS = cells_of((*FAULTS, *FLEET_FAULTS))
 
 
 def chosen(words: str, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose name has one of the words; all of them where none is given."""
+    """The cells whose name has one of the words; all of them if none is given."""
     wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
     return [c for c in cells if not wanted or any(word in c.name.lower() for word in wanted)]
 
 
 def table(outcomes: Sequence[tuple[Cell, Outcome]]) -> str:
-    """Markdown: a row a fault and outcome, its phases together."""
+    """Markdown: a row per fault and outcome, its phases together."""
     rows: dict[tuple[str, ...], list[tuple[str, float]]] = {}
     for cell, outcome in outcomes:
         key = (cell.fault.name, outcome.says, str(outcome.code), outcome.left)
@@ -273,7 +273,7 @@ def main(
 
 
 def attempt(cell: Cell, cluster: Cluster) -> Outcome | None:
-    """Play a cell and say at once how it went; None when it did not go as it must."""
+    """Play a cell and say at once how it went; None if it did not go as it must."""
     begun = time.monotonic()
     try:
         outcome = play(cell, cluster)

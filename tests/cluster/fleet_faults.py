@@ -1,4 +1,4 @@
-"""What goes wrong with several servers behind one address, and what goes on: rows as in faults.py.
+"""Faults of several servers behind one address, and what survives them: rows as in faults.py.
 
 Four replicas, r0 and r1 on n1 with the front, r2 and r3 on n2; or a server of each kind and their
 orchestrator, all on n1. While a fleet serves on, clients ask it without a pause, and none of their
@@ -32,9 +32,9 @@ from tests.test_disagg import CONTEXT, GENERATION
 
 TWO, FOUR = ("--replicas", "2"), ("--replicas", "4")
 ONCE = ("--restart", "1")
-NO_KILL = f"--no-kill {WHOLE}"  # the job outlives a node of it
+NO_KILL = f"--no-kill {WHOLE}"  # the job survives the loss of a node
 PART = "-w n1 -N1 --gpus-per-node=4"
-OLD_FRONT = {"TRTLLM_SIM_LOAD_SECONDS": "6"}  # it begins before the servers; see STEADY there
+OLD_FRONT = {"TRTLLM_SIM_LOAD_SECONDS": "6"}  # by then the front is older than STEADY
 PROBED = {"PROBE_SECONDS": "1", "PROBE_TIMEOUT": "5"}
 POOLS = ("--prefill", "1", "--prefill-config", "prefill.yaml",
          "--decode", "1", "--decode-config", "decode.yaml")  # fmt: skip
@@ -46,7 +46,7 @@ def fleet(name: str, strike: Callable[[Scene], object], *expects: Expect, **more
 
 
 def pools(name: str, strike: Callable[[Scene], object], *expects: Expect, **more: Any) -> Fault:
-    """A prefill server and a decode server."""
+    """A fault of a prefill and a decode server."""
     return fleet(name, strike, *expects, prepare=write_configs, ci=(),
                  **{**more, "args": (*POOLS, *more.get("args", ()))})  # fmt: skip
 
@@ -59,7 +59,7 @@ def write_configs(scene: Scene) -> None:
 
 def survived(*meanwhile: str, within: float = 10, phases: tuple[str, ...] = ("serving",),
              **more: Any) -> Expect:  # fmt: skip
-    """What is said of it, while the others serve on."""
+    """A fault is survived: this is said of it, while the others serve on."""
     return Expect(phases, (), (130,), within, serves=True, meanwhile=meanwhile, **more)
 
 
@@ -82,27 +82,27 @@ def docker(*command: str, name: str, node: str = "n1") -> Callable[[Scene], obje
 
 
 def to_engine(name: str) -> Callable[[Scene], object]:
-    """A signal to r3's: with STOP its HTTP server stands still, too; the kernel goes on taking
-    connections for it."""
+    """Send a signal to r3's engine. After STOP its HTTP server stands still, too, but the kernel
+    still takes connections for it."""
     words = ("pkill", f"-{name}", "--full", r"^\S*python3 \S*/trtllm-serve .*--port 8002")
     return lambda scene: scene.n2.run(*words)
 
 
 def kill_front(scene: Scene) -> None:
-    # By its arguments, which the remains of an earlier one do not have.
+    # By its arguments, which a zombie of an earlier one does not have.
     seek = ("pkill", "-KILL", "--full", "haproxy -db")
     wait_until(lambda: not scene.n1.run(*seek, check=False).returncode, "a front")
 
 
 def kill_front_twice(scene: Scene) -> None:
-    """The second of them has only just begun."""
+    """Kill the second one, too, when it has only just begun."""
     kill_front(scene)
     scene.launch.until("it was started anew", scene.said)
     kill_front(scene)
 
 
 def squat(scene: Scene) -> None:
-    """Somebody else's server has r3's port."""
+    """Have somebody else's server take r3's port."""
     scene.n2.start("squatter", "python3", "-m", "http.server", "8002")
     scene.undo.append(partial(scene.n2.stop, "squatter"))
     wait_until(lambda: ":8002" in scene.n2.run("ss", "-ltn").stdout, "the squatter")
@@ -130,7 +130,7 @@ def share_a_node(scene: Scene) -> None:
 
 
 def share_ports(scene: Scene) -> None:
-    """Both want the same: one of them has to serve, undisturbed."""
+    """Both want the same ports: one of them has to serve, undisturbed."""
     begin_two(scene, "8000", "8000")
     wait_until(lambda: any(each.process.poll() is not None for each in scene.launches), "a loser")
     scene.launches.sort(key=lambda each: each.process.poll() is None)

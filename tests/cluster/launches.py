@@ -45,7 +45,7 @@ STRANGE_PROCESS = "trtllm-serve stranger/model"
 
 
 def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
-    """The repository and an image tarball on /fsx; on every node somebody else's container."""
+    """Put the repository and an image tarball on /fsx, and strangers' containers on every node."""
     copy_repository(ROOT, REPO)
     first, *others = cluster.nodes.values()
     build_image(first, REPO / "simulator", TAG, ballast_mb=ballast_mb)
@@ -62,14 +62,14 @@ def prepare(cluster: Cluster, ballast_mb: int = 0) -> None:
 
 
 def save_squash(cluster: Cluster) -> None:
-    """The image of the Docker tests for steps of pyxis, as a user without enroot writes it."""
+    """Save the image of the Docker tests for pyxis, as a user without enroot would."""
     if not SQUASH.exists():
         save = (PYTHON, str(REPO / "save_image.py"), "stranger:1", "-o", str(SQUASH))
         cluster.nodes["n1"].run(*save)
 
 
 def start_stranger(node: Machine) -> None:
-    """What is somebody else's, named as carelessly as people do: two containers and a process."""
+    """Start somebody else's two containers and a process, named as carelessly as people do."""
     for name in STRANGERS:
         named = name.format(node=node.name)
         node.docker("run", "-d", "--name", named, "--net=host", "stranger:1", "sleep", "100000")
@@ -91,7 +91,7 @@ def strangers(cluster: Cluster) -> list[str]:
 
 
 def ours(cluster: Cluster, job: str = "") -> list[str]:
-    """Our containers on all nodes, running or not; those of a job."""
+    """Our containers on all nodes, running or not; of one job, if given."""
     label = "tensorrt-llm-serve.job" + (job and f"={job}")
     query = urlencode({"all": 1, "filters": json.dumps({"label": [label]})})
     reachable = [node for node in cluster.nodes.values() if "dockerd" in node.daemons]
@@ -204,7 +204,7 @@ class Launch:
         return self.path.read_text(errors="replace")
 
     def until(self, text: str, after: int = 0) -> float:
-        """Wait for a text in the output, behind so much of it; returns the time it was seen."""
+        """Wait for a text in the output after so many characters; returns the time it was seen."""
 
         def seen() -> bool:
             return text in self.output[after:]
@@ -256,7 +256,7 @@ class Launch:
 
 
 class TerminalLaunch(Launch):
-    """The same at a terminal of its own, which can be typed at and closed."""
+    """A launch at a terminal of its own, which can be typed at and closed."""
 
     def _start(self, command: list[str], env: dict[str, str] | None, cwd: str | None) -> None:
         self.terminal, theirs = pty.openpty()
@@ -280,7 +280,7 @@ class TerminalLaunch(Launch):
         os.write(self.terminal, keys)
 
     def hang_up(self) -> None:
-        """The window is closed, the connection lost."""
+        """Close the window, as when a connection is lost."""
         self.closed.set()
         self.reader.join()
         os.close(self.terminal)

@@ -1,4 +1,4 @@
-"""The pictures of the pages: launches on the test cluster, a search, and a report.
+"""Takes the pictures of the pages: launches on the test cluster, a search, and a report.
 
 `make pictures` (as root) writes launch.svg, fleet.svg, tune.svg and report.png into docs/.
 """
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def launch(cluster: Cluster) -> str:
-    """What `salloc run_sbatch.py` says from its start to ^C, the image not there yet."""
+    """What `salloc run_sbatch.py` says from its start to ^C, if the image is not there yet."""
     workspace = Path("/fsx/work/picture")
     workspace.mkdir(parents=True)
     command = ["salloc", *WHOLE.split(), PYTHON, str(REPO / "run_sbatch.py"), *serve_args()]
@@ -76,7 +76,7 @@ def fleet(cluster: Cluster) -> str:
 
 
 def search() -> str:
-    """What `make tune` says without a GPU, the simulator at the costs of a model of 70B."""
+    """What `make tune` says without a GPU; the simulator costs as much as a 70B model."""
     typed = "$ make tune MODEL=org/model TP=1,2,4 GOODPUT='ttft:1000 tpot:30' \\\n"
     typed += "      EXTRA_ARGS='--loads 1,4,16 --output-len 32'\n"
     env = {"PATH": f"{ROOT}/simulator:{os.environ['PATH']}", "RUNTIME": "bare", "GPUS": "none",

@@ -1,4 +1,4 @@
-"""The faults of faults.py where servers are steps of pyxis; what is Docker's alone is left out.
+"""The faults of faults.py under pyxis, without those that are only about Docker.
 
 make faults RUNTIME=pyxis      # all cells; the table of docs/faults-pyxis.md at the end
 """
@@ -21,8 +21,8 @@ from tests.cluster.strikes import PHASES, in_serving
 from tests.cluster.test_multinode import kill_a_rank
 
 PYXIS = Runtime(SQUASH, "unsquashfs", "python3")
-# Words of the names of faults that are Docker's, and of those that meet no code of a runtime's.
-# "one port": the servers of a user's jobs on one node are not told apart by it (docs/pyxis.md).
+# Words in the names of faults that are only about Docker, and of those that no runtime's code
+# meets. "one port": it does not tell apart a user's jobs on one node (docs/pyxis.md).
 OF_DOCKER = ("container", "docker", "tarball", "one image", "one port")
 OF_NONE = ("clock", "file system", "USR1", "log ", "binary", "queue", "engine ")
 UNSQUASHFS = Path("/usr/bin/unsquashfs")
@@ -33,7 +33,7 @@ STANDS_STILL = '#!/bin/sh\nkill -STOP $$\nexec {real} "$@"\n'
 
 
 def in_preflight(scene: Scene, fault: Fault) -> None:
-    """One that takes long, because a node's enroot does not answer."""
+    """A preflight that takes long, because a node's enroot does not answer."""
     folder = "/usr/local/sbin"
     scene.n2.run("mount", "-t", "tmpfs", "tmpfs", folder)
     scene.undo.append(lambda: scene.n2.run("umount", "--lazy", folder))
@@ -48,7 +48,7 @@ def write_program(node: Machine, path: str, text: str) -> None:
 
 
 def in_unpacking(scene: Scene, fault: Fault) -> None:
-    """One that would not end, on n2, for a model over both nodes."""
+    """An unpacking on n2 that would not end, for a model over both nodes."""
     unpacks_slowly(scene)
     scene.start(fault, SLOW, "--pp_size", "2")
     unpacking = ("pgrep", "--exact", PYXIS.unpacker)
@@ -56,7 +56,7 @@ def in_unpacking(scene: Scene, fault: Fault) -> None:
 
 
 def unpacks_slowly(scene: Scene) -> None:
-    """On n2 it stands still until it is told to go on; then it is the real one."""
+    """Have n2's unsquashfs stand still until it is told to go on."""
     real, ours = (str(scene.n2.state / name) for name in ("unsquashfs", "stands-still"))
     shutil.copy2(UNSQUASHFS, real)
     write_program(scene.n2, ours, STANDS_STILL.format(real=real))
@@ -66,7 +66,7 @@ def unpacks_slowly(scene: Scene) -> None:
 
 
 def in_stopping(scene: Scene, fault: Fault) -> None:
-    """Told to stop, and not done with it, because the engine takes its time."""
+    """A launch that was told to stop, and is not done because the engine takes its time."""
     in_serving(scene, fault)
     scene.launch.send(signal.SIGINT)
     time.sleep(0.5)
@@ -74,7 +74,7 @@ def in_stopping(scene: Scene, fault: Fault) -> None:
 
 BEGIN = {**PHASES, "preflight": in_preflight, "image load": in_unpacking, "stopping": in_stopping}
 NAMES = {"image load": "unpacking"}
-SAYS = {  # Docker's words, and those in their place
+SAYS = {  # Docker's words, and pyxis's in their place
     "could not confirm that the container is gone": "may be there still",
     "n2: the container trtllm-": "n2: the step trtllm-",
     "n2: Slurm has lost this node": "n2 (ranks 8-15): no sign of life for ",
@@ -135,7 +135,7 @@ def cells_of(fault: Fault) -> list[Cell]:
 
 
 def of_pyxis(expect: Expect, phase: str) -> Expect:
-    """Other words; and what unpacks hears late that it is to end."""
+    """Other words, and more time for an unpacker that hears late that it has to end."""
     says = tuple(SAYS.get(words, words) for words in expect.says)
     return replace(expect, says=says, within=max(expect.within, 30 * (phase == "image load")))
 

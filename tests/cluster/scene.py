@@ -1,4 +1,4 @@
-"""One fault, played: a launch on the cluster is brought to a phase, struck, and checked.
+"""Plays one fault: a launch on the cluster is brought to a phase, struck, and checked.
 
 A fault is a row of data (`Fault`): how it is brought about, how it is undone, and for each phase
 what must come of it (`Expect`). The rows are in faults.py and fleet_faults.py.
@@ -40,11 +40,11 @@ NODE_SIDE = 15.0  # seconds in which a node whose launcher was killed has cleane
 
 @dataclass(frozen=True)
 class Runtime:
-    """What is different where servers are contained in another way."""
+    """What differs between the ways to contain a server."""
 
     image: Path = TARBALL
     unpacker: str = "pigz"  # stands still while an image is being unpacked
-    process: str = "docker-init"  # is there for as long as a container is
+    process: str = "docker-init"  # runs for as long as its container
 
 
 @dataclass
@@ -117,16 +117,16 @@ class Expect:
     """What must come of a fault in these phases."""
 
     phases: tuple[str, ...]
-    says: tuple[str, ...]  # words of the error, or of the whole output where there is no error
+    says: tuple[str, ...]  # words of the error, or of the whole output if there is no error
     codes: tuple[int, ...]
     within: float  # seconds from the fault to the end
     left: str = ""  # what stays behind until the fault has ended, and {} seconds longer
     heals: float = NODE_SIDE  # seconds after that, in which nothing of ours is left
     serves: bool = False  # it is survived: the server answers, and is stopped by ^C afterwards
-    meanwhile: tuple[str, ...] = ()  # what is said of what is survived; `within` is until then
+    meanwhile: tuple[str, ...] = ()  # what is said of a survived fault; `within` is until then
     asked: bool = True  # of a fleet: clients go on asking
     fails: bool = False  # some of their requests fail
-    stop: Callable[[Scene], object] = interrupt  # how what is survived is ended
+    stop: Callable[[Scene], object] = interrupt  # how a launch that survived is ended
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Fault:
     terminal: bool = False
     env: dict[str, str] = field(default_factory=dict)
     args: tuple[str, ...] = ()
-    holds: bool = False  # it lasts; else a daemon that takes its time to stop goes on after it
+    holds: bool = False  # it lasts; else a daemon that delays the end goes on after it
     prepare: Callable[[Scene], object] = lambda scene: None
     ci: tuple[str, ...] | None = None  # the phases that `make check` plays; None: one of them
     fleet: bool = False  # several servers, of which the others go on
@@ -151,7 +151,7 @@ class Cell:
     fault: Fault
     phase: str
     expect: Expect
-    reach: Callable[[Scene, Fault], None]  # the phase
+    reach: Callable[[Scene, Fault], None]  # brings the launch to the phase
     runtime: Runtime = Runtime()
 
     @property
@@ -180,7 +180,7 @@ class Outcome:
 def play(cell: Cell, cluster: Cluster, slack: float = 1) -> Outcome:
     """Bring a launch to the phase, strike, and check all that must come of it.
 
-    With `slack`, everything may take so many times as long: the machine is busy with more.
+    With `slack`, everything may take so many times as long, as on a busy machine.
     """
     before = strangers(cluster)
     with scene_of(cluster, cell) as scene:
@@ -198,9 +198,9 @@ def play(cell: Cell, cluster: Cluster, slack: float = 1) -> Outcome:
 
 
 def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
-    """The exit code, and the seconds from the fault until the launcher has ended.
+    """Strike; returns the exit code and the seconds from the fault to the launcher's end.
 
-    Where something is said of what is survived: until that was said.
+    If something has to be said of a fault that is survived, they end when that is said.
     """
     cell.reach(scene, cell.fault)
     pid = scene.launches and scene.launch.pid
@@ -224,7 +224,7 @@ def strike(cell: Cell, scene: Scene) -> tuple[int, float]:
 
 
 def survive(cell: Cell, scene: Scene, struck: float) -> float:
-    """What has to be said of the fault is said, and what has to serve on serves."""
+    """Check that a survived fault is reported, and that all serves on; returns the seconds."""
     if not cell.expect.serves:
         return 0
     thaw(scene.n2, scene.runtime.unpacker)
@@ -239,7 +239,7 @@ def survive(cell: Cell, scene: Scene, struck: float) -> float:
 
 @contextlib.contextmanager
 def asking(cell: Cell, scene: Scene) -> Iterator[None]:
-    """Clients that go on asking a fleet that serves on: their requests succeed."""
+    """Clients go on asking a fleet that serves on, and their requests have to succeed."""
     asked = cell.fault.fleet and cell.expect.serves and cell.expect.asked
     if not (asked and cell.phase == "serving"):
         yield
@@ -274,7 +274,7 @@ def scene_of(cluster: Cluster, cell: Cell) -> Iterator[Scene]:
 
 
 def end(launch: Launch) -> None:
-    """Whatever has become of it, it ends.
+    """End a launch, whatever has become of it.
 
     One thing at a time: salloc 22.05 can wait for ever for a command that ended meanwhile.
     """
@@ -288,7 +288,7 @@ def end(launch: Launch) -> None:
 
 
 def resume(cluster: Cluster) -> None:
-    """Nodes that Slurm has given up for a while are there again."""
+    """Have Slurm take nodes back that it has given up for a while."""
     if not cluster.idle():
         names = ",".join(cluster.names)
         cluster.ctl.run("scontrol", "update", f"NodeName={names}", "State=RESUME", check=False)
@@ -300,7 +300,7 @@ def check_serves(scene: Scene, launch: Launch) -> None:
 
 
 def check_each(scene: Scene) -> None:
-    """All that logs/endpoint.json names serve."""
+    """All servers that logs/endpoint.json names have to serve."""
     for replica in json.loads((scene.workspace / "logs/endpoint.json").read_text())["replicas"]:
         check_server(scene, replica["url"])
 
@@ -326,7 +326,7 @@ def error_of(output: str) -> str:
 
 
 def check_left(cell: Cell, scene: Scene) -> None:
-    """What the fault is expected to keep is there."""
+    """What the fault is expected to leave behind has to be there."""
     if cell.expect.left == RECORDS:
         assert list(scene.workspace.rglob("run_*.json"))
     elif cell.expect.left:  # seen by its first process, as Docker may be mute
@@ -336,7 +336,7 @@ def check_left(cell: Cell, scene: Scene) -> None:
 
 
 def what_is_left(cell: Cell, scene: Scene, slack: float) -> str:
-    """Nothing may be; where the fault kept a node from cleaning up, nothing soon after its end."""
+    """Nothing may be left, or not for long after a fault that kept a node from cleaning up."""
     ended = time.monotonic()
     with contextlib.suppress(ClusterError):
         heals = cell.expect.heals * slack

@@ -1,9 +1,9 @@
-"""Hours of load on the real two-node cluster: what of ours grows, fails, or stays behind?
+"""Hours of load on the real two-node cluster: does anything of ours grow, fail or stay behind?
 
     make soak HOURS=1              # 0.0833 are five minutes
 
 run_sbatch.py serves with the simulator; one bench.py keeps 256 streams busy, run after run. Their
-memory, open files, threads and child processes are sampled all the time. In the end both get a ^C.
+memory, open files, threads and child processes are sampled all the time. At the end both get a ^C.
 Exit code 1 if a request failed, if something grew by more than its bound, or if anything is left.
 """
 
@@ -38,7 +38,7 @@ SPEEDS = {"TRTLLM_SIM_TTFT_MS": "50", "TRTLLM_SIM_ITL_MS": "20"}
 LOAD = "-t concurrency --concurrency 256 --input-len 128 --output-len 64 --num-prompts 2560"
 SAMPLES = 100  # or one every ten seconds, if that is more
 SHARE = 0.1  # of the time: the first and the last part, whose peaks are compared
-LOG_BYTES = 1000  # a request may write to the server's log
+LOG_BYTES = 1000  # that a request may write to the server's log
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def start_bench(cluster: Cluster, workspace: Path, runs: int) -> subprocess.Pope
 
 
 def watch(pids: dict[str, int], seconds: float) -> dict[str, list[Use]]:
-    """Samples of each process until the time is over, or one of them is."""
+    """Samples of each process, until the time is up or one of them has ended."""
     used: dict[str, list[Use]] = {name: [] for name in pids}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -159,7 +159,7 @@ def show_load(results: Path, log: Path) -> list[str]:
     runs = [json.loads(path.read_text()) for path in paths]
     asked, done, tokens = (sum(run[key] for run in runs) for key in
                            ("num_prompts", "completed", "total_output_tokens"))  # fmt: skip
-    # That the machine kept the client waiting is known to it, and no failure.
+    # The client knows when the machine kept it waiting; that is no failure.
     wrong = [p for run in runs for p in run["problems"] if p not in run["client"]["problems"]]
     busy = sum(bool(run["client"]["problems"]) for run in runs)
     a_request = log.stat().st_size / max(asked, 1)

@@ -1,4 +1,4 @@
-"""What breaks a launch, and how far the launch has come by then."""
+"""How to break a launch, and how to bring it to each phase before that."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def before(scene: Scene, fault: Fault) -> None:
 
 
 def in_preflight(scene: Scene, fault: Fault) -> None:
-    """One that takes long, because a Docker daemon does not answer."""
+    """A preflight that takes long, because a Docker daemon does not answer."""
     scene.freeze(scene.n2, "dockerd")
     scene.start(fault, SLOW)
     scene.launch.until('"Survey": {')
@@ -57,7 +57,7 @@ def in_preflight(scene: Scene, fault: Fault) -> None:
 
 
 def in_image_load(scene: Scene, fault: Fault) -> None:
-    """One that would not end: its unpacker on n2 stands still, for a model over both nodes."""
+    """An image load that would not end, for a model over both nodes: n2's unpacker stands still."""
     forget_image(scene.cluster)
     scene.start(fault, SLOW, *fault.spread)
     wait_until(lambda: is_unpacking(scene.n2), f"a load on n2\n{scene.launch.output}")
@@ -70,7 +70,7 @@ def has_image(node: Machine) -> bool:
 
 
 def is_unpacking(node: Machine) -> bool:
-    # By its arguments, which the remains of an earlier one, waiting for nobody, do not have.
+    # By its arguments, which a zombie of an earlier one does not have.
     return node.run("pgrep", "--full", "--exact", "pigz -dc", check=False).returncode == 0
 
 
@@ -86,7 +86,7 @@ def in_serving(scene: Scene, fault: Fault) -> None:
 
 
 def in_stopping(scene: Scene, fault: Fault) -> None:
-    """Told to stop, and not done with it, because the head's Docker daemon takes its time."""
+    """A launch that was told to stop, and is not done because the head's Docker daemon is slow."""
     in_serving(scene, fault)
     scene.freeze(scene.n1, "dockerd")
     scene.launch.send(signal.SIGINT)
@@ -154,12 +154,12 @@ def close_terminal(scene: Scene) -> None:
 
 
 def warn(scene: Scene) -> None:
-    """What Slurm sends some time before the limit where the job has --signal=USR1@120."""
+    """Send what Slurm sends before the time limit if the job has --signal=USR1@120."""
     scene.cluster.ctl.run("scancel", "--signal=USR1", scene.launch.job)
 
 
 def suspend(scene: Scene) -> None:
-    """For longer than a node's silence is borne."""
+    """Suspend the job for longer than a node may be silent."""
     scene.cluster.ctl.run("scontrol", "suspend", scene.launch.job)
     time.sleep(12)
     scene.cluster.ctl.run("scontrol", "resume", scene.launch.job)
@@ -237,7 +237,7 @@ def docker(*command: str, node: str = "n1") -> Callable[[Scene], str]:
 
 
 def read_only(scene: Scene) -> None:
-    """On every machine the workspace can be written to no more, but by files that are open."""
+    """Make the workspace read-only on every machine, except through files that are open already."""
     folder = str(scene.workspace)
     for machine in (scene.cluster.ctl, *scene.cluster.nodes.values()):
         machine.run("mount", "--bind", folder, folder)
@@ -246,7 +246,7 @@ def read_only(scene: Scene) -> None:
 
 
 def small_file_system(scene: Scene) -> None:
-    """The workspace as the login node sees it is a file system of its own."""
+    """Give the workspace a small file system of its own on the login node."""
     mount = ("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(scene.workspace))
     scene.undo.append(lambda: scene.cluster.ctl.run("umount", "--lazy", str(scene.workspace)))
     scene.cluster.ctl.run(*mount)
@@ -258,7 +258,7 @@ def fill(scene: Scene) -> None:
 
 
 def replaced_tarball(how: Callable[[Path], object]) -> Callable[[Scene], None]:
-    """The tarball changes under the nodes that load it; afterwards it is what it was."""
+    """Change the tarball under the nodes that load it; afterwards it is put back."""
 
     def strike(scene: Scene) -> None:
         kept = TARBALL.with_suffix(".kept")
@@ -287,7 +287,7 @@ def race_in_one_job(scene: Scene) -> None:
 
 
 def race_for_a_port(scene: Scene) -> None:
-    """Two jobs that share the nodes and ask for the same port, the one a little later."""
+    """Two jobs that share the nodes ask for the same port, one a little later than the other."""
     words = scene.words(tp=4)
     scene.start_one(words, HALF, LOAD_3_S)
     scene.start_one(words, HALF, {"TRTLLM_SIM_LOAD_SECONDS": "8"})
@@ -320,7 +320,7 @@ def await_loser(scene: Scene, launches: Sequence[Launch]) -> None:
 
 
 def keep_busy(scene: Scene) -> None:
-    """A client whose answer takes far longer than the probe behind it may in an idle server."""
+    """A client whose answer takes far longer than a probe may take in an idle server."""
     body = {"model": "org/model", "prompt": "x", "max_tokens": 10_000, "ignore_eos": True}
     url = f"{url_of(scene.launch)}/v1/completions"
     script = f"from common.ask import ask; ask({url!r}, 1000, body={body})"
@@ -347,7 +347,7 @@ def write_clock(seconds: int) -> None:
 
 
 def stepped_clock(_: Scene) -> None:
-    """The library that lies about the wall clock, and nothing to lie about yet."""
+    """Build the library that lies about the wall clock, with nothing to lie about yet."""
     if not STEPPED_CLOCK.exists():
         source = str(REPO / "tests/cluster/stepped_clock.c")
         subprocess.run(["gcc", "-shared", "-fPIC", "-O", "-o", STEPPED_CLOCK, source], check=True)

@@ -35,7 +35,7 @@ def served(launch: Launcher) -> Iterator[Launch]:
 def measure(
     cluster: Cluster, workspace: Path, *words: str, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """A run of bench.py that nothing but a busy machine may have kept from being valid."""
+    """A run of bench.py that has no problem, unless the machine was busy."""
     command = [PYTHON, str(REPO / "bench.py"), *words, "-o", "results"]
     done = cluster.ctl.run(*command, cwd=str(workspace), env=env, check=False)
     assert json.loads(done.stdout.splitlines()[-1])["stopped"] is False, done.stdout + done.stderr
@@ -53,7 +53,7 @@ CLIENTS = {"builtin": [], "trtllm": ["--client", "trtllm", "-i", TAG]}
 def test_a_benchmark_agrees_with_the_servers_speeds(
     client: str, cluster: Cluster, served: Launch, workspace: Path
 ) -> None:
-    """The server is never early. On a busy machine both are late, but with the quickest request."""
+    """The server is never early. On a busy machine both are late, but for the quickest request."""
     env = {**served.allocation, "TRTLLM_STAND_IN": "measure"}
     words = [*LOAD, *CLIENTS[client], "--save-detailed"]
     run = measure(cluster, workspace, *words, env=env)

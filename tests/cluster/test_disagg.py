@@ -30,7 +30,7 @@ def servers(workspace: Path) -> dict[str, dict[str, Any]]:
 
 
 def ask(cluster: Cluster, launch: Launch, prompt: str = "one two three") -> str:
-    """The text of an answer, asked from the login node; '' where there is none."""
+    """The text of an answer, asked from the login node; '' if there is none."""
     body = {"model": "m", "prompt": prompt, "max_tokens": 6, "temperature": 0}
     said = cluster.ctl.run(
         "curl", "-s", f"{launch.url()}/v1/completions", "-H", "Content-Type: application/json",

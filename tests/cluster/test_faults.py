@@ -31,7 +31,7 @@ def sentence(output: str) -> str:
 
 
 def truncated(workspace: Path, *, sidecar: bool) -> list[str]:
-    """Two thirds of a tarball; with a sidecar that believes in it, so that the nodes find out."""
+    """Two thirds of a tarball; with a sidecar of that size, only the nodes can find out."""
     path = workspace / "cut.tar.gz"
     whole = TARBALL.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
@@ -264,7 +264,7 @@ def test_the_log_of_every_end_is_kept(launch: Launcher, workspace: Path) -> None
 def test_another_image_of_the_same_tag_does_not_stop_force(
     cluster: Cluster, launch: Launcher
 ) -> None:
-    """--force while a stranger's container runs of the very image: it keeps running."""
+    """With --force, a stranger's container of that very image keeps running."""
     node = cluster.nodes["n1"]
     node.run("sh", "-c", f"pigz -dc {TARBALL} | docker load")
     node.docker("run", "-d", "--name", "user-of-it", "--net=host", TAG, "sleep", "1000")

@@ -39,7 +39,7 @@ def kill(cluster: Cluster, replica: dict[str, Any]) -> None:
 
 
 def gpus_of(cluster: Cluster, replica: dict[str, Any]) -> list[str]:
-    """As Docker was asked for them."""
+    """The GPUs that Docker was asked for."""
     seen = cluster.nodes[replica["node"]].docker("inspect", replica["container"])
     requests = json.loads(seen)[0]["HostConfig"]["DeviceRequests"]
     return list(requests[0]["DeviceIDs"])
@@ -88,7 +88,7 @@ def test_part_of_a_node_is_shared_by_its_gpus(
 def test_worlds_of_two_nodes_side_by_side(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    """The death of a rank ends its world, and not the other."""
+    """A rank's death ends its own world, and not the other."""
     env = {**QUICK, "TRTLLM_SIM_GPUS": "2"}
     args = fleet("--replicas", "auto", "--restart", "1", tp=4)
     started = launch(*args, salloc=FOUR, env=env)
@@ -186,9 +186,9 @@ def test_requests_that_belong_together_go_to_one_replica(
 
 
 def who_answers(cluster: Cluster, url: str, name: str) -> str:
-    """The replica that the front names, asked in that session with a prompt that begins so.
+    """The replica that answers in this session, to a prompt that begins with its name.
 
-    One that seems to have two requests already would not get the third: the last one is over.
+    We wait until the last request is over: a replica with two of them would not get a third.
     """
     metrics = ("curl", "-s", f"{url}/router/metrics")
     wait_until(lambda: not any(in_flight(cluster.ctl.run(*metrics).stdout).values()), "no request")

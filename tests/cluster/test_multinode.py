@@ -113,7 +113,7 @@ def test_the_lines_of_a_dry_run_bring_a_world_up(cluster: Cluster, workspace: Pa
 
 
 def test_the_yaml_decides_the_world(cluster: Cluster, launch: Launcher, workspace: Path) -> None:
-    """And a slurmd that is restarted meanwhile is no reason to end it."""
+    """A slurmd that is restarted meanwhile does not end it, either."""
     node = cluster.nodes["n2"]
     (workspace / "parallel_config.yaml").write_text("tensor_parallel_size: 16\n")
     started = launch("--image", str(TARBALL), "m", "--tp_size", "1", "--config",
@@ -121,7 +121,7 @@ def test_the_yaml_decides_the_world(cluster: Cluster, launch: Launcher, workspac
     started.until("READY")
     assert "world size 16 (tp 16 x pp 1 x cp 1)" in started.output
     node.stop("slurmd", signal.SIGKILL)
-    time.sleep(2.5)  # longer than from one sign of life to the next
+    time.sleep(2.5)  # longer than between two signs of life
     node.start_slurmd()
     assert "8/8" in smoke(cluster, started.url())
     assert started.stop() == 130

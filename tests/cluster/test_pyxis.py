@@ -1,4 +1,4 @@
-"""Slurm's own steps in containers: the plug-in's rules, and what a launch by it leaves behind."""
+"""Slurm's own steps in containers: the plug-in's rules, and launches that rely on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def args(image: Path) -> list[str]:
     return ["--image", str(image), "org/model", "--tp_size", "8"]
 
 
-# The plug-in: what the launcher relies on, held against whichever is loaded
+# The plug-in: what the launcher relies on, checked with whichever is loaded
 CONTAINED = ["--container-image", str(SQUASH), "--container-writable"]
 RULES = {
     "is inside": ([*CONTAINED, "--container-mounts=/fsx:/proof"], "test -d /proof", 0, ""),
@@ -102,7 +102,7 @@ def left_of_containers(cluster: Cluster) -> list[str]:
 def test_sixteen_ranks_are_one_world_that_serves(
     cluster: Cluster, launch: Launcher, args: list[str], workspace: Path
 ) -> None:
-    """Whatever a shell exports of the plug-in's bends no step of the launcher's."""
+    """The plug-in's variables in a shell change nothing about the launcher's steps."""
     env = {**QUICK, "PYXIS_CONTAINER_IMAGE": "/none", "PYTHONPATH": "/none", "HF_TOKEN": "hf_x"}
     started = launch(*args, "--pp_size", "2", env=env)
     started.until("READY")
@@ -175,7 +175,7 @@ def test_what_the_user_sees_of_a_fault(cell: Cell, cluster: Cluster) -> None:
 
 @pytest.fixture
 def without_docker(cluster: Cluster, launch: Launcher) -> Iterator[None]:
-    """`launch` looks for Docker's containers at its end: this ends first."""
+    """n1 has no Docker, until just before `launch` looks for containers at its end."""
     node = cluster.nodes["n1"]
     node.run("mount", "--bind", "/dev/null", "/usr/bin/docker")
     yield

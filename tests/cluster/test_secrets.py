@@ -23,7 +23,7 @@ SECRETS = {"HF_TOKEN": "hf_secret_7", "OPENAI_API_KEY": "sk_secret_7"}
 def test_secrets_are_in_no_argument_of_16_ranks_and_files_are_ours_to_change(
     cluster: Cluster, launch: Launcher, workspace: Path
 ) -> None:
-    """Looked for in every process of the machine, that is of all nodes, all the time."""
+    """Every process of the machine, and so of all nodes, is searched all the time."""
     mask = os.umask(0)
     try:
         with Watch(*SECRETS.values()) as watch:
@@ -47,7 +47,7 @@ def test_secrets_are_in_no_argument_of_16_ranks_and_files_are_ours_to_change(
 
 @pytest.fixture
 def pinned(cluster: Cluster, registry: str) -> Iterator[str]:
-    """The registry's image by its digest, on no node."""
+    """The registry's image by its digest; no node has it."""
     node, tag = cluster.nodes["n1"], f"{registry}/serve:1"
     node.docker("pull", tag)
     reference = node.docker("inspect", "--format", "{{index .RepoDigests 0}}", tag).strip()
@@ -76,7 +76,7 @@ def test_a_digest_that_nobody_has_is_told(launch: Launcher, registry: str) -> No
 
 
 def test_a_local_image_is_pinned_by_its_id(cluster: Cluster, launch: Launcher) -> None:
-    """A registry's digest is only known where it was pulled from there; the id always is."""
+    """A registry's digest is known only after a pull from there; the id always is."""
     node = cluster.nodes["n1"]
     identity = node.docker("inspect", "--format", "{{.Id}}", "stranger:1").strip()
     started = launch("--image", identity, "m", env=QUICK)

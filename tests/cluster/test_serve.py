@@ -96,7 +96,7 @@ def test_a_rebuilt_image_of_the_same_tag_is_loaded_and_served(
         build_image(node, REPO / "simulator", TAG, version, engine=engine)
         node.run(PYTHON, str(REPO / "save_image.py"), TAG, "-o", str(tarball))
         node.docker("rmi", TAG)
-        # On a port of its own: 1.2.1 waits for one that a server has just had.
+        # Each on a port of its own: 1.2.1 waits for one that a server has just had.
         port = f"--port=800{version}"
         started = launch("--image", str(tarball), "m", port, env=QUICK)
         started.until("READY")

@@ -25,7 +25,7 @@ def test_a_server_that_dies_is_started_anew(
 
 
 def test_a_node_learns_from_slurm_that_its_job_is_over(cluster: Cluster, launch: Launcher) -> None:
-    """What a container's script asks, by the real squeue."""
+    """A container's script asks this, with the real squeue."""
     started = launch(*serve_args(), env=QUICK)
     started.until("READY")
 
@@ -60,10 +60,10 @@ def test_a_world_is_started_anew_as_a_whole(
 def test_the_end_of_the_time_limit_is_told_before_and_after(
     cluster: Cluster, launch: Launcher
 ) -> None:
-    """By a world of two nodes; the fault matrix has it by one."""
+    """With a world of two nodes; the fault matrix has one node."""
     started = launch(*WORLD, "--restart", "3", salloc=f"--time=5 {WHOLE}", env=QUICK)
     started.until("READY")
-    # Slurm counts in minutes, and looks twice in one.
+    # Slurm counts in minutes, and looks twice a minute.
     cluster.ends_now(started.job)
     assert started.code() in (1, 129, 143), started.output
     assert "the job reaches its time limit in " in started.output

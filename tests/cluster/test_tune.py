@@ -45,7 +45,7 @@ def test_two_candidates_are_measured_at_once_and_never_two_on_a_node(
 
 
 def test_an_interrupt_ends_all_of_them(cluster: Cluster, launch: Launcher, workspace: Path) -> None:
-    """What they leave, or not, the fixture looks for: two launchers have one job between them."""
+    """The fixture looks for what they leave: two launchers share one job."""
     started = tune(launch, "1,8")
     wait_until(lambda: served(cluster) == [1, 1], "a server on each node")
     assert started.stop(signal.SIGINT) == 130
