@@ -2,10 +2,10 @@
 """Smoke-test a server's OpenAI API: eight checks; exit 0 if all pass.
 
 It asks for nothing known to bring TensorRT-LLM down (as top_k -1 does).
-What another server does not serve or refuses (top_k) is left out, and said.
+It leaves out what another server lacks or refuses (top_k), and says so.
 
-logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
-MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
+It looks for logs/endpoint.json here and in $WORKSPACE. A flag wins over PORT,
+MODEL, OPENAI_API_KEY in the environment, that over .env; HOST: only in .env.
   test.py -H 10.0.128.193 -p 8000
   test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json
 """
@@ -521,9 +521,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
     add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")
-    add("-m", "--model", default="", help="must be served there (default: the first that is)")
-    add("--each", action="store_true", help="each replica of logs/endpoint.json, and their front")
-    add("--insecure", action="store_true", help="take any https certificate")
+    add("-m", "--model", default="", help="must be served there (default: the first one served)")
+    add("--each", action="store_true", help="each replica in logs/endpoint.json, and the front")
+    add("--insecure", action="store_true", help="accept any https certificate")
     add("--timeout", type=seconds, default=60.0, help="seconds a request may take (default: 60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
     return parser.parse_args(argv)
