@@ -100,7 +100,7 @@ def served_as(model: str) -> list[str]:
 
 def generates(answer: Answer, ask: Facts) -> Facts:
     if b"only supports single string prompt" in answer.body:  # disaggregated TensorRT-LLM's limit
-        return {"detail": "one prompt a request, says the server"}
+        return {"detail": "the server takes one prompt per request"}
     return is_ok(answer, ask) and judge(parse(answer.body), ask)
 
 
@@ -244,7 +244,7 @@ def settings() -> dict[str, str]:
         from dotenv import dotenv_values
 
         for path in (Path(__file__).resolve().with_name(".env"), Path(".env")):
-            check_owner(path, "it would say who gets the key: make it your own")
+            check_owner(path, "it decides who gets the key: make it your own")
             found |= dotenv_values(path)
     except ImportError:
         pass

@@ -143,7 +143,7 @@ def space_of(args: argparse.Namespace) -> Space:
         try:
             sizes["tp"] = numbers(setting("TP"))
         except argparse.ArgumentTypeError:
-            misused(f"TP is {setting('TP')!r}, not a size, nor several as in 4,8")
+            misused(f"TP is {setting('TP')!r}, neither a size nor a list like 4,8")
     return Space(tuple(args.config), sizes, replicas, settings)
 
 

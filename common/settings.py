@@ -113,7 +113,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     found = {n: value for n, value in dotenv_values(stream=io.StringIO(text)).items() if value}
     for name, value in found.items():
         if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
-            die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
+            die(f"{path} sets {name[:99]!r} to a value that no environment variable can hold")
     if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
         say(f"{path} holds a secret and others may read it: chmod 600 {path}")
     return found
@@ -152,7 +152,7 @@ def load_env_files() -> None:
     try:
         here = Path.cwd()
     except FileNotFoundError:
-        die("the current directory is gone", hint='if it was made anew: cd "$PWD"')
+        die("the current directory is gone", hint='if it was created again: cd "$PWD"')
     for directory in dict.fromkeys((here, Path(__file__).resolve().parents[1])):
         found = read_env_file(directory / ".env")
         say_useless(directory / ".env", found)

@@ -224,9 +224,9 @@ def check_pools(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in names:
         setattr(args, name, count_of(parser, f"--{name}", getattr(args, name) or "0"))
     if given and not (args.prefill and args.decode):
-        parser.error("--prefill and --decode need each other: one server of each kind at least")
+        parser.error("--prefill and --decode go together: give at least one server of each kind")
     if given and args.replicas != "1":
-        parser.error("--replicas are servers of one kind, and --prefill and --decode are two")
+        parser.error("--replicas does not go with --prefill and --decode")
     args.all_or_nothing = args.all_or_nothing or bool(args.prefill)
 
 
