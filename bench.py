@@ -16,6 +16,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -29,14 +30,14 @@ from common.settings import setting
 from common.signals import Stopped
 from common.talk import Failure, clean, counted, read_json, say, write_json
 from load import bench_place, check, endpoint, same, sharegpt
-from load.arguments import count, limit, numbers, port, positive, rates, streams, types, whole
+from load.arguments import count, limit, numbers, path, port, positive, rates, streams, types, whole
 from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
 from load.nvidia import BenchmarkServing
 from load.sweep import conflicts, sweep, verdict
 from report import render as report
-from report.results import Found, load, without_details
+from report.results import Found, load, sound, without_details
 
 SAME = (
     "client", "image_id", "backend", "url", "replicas", "server_version", "goodput", "burstiness",
@@ -59,7 +60,9 @@ class Bench:
         if record is None:
             record = self.measure(case)
             if path.exists():  # another client's, or of another load: not ours to lose
-                path.replace(path.with_name(f"{path.name}.before"))
+                ends = (f".before{n if n > 1 else ''}" for n in itertools.count(1))
+                names = (path.with_name(path.name + end) for end in ends)
+                path.replace(next(name for name in names if not name.exists()))
             write_json(path, record)
         record = without_details(record)
         self.records.append(record)
@@ -75,7 +78,7 @@ class Bench:
         if not path.exists():
             return None
         try:
-            record: Record = read_json(path)
+            record = sound(read_json(path))
             why = self.unlike(record, case) or ("" if record["valid"] is True else "was invalid")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             why = "the file cannot be read"
@@ -216,7 +219,7 @@ def parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Na
 
 
 def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
-    kind, sharegpt = setting("BENCH_TYPE", environ), Path(setting("SHAREGPT_PATH", environ))
+    kind, sharegpt = setting("BENCH_TYPE", environ), path(setting("SHAREGPT_PATH", environ))
     group = parser.add_argument_group("the server").add_argument
     group("-H", "--host", default=environ.get("HOST", ""), help="name, address or URL")
     group("-p", "--port", type=port, metavar="PORT", help="(of logs/endpoint.json, else 8000)")
@@ -226,10 +229,10 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group = parser.add_argument_group("what to measure").add_argument
     group("-t", "--type", type=types, default=kind, help="comma-separated (all but sweep)")
     group("--check", action="store_true", help="say what would be sent, and send no load")
-    group("-o", "--output", type=Path, metavar="DIR", help=f"({bench_place.RESULTS}/DATE-TIME)")
+    group("-o", "--output", type=path, metavar="DIR", help=f"({bench_place.RESULTS}/DATE-TIME)")
     group("--resume", action="store_true", help="skip the valid results in -o")
     group("--repeat", type=count, default=1, metavar="N", help="runs of each load (1)")
-    group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
+    group("--goodput", type=limit, nargs="+", action="extend", default=[], metavar="SLO",
           help="limits in ms: ttft:200 tpot:30 e2el:5000")  # fmt: skip
     group = parser.add_argument_group("the load, instead of the type's own").add_argument
     group("--num-prompts", type=count, metavar="N", help="requests a run")
@@ -241,7 +244,7 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
     group("--sweep-by", choices=("concurrency", "rate"), metavar="WHAT", help="rate (concurrency)")
     group("--backend", choices=("openai", "openai-chat"), default="openai", metavar="API",
           help="openai-chat (openai)")  # fmt: skip
-    group("--sharegpt", type=Path, default=sharegpt, metavar="FILE", help=f"({sharegpt})")
+    group("--sharegpt", type=path, default=sharegpt, metavar="FILE", help=f"({sharegpt})")
     group = parser.add_argument_group("the client").add_argument
     group("--client", choices=("builtin", "trtllm"), metavar="NAME",
           help="builtin; trtllm with -i, or where it is installed")  # fmt: skip
@@ -259,6 +262,8 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
 def contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.resume and not args.output:
         yield "--resume needs -o, the folder to go on in"
+    if len(dict(args.goodput)) < len(args.goodput):
+        yield "--goodput: a limit is named twice"
     if args.client == "trtllm":
         given = {"--warmup": args.warmup is not None, "--shards": args.shards,
                  "--insecure": args.insecure}  # fmt: skip

@@ -58,7 +58,8 @@ def original_directory() -> Path:
     try:
         ask = ["scontrol", "show", "job", job]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        show = os.fsdecode(subprocess.run(ask, stdout=pipe, stderr=null).stdout)
+        here = {name: value for name, value in os.environ.items() if name != "SLURM_CLUSTERS"}
+        show = os.fsdecode(subprocess.run(ask, stdout=pipe, stderr=null, env=here).stdout)
     except OSError:
         show = ""
     fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())

@@ -4,7 +4,6 @@
   save_image.py                            # -> tensorrt-llm-serve-latest.tar.gz
   save_image.py my/image:1.0 -o x.tar.zst  # zstd: far faster, both ways
   save_image.py -o x.sqsh                  # squashfs, for pyxis and enroot
-
 stdout is the file's path, or the loaded tags; all else goes to stderr.
 """
 
@@ -66,8 +65,9 @@ def tarball_name(image: str, codec: str) -> str:
 
 
 def codec_of_name(name: str) -> str | None:
-    suffixes = {".gz": "gz", ".tgz": "gz", ".zst": "zst", ".tzst": "zst", ".tar": "none"}
-    return {**suffixes, ".sqsh": "sqsh", ".squashfs": "sqsh"}.get(Path(name).suffix)
+    names = {"gz": ".gz .tgz", "zst": ".zst .tzst", "none": ".tar", "sqsh": ".sqsh .squashfs",
+             "other": ".xz .txz .bz2 .tbz .tbz2 .lz .lz4 .lzma .br .zip .7z"}  # fmt: skip
+    return next((c for c, each in names.items() if Path(name).suffix.lower() in each.split()), None)
 
 
 def codec_of_bytes(head: bytes) -> str | None:
@@ -109,7 +109,7 @@ def manifest_digest(index: Json, image_id: str, config: str) -> str | None:
 
 
 def say(text: str, end: str = "\n") -> None:
-    line = f"\r{text:<79}" if sys.stderr.isatty() else text  # over a progress line
+    line, end = (f"\r{text:<79}", end) if sys.stderr.isatty() else (text, "\n")  # over progress
     print(line, end=end, file=sys.stderr, flush=True)
 
 
@@ -127,11 +127,10 @@ class Progress:
 
     def add(self, chunk: bytes) -> None:
         self.done += len(chunk)
-        live = sys.stderr.isatty()
-        if time.monotonic() - self.shown >= (0.2 if live else 10):
+        if time.monotonic() - self.shown >= (0.2 if sys.stderr.isatty() else 10):
             self.shown = time.monotonic()
             left = max(self.total - self.done, 0) * (self.shown - self.start) / self.done
-            say(f"{self} of {self.total / 1e6:.0f} MB, {left:.0f} s left", "" if live else "\n")
+            say(f"{self} of {self.total / 1e6:.0f} MB, {left:.0f} s left", end="")
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-3)
@@ -219,8 +218,7 @@ def through(program: Sequence[str], source: Child | BinaryIO, left: Side, right:
     # One thread a side, blocking pipes: whoever dies, its neighbours notice, and none waits on.
     with Child(*program, stdin=PIPE, stdout=PIPE) as middle:
         threading.Thread(target=feed, daemon=True).start()
-        reader, *sinks = right
-        reader(Tap(middle.stdout, *sinks))
+        right[0](Tap(middle.stdout, *right[1:]))
         middle.wait()
         for end in ends:
             if isinstance(source, Child) and end is None:
@@ -318,10 +316,8 @@ def is_ours(part: BinaryIO) -> bool:
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(part.fileno()), Path(part.name).stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError:  # a file system without locks: Lustre mounted without -o flock
-        return True
+    except OSError as error:  # no failure without locks: Lustre mounted without -o flock
+        return not isinstance(error, BlockingIOError | FileNotFoundError)
 
 
 @contextmanager
@@ -358,10 +354,12 @@ def commit(part: BinaryIO, target: Path, sidecar: dict[str, Any]) -> None:
         for each in STOPS:
             signal.signal(each, signal.SIG_IGN)  # too late to stop: the rest takes milliseconds
         place.unlink(missing_ok=True)
-        os.fsync(folder)
+        with suppress(OSError):  # FUSE and CIFS cannot
+            os.fsync(folder)
         Path(part.name).replace(target)
         draft.replace(place)
-        os.fsync(folder)
+        with suppress(OSError):
+            os.fsync(folder)
     finally:
         draft.unlink(missing_ok=True)
         os.close(folder)
@@ -496,9 +494,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if (args.verify or args.load) and (args.image or args.output or args.compress):
         parser.error("--verify and --load take a FILE and nothing else")
     suffix = codec_of_name(args.output or "")
-    if args.compress and suffix and args.compress != suffix:
+    args.compress = args.compress or (suffix if suffix in SUFFIX else "gz")
+    if suffix not in (args.compress, None):
         parser.error(f"--compress {args.compress} does not fit --output {args.output}")
-    args.compress = args.compress or suffix or "gz"
     return args
 
 
@@ -521,6 +519,7 @@ def load_env() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     args = parse(argv)
     os.umask(os.umask(0o077) | 0o002)  # a tarball that everybody may change is nobody's image
     load_env()
@@ -534,6 +533,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             image = with_tag(args.image or (IMAGE if is_path else name))
             path = Path(args.output or tarball_name(image, args.compress))
             result = save(image, path, args.compress)
+        if sys.stdout:
+            os.write(1, os.fsencode(f"{result}\n"))
     except SystemExit as end:
         if end.code != 1:
             say(f"stopped by {signal.Signals(int(str(end.code)) - 128).name}")
@@ -542,7 +543,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         die(f"what was read {error}")
     except OSError as error:
         die(f"{error.filename or 'i/o'}: {error.strerror}")
-    sys.stdout.buffer.write(os.fsencode(f"{result}\n"))
     return 0
 
 

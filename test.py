@@ -3,7 +3,6 @@
 
 It asks for nothing known to bring TensorRT-LLM down (as top_k -1 does).
 It leaves out what another server lacks or refuses (top_k), and says so.
-
 It looks for logs/endpoint.json here and in $WORKSPACE. A flag wins over PORT,
 MODEL, OPENAI_API_KEY in the environment, that over .env; HOST: only in .env.
   test.py -H 10.0.128.193 -p 8000
@@ -19,14 +18,13 @@ import os
 import re
 import shlex
 import ssl
-import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import urlsplit
@@ -38,10 +36,8 @@ DATA = re.compile(rb"(?:\A(?:\xef\xbb\xbf)?|[\r\n])data:[ \t]*([^\r\n]*)")  # li
 PARTS = re.compile(r'"text": "([^"]+)')  # of a content that is a list, as Mistral's
 DONE = re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]")
 BUFFERED_MS = 100.0  # an engine that takes as long for a first token takes some for the others
-ENDPOINT = "default: that of logs/endpoint.json, else"
 ABORTED, CUT_OFF = ("", "error", "abort", "cancelled", "timeout"), ("length", "max_tokens")  # ends
 SHOWN = 500  # characters of a wrong answer that are worth reading
-
 Facts = dict[str, Any]
 
 
@@ -86,10 +82,12 @@ def lists_model(answer: Answer, ask: Facts) -> Facts:
     names: list[Any] = [card.get("id") or card.get("name") or card.get("model") for card in cards]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise Wrong("the list holds no model, or one without an id")
-    for name in served_as(ask["model"]) if ask["model"] else names:
-        if name in names or name.rpartition(":")[0] in names:  # OpenRouter's MODEL:nitro
+    known = "|".join(re.escape(name).replace(r"\*", ".+") for name in names)  # LiteLLM's openai/*
+    for name in served_as(ask["model"]) if ask["model"] else (n for n in names if "*" not in n):
+        if re.fullmatch(known, name) or name.rpartition(":")[0] in names:  # OpenRouter's X:nitro
             return {"detail": name, "model": name}
-    raise Wrong(f"{ask['model']} was asked for, but the server has {', '.join(names[:5])}")
+    why = f"{ask['model']} was asked for, but" if ask["model"] else "-m has to name the model, as"
+    raise Wrong(f"{why} the server has {', '.join(names[:5])}")
 
 
 def served_as(model: str) -> list[str]:
@@ -189,7 +187,7 @@ def text_of(choice: Facts, key: str) -> str:
 
 
 def objects(reply: object, key: str, default: object = None) -> list[Facts]:
-    found = reply.get(key, default) if isinstance(reply, dict) else None
+    found = default if not isinstance(reply, dict) or reply.get(key) is None else reply[key]
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise Wrong(f"the answer has no list of objects under {key!r}")
     return found
@@ -259,7 +257,7 @@ def check_owner(path: Path, why: str) -> None:
     """What others may have written could send our key to them."""
     if path.is_file():
         state, ours = path.stat(), {os.geteuid(), 0, Path(__file__).stat().st_uid}
-        if state.st_uid not in ours or state.st_mode & stat.S_IWOTH:
+        if state.st_uid not in ours or state.st_mode & 0o002:
             raise Trouble(f"{path} is somebody else's, or everybody may write it, and {why}", 1)
 
 
@@ -377,11 +375,10 @@ class Server(NamedTuple):
 
     def send(self, path: str, body: Facts, answer: Answer) -> Iterator[bytes]:
         """What comes, as it comes. Proxies and redirects would take the key elsewhere."""
-        url, limit = urlsplit(self.url), min(CONNECT_SECONDS, self.seconds)
-        host, tls = url.hostname or "", self.tls
-        connection = http.client.HTTPConnection(host, url.port, timeout=limit)
+        host, wait = (url := urlsplit(self.url)).hostname or "", min(CONNECT_SECONDS, self.seconds)
+        connection = http.client.HTTPConnection(host, url.port, timeout=wait)
         if url.scheme == "https":
-            connection = http.client.HTTPSConnection(host, url.port, timeout=limit, context=tls)
+            connection = http.client.HTTPSConnection(host, url.port, timeout=wait, context=self.tls)
         headers = {"User-Agent": "test.py", "Connection": "close"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         headers |= {"Content-Type": "application/json"} if body else {}
@@ -391,6 +388,9 @@ class Server(NamedTuple):
             connection.sock.settimeout(self.seconds)
             connection.request(method, (url.path + path).replace("//v1/", "/"), content, headers)
             response = connection.getresponse()
+            while 100 < response.status < 200:  # Early Hints; http.client knows 100 Continue alone
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
             answer.status = response.status
             answer.content_type = response.headers.get("Content-Type", "")
             if 300 <= response.status < 400:
@@ -408,9 +408,8 @@ def run_all(server: Server, target: Target) -> Iterator[Facts]:
     for check in CHECKS:
         # Without a name, "default": TensorRT-LLM takes any, and SGLang knows its model by it.
         body = {"model": model or "default", **check.body} if check.body else {}
-        nothing = dict.fromkeys(("ok", "status", "ms", "ttft_ms", "answer"))
-        curl = server.curl(check.path, body)
-        result: Facts = {"name": check.name, **nothing, "detail": "not run", "curl": curl}
+        nothing = dict.fromkeys(("ok", "status", "ms", "ttft_ms", "answer")) | {"detail": "not run"}
+        result: Facts = {"name": check.name, **nothing, "curl": server.curl(check.path, body)}
         if reachable:
             result |= run(check, server, body or {"model": model})
         if check.path == "/health" and reachable and not result["status"]:
@@ -441,6 +440,7 @@ def run(check: Check, server: Server, ask: Facts) -> Facts:
         # No such path, or no such model? Not all have every path, or take several prompts.
         gone = answer.status in (404, 405) and "model" not in text.replace(check.path, "")
         gone |= answer.status in (400, 422) and check.name == "batch" and "string" in text
+        gone |= answer.status == 404 and "chat model" in text  # OpenAI's, of completions
         return result | {"ok": None if gone else False, "detail": detail, "answer": text}
 
 
@@ -519,8 +519,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("-H", "--host", default="", help=f"name, address or URL ({ENDPOINT} localhost)")
-    add("-p", "--port", default="", help=f"({ENDPOINT} 8000)")
+    add("-H", "--host", default="", help="name or URL (of logs/endpoint.json, else localhost)")
+    add("-p", "--port", default="", help="(of logs/endpoint.json, else 8000)")
     add("-m", "--model", default="", help="must be served there (default: the first one served)")
     add("--each", action="store_true", help="each replica in logs/endpoint.json, and the front")
     add("--insecure", action="store_true", help="accept any https certificate")
@@ -530,9 +530,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    sys.stdout, sys.stderr = (s or StringIO() for s in (sys.stdout, sys.stderr))  # >&-
     try:
-        return smoke(args)
+        return smoke(parse_arguments(argv))
     except Trouble as trouble:
         sentence, code, *_ = *trouble.args, 2
         print(f"test.py: {printable(sentence)}", file=sys.stderr)

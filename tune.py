@@ -39,7 +39,7 @@ from launch.nodes import Place, find_place
 from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
-from load.arguments import count, limit, numbers, positive
+from load.arguments import count, limit, numbers, path, positive
 from load.matrix import Case, too_few
 from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="how many GPUs there are (the job's, or this machine's)",
     )
     group = parser.add_argument_group("how to measure").add_argument
-    group("--goodput", type=limit, nargs="+", default=[], metavar="SLO",
+    group("--goodput", type=limit, nargs="+", action="extend", default=[], metavar="SLO",
           help="limits in ms for 99 %% of the requests: ttft:500 tpot:30")  # fmt: skip
     group(
         "--loads", type=numbers, default=race.LOADS, metavar="N,N", help="streams (1,2,4,...,256)"
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         metavar="M",
         help="begin nothing new after M minutes",
     )
-    group("-o", "--output", type=Path, metavar="DIR", help="(results/tune-DATE-TIME)")
+    group("-o", "--output", type=path, metavar="DIR", help="(results/tune-DATE-TIME)")
     group("--resume", action="store_true", help="go on with the search in -o")
     group("--dry-run", action="store_true", help="list the candidates, and serve none")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -193,6 +193,8 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 def check_load(args: argparse.Namespace, port: int) -> None:
     """What of the command line cannot be measured, and what of it does less than one may think."""
+    if len(dict(args.goodput)) < len(args.goodput):
+        misused("--goodput: a limit is named twice")
     if args.output_len == 1 and "tpot" in dict(args.goodput):
         misused("--goodput tpot: answers of one token have no TPOT", hint="--output-len 2 or more")
     if port + PORTS_APART * TURNS > 65536:

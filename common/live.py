@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,7 +30,8 @@ class Live:
     def show(cls, words: str) -> None:
         cls.shown = True
         width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be taken back
-        cls.write("\r\033[K" + (words if "\033" in words else words[:width]))
+        bare = re.sub(r"\033\[\d*m", "", words)
+        cls.write("\r\033[K" + (words if len(bare) <= width else bare[:width]))
 
     @classmethod
     def clear(cls) -> None:

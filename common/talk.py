@@ -88,12 +88,12 @@ class Record:
 
 
 @contextlib.contextmanager
-def speaking(speak: Callable[[float], object]) -> Iterator[None]:
+def speaking(speak: Callable[[float], object], every: float = 0) -> Iterator[None]:
     """While the block lasts, `speak` is called now and then, with the seconds that it has taken."""
     over, begun = threading.Event(), time.monotonic()
 
     def beat() -> None:
-        while not over.wait(HEARTBEAT):
+        while not over.wait(every or HEARTBEAT):
             speak(time.monotonic() - begun)
 
     threading.Thread(target=beat, daemon=True).start()

@@ -10,12 +10,15 @@ from launch.node.facts import network
 from launch.nodes import Place
 
 
-def url_of(head: Node, place: Place, serve_args: Sequence[str]) -> str:
-    """Where the server will be: the address that was asked for, else the head node's IPv4."""
+def url_of(head: Node, place: Place, serve_args: Sequence[str], *, colons: bool = True) -> str:
+    """Where the server will be: the address that was asked for, else one of the head node's.
+
+    Without `colons` that is none of IPv6, for who reads `host:port`.
+    """
     host = value_of(serve_args, "--host") or ""
     port = value_of(serve_args, "--port")
     if host in ANY:
-        host = address_of(head) if place.slurm else ANY[host]
+        host = address_for(host, head, colons) if place.slurm else ANY[host]
     elif place.slurm and is_loopback(host) and head.facts.network != network():
         hint = "leave --host out, or run the launcher on the node itself (sbatch)"
         die(f"--host {host} cannot be reached from here: the server runs on {head.name}", hint=hint)
@@ -26,10 +29,26 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
+def address_for(host: str, head: Node, colons: bool) -> str:
+    """Of a node whose engine listens on any: some take no IPv4 on ::, and none takes IPv6 else."""
+    of_6 = own_addresses(head, ":")
+    if host == "::":
+        return of_6[0] if of_6 and colons else address_of(head)
+    if of_6 and not own_addresses(head, "."):
+        what = f"{head.name} has no IPv4 address, and the server would listen on {host}"
+        die(what, hint="add --host ::")
+    return address_of(head)
+
+
 def address_of(head: Node) -> str:
     """The node's IPv4 address by its own word, which has the one of the way to us first.
 
     What its name resolves to here may be of another network, or of another machine.
     """
-    own = [each for each in head.facts.addresses if "." in each and not is_loopback(each)]
-    return own[0] if own else head.name
+    return next(iter(own_addresses(head, ".")), head.name)
+
+
+def own_addresses(head: Node, kind: str) -> list[str]:
+    """Those by which others reach it, of IPv4 (".") or IPv6 (":")."""
+    found = (each for each in head.facts.addresses if kind in each)
+    return [each for each in found if not is_loopback(each) and not each.startswith("fe80:")]

@@ -9,8 +9,10 @@ def any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
+# A name of several parts alone may be a key of a configuration: `speculative_config.Eagle`.
 EXCEPTION = re.compile(
-    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*|\w+Error|gaierror)|Exception"
+    r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*(?=:)|gaierror"
+    r"|\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group|Empty))|Exception"
     r"|[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group))(?:: |:?\Z)"
 )
 LINKED = ("The above exception was the direct cause", "During handling of the above exception")
@@ -35,7 +37,8 @@ PLAIN = any_of(  # what says so is the cause
     r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
     r"DeepEP timeout|LLVM ERROR: |setting (mem|cpu)bind: ",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
-    r".*(double free or corruption|corrupted (size|double)|(free|malloc|realloc)\(\): \w+ )",
+    r".*(double free or corruption|corrupted (size|double)|munmap_chunk\(\): \w+ )",
+    r".*(free|malloc|realloc)\(\): \w+ ",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
     r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
     r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
@@ -43,7 +46,8 @@ PLAIN = any_of(  # what says so is the cause
 )
 SHELL = any_of(
     r"\S*sh: ((line )?\d+: )?/\S+: No such file or directory$",
-    r"(?!.*\benroot-).*: (command not found|not found$|cannot execute|version \S+ not found)",
+    r"(?!.*\b(enroot-|nvidia-smi:))"  # which is asked for whether there are GPUs
+    r".*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
 FAMILIAR = any_of(  # what counts where the table knows it
@@ -52,7 +56,7 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
     r"Exit code: -\d|.*exit ?code *[:=]? ?-\d|.*unexpectedly failed with ",
     r"(srun|slurmstepd(-\S+)?|salloc): error: |\*\*\* (STEP|JOB) |pyxis: ",
-    r".*: engine core exited unexpectedly",
+    r".*: engine core exited unexpectedly|srun: unrecognized option ",
     r".*nvshmem\S*:\d+: |Libfabric error: |Failed to initialize NVML",
     r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
@@ -80,7 +84,9 @@ REPORTED = any_of(  # what stands before the error itself
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
     r".*terminated with exception: (?=\S)",
 )
-DIES = re.compile(r"encountered a fatal error|hit an exception|Error in event loop")
+DIES = re.compile(
+    r"encountered a fatal error|hit an exception|Error in event loop|_event_loop_wrapper"
+)
 THAT_NOT_WHY = any_of(  # something failed, but not what of
     r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
     r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
@@ -103,5 +109,6 @@ KILLED = any_of(
 )
 READY = re.compile(r"Uvicorn running on|The server is fired up and ready to roll")
 ANSWERED = re.compile(r'"POST /\S* HTTP/[\d.]+" 2\d\d')
-REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" 4\d\d')
+REFUSED = re.compile(r'"POST /\S* HTTP/[\d.]+" ([45])\d\d')
+WORKS = any_of(*(engine.WORK_WORDS.pattern.decode() for engine in every()))
 FATAL = re.compile(r"CUDA error: (?!out of memory)|Caught signal|Fatal Python error|uncorrectable")

@@ -106,8 +106,9 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
     text, said = shapes.WRAPS.sub("", lines[at].text.strip()), message(lines, at)
     if "validation error" in text and (errors := pydantic(said)):
         return judge(errors, at)
-    if text.endswith(":") and said:
-        text = f"{text} {said.pop(0).strip()}"
+    if text.endswith(":"):  # its message begins with an empty line, or one like a logger's
+        said = said or [each.text for each in lines[at + 1 : at + 2] if not each.headed]
+        text = f"{text} {said.pop(0).strip()}" if said else text
     elif ":" not in text:
         code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
@@ -152,13 +153,15 @@ class Reader:
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
     failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
+    broken: list[range] = field(default_factory=list)  # or was answered with an error
 
     def read(self) -> list[Finding]:
         at, access = 0, 0
         while at < len(self.lines):
             text = self.lines[at].text
             if ' HTTP/1.1" ' in text:
-                self.refused += [range(access, at)] if shapes.REFUSED.search(text) else []
+                if found := shapes.REFUSED.search(text):
+                    (self.refused if found[1] == "4" else self.broken).append(range(access, at))
                 access = at
             elif shapes.RULE.match(text):
                 at = self.take_block(at)
@@ -178,6 +181,10 @@ class Reader:
     def crashes(self) -> Sequence[int]:
         own = (each for each in self.found if not each.warning_of)
         return [each.at for each in own if each.weight == Weight.CRASH]
+
+    @cached_property
+    def worked(self) -> int:
+        return last(shapes.WORKS, self.lines)
 
     def in_place(self, f: Finding) -> Finding:
         """A warning counts from the failure on: it may have been survived for long.
@@ -203,13 +210,19 @@ class Reader:
             return f.kind is not None and (bool(failed) or alone)
         if shapes.FATAL.search(f.text) or f.ends:
             return True
-        asked = shapes.OF_REQUESTS.search(f.text) or f.of_start
+        asked = shapes.OF_REQUESTS.search(f.text) or f.of_start or self.survived(f)
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
+
+    def survived(self, f: Finding) -> bool:
+        """A request's own error: nobody knows it, and work went on or the request was told."""
+        told = any(f.at in each for each in self.broken)
+        return f.kind is None and (told or f.at < self.worked)
 
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        if words and not (quiet and not known(words)) and not shapes.REMARKS.match(words):
+        said = re.split("[.:] ", words)[0] if quiet else words  # of a warning not its details
+        if words and not (quiet and not known(said)) and not shapes.REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
 

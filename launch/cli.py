@@ -188,9 +188,12 @@ def say_useless(args: argparse.Namespace) -> None:
         "--affinity": args.affinity,
     }
     in_slurm = os.environ.get("SLURM_JOB_ID")
+    some = os.environ.get("CUDA_VISIBLE_DEVICES")
+    all_of_them = some and not in_slurm and args.runtime != "bare" and setting("GPUS") == "auto"
     versions = {each.VERSION for each in every()} - {"", served.VERSION}
     in_vain = {
         "with one server": [name for name, given in of_several.items() if given and alone],
+        f"without GPUS=device={some}": ["CUDA_VISIBLE_DEVICES"] if all_of_them else [],
         "without Slurm": [n for n in ("NODELIST",) if setting(n) and not in_slurm],
         f"with {served.TITLE}": [name for name in sorted(versions) if setting(name)],
     }

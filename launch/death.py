@@ -14,7 +14,7 @@ from launch.log import end_of
 from launch.node.base import LABEL, STOPPED, shell_code
 from launch.nodes import run
 from launch.server import TICK, Server, die_of_a_node
-from launch.timelimit import answer, of_job
+from launch.timelimit import GOES_ON, answer, of_job
 
 STOPPED_BY = re.compile(rf"^{LABEL}: \S+: stopped by (SIG\w+)$", re.M)  # as `Ends` says it
 NO_CAUSE = "its log names no cause"
@@ -26,8 +26,7 @@ KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
 }
-# What squeue says of a job, its state and the reason: it goes on, or how it ends.
-GOES_ON = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING")
+# What squeue says of a job, its state and the reason: how it ends.
 ENDS = {
     "TIMEOUT": "TIME LIMIT",
     "TimeLimit": "TIME LIMIT",

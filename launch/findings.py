@@ -60,6 +60,7 @@ class Wanted:
     replicas: str = "1"  # how many servers, or auto
     ports: tuple[int, ...] = ()  # those that they may have, on any node
     probe: str = ""  # a file of the launcher's in the workspace
+    made: tuple[str, ...] = ()  # directories that are made where they are missing
     ask_release: bool = False  # whether they have to tell which engine and version they have
 
 

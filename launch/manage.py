@@ -67,7 +67,7 @@ def tell(record: dict[str, Any]) -> None:
     pid = record["launcher"].split(":")[1]
     if os.geteuid() not in (record["owner"], 0):
         die(f"job {record['job']} belongs to another user; only they can stop it")
-    if record["alive"]:
+    if record["alive"] and not record["squashed"]:
         try:
             if Path(f"/proc/{pid}").stat().st_uid != record["owner"]:
                 raise PermissionError

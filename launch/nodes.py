@@ -15,12 +15,12 @@ import shlex
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, NoReturn
 
 from common.settings import setting
-from common.talk import Failure, die, note
+from common.talk import Failure, die, note, say
 from launch import slurm
 from launch.node.base import NOT_FOUND, OVER
 from launch.order import Command, Told, read
@@ -104,6 +104,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
         return Place(f"local{os.getpid()}", 1, ())
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
         die(f"SLURM_JOB_ID is {job[:99]!r}, not a job's number")
+    if environ.get("SLURM_CLUSTERS") and (own := environ.get("SLURM_CLUSTER_NAME")):
+        os.environ["SLURM_CLUSTERS"] = own  # each cluster may have a job of that number
     allocation = ask_slurm(job)
     bend = (name for name in environ if BENDS.match(name) and not KEPT.match(name))
     leaks = [word for name in sorted(bend) for word in ("-u", name)]
@@ -148,8 +150,15 @@ def ask_slurm(job: str) -> slurm.Allocation:
     state, nodes = slurm.value_in(record, "JobState"), slurm.value_in(record, "NodeList")
     if state in (*OVER, "PENDING") or nodes in ("", "(null)"):
         die(f"job {job} does not run: Slurm calls it {state or 'nothing'}", hint=hint)
-    known = run(["scontrol", "show", "node", "-o", nodes])
-    return slurm.allocation_of(record, known, functools.cache(expand))
+    known = why = ""
+    try:
+        known = run(["scontrol", "show", "node", "-o", nodes])
+    except Failure as failure:  # PrivateData=nodes; the job's own GPUs it shows nevertheless
+        why = failure.message
+    found = slurm.allocation_of(record, known, functools.cache(expand))
+    if why and not found.shares:
+        say(f"Slurm does not show which GPUs of its nodes are the job's, if any: {why}")
+    return found
 
 
 def expand(nodes: str) -> list[str]:
@@ -159,11 +168,18 @@ def expand(nodes: str) -> list[str]:
     return run(["scontrol", "show", "hostnames", nodes]).split()
 
 
-def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str = "") -> str:
+def run(
+    argv: Sequence[str],
+    *,
+    timeout: float = 60,
+    text: str = "",
+    what: str = "",
+    begun: Callable[[Callable[[], None]], object] = id,
+) -> str:
     """Run a short command, return its stdout; Failure with the command's own last words.
 
-    `text` is its input, `what` says what it does. Its process ends with ours: a signal that stops
-    us stops it, too.
+    `text` is its input, `what` says what it does, `begun` is told how to kill it. Its process ends
+    with ours: a signal that stops us stops it, too.
     """
     import sh  # late: it brings asyncio
 
@@ -177,6 +193,7 @@ def run(argv: Sequence[str], *, timeout: float = 60, text: str = "", what: str =
         die(f"{argv[0]}: not found in PATH")
     except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
         die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
+    begun(process.kill)
     clock = threading.Timer(timeout, process.kill)  # sh's own looks ten times a second: 0.1 s each
     clock.daemon = True
     clock.start()
@@ -207,10 +224,10 @@ def die_of_exit(what: str, code: int, said: str) -> NoReturn:
     die(f"{what} ended with exit code {code}: {words or 'no message'}")
 
 
-def ask(command: Command, what: str, timeout: float = 60) -> list[Told]:
+def ask(command: Command, what: str, timeout: float = 60, **more: Any) -> list[Told]:  # noqa: ANN401
     """Give nodes a short order; what they told. Failure where one could not."""
     note(command.shown())
-    said = run(command.argv, timeout=timeout, text=command.text, what=what)
+    said = run(command.argv, timeout=timeout, text=command.text, what=what, **more)
     return list(read(said.splitlines()))
 
 

@@ -1,6 +1,7 @@
 """What a launch is: every decision, taken before anything runs."""
 
 import argparse
+import contextlib
 import os
 import pwd
 import re
@@ -168,6 +169,21 @@ def find_caches(environ: Mapping[str, str], engine: Engine) -> tuple[tuple[str, 
     return tuple((n, os.path.abspath(os.path.expanduser(p))) for n, p in given.items())  # noqa: PTH100, PTH111
 
 
+def leading_out(caches: Sequence[Path], models: Sequence[str]) -> list[Path]:
+    """Where links in Hugging Face's caches lead: one of them, or these models, moved elsewhere."""
+    names = ["hub", *(f"models--{model.replace('/', '--')}" for model in models)]
+    folders = [folder for cache in caches for folder in (cache, led_to(cache / "hub"))]
+    links = [folder / name for folder in folders for name in names]
+    return [led_to(link) for link in links if led_to(link) != link and is_directory(link)]
+
+
+def led_to(path: Path) -> Path:
+    """What a link names, which may be a link again; any other path itself."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(os.path.abspath(path.parent / os.readlink(path)))  # noqa: PTH100, PTH115
+    return path
+
+
 def say_unmounted(environ: Mapping[str, str], mounts: Sequence[Path]) -> None:
     """A variable for the engine that names a file of this machine's which it will not see."""
     for name, path in sorted(environ.items()):
@@ -198,6 +214,9 @@ def find_mounts(
         die(f"the container mount {mount} is not a directory here", hint="--container-mount PATH")
     else:
         say(f"{mount} does not exist here, so it is not mounted into the containers")
+    if Path("/") in mounts:
+        hint = "--workspace and --container-mount with directories below it"
+        die("/ cannot be mounted into the container", hint=hint)
     unique = list(dict.fromkeys(mounts))
     return [p for p in unique if not any(p != q and is_within(p, q) for q in unique)]
 
@@ -233,7 +252,9 @@ def make_plan(
     caches = find_caches(os.environ, engine(engine_name))
     paths = paths_of(none)
     elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
-    mounts = find_mounts(args, [Path(path) for _, path in caches], paths, elsewhere=elsewhere)
+    cached = [Path(path) for _, path in caches]
+    cached += leading_out(cached, [replica.model for replica in replicas])
+    mounts = find_mounts(args, cached, paths, elsewhere=elsewhere)
     check_mounted(paths, mounts)
     cwd = Path.cwd()
     seen = str(cwd) if any(cwd.is_relative_to(mount) for mount in mounts) else ""
@@ -295,13 +316,12 @@ def wanted_of(
     """What the nodes have to offer; `plan` has yet to be laid over them."""
     head = plan.replicas[0]
     program = plan.command(head)[0]
-    made = [path for _, path in plan.caches]  # where they are missing
+    made = tuple(path for _, path in plan.caches)  # where they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(plan)))
     ask = plan.release is None
-    whole = Wanted(
-        plan.runtime, found, head.port, head.gpus, program, paths, world, ask_release=ask
-    )
+    what = plan.runtime, found, head.port, head.gpus, program, paths, world
+    whole = Wanted(*what, made=made, ask_release=ask)
     if replicas == "1":
         return whole
     count = MOST if replicas == "auto" else min(int(replicas), MOST)

@@ -7,7 +7,7 @@ import socket
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from launch.placement import choose
 from launch.plan import Plan
 from launch.runtimes import runtime
 from launch.slurm import Share, by_node, share_of, squeue
-from launch.timelimit import state_of
+from launch.timelimit import LOOK_EVERY, TimeLimit, state_of
 
 PATIENCE = 60.0  # seconds for all nodes together
 
@@ -39,7 +39,8 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     paths += [wanted.probe] if wanted.probe else []
     what = wanted.runtime, [wanted.port, *wanted.ports], tag, wanted.program, paths
     kind = SurveyEnroot if wanted.image.squash else Survey
-    return Command(place.every, kind(*what, packages() if wanted.ask_release else []))
+    asked = packages() if wanted.ask_release else []
+    return Command(place.every, kind(*what, asked, list(wanted.made)))
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
@@ -49,9 +50,10 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     """
     patience = max(PATIENCE, patience if place.slurm else 0)
     with speaking(partial(say_waiting, place, patience)):
-        nodes = gather(ask_until(survey_command(wanted, place), time.monotonic() + patience))
+        nodes = gather(ask_until(survey_command(wanted, place), place, time.monotonic() + patience))
     for node in nodes:
-        node.share = place.allocation.shares.get(node.name)
+        if share := place.allocation.shares.get(node.name):
+            node.share = replace(share, of=share.of or max(share.count, node.facts.gpus))
     if len(nodes) < place.size:
         missing, names = place.size - len(nodes), ", ".join(node.name for node in nodes) or "none"
         hint = f"look at the others with `scontrol show job {place.job}` and `sinfo -R`"
@@ -59,16 +61,32 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     return nodes
 
 
-def ask_until(command: Command, deadline: float) -> list[Told]:
-    """Ask again where srun has given up on a node that Slurm still holds to be well."""
-    while True:
-        begun = time.monotonic()
-        try:
-            return ask(command, "asking the nodes", max(round(deadline - begun, 1), 0.1))
-        except Failure as failure:
-            if slurm.TIMED_OUT not in failure.message or time.monotonic() > deadline:
-                raise
-        time.sleep(2)
+def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
+    """Ask again where srun has given up on a node that Slurm still holds to be well.
+
+    That its job is over, srun may find out after minutes.
+    """
+    limit, how, kills = TimeLimit(place), list[str](), list[Callable[[], None]]()
+
+    def look(_: float) -> None:
+        if (ended := limit.how_it_ended()) and kills:
+            how.append(ended)
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                kills.pop()()
+
+    with speaking(look, LOOK_EVERY):
+        while True:
+            left = max(round(deadline - time.monotonic(), 1), 0.1)
+            try:
+                return ask(command, "asking the nodes", left, begun=kills.append)
+            except Failure as failure:
+                if how:
+                    what = "Slurm ended the job before its nodes have answered"
+                    die(f"{what}: job {place.job} {how[0]}", hint=slurm.SEE_NODES)
+                if slurm.TIMED_OUT not in failure.message or time.monotonic() > deadline:
+                    raise
+            kills.clear()
+            time.sleep(2)
 
 
 def say_waiting(place: Place, patience: float, seconds: float) -> None:
@@ -147,6 +165,9 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
         elif path != str(wanted.image.tarball):
             hint = f"{shared}, or at the same path on every node that serves"
             yield node.bad("paths", f"{path} is not there, or not readable", hint)
+    for path in node.facts.unmade:
+        hint = "have HF_HOME, or the variable that names it, lead to a directory of yours"
+        yield node.bad("paths", f"{path} is not there, and you may not make it", hint)
 
 
 @contextlib.contextmanager

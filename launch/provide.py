@@ -1,6 +1,7 @@
 """The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
 
 import re
+import shutil
 import time
 
 from common.talk import counted, die, say, speaking
@@ -18,15 +19,15 @@ LOADING = " while the image was being loaded"
 
 
 def provide_command(
-    image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
+    image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False, login: bool = True
 ) -> Command:
     """For the first `nodes` nodes, those that serve; 0: all. A file that they share needs one."""
     where, asked = place.on(nodes or place.size), packages() if ask_release else []
     if image.squash:
         return Command(place.on(1), Import(image.reference, image.tag, asked))
     if image.registry:
-        login = image.registry if ECR.match(image.registry) else ""
-        return Command(where, Pull(image.tag, login, asked))
+        host = image.registry if login and ECR.match(image.registry) else ""
+        return Command(where, Pull(image.tag, host, asked))
     what = str(image.tarball), image.tag, list(image.ids), image.layers, image.codec
     return Command(where, Load(*what, image.packed, image.diff_ids, asked))
 
@@ -87,13 +88,15 @@ def provide(
     With `ask_release` each node says which engine and version it holds.
     """
     nodes = 1 if image.squash else nodes or place.size
-    login = password_command(image)
+    if (login := password_command(image)) and not shutil.which(login[0]):
+        say("image: no `aws` here to log in with: the nodes pull by what their own Docker knows")
+        login = []
     secret = run(login).strip() + "\n" if login else ""
     progress, words = Progress(image.packed), []
     errors: dict[str, str] = {}
     have: dict[str, str] = {}
     releases: dict[str, str] = {}
-    order = provide_command(image, place, nodes, ask_release=ask_release)
+    order = provide_command(image, place, nodes, ask_release=ask_release, login=bool(login))
 
     def say_on(seconds: float) -> None:
         """What fetches is silent until it has it; a tarball tells how far it is."""

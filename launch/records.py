@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,11 +176,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if record["launcher"].count(":") < 2:
             raise ValueError
         owner = path.stat().st_uid
+        squashed = owner != os.geteuid() and owner == shown_as(path.parent)
+        owner = os.geteuid() if squashed else owner
         hidden = owner != os.geteuid() and not process_start(1)  # /proc with hidepid shows us ours
         alive = None if hidden else is_alive(record["launcher"], who["job"])
-        return {**record, **who, "owner": owner, "alive": alive}
+        return {**record, **who, "owner": owner, "squashed": squashed, "alive": alive}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+@functools.cache
+def shown_as(folder: Path) -> int:
+    """By which uid files of ours are shown there: NFS makes nobody of root, or of everybody."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
+    return os.geteuid()
 
 
 def sweep(logs: Path) -> None:

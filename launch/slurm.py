@@ -32,7 +32,7 @@ EXITED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: Exited with exit code
 class Share:
     """Of a node's GPUs, which Slurm hands out, the job's."""
 
-    of: int  # how many Slurm hands out there
+    of: int  # how many Slurm hands out there; 0: it does not say
     count: int
     ids: str  # 0,1,2; fewer than `count` where Slurm does not say which
 
@@ -42,7 +42,7 @@ class Share:
 
     @property
     def is_whole(self) -> bool:
-        return self.count >= self.of
+        return 0 < self.of <= self.count
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,25 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
     has = {node: gres for nodes, gres in given for node in expand(nodes)}
     all_of = dict(re.findall(r"^NodeName=(\S+) .*? Gres=(\S+)", known, re.M))
     shares = {node: share_of(has.get(node, ""), all_of.get(node, "")) for node in nodes}
-    managed = {node: share for node, share in shares.items() if share.of}
+    silent = [node for node, share in shares.items() if node not in all_of and share.count]
+    managed = {node: share for node, share in shares.items() if share.of or node in silent}
     het = re.match(r"\s*JobId=\d+ HetJobId=(\d+) HetJobOffset=(\d+) ", record)
     component = (het[1], het[2]) if het else None
     return Allocation(name, int(restarts[1]) if restarts else 0, nodes, managed, component)
 
 
 def share_of(ours: str, every: str) -> Share:
-    """What a job has of a node's GPUs, both as Slurm writes a list of them."""
+    """What a job has of a node's GPUs, both as Slurm writes a list of them; '': it does not say.
+
+    Then slices of GPUs (MIG) are known by their names alone, and their numbers are no GPUs'.
+    """
     of = sum(int(count) for count, _ in GPUS.findall(every))
     found = GPUS.findall(ours)
     count = sum(int(count) for count, _ in found)
     named = (ids.removeprefix("IDX:") for _, ids in found if ids.startswith("IDX:"))
     ids = [each for some in named for each in numbers(some)]
+    if not every and re.search(r"\dg\.\d", ours):
+        ids = []
     if not ids and count == of:
         ids = list(range(of))
     return Share(of, count, ",".join(map(str, sorted(ids))))

@@ -140,7 +140,8 @@ class Launch:
         turns = threading.BoundedSemaphore(at_once)
         terms = Terms(self.args, self.limit, self.over, turns, self.ready, self.changed, self.lost)
         for replica in plan.replicas:
-            url = url_of(self.nodes[replica.first], plan.place, replica.args)
+            node, colons = self.nodes[replica.first], not replica.role
+            url = url_of(node, plan.place, replica.args, colons=colons)
             log = plan.log_of(replica, self.logs)
             if log.exists():  # of an earlier launch of this job
                 mark(log, "launch")

@@ -14,6 +14,8 @@ LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 NOTICE = 600.0  # seconds before the end at which it is told
 COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
 ASLEEP = ("SUSPENDED", "STOPPED")
+BEGINS = ("CONFIGURING", "POWER_UP_NODE", "EXPEDITING")  # the last two by newer versions
+GOES_ON = ("RUNNING", *ASLEEP, *BEGINS, "RESIZING", "SIGNALING")
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
 
 
@@ -82,7 +84,7 @@ class TimeLimit(threading.Thread):
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
         if state == "TIMEOUT" or (self.is_reached() and not goes_on):
             return "has reached its time limit"
-        if state in ("", "RUNNING", "SUSPENDED"):
+        if state in ("", *GOES_ON):
             return ""
         return "has ended" if state == "COMPLETING" else f"has ended ({state.lower()})"
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
+from launch.arguments import from_home
 from load.matrix import SWEEP, TYPES
 
+LEAST = 1e-9  # of a rate and its like: what is less is nothing, and overflows
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
 N = TypeVar("N", int, float)
 
@@ -34,7 +37,7 @@ def streams(text: str) -> tuple[int | None, ...]:
 
 def rates(text: str) -> tuple[float, ...]:
     found = tuple(number(word, float) for word in text.split(","))
-    if not all(rate > 0 for rate in found):
+    if not all(rate > LEAST for rate in found):
         raise argparse.ArgumentTypeError(
             f"{text}: a rate is requests a second, more than 0, or inf"
         )
@@ -43,8 +46,8 @@ def rates(text: str) -> tuple[float, ...]:
 
 def positive(text: str) -> float:
     found = number(text, float)
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0")
+    if not LEAST < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: has to be more than 0, and not infinite")
     return found
 
 
@@ -73,6 +76,10 @@ def whole(text: str) -> int:
     if (found := number(text, int)) < 0:
         raise argparse.ArgumentTypeError(f"{text}: has to be 0 or more")
     return found
+
+
+def path(text: str) -> Path:
+    return Path(from_home(text))
 
 
 def port(text: str) -> int:

@@ -146,7 +146,7 @@ def prefix(
         "bash", "-c", MAKE_FOLDER, "bench", cache,
         "docker", "run", "--rm", "--init", "--pull=never",
         f"--name={name()}",
-        "--net=host", "--ipc=host",
+        "--net=host", "--ipc=host", "--userns=host",
         *([f"--gpus={gpus}", "--ulimit=memlock=-1", "--ulimit=stack=67108864"] if gpus else []),
         *map(mount_flag, dict.fromkeys([*map(str, mounts), cache])),
         f"--env=HF_HOME={cache}",

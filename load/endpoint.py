@@ -54,6 +54,10 @@ class Endpoint:
         )  # fmt: skip
 
     @property
+    def key_hint(self) -> str:
+        return "set another OPENAI_API_KEY" if self.api_key else "set OPENAI_API_KEY"
+
+    @property
     def prefix(self) -> str:
         return urlsplit(self.url).path
 
@@ -238,13 +242,16 @@ def choose(model: str, served: list[str], url: str) -> str:
     # Ollama lists a tag that nobody types; Google's models are in a folder.
     names = [model, PurePath(model).name] if is_path else [model, f"{model}:latest",
                                                            f"models/{model}"]  # fmt: skip
+    patterns = [name for name in served if "*" in name]  # LiteLLM's openai/*
     for name in names if model else served:
-        if name in served:
+        if name in served and (model or name not in patterns):
             return name
-    listed = any("*" in pattern and fnmatchcase(model, pattern) for pattern in served)  # LiteLLM's
+    there = ", ".join(served)[:ERROR_LENGTH]
+    if not model:
+        die(f"{url} lists only patterns of names: {there}", hint="-m names the model")
+    listed = any(fnmatchcase(model, pattern) for pattern in patterns)
     if listed or model.rpartition(":")[0] in served:  # OpenRouter's MODEL:nitro
         return model
-    there = ", ".join(served)[:ERROR_LENGTH]
     die(f"{url} serves {there}, not {model}", hint="leave -m out to take what is there")
 
 
@@ -302,7 +309,7 @@ def fetch(endpoint: Endpoint, path: str) -> Answer:
         raise Unanswered(f"{url}: {e}") from None
     if answer.status != 200:
         words = endpoint.target.without_key(answer.moved or error_message(answer.body))
-        hint = "set OPENAI_API_KEY" if answer.status in (401, 403) else ""
+        hint = endpoint.key_hint if answer.status in (401, 403) else ""
         raise Unanswered(f"{url}: {answer.status}: {words}", hint)
     return answer
 

@@ -176,8 +176,9 @@ def from_cache(usage: Json) -> int | None:
 
 
 def counted(value: Json) -> int | None:
-    """A number of tokens; None for what cannot be one."""
-    return value if type(value) is int and 0 <= value < 1 << 32 else None
+    """A number of tokens, as some write 8.0; None for what cannot be one."""
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    return int(value) if whole and 0 <= value < 1 << 32 else None
 
 
 def finish_reason(events: Sequence[Event]) -> str:

@@ -56,6 +56,7 @@ class Loop:
         self.unread: deque[tuple[Outcome, Reply]] = deque()
         self.unread_bytes = self.tick = self.unstamped = 0
         self.hung = 0  # requests in a row that took too long
+        self.clock = time.time_ns() - time.monotonic_ns()
         self.cut, self.stopped = "", 0  # why it ends early, and by which signal
         self.outcomes: list[Outcome] = []
         self.lags: Counter[int] = Counter()
@@ -210,7 +211,7 @@ class Loop:
         ready, now = self.ready, time.time_ns()
         for fd, _ in events:
             ready[fd](now)
-        if now > self.tick:
+        if not 0 <= self.tick - now <= SECOND // 4:
             self.tick = now + SECOND // 4
             self.look_after(now)
 
@@ -234,6 +235,10 @@ class Loop:
 
     def look_after(self, now: int) -> None:
         """Four times a second: requests that take too long, and a word on how far we are."""
+        step = time.time_ns() - time.monotonic_ns() - self.clock
+        if abs(step) > SECOND:  # no time is true any more, neither a limit nor when one is due
+            self.cut = f"the clock was set by {step / SECOND:,.0f} s"
+            return
         for stream in [s for s in self.streams if s.is_done(now)]:
             stream.leave(now)
         for stream in [s for s in self.streams if s.expired(now)]:

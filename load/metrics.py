@@ -243,7 +243,7 @@ def ended_early(outcome: Outcome, wanted: Wanted) -> bool:
 
 def lacks_usage(outcome: Outcome, wanted: Wanted) -> bool:
     counts = (outcome.output_tokens, outcome.prompt_tokens if wanted.input_len else 0)
-    return None in counts
+    return None in counts or (outcome.has_text and not outcome.output_tokens)
 
 
 def count(what: str, outcomes: Sequence[Outcome]) -> list[str]:

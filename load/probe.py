@@ -74,7 +74,7 @@ class Prober:
             later = RETRY_AFTER.search(answer.error)
             if not (later or answer.error.startswith("HTTP 429")):
                 break
-            wanted = float(later[1]) if later else pause
+            wanted = (float(later[1]) if later else 0) or pause
             if wanted > LONGEST:
                 break  # no queue that empties: a quota that is used up
             if wanted >= NOTICED:
@@ -173,7 +173,7 @@ def with_the_other_length(ask: Prober, dialect: Dialect) -> tuple[Dialect, list[
 def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
     """Which flag helps, where no request of this kind is answered."""
     if answer.error.startswith("HTTP 401"):
-        return "set OPENAI_API_KEY"
+        return ask.endpoint.key_hint
     if NOBODY.match(answer.error):
         return ""
     other = replace(PLAINEST, chat=not chat)
@@ -181,7 +181,7 @@ def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
         name = "openai-chat" if other.chat else "openai"
         return f"use --backend {name}: the server answers {other.path}"
     if answer.error.startswith("HTTP 403"):
-        return "set OPENAI_API_KEY"
+        return ask.endpoint.key_hint
     if ask.endpoint.unlisted:
         return f"-m: is {ask.endpoint.model} what the server calls its model?"
     with suppress(Failure):

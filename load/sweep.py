@@ -37,6 +37,8 @@ def conflicts(types: Sequence[str], change: Overrides, by: str | None) -> Iterat
         yield "a sweep begins at a number of streams, not at unlimited"
     if by == "rate" and change.num_prompts:
         yield f"--sweep-by rate has no --num-prompts: a rate is held for {RATE_SECONDS} s and more"
+    if first_step(change, by == "rate") > MOST_STREAMS:
+        yield f"a sweep ends at {MOST_STREAMS:,}: let it begin below"
     if by != "rate" and math.isfinite(change.rates[0]):
         yield "a sweep of the concurrency has no --request-rate; use --sweep-by rate"
 
@@ -47,9 +49,7 @@ def sweep(change: Overrides, measure: Measure, by_rate: bool) -> tuple[list[Reco
     With --repeat, the step's run is the one of median throughput, or an invalid one.
     """
     found: list[Record] = []
-    load = next((float(c) for c in change.concurrency if c), 1.0)
-    if by_rate:
-        load = next((r for r in change.rates if math.isfinite(r)), 1.0)
+    load = first_step(change, by_rate)
     while load <= MOST_STREAMS:
         case = case_for(load, change, by_rate, found[-1] if found else None)
         found.append(middle([measure(replace(case, repeat=n + 1)) for n in range(change.repeat)]))
@@ -57,6 +57,11 @@ def sweep(change: Overrides, measure: Measure, by_rate: bool) -> tuple[list[Reco
             break
         load *= 2
     return found, knee(found, by_rate)
+
+
+def first_step(change: Overrides, by_rate: bool) -> float:
+    asked = change.rates if by_rate else filter(None, change.concurrency)
+    return next((float(load) for load in asked if math.isfinite(load)), 1.0)
 
 
 def verdict(found: Sequence[Record], best: Record | None, by_rate: bool) -> str:

@@ -46,8 +46,10 @@ def report(first: Path, *others: Path) -> int:
     if others:
         return compare_several(others) if others[2:] else side_by_side(*others)
     found = load(first)
-    write(first, *found)
-    print(table(*found))
+    try:
+        write(first, *found)
+    finally:  # in a folder that only others may write to, too
+        print(table(*found))
     say(f"{first}/report.html")
     return 0
 

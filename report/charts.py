@@ -127,7 +127,7 @@ def bands(metric: str, sides: Sequence[Side]) -> Bands:
     rows = [(g.label, side, g.percentiles(metric)) for g, side in pairs]
     rows.sort(key=lambda row: order[row[0]])  # the sides of a load next to each other
     for label, side, values in rows:
-        if values:
+        if any(5 <= p <= 99 for p in values):
             said = ", ".join(f"p{p:g} {ms:,.2f}" for p, ms in values.items() if p not in (0, 100))
             tip = f"{' '.join(filter(None, (label, side)))}: {said} ms"
             chart.rows.append(Band(label, side, values, tip))

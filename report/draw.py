@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -33,11 +34,11 @@ LIKE_PAGE: Any = {  # matplotlib's own type names each of its 300 settings
 @dataclass(frozen=True)
 class Picture:
     name: str
-    png: bytes
     svg: str  # for the inside of a page
+    png: bytes  # b"" where only a page is made
 
 
-def draw(charts: Sequence[Chart | Bands]) -> list[Picture]:
+def draw(charts: Sequence[Chart | Bands], *, files: bool = False) -> list[Picture]:
     """Nothing without matplotlib: numbers are there without it."""
     if not charts:
         return []
@@ -47,13 +48,15 @@ def draw(charts: Sequence[Chart | Bands]) -> list[Picture]:
     except ImportError:
         say("no plots: matplotlib is not installed (`pip install matplotlib`)")
         return []
-    with matplotlib.rc_context(LIKE_PAGE):
-        return [picture(chart, Figure(layout="constrained")) for chart in charts]
+    with matplotlib.rc_context(LIKE_PAGE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in letters that its font lacks: the page has them
+        return [picture(chart, Figure(layout="constrained"), files) for chart in charts]
 
 
-def picture(chart: Chart | Bands, figure: Any) -> Picture:  # noqa: ANN401
+def picture(chart: Chart | Bands, figure: Any, file: bool) -> Picture:  # noqa: ANN401
     tips = draw_bands(chart, figure) if isinstance(chart, Bands) else draw_lines(chart, figure)
-    return Picture(chart.name, saved(figure, "png"), inline(saved(figure, "svg").decode(), tips))
+    svg = inline(saved(figure, "svg").decode(), tips)
+    return Picture(chart.name, svg, saved(figure, "png") if file else b"")
 
 
 def draw_lines(chart: Chart, figure: Any) -> list[str]:  # noqa: ANN401

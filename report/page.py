@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from common.talk import counted
 from report.draw import Picture
 from report.results import (
     CACHED,
@@ -102,7 +103,7 @@ def model_of(records: Sequence[Record]) -> str:
 def verdict(found: Sequence[Group]) -> str:
     wrong = [g for g in found if not g.valid]
     if not wrong:
-        return f"<p>{len(found)} loads, every run valid.</p>"
+        return f"<p>{counted(len(found), 'load')}, every run valid.</p>"
     rows = "".join(f"<li><b>{escape(g.label)}</b>: {escape(p)}" for g in wrong for p in g.problems)
     return f'<p class="bad">{len(wrong)} of {len(found)} loads are invalid:</p><ul>{rows}</ul>'
 

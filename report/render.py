@@ -122,7 +122,7 @@ def write(folder: Path, records: Sequence[Record], left_out: Sequence[str] = ())
     write_json(folder / SUMMARY, records)
     with whole_file(folder / "summary.csv") as file:
         write_csv(file, records)
-    pictures = draw(all_charts([("", groups(records))]))
+    pictures = draw(all_charts([("", groups(records))]), files=True)
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
     with whole_file(folder / "report.html") as file:

@@ -232,7 +232,7 @@ def run(name, rest):
             flags.append(next(words))
         elif not word.startswith((
             "--label=", "--uts=host", "--ipc=host", "--net=host", "--ulimit=", "--mount=",
-            "--workdir=", "--env=", "--entrypoint=")) and word not in (
+            "--workdir=", "--env=", "--entrypoint=", "--userns=host")) and word not in (
             "--rm", "--init", "--interactive", "--sig-proxy=false", "--privileged", "--pull=never"):
             fail("unknown flag: " + word, 125)
     else:
@@ -244,6 +244,9 @@ def run(name, rest):
         variable, equals, value = flag.removeprefix("--env=").partition("=")
         if flag.startswith("--env=") and (equals or variable in os.environ):
             seen[variable] = value if equals else os.environ[variable]
+    if faults.get("remaps") and "--net=host" in flags and "--userns=host" not in flags:
+        fail("docker: Error response from daemon: cannot share the host's network namespace when "
+             "user namespaces are enabled.", 125)
     if node.name in faults.get("no_run", []):
         fail("docker: Error response from daemon: could not select device driver.", 125)
     if container(name).exists():
@@ -373,6 +376,9 @@ def remove(name):
         fail("Error response from daemon: No such container: " + name)
     print(name)
 
+if faults.get("warns"):
+    print("WARNING: Error loading config file: open /root/.docker/config.json: permission denied",
+          file=sys.stderr)
 if down := faults.get("down"):
     if down is True or node.name in down:
         fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")
@@ -385,9 +391,10 @@ match args:
         print(faults.get("store", "[[Backing Filesystem extfs]]"))
     case ["info", "--format",
           "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
-          "{{json .Runtimes}}"]:
+          "{{json .Runtimes}}{{json .SecurityOptions}}"]:
         store = faults.get("store", "[[Backing Filesystem extfs]]")
-        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}', sep="\n")
+        options = json.dumps(["name=seccomp,profile=builtin", *faults.get("security", [])])
+        print("27.0.1", store, home, '{"nvidia":{},"runc":{}}' + options, sep="\n")
     case ["--version"]:
         print("Docker version 27.0.1, build 1")
     case ["image", "inspect", "--format", "{{json .Config.Labels}}", id]:
@@ -589,6 +596,8 @@ raise SystemExit(max(codes, default=0))
 """
 
 SCONTROL = r"""
+if os.environ.get("SLURM_CLUSTERS") not in (None, faults.get("cluster")):
+    fail("scontrol: error: Only one cluster can be used at a time with scontrol")
 listed = ",".join(faults["nodes"])
 match args:
     case ["show", "job", job] if job == os.environ.get("SLURM_JOB_ID"):
@@ -596,11 +605,14 @@ match args:
     case ["show", "job", "-d", "77"]:
         gpus = faults.get("gpus", "0-7")
         count = len(gpus.split(",")) if "-" not in gpus else 8
+        gres = f"gpu:{count}(IDX:{gpus})" if gpus != "none" else ""
         print(f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   NodeList={listed}\n"
               "   Requeue=1 Restarts=0 BatchFlag=0 Reboot=0\n"
-              f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES=gpu:{count}(IDX:{gpus})\n")
+              f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES={gres}\n")
     case ["show", "job", "-d", job]:
         fail("slurm_load_jobs error: Invalid job id specified")
+    case ["show", "node", *_] if faults.get("private"):  # PrivateData=nodes
+        fail("slurm_load_node error: Access/permission denied")
     case ["show", "node", "-o", nodes] if nodes == listed:
         for name in faults["nodes"]:
             print(f"NodeName={name} Arch=x86_64 Gres=gpu:8(S:0-1) State=MIXED ")
@@ -1051,10 +1063,10 @@ def any_machine(
 @pytest.fixture
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn, which takes longer than most runs, but where a test looks at pictures."""
-    from report import render
+    from report import render, side_by_side
 
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(render, "draw", lambda charts: [])
+    for module in (render, side_by_side) if "pictures" not in request.fixturenames else ():
+        monkeypatch.setattr(module, "draw", lambda charts, **files: [])
 
 
 @pytest.fixture

@@ -127,6 +127,9 @@ ALL = "0,1,2,3,4,5,6,7"
         ("gpu:2(CNT:2)", "gpu:8", Share(8, 2, "")),
         ("gpu:8(CNT:8)", "gpu:8", Share(8, 8, ALL)),
         ("gpu:1(IDX:0)", "(null)", Share(0, 1, "0")),
+        # Where it does not show the node, a slice's number may be taken for a whole GPU's.
+        ("gpu:h100:2(IDX:0,3)", "", Share(0, 2, "0,3")),
+        ("gpu:a100_1g.5gb:2(IDX:5-6)", "", Share(0, 2, "")),
     ],
 )
 def test_gpus_are_read_however_they_were_asked_for(ours: str, every: str, share: Share) -> None:

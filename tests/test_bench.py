@@ -238,6 +238,17 @@ def test_resume_measures_again_what_it_cannot_read(
     assert "throughput-in512-out4-c2: measured again: the file cannot be read" in said
 
 
+def test_resume_measures_again_what_is_damaged(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path("out/throughput-in512-out4-c2.json")
+    with serving(model_server(obedient)) as server:
+        words = ["-p", str(server.port), "-t", "throughput", "-o", "out", *QUICK, "--resume"]
+        bench.main(words)
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "problems": None, "mean_ttft_ms": "x"}))
+        assert bench.main(words) == 0
+    assert "measured again: the file cannot be read" in capsys.readouterr().err
+
+
 def is_coloured(request: Request) -> None:
     words = "\x1b[31mTraceback\x1b[0m \x1b]0;owned\x07 \x9b2J"
     request.document({"error": {"message": words}}, "500 Internal Server Error")
@@ -258,6 +269,9 @@ def test_resume_loses_no_result_of_something_else(capsys: pytest.CaptureFixture[
         for end in ("", ".before")
     )
     assert (now["num_prompts"], before["num_prompts"]) == (5, 4)
+    calls(capsys, ["-t", "throughput", "--num-prompts", "6"])
+    again = json.loads(Path("out/throughput-in512-out4-c2.json.before2").read_text())
+    assert again["num_prompts"] == 5
 
 
 def test_resume_that_measures_nothing_leaves_the_reports(
@@ -586,13 +600,26 @@ def test_nothing_that_is_written_may_be_changed_by_everybody(
         ["--request-rate", "0"], ["--num-prompts", "x"], ["--client", "vllm"],
         ["-p", "99999"], ["--tokenizer", "t"], ["--goodput", "ttft:0"],
         ["--burstiness", "0"], ["--burstiness", "nan"], ["--timeout", "0"], ["--timeout", "-1"],
-        ["--shards", "-1"], ["--warmup", "-1"],
+        ["--shards", "-1"], ["--warmup", "-1"], ["--timeout", "inf"], ["--request-rate", "1e-300"],
+        ["--burstiness", "1e-320"], ["--goodput", "ttft:9", "--goodput", "tpot:9", "ttft:8"],
     ],
 )  # fmt: skip
 def test_usage_errors(args: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         bench.main(args)
     assert stop.value.code == 2
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell puts it in after `=`, nor into .env."""
+    monkeypatch.setenv("HOME", "/h")
+    args = bench.parse(["--client", "builtin", "--output=~/r"], {"SHAREGPT_PATH": "~/s.json"})
+    assert (args.output, args.sharegpt) == (Path("/h/r"), Path("/h/s.json"))
+
+
+def test_limits_add_up_however_they_are_given() -> None:
+    args = bench.parse(["--client", "builtin", "--goodput", "ttft:9", "--goodput", "tpot:8"], {})
+    assert args.goodput == [("ttft", 9), ("tpot", 8)]
 
 
 def test_flags_win_over_the_environment_which_wins_over_env_files(
@@ -632,6 +659,7 @@ def test_a_package_that_is_missing_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "dotenv", None)
+    Path(".env").write_text("BENCH_TYPE=latency\n")
     assert bench.main(["-p", "1"]) == 1
     assert "package 'dotenv' is missing: run `make setup`" in capsys.readouterr().err
 
@@ -1032,7 +1060,7 @@ def test_in_a_container_here_and_on_the_first_node_of_an_allocation(
     assert here == [
         "bash", "-c", bench_place.MAKE_FOLDER, "bench", "/cache",
         "docker", "run", "--rm", "--init", "--pull=never", f"--name=trtllm-bench-{os.getpid()}",
-        "--net=host", "--ipc=host", "--mount=type=bind,source=/a b,target=/a b",
+        "--net=host", "--ipc=host", "--userns=host", "--mount=type=bind,source=/a b,target=/a b",
         "--mount=type=bind,source=/cache,target=/cache",
         "--env=HF_HOME=/cache", "--env=HF_TOKEN", "--env=OPENAI_API_KEY", "image:1",
     ]  # fmt: skip
@@ -1363,3 +1391,15 @@ def test_a_download_has_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert screen.getvalue() == "\r\033[Kdata, MB: 3/9, 2 s left"
     line(3, 0, 60)
     assert ", 60 tokens/s, 2 s left" in screen.getvalue()
+
+
+def test_a_line_fits_a_narrow_terminal_whatever_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that wraps cannot be taken back: four times a second there would be one more."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    LiveLine("throughput-in512-out256-unlimited", 100)(9, 3, 12345)
+    shown = re.sub("\x1b\\[[0-9]*[mK]|\r", "", terminal.getvalue())
+    assert shown.startswith("throughput-in512") and len(shown) <= 39

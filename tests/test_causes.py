@@ -25,11 +25,16 @@ ENDS = [match.start() for match in MATCHES[1:]] + [len(CASES)]
 NAMES = [match[1] for match in MATCHES]
 
 
-@pytest.mark.parametrize(("match", "end"), list(zip(MATCHES, ENDS, strict=True)), ids=NAMES)
-def test_the_cause_of_death_is_found(match: re.Match[str], end: int) -> None:
-    _, line, advice = match.groups()
-    log = CASES[match.end() : end].replace("<ESC>", "\x1b").replace("<CR>", "\r")
-    found = causes.of(log)
+def log_of(name: str) -> str:
+    at = NAMES.index(name)
+    return CASES[MATCHES[at].end() : ENDS[at]].replace("<ESC>", "\x1b").replace("<CR>", "\r")
+
+
+@pytest.mark.parametrize("before", ["", log_of("nothing: a healthy start")], ids=["", "noise"])
+@pytest.mark.parametrize("match", MATCHES, ids=NAMES)
+def test_the_cause_of_death_is_found(match: re.Match[str], before: str) -> None:
+    name, line, advice = match.groups()
+    found = causes.of(before + log_of(name))
     if line == "nothing":
         assert found is None
     else:
@@ -79,6 +84,7 @@ SLOW = "FP8 requires |ibv_|NVFP4 |block a |--a|a|a_size |, use |KeyError: 'a.wei
 def test_no_line_takes_a_row_long(words: str) -> None:
     began = time.process_time()
     cause_table.known("ValueError: " + words * (4000 // len(words)))
+    causes.of(words * (4000 // len(words)))
     assert time.process_time() - began < 0.5
 
 

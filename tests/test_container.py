@@ -106,6 +106,7 @@ def test_the_docker_options_are_these() -> None:
         "--uts=host",
         "--ipc=host",
         "--net=host",
+        "--userns=host",
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
         "--mount=type=bind,source=/fsx,target=/fsx",
@@ -123,6 +124,25 @@ def test_the_docker_options_are_these() -> None:
     assert (order["image"], order["options"]) == (TAG, docker_options(full, environ))
     assert order["engine"] == ["trtllm-serve", "m", "--tp_size", "8"]
     assert TOKEN not in " ".join(command.argv) + command.text
+
+
+@pytest.mark.parametrize(
+    ("host", "told"),
+    [
+        ("ssh://me@gpu1", True),
+        ("tcp://10.0.0.9:2375", True),
+        ("tcp://127.0.0.1:2375", False),
+        ("unix:///run/user/1000/docker.sock", False),
+        ("", False),
+    ],
+)
+def test_a_docker_of_another_machine_is_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, told: bool
+) -> None:
+    """srun hands the variable on to all nodes, and none of them uses its own."""
+    monkeypatch.setenv("DOCKER_HOST", host)
+    docker.check(plan())
+    assert (f"DOCKER_HOST={host}: containers run there" in capfd.readouterr().err) == told
 
 
 def test_privileges_are_given_only_when_asked_for() -> None:
@@ -284,6 +304,13 @@ def test_the_engines_exit_code_is_handed_through(
     ready.nothing_is_left()
 
 
+def test_a_docker_that_remaps_users_shares_its_network_nevertheless(
+    ready: Fakes, script: Callable[..., Script]
+) -> None:
+    ready.set(remaps=True)
+    assert hold(script, plan("true")).code() == 0
+
+
 def test_an_engine_that_is_killed_is_told_as_137(
     ready: Fakes, script: Callable[..., Script]
 ) -> None:
@@ -339,6 +366,9 @@ def test_the_cache_is_made_and_arguments_of_any_name_arrive(
         ("auto", "", None),  # a job that has none gets none
         ("all", "0", "all"),
         ('"device=1,2"', None, '"device=1,2"'),
+        ("device=1,2", None, '"device=1,2"'),  # .env takes a pair of quotes away
+        ("'device=MIG-a,0:1'", None, '"device=MIG-a,0:1"'),
+        ("device=0,driver=nvidia", None, "device=0,driver=nvidia"),
         ("2", None, "2"),
     ],
 )
@@ -451,14 +481,17 @@ def test_a_bare_engine_whose_children_ignore_the_end_is_killed_with_them(
     fakes.nothing_is_left()
 
 
+@pytest.mark.parametrize("warns", [False, True])
 def test_removing_takes_this_launchs_container_only(
-    fakes: Fakes, script: Callable[..., Script]
+    fakes: Fakes, script: Callable[..., Script], warns: bool
 ) -> None:
+    fakes.set(warns=warns)  # docker's client does, where it cannot read its own file
     fakes.leave_container("trtllm")
     fakes.leave_container("trtllm-local10-local", launcher="other:1:1")
     fakes.leave_container(NAME, launcher=launcher())
     for _ in range(2):
-        assert script(remove_command(plan())).code() == 0
+        removing = script(remove_command(plan()))
+        assert (removing.code(), removing.told) == (0, [])
     assert fakes.containers() == ["local/trtllm", "local/trtllm-local10-local"]
     assert len(fakes.calls("docker", "rm")) == 1
 

@@ -163,6 +163,18 @@ def test_a_server_that_says_when_is_asked_again_then(
     assert f"too busy to answer (HTTP {status[:3]}): asking again in 3 s" in capsys.readouterr().err
 
 
+def test_a_server_that_says_at_once_is_given_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("load.probe.time.sleep", waits.append)
+
+    def answer(request: Request) -> None:
+        request.document({"error": "slow"}, "429 Too Many", "Retry-After: 0\r\n")
+
+    with serving(answer) as server:
+        explore(Endpoint(f"http://127.0.0.1:{server.port}", MODEL, MODEL), False, 60.0)
+    assert list(filter(None, waits))[:3] == [1, 2, 4]
+
+
 # --- fields that are ignored ----------------------------------------------------------------------
 
 

@@ -122,6 +122,15 @@ def test_a_certificate_that_is_not_trusted_is_named_as_such(certificate: ssl.SSL
         assert find_endpoint(url, None, "", {}, verify=False).model == MODEL
 
 
+def test_patterns_of_names_need_a_name() -> None:
+    """LiteLLM's: nothing is called `openai/*`."""
+    with serving(model_server(obedient, "openai/*")) as server:
+        with pytest.raises(Failure, match="only patterns of names") as failure:
+            found(port=server.port)
+        assert "-m" in failure.value.hint
+        assert found(port=server.port, model="openai/gpt-4o").model == "openai/gpt-4o"
+
+
 def test_another_model_than_asked_for() -> None:
     with serving(model_server(obedient)) as server, pytest.raises(Failure) as failure:
         found(port=server.port, model="another/model")
@@ -165,6 +174,7 @@ def test_what_is_no_url(host: str, port: int | None) -> None:
 def test_a_directory_is_served_under_its_name() -> None:
     assert choose("/models/Qwen", ["Qwen"], "") == "Qwen"
     assert choose("", ["first", "second"], "") == "first"
+    assert choose("", ["openai/*", "second"], "") == "second"  # LiteLLM's pattern is no name
     with pytest.raises(Failure):
         choose("org/Qwen", ["Qwen"], "")
 
@@ -382,3 +392,6 @@ def test_a_server_that_wants_a_key(status: str) -> None:
         with pytest.raises(Failure, match=f"/v1/models: {status[:3]}") as raised:
             found(port=server.port)
         assert raised.value.hint == "set OPENAI_API_KEY"
+        with pytest.raises(Failure) as raised:
+            found(port=server.port, OPENAI_API_KEY="wrong")
+        assert raised.value.hint == "set another OPENAI_API_KEY"

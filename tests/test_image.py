@@ -493,6 +493,18 @@ def test_a_tarball_is_loaded(
     fakes.nothing_is_left()
 
 
+def test_a_warning_of_dockers_client_is_no_part_of_its_answer(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    """Where sudo has left a ~/.docker/config.json that is root's, each command prints one."""
+    fakes.set(warns=True)
+    found = image_file(tmp_path / "x")
+    loading = load(script, found)
+    assert (loading.code(), told(loading, Present)) == (0, list(found.ids)), loading.output
+    pulling = load(script, PUBLIC)
+    assert (pulling.code(), told(pulling, Present)) == (0, ["sha256:abc"])
+
+
 def test_gzip_does_where_there_is_no_pigz(
     fakes: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:
@@ -729,6 +741,36 @@ def test_a_password_is_in_no_argument_and_in_no_file_that_stays(
     fakes.nothing_is_left()
 
 
+SEES = """
+import json, os, sys
+config = os.environ["DOCKER_CONFIG"]
+with open(f"{config}/config.json") as mine, open(f"{config}/contexts/meta") as metas:
+    seen = json.load(mine), metas.read(), os.path.realpath(f"{config}/ca.pem")
+with open(os.environ["FAKE_HOME"] + "/seen", "a") as file:
+    print(json.dumps([sys.argv[1], *seen]), file=file)
+"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_pull_with_a_password_goes_to_the_daemon_of_the_users_context(
+    fakes: Fakes, script: Callable[..., Script], tmp_path: Path, named: bool
+) -> None:
+    """It has no use for the passwords that are in the user's file."""
+    theirs = tmp_path / "other" if named else fakes.home / ".docker"
+    (theirs / "contexts").mkdir(parents=True)
+    (theirs / "contexts/meta").write_text("m")
+    (theirs / "ca.pem").touch()
+    (theirs / "config.json").write_text('{"currentContext": "rootless", "auths": {"x": {}}}')
+    fakes.program("docker", SEES)
+    pulling = load(script, PRIVATE, **({"DOCKER_CONFIG": str(theirs)} if named else {}))
+    pulling.type(PASSWORD + "\n")
+    assert pulling.code() == 0, pulling.output
+    lines = (fakes.home / "seen").read_text().splitlines()
+    seen = [{"currentContext": "rootless"}, "m", str(theirs / "ca.pem")]
+    assert list(map(json.loads, lines)) == [[w, *seen] for w in ("login", "pull", "image")]
+    assert sorted(each.name for each in theirs.iterdir()) == ["ca.pem", "config.json", "contexts"]
+
+
 def test_a_denied_login_is_told(fakes: Fakes, script: Callable[..., Script]) -> None:
     pulling = log_in(fakes, script, denied=True)
     assert pulling.code() == 1
@@ -826,6 +868,17 @@ def test_a_private_image_is_pulled(on_path: Fakes, capfd: pytest.CaptureFixture[
     out, err = capfd.readouterr()
     assert "pass word" not in out + err
     assert on_path.images() == {PRIVATE.tag: "sha256:abc"}
+
+
+def test_without_aws_the_nodes_pull_by_what_their_own_docker_knows(
+    on_path: Fakes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A credential helper, as clusters on AWS have it."""
+    on_path.without("aws")
+    provide.provide(PRIVATE, HERE)
+    assert on_path.calls("docker", "login") == []
+    assert on_path.images() == {PRIVATE.tag: "sha256:abc"}
+    assert "no `aws` here" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -518,3 +518,21 @@ def test_a_run_whose_last_requests_take_too_long_has_results() -> None:
     outcomes = put(answer, 4, streams=2, timeout=1.5)
     over.set()
     assert [bool(o.error) for o in outcomes] == [False] * 2 + [True] * 2
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_clock_that_is_set_ends_the_run_and_is_not_the_servers_fault(
+    monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """Ahead, every request seems to be too late; back, the next is not due for an hour."""
+    true, step = time.time_ns, [0]
+    monkeypatch.setattr(time, "time_ns", lambda: true() + step[0])
+
+    def answer(request: Request) -> None:
+        if request.number == 3:
+            step[0] = hours * 3600 * 1000 * MS
+        request.send(stream())
+
+    with serving(answer) as server:
+        result = load_on(server, 9, streams=None, rate=20.0)
+    assert result.cut.startswith(f"the clock was set by {hours * 3600:,} s") and result.outcomes

@@ -80,6 +80,7 @@ def test_a_launch_says_what_it_is_and_takes_it_back(logs: Path) -> None:
         "restarts": 0,
         "name": "",
         "owner": os.geteuid(),
+        "squashed": False,
         "alive": True,
     }
     records.remove_records(path, logs / "none.json")
@@ -392,6 +393,36 @@ def test_half_a_word_stops_nobody(logs: Path, text: str) -> None:
     assert not records.is_told_to_stop(path)
     path.unlink()
     assert not records.is_told_to_stop(path)
+
+
+@only_root
+def test_on_a_file_system_that_calls_us_nobody_our_launches_are_ours(
+    logs: Path, child: subprocess.Popen[bytes], signals: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """NFS does so with root (root_squash); without a mapping of users, with everybody.
+
+    A record may be anybody's there: it is the launcher who looks whether it names itself.
+    """
+    nobody = 65534
+    monkeypatch.setattr(records, "shown_as", lambda _: nobody)
+    monkeypatch.setattr(records, "jobs_of", lambda user: {"77"} if user == "root" else set())
+    monkeypatch.setattr(manage, "PATIENCE", 0.1)
+    paths = record(logs, "77", ELSEWHERE), record(logs, "local5", name_of(child))
+    for path in paths:
+        os.chown(path, nobody, -1)
+    with pytest.raises(Failure, match="did not stop"):
+        manage.stop(logs)
+    assert signals == [] and all('"stop": true' in path.read_text() for path in paths)
+    monkeypatch.setattr(records, "launcher", lambda: ELSEWHERE)
+    assert records.is_told_to_stop(paths[0])
+    monkeypatch.setattr(records, "shown_as", lambda _: 0)
+    assert not records.is_told_to_stop(paths[0])
+
+
+def test_what_a_file_system_calls_us_is_seen_by_a_file(logs: Path) -> None:
+    assert records.shown_as(logs) == records.shown_as(logs / "none") == os.geteuid()
+    assert list(logs.iterdir()) == []
 
 
 @only_root

@@ -96,6 +96,7 @@ def test_the_command_of_the_containers_is_this() -> None:
         "--uts=host",
         "--ipc=host",
         "--net=host",
+        "--userns=host",
         "--ulimit=memlock=-1",
         "--ulimit=stack=67108864",
         "--mount=type=bind,source=/fsx,target=/fsx",

@@ -35,7 +35,7 @@ from launch.node.images import Load
 from launch.node.messages import Error, Present, Waiting
 from launch.nodes import Place, Step, find_place
 from launch.order import Command, parse
-from launch.slurm import last_words
+from launch.slurm import Share, last_words
 from tests.conftest import HOSTILE, PATIENCE, ROOT, Fakes, Script, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -145,6 +145,38 @@ def test_in_an_allocation_srun_is_the_prefix(job_of: Callable[..., Place], size:
     first = ["--nodelist=n1"] if size > 1 else []  # it is the only one otherwise
     assert place.every == [*flags, f"--nodes={size}", f"--ntasks={size}", "--gres=none"]
     assert place.head == [*flags, "--nodes=1", "--ntasks=1", "--gres=none", *first]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "shares"), [("0,1", [Share(0, 2, "0,1")] * 2), ("none", []), ("0-7", None)]
+)
+def test_where_slurm_shows_no_node_the_job_tells_of_its_gpus(
+    fakes: Fakes, capfd: pytest.CaptureFixture[str], gpus: str, shares: list[Share] | None
+) -> None:
+    """PrivateData=nodes. What the nodes have in all is not known then."""
+    os.environ.update(fakes.environment())
+    fakes.set(nodes=["n1", "n2"], gpus=gpus, private=True)
+    found = find_place({"SLURM_JOB_ID": "77"}).allocation
+    assert found.nodes == ("n1", "n2")
+    if shares is not None:
+        assert list(found.shares.values()) == shares
+    assert not any(share.is_whole for share in found.shares.values())
+    assert ("Slurm does not show" in capfd.readouterr().err) == (not found.shares)
+
+
+@pytest.mark.parametrize("asked", ["all", "a", "a,b", "b"])
+def test_the_cluster_that_is_asked_is_the_jobs_own(fakes: Fakes, asked: str) -> None:
+    """Jobs of several clusters have the same numbers, and scontrol asks only one."""
+    os.environ.update(fakes.environment(SLURM_CLUSTERS=asked))
+    fakes.set(cluster="b")
+    job = {"SLURM_JOB_ID": "77", "SLURM_CLUSTERS": asked}
+    assert find_place({**job, "SLURM_CLUSTER_NAME": "b"}).size == 2
+    os.environ["SLURM_CLUSTERS"] = asked
+    if asked == "b":  # salloc -M b, by an older Slurm
+        assert find_place(job).size == 2
+        return
+    with pytest.raises(Failure, match="Only one cluster"):
+        find_place(job)
 
 
 @pytest.mark.parametrize(("nodes", "first"), [(1, True), (2, True), (3, False)])

@@ -17,6 +17,7 @@ from launch.plan import (
     check_mounted,
     find_caches,
     find_mounts,
+    leading_out,
     local_paths,
     say_unmounted,
     user_name,
@@ -56,6 +57,16 @@ def test_every_directory_is_mounted_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("workspace", "mount"), [("/", "/no/such"), ("w", "/"), ("w", "root")])
+def test_the_root_cannot_be_mounted(tmp_path: Path, workspace: str, mount: str) -> None:
+    """Docker says so only once the image has been loaded. A job may have begun in /."""
+    (tmp_path / "w").mkdir()
+    (tmp_path / "root").symlink_to("/")
+    with pytest.raises(Failure, match="/ cannot be mounted into the container") as failure:
+        mounts_of(tmp_path / workspace, str(tmp_path / mount), tmp_path / "c")
+    assert "--workspace" in failure.value.hint
+
+
 def test_a_mount_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "mnt/fsx/m").mkdir(parents=True)
     (tmp_path / "fsx").symlink_to(tmp_path / "mnt/fsx")
@@ -72,6 +83,22 @@ def test_a_cache_that_a_link_leads_out_of_a_mount_is_mounted_itself(tmp_path: Pa
     (home / "hf").symlink_to(scratch / "hf")
     assert mounts_of(home, f"{tmp_path}/none", home / "hf") == [home, home / "hf"]
     assert mounts_of(tmp_path, f"{tmp_path}/none", home / "hf") == [tmp_path]
+
+
+def test_what_links_within_a_cache_lead_to_is_mounted_by_the_name_they_give_it(
+    tmp_path: Path,
+) -> None:
+    """As where hub/ has been moved to a larger disk, or a model has been downloaded elsewhere."""
+    cache, disk = tmp_path / "hf", tmp_path / "disk"
+    for made in (cache, disk / "hub", disk / "m", disk / "other"):
+        made.mkdir(parents=True)
+    (tmp_path / "scratch").symlink_to(disk)  # what a link names need not be what is there
+    (cache / "hub").symlink_to(tmp_path / "scratch/hub")
+    (disk / "hub/models--org--m").symlink_to("../m")
+    (disk / "hub/models--org--n").symlink_to("../other")
+    (cache / "models--org--m").symlink_to("/no/such")
+    found = leading_out([cache], ["org/m", "x" * 5000, "/a/path", "\0"])
+    assert found == [tmp_path / "scratch/hub", tmp_path / "scratch/m"]
 
 
 def test_a_workspace_that_is_a_link_is_seen_by_both_names(tmp_path: Path) -> None:

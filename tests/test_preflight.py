@@ -7,6 +7,8 @@ import os
 import re
 import socket
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from launch.node.messages import Container, Facts
 from launch.nodes import Place
 from launch.order import read
 from launch.preflight import gather, judge, must_provide, orphans, ours_already
-from launch.slurm import Share
+from launch.slurm import Allocation, Share
 from tests.conftest import HOSTILE, ONE_NODE, TAG, Fakes, free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -241,6 +243,23 @@ def test_a_mark_in_the_workspace_is_there_while_it_is_asked_for() -> None:
             assert mark == ""
 
 
+def test_a_cache_that_cannot_be_made_is_told_before_anything_heavy(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Root's home on NFS with root_squash; a home that the node does not mount."""
+    asked: list[str] = []
+    monkeypatch.setattr(os, "access", lambda path, _: asked.append(str(path)))
+    assert survey.can_be_made(str(tmp_path)) and asked == []
+    assert not survey.can_be_made(f"{tmp_path}/a/b") and asked == [str(tmp_path)]
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    made = [str(tmp_path / "new/hf"), str(tmp_path), str(tmp_path / "file/hf")]
+    found = ask(fakes, replace(bare(), made=tuple(made)))
+    assert found.facts.unmade == [made[2]]
+    [bad] = [f for f in judge([node(unmade=["/h/hf"])], wanted()) if f.state == "bad"]
+    assert bad.text == "/h/hf is not there, and you may not make it" and "HF_HOME" in bad.hint
+
+
 def test_a_node_without_the_container_toolkit_is_told() -> None:
     [bad] = [f for f in judge([node(toolkit=False)], wanted()) if f.state == "bad"]
     assert bad.text == "Docker has no NVIDIA container toolkit"
@@ -252,6 +271,19 @@ def test_a_node_without_the_container_toolkit_is_told() -> None:
 def test_podman_in_dockers_place_is_told() -> None:
     found = states(judge([node(podman="podman version 4.3.1", no_docker="x")], wanted()))
     assert found["docker"] == ("bad", "`docker` is podman there (podman version 4.3.1)")
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [("27.0.1", "bad"), ("29.4.9", "bad"), ("29.5.0", "ok"), ("30.0", "ok")]
+)
+def test_a_rootless_docker_whose_network_is_its_own_is_told(version: str, state: str) -> None:
+    """Before 29.5 --net=host is that network: nobody reached the server."""
+    [finding] = [
+        f for f in judge([node(docker=version, rootless=True)], wanted()) if f.check == "docker"
+    ]
+    assert finding.state == state
+    assert (f"Docker {version} is rootless" in finding.text) == (state == "bad")
+    assert judge([node(docker=version)], wanted())[0].state == "ok"
 
 
 def test_a_registry_image_that_is_missing_is_pulled() -> None:
@@ -436,6 +468,13 @@ def test_a_node_tells_that_docker_is_down(fakes: Fakes) -> None:
     assert facts.image == ""
 
 
+def test_a_node_tells_that_its_docker_is_rootless(fakes: Fakes) -> None:
+    assert not ask(fakes, wanted()).facts.rootless
+    fakes.set(security=["name=rootless", "name=cgroupns"])
+    facts = ask(fakes, wanted()).facts
+    assert facts.rootless and facts.toolkit
+
+
 PODMAN = """import sys
 if sys.argv[1:] == ["--version"]:
     print("podman version 4.3.1")
@@ -572,6 +611,18 @@ def test_a_node_that_does_not_answer_is_a_failure_that_names_the_others(
         preflight.ask_nodes(wanted(), slow())
 
 
+@pytest.mark.parametrize(("devices", "of"), [(8, 8), (0, 2), (1, 2)])
+def test_of_a_node_that_slurm_does_not_show_the_devices_count(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, devices: int, of: int
+) -> None:
+    os.environ.update(fakes.environment())
+    allocation = Allocation("77", nodes=("local",), shares={"local": Share(0, 2, "0,1")})
+    there = [Node("local", replace(GOOD, gpus=devices))]
+    monkeypatch.setattr(preflight, "gather", lambda _: there)
+    [node] = preflight.ask_nodes(wanted(), Place("77", 1, (), allocation))
+    assert node.share == Share(of, 2, "0,1")
+
+
 def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
     fakes: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -605,6 +656,23 @@ def test_a_job_that_is_suspended_or_over_is_not_taken_for_nodes_that_boot(
         preflight.ask_nodes(wanted(), slow())
     said = capfd.readouterr().err
     assert f"Slurm calls job 77 {state}" in said and "Prolog" not in said
+
+
+@pytest.mark.parametrize(
+    ("state", "how"), [("CANCELLED", "has ended"), ("TIMEOUT", "its time limit")]
+)
+def test_the_end_of_the_job_is_the_end_of_waiting_for_its_nodes(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, state: str, how: str
+) -> None:
+    """srun may try for minutes."""
+    monkeypatch.setattr(preflight, "LOOK_EVERY", 0.1)
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
+    threading.Timer(1, lambda: fakes.set(state=state)).start()
+    begun = time.monotonic()
+    with pytest.raises(Failure, match=f"before its nodes have answered: job 77 .*{how}"):
+        preflight.ask_nodes(wanted(), slow(), 600)
+    assert 1 < time.monotonic() - begun < 50
+    fakes.nothing_is_left()
 
 
 WITHOUT = "while [[ $1 = --* ]]; do shift; done; "  # srun's flags

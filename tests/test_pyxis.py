@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from launch.findings import Node, Wanted
 from launch.image import Image
 from launch.node.enroot import is_shared
 from launch.node.messages import Facts, Holds, Present
-from launch.node.pyxis import NOT_INSIDE, Attend, Inside, RankInside
+from launch.node.pyxis import NOT_INSIDE, Attend, EndSteps, Inside, RankInside
 from launch.node.squash import Import, first_error
 from launch.nodes import Place
 from launch.order import Command
@@ -229,6 +230,19 @@ def test_an_image_is_imported_once_however_many_want_it(
     assert not (tmp_path / "x.sqsh.part").exists()
 
 
+def test_a_colleague_may_take_the_lock_of_an_import_whatever_our_umask(
+    importing: Fakes, script: Callable[..., Script], tmp_path: Path
+) -> None:
+    order = Import("docker://r.io#x:1", str(tmp_path / "x.sqsh"))
+    before = os.umask(0o077)
+    try:
+        ours = script(Command(ONE_NODE, order))
+    finally:
+        os.umask(before)
+    assert ours.code() == 0, ours.output
+    assert (tmp_path / ".x.sqsh.lock").stat().st_mode & 0o777 == 0o666
+
+
 def test_an_import_that_fails_leaves_nothing_and_says_enroots_first_error(
     importing: Fakes, script: Callable[..., Script], tmp_path: Path
 ) -> None:
@@ -243,6 +257,31 @@ def test_without_an_error_the_last_word_counts() -> None:
 
 
 # On the node
+OF_STEPS = """
+import os, sys
+from pathlib import Path
+words = sorted(name for name in os.environ if name.startswith(("SQUEUE_", "SCANCEL_")))
+if words or "SLURM_CLUSTERS" in os.environ:
+    sys.exit(0)  # it does not see the step
+ended = Path(os.environ["FAKE_HOME"], "ended")
+if "scancel" in sys.argv[0]:
+    ended.write_text(sys.argv[1])
+elif "--all" in sys.argv and not ended.exists():  # a partition may be hidden
+    print("77.1 other\\n77.2 mine")
+"""
+
+
+def test_a_step_is_found_and_ended_whatever_the_users_environment_filters(
+    fakes: Fakes, script: Callable[..., Script]
+) -> None:
+    fakes.program("squeue", OF_STEPS)
+    fakes.program("scancel", OF_STEPS)
+    names = ("SQUEUE_STATES", "SQUEUE_PARTITION", "SCANCEL_STATE", "SLURM_CLUSTERS")
+    order = script(Command((), EndSteps(["mine"])), SLURM_JOB_ID="77", **dict.fromkeys(names, "x"))
+    assert order.code() == 0 and order.told == []
+    assert (fakes.home / "ended").read_text() == "77.2"
+
+
 def test_what_is_not_in_the_container_starts_nothing(script: Callable[..., Script]) -> None:
     for order in (
         Inside(["touch", "/x"], [], 0, "/nowhere/proof"),

@@ -221,6 +221,10 @@ def page_of(folder: Path, *records: dict[str, Any]) -> str:
     return (folder / "report.html").read_text()
 
 
+def test_one_load_is_no_loads(tmp_path: Path) -> None:
+    assert "<p>1 load, every run valid." in page_of(tmp_path / "a", record(LATENCY))
+
+
 def test_no_two_columns_have_one_name(tmp_path: Path) -> None:
     server = {column.key: 1.0 for column in results.SERVER}
     more = {"request_goodput": 1.0, "goodput_share": 1.0, "cached_share": 0.5}
@@ -417,6 +421,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "INVALID after, not compared: prefill-in1-out1-c1" in lines
 
 
+@pytest.mark.usefixtures("pictures")
 def test_more_than_two_are_each_compared_with_the_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -586,6 +591,25 @@ def test_a_broken_file_costs_no_other_run_its_report(
     assert "x.json is left out" in (folder / "report.html").read_text()
     assert command.main(["compare", str(folder), str(folder)]) == 0
     assert "x.json is left out" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_picture_of_little_and_of_letters_that_its_font_lacks(tmp_path: Path) -> None:
+    case = {**LATENCY.facts(), "label": "測定"}  # matplotlib would warn of them, line by line
+    one = record(LATENCY, ttft_percentiles_ms={"0": 1.0, "100": 2.0}) | {"case": case}
+    assert command.main([str(put(tmp_path / "a", one))]) == 0
+    assert "ttft_spread" not in (tmp_path / "a/report.html").read_text()
+
+
+def test_a_folder_that_takes_no_report_is_read_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's, say."""
+    folder = put(tmp_path / "a", record(LATENCY))
+    (folder / "summary.json/x").mkdir(parents=True)
+    assert command.main([str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert "latency-in128-out128-c1" in out and "ERROR Is a directory" in err
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

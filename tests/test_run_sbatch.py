@@ -124,6 +124,13 @@ def test_the_default_mount_was_not_asked_for() -> None:
         (["--all-or-nothing", "--replicas=2"], {"LOAD_AT_ONCE": "2"}, ""),
         (["--load-at-once=1", "--prefill=1", "--decode=1"], {}, ""),
         ([], {"NODELIST": "n1"}, "without Slurm, NODELIST does nothing"),
+        (
+            [],
+            {"CUDA_VISIBLE_DEVICES": "2,3"},
+            "without GPUS=device=2,3, CUDA_VISIBLE_DEVICES does nothing",
+        ),
+        ([], {"CUDA_VISIBLE_DEVICES": "2,3", "GPUS": "none"}, ""),
+        (["--runtime=bare"], {"CUDA_VISIBLE_DEVICES": "2,3"}, ""),
         ([], {"NODELIST": "n1", "SLURM_JOB_ID": "7"}, ""),
         (["--status"], {"NODELIST": "n1"}, ""),
         (["--engine=vllm"], {"TRTLLM_VERSION": "1.1.0"}, "with vLLM, TRTLLM_VERSION does nothing"),
@@ -264,6 +271,36 @@ def test_the_url_is_the_address_that_was_asked_for(place: Place, args: list[str]
 def test_a_node_that_tells_no_address_goes_by_its_name() -> None:
     args = ["--host", "0.0.0.0", "--port", "1"]
     assert address.url_of(Node("n1", Facts(addresses=["fe80::1"])), SLURM, args) == "http://n1:1"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "url"),
+    [
+        (["10.0.0.5", "fe80::9", "fd00::5", "fd00::6"], "http://[fd00::5]:1"),
+        (["::1", "fd00::5"], "http://[fd00::5]:1"),
+        (["10.0.0.5", "fe80::9"], "http://10.0.0.5:1"),
+        (["fe80::9"], "http://n1:1"),
+    ],
+)
+def test_who_listens_by_ipv6_is_asked_by_ipv6(addresses: list[str], url: str) -> None:
+    """Some engines take nothing else then."""
+    head = Node("n1", Facts(addresses=addresses))
+    args = ["--host", "::", "--port", "1"]
+    assert address.url_of(head, SLURM, args) == url
+    # An orchestrator splits its servers' addresses at the colon.
+    assert "[" not in address.url_of(head, SLURM, args, colons=False)
+
+
+def test_a_node_that_has_only_ipv6_is_told_before_the_engine_listens_elsewhere() -> None:
+    head = Node("n1", Facts(addresses=["127.0.0.1", "fe80::1", "fd00::5"]))
+    with pytest.raises(Failure, match=r"n1 has no IPv4 address, .* 0\.0\.0\.0") as failure:
+        address.url_of(head, SLURM, ["--host", "0.0.0.0", "--port", "1"])
+    assert failure.value.hint == "add --host ::"
+
+
+def test_the_way_out_by_ipv6_is_known() -> None:
+    """The loopback has one everywhere but where the kernel has no IPv6."""
+    assert facts.source_towards("::1") in ("::1", "")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
@@ -1453,10 +1490,11 @@ def test_a_closed_stream_does_not_stop_the_server(
 
 
 def test_a_cache_that_a_node_cannot_make_is_the_cause(fakes: Fakes, launch: Launcher) -> None:
-    """Of who has no home there, or a full one."""
-    failed = error(launch("m", HF_HOME="/proc/none/hf"))
+    """Of who has a full home there; that one is not theirs to write to is known before."""
+    name = "x" * 300
+    failed = error(launch("m", HF_HOME=f"{Path.cwd()}/{name}"))
     sentence, _, rest = failed.partition("\n")
-    assert sentence.endswith("No such file or directory: '/proc/none'") and "next: " in rest
+    assert "File name too long: '/" in sentence and "next: " in rest
 
 
 def test_a_parent_that_ignores_the_end_of_children_does_not_matter(
@@ -1792,8 +1830,9 @@ def test_a_spooled_copy_of_a_link_finds_the_original(
     fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "serve").symlink_to(toolset / "run_sbatch.py")
-    fakes.set(job=JOB.format(command=tmp_path / "serve", workdir=tmp_path))
-    done = launch("m", "--dry-run", script=spooled, slurm=True)
+    fakes.set(job=JOB.format(command=tmp_path / "serve", workdir=tmp_path), cluster="b")
+    clusters = {"SLURM_CLUSTERS": "all", "SLURM_CLUSTER_NAME": "b"}  # the job is this one's
+    done = launch("m", "--dry-run", script=spooled, slurm=True, **clusters)
     assert done.code() == 0, done.output
 
 

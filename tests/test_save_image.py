@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import random
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -574,6 +576,43 @@ def test_only_a_file_is_replaced(box: Box, classic: Image, target: str) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.parametrize("closed", ["reader", "stdout", "all"])
+def test_a_closed_stdout_costs_neither_file_nor_a_traceback(
+    box: Box, classic: Image, closed: str
+) -> None:
+    box.hold(classic)
+    (box.home / "state.json").write_text(json.dumps(box.state))
+    shell = {"reader": '"$0" "$@" | true; exit ${PIPESTATUS[0]}', "stdout": '"$0" "$@" >&-',
+             "all": '"$0" "$@" <&- >&- 2>&-'}  # fmt: skip
+    done = subprocess.run(
+        ["/bin/bash", "-c", shell[closed], sys.executable, str(SCRIPT)],
+        cwd=box.cwd, env={"PATH": f"{box.bin}:/bin:/usr/bin", "HOME": str(box.home)},
+        capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.returncode in ((0, 1) if closed == "reader" else (0,)), done.stderr
+    assert box.run("--verify", "tensorrt-llm-serve-latest.tar.gz").returncode == 0
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(
+    box: Box, classic: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE and CIFS say EINVAL."""
+    whole = os.fsync
+
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        whole(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    target = box.cwd / "x.tar"
+    with save_image.part_of(target) as part:
+        save_image.commit(part, target, {"schema": 1})
+    assert box.files() == ["x.tar", "x.tar.json"]
+
+
 def test_missing_directory_is_named(box: Box, classic: Image) -> None:
     box.hold(classic)
     assert box.fails("-o", "no/x.tar").startswith("no/x.tar.part: No such file or directory")
@@ -939,6 +978,8 @@ def test_load_refuses_what_is_no_tarball(box: Box) -> None:
         ["image", "--load", "a"],
         ["--compress", "zst", "-o", "a.tar.gz"],
         ["--compress", "bz2"],
+        ["-o", "a.tar.xz"],  # and not gzip under that name
+        ["--compress", "gz", "-o", "a.tbz2"],
         ["a", "b"],
         ["--comp", "gz"],
     ],

@@ -539,7 +539,9 @@ def test_what_cannot_be_measured_is_wrong_usage(capsys: pytest.CaptureFixture[st
         tune.check_load(tune.parse(["m", *words])[0], port)
 
     with pytest.raises(Failure, match="one token have no TPOT"):
-        check("--output-len", "1", "--goodput", "ttft:5", "tpot:30")
+        check("--output-len", "1", "--goodput", "ttft:5", "--goodput", "tpot:30")
+    with pytest.raises(Failure, match="a limit is named twice"):
+        check("--goodput", "ttft:5", "ttft:6")
     with pytest.raises(Failure, match="the port is 65530"):
         check(port=65530)
     check("--loads", "1,16", "--num-prompts", "16", port=65536 - 320)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from tests.conftest import PATIENCE
 from tests.loopback import DONE, LAST, MODEL, Answer, Request, chunk, event
 from tests.servers import Ask, Kind, Piece, running, smoke, tokens, usual, whole
+from tests.test_smoke import SCRIPT
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -109,6 +112,17 @@ def test_usage_may_be_in(where: str) -> None:
     assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
 
 
+def test_a_list_without_choices_may_be_null() -> None:
+    """As Go writes an empty one."""
+
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        yield from tokens(ask)
+        yield 0, ask.last_usage(choices=None)
+        yield 0, DONE
+
+    assert "32 tokens" in passes(Kind(ttft=0, itl=0, pieces=pieces))["streaming"]["detail"]
+
+
 def test_a_whole_stream_without_done_is_whole() -> None:
     found = passes(Kind(pieces=lambda ask: list(usual(ask))[:-1]))
     assert found["streaming"]["detail"].endswith("but no [DONE] at the end")
@@ -203,6 +217,21 @@ def test_what_a_gateway_does_not_serve_is_left_out(paths: list[str], last: str, 
         assert (check["ok"] is None) == (check["detail"] == "status 404 instead of 200: not there")
 
 
+def test_a_model_for_chats_alone_is_no_fault() -> None:
+    """OpenAI's own words."""
+    words = "This is a chat model and not supported in the v1/completions endpoint."
+    error = {"message": words, "type": "invalid_request_error", "param": "model", "code": None}
+
+    def answer(request: Request) -> None:
+        if "prompt" in (request.body or {}):
+            request.document({"error": error}, "404 Not Found")
+        else:
+            Kind()(request)
+
+    code, _, line = checks(answer)
+    assert (code, line) == (0, "4/8 passed, 4 not served")
+
+
 def test_a_model_that_is_not_there_is_no_path_that_is_not_there() -> None:
     def answer(request: Request) -> None:
         if request.body:
@@ -263,10 +292,29 @@ def test_without_stream_options_there_need_be_no_counts() -> None:
         ([MODEL], ()),
         ({"data": [{"id": f"{MODEL}:latest"}]}, ("-m", MODEL)),
         ({"data": [MODEL]}, ("-m", f"{MODEL}:nitro")),
+        ({"data": ["openai/*", MODEL]}, ()),
+        ({"data": ["test-*"]}, ("-m", MODEL)),
     ],
 )
 def test_lists_of_models(models: Any, args: tuple[str, ...]) -> None:
     passes(Kind(models=models), *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [((), "-m has to name the model"), (("-m", "x/y"), "x/y was asked for, but")],
+)
+def test_a_pattern_of_names_is_no_model(args: tuple[str, ...], words: str) -> None:
+    """LiteLLM's: whatever is behind it, nothing is called `openai/*`."""
+    asked = []
+
+    def refuses(body: dict[str, Any]) -> str:
+        asked.append(body.get("model"))
+        return ""
+
+    _, found, _ = checks(Kind(models={"data": ["openai/*"]}, refuses=refuses), *args)
+    detail = found["list models"]["detail"]
+    assert words in detail and "openai/*" in detail and "openai/*" not in asked
 
 
 def test_a_document_may_begin_with_a_byte_order_mark() -> None:
@@ -290,3 +338,32 @@ def test_a_server_that_leaves_the_connection_open_ends_its_documents_by_their_le
         Kind()(request)
 
     passes(answer, "--timeout", str(PATIENCE))
+
+
+def test_early_hints_come_before_the_answer() -> None:
+    def answer(request: Request) -> None:
+        request.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+        request.send(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n")
+        Kind()(request)
+
+    passes(answer)
+
+
+@pytest.mark.parametrize(("closed", "args"), [(">&-", ()), (">&-", ("--json",)), ("2>&-", ())])
+def test_what_is_closed_before_it_begins_changes_no_verdict(
+    closed: str, args: tuple[str, ...]
+) -> None:
+    words = f'"$@" {closed}'
+    with running(Kind(itl=0)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        command = [sys.executable, str(SCRIPT), "-H", url, *args]
+        done = subprocess.run(["sh", "-c", words, "sh", *command], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_closed_stderr_leaves_the_document_alone() -> None:
+    with running(Kind(itl=0)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        command = [sys.executable, str(SCRIPT), "-H", url, "--json"]
+        done = subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], capture_output=True)
+    assert json.loads(done.stdout)["passed"] == 8

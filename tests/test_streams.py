@@ -475,6 +475,22 @@ def test_a_client_without_a_core_is_not_taken_for_a_proxy(waited: float, words: 
     assert len(made["problems"]) == 1 and words in made["problems"][0]
 
 
+@pytest.mark.parametrize("usage", [{"completion_tokens": 0}, {"completion_tokens": 8.0}])
+def test_text_of_no_tokens_is_text_without_a_count(usage: dict[str, float]) -> None:
+    """Zeros would make a valid run of 0 tokens/s; a gateway in Lua or Java writes 8.0."""
+
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        for i in range(8):
+            yield 0.01, ask.event(f" w{i}", "stop" if i == 7 else None)
+        yield 0, event({"choices": [], "usage": {"prompt_tokens": 0, **usage}})
+        yield 0, DONE
+
+    with running(Kind(pieces=pieces)) as server:
+        run = bench(server, "--backend", "openai-chat")
+    counted = usage["completion_tokens"] > 0
+    assert run.run["problems"] == ([] if counted else ["4 answers came without usage"]), run.said
+
+
 def test_zeros_behind_the_true_usage_change_nothing() -> None:
     def pieces(ask: Ask) -> Iterator[Piece]:
         yield from tokens(ask)

@@ -152,6 +152,7 @@ def test_one_invalid_repeat_ends_a_sweep() -> None:
         ["--concurrency", "unlimited"], ["--request-rate", "5"],
         ["--sweep-by", "rate", "--request-rate", "1,2"],
         ["--sweep-by", "rate", "--concurrency", "4"], ["--sweep-by", "rate", "--num-prompts", "4"],
+        ["--concurrency", "5000"], ["--sweep-by", "rate", "--request-rate", "5000"],  # past its end
     ],
 )  # fmt: skip
 def test_what_a_sweep_would_ignore_is_refused(

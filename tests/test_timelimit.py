@@ -125,6 +125,9 @@ def test_the_end_is_known_when_it_comes(fakes: Fakes, limit: timelimit.TimeLimit
     [
         ("RUNNING", ""),
         ("SUSPENDED", ""),
+        ("CONFIGURING", ""),
+        ("POWER_UP_NODE", ""),
+        ("SIGNALING", ""),
         ("COMPLETING", "has ended"),
         ("TIMEOUT", "has reached its time limit"),
         ("CANCELLED", "has ended (cancelled)"),

@@ -488,7 +488,7 @@ WINS = {  # by version: flags, a YAML, and what does not count
     ("1.1.0", "--trust_remote_code", "trust_remote_code: false"):
         "--trust_remote_code does not count: c.yaml has trust_remote_code: False",
     ("1.1.0", "--kv_cache_free_gpu_memory_fraction 0.5", "kv_cache_config: {dtype: fp8}"):
-        "--kv_cache_free_gpu_memory_fraction 0.5 does not count: kv_cache_config in c.yaml replaces",
+        "--kv_cache_free_gpu_memory_fraction 0.5 does not count: kv_cache_config in c.yaml",
     ("1.1.0", "--kv_cache_free_gpu_memory_fraction=0.5", "kv_cache_config:"): "replaces it; write",
     ("1.2.1", "--kv_cache_free_gpu_memory_fraction 0.5", "kv_cache_config: {dtype: fp8}"): "",
     ("1.2.1", "--free_gpu_memory_fraction 0.5", "kv_cache_config: {free_gpu_memory_fraction: 0.8}"):

@@ -31,7 +31,7 @@ WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (
 )
 STARTS, COUNTERS = "TensorRT-LLM version: ", "trtllm"
 PREFIXES: Sequence[str] = (
-    r"(?P<begins>\[TRT-LLM\]) (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?"
+    r"(?P<begins>\[TRT-LLM[^\]]*\]) (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?"
     r"(?:\[\w+\](?=[ \[]) ?)?(?:\[RANK \d+\] ?)?",  # from 1.3 on the part, and the rank behind it
     rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
 )

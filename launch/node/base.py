@@ -63,16 +63,20 @@ def put(line: str) -> None:
 
 
 def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # noqa: ANN401
-    """Exit code and output, errors included, of a short command."""
-    options.setdefault("stderr", subprocess.STDOUT)
+    """Exit code and output of a short command; of one that fails its errors, too.
+
+    Docker's client may have a warning beside each answer.
+    """
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    options.setdefault("stderr", pipe)
     try:
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
         done = subprocess.run(argv, stdin=null, stdout=pipe, timeout=timeout, **options)
     except subprocess.TimeoutExpired:
         return TIMED_OUT, ""
     except OSError as error:
         return NOT_FOUND, f"{argv[0]}: {error.strerror}"
-    return done.returncode, done.stdout.decode(errors="replace").strip()
+    said = done.stdout + ((done.stderr or b"") if done.returncode else b"")
+    return done.returncode, said.decode(errors="replace").strip()
 
 
 def shell_code(code: int) -> int:
@@ -153,15 +157,19 @@ class Job:
         if not self.id:
             return False
         command = "squeue --all --local --noheader --states=all".split()
-        leaves = ("SQUEUE_", "SLURM_CLUSTERS")  # a filter must not make the job look ended
-        env = {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
-        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=env)[1]
+        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=unfiltered())[1]
         lines = said.splitlines()
         if f"{self.id} RUNNING" in lines:
             self.known = True
             return False
         gone = "Invalid job id specified" in said
         return self.known and (gone or any(f"{self.id} {state}" in lines for state in OVER))
+
+
+def unfiltered() -> dict[str, str]:
+    """Our environment for Slurm's programs: a filter must not make a job or step look ended."""
+    leaves = ("SQUEUE_", "SCANCEL_", "SLURM_CLUSTERS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
 
 
 def listening(port: int) -> set[str]:

@@ -17,7 +17,7 @@ from launch.node.release import release_here, release_of
 
 DOCKER = ("docker", "info", "--format",
           "{{println .ServerVersion}}{{println .DriverStatus}}{{println .DockerRootDir}}"
-          "{{json .Runtimes}}")  # fmt: skip
+          "{{json .Runtimes}}{{json .SecurityOptions}}")  # fmt: skip
 HOOKS = ("nvidia-container-runtime-hook", "nvidia-cdi-hook")  # of the toolkit, as dockerd finds it
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 IMAGE = ("docker", "image", "inspect", "--format", "{{.Id}} {{json .RootFS.Layers}}")
@@ -27,6 +27,7 @@ OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
 
 Question = subprocess.Popen[str]
 ELSEWHERE = "198.51.100.1"  # of a network that is nowhere (TEST-NET-2): the way out
+ELSEWHERE_6 = "2001:db8::1"
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Survey:
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
     packages: list[str] = field(default_factory=list)  # of engines: which is there, and its version
+    made: list[str] = field(default_factory=list)  # directories to be made where they are missing
 
     def __call__(self) -> int:
         questions = self.begin()
@@ -52,6 +54,7 @@ class Survey:
             gdrdrv=os.path.exists("/dev/gdrdrv"),
             taken=who_listen(self.ports),
             unseen=[path for path in self.paths if not os.access(path, os.R_OK)],
+            unmade=[path for path in self.made if not can_be_made(path)],
         )
         self.look(facts, questions)
         tell(facts)
@@ -73,17 +76,26 @@ class Survey:
             facts.release = release_of(facts.image, self.packages)
 
 
+def can_be_made(path: str) -> bool:
+    """Whether a directory is there, or we may make it."""
+    above = path
+    while not os.path.exists(above):
+        above = os.path.dirname(above)
+    return above == path or (os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK))
+
+
 def addresses() -> list[str]:
     """Ours: that of the way to the launcher, that of the way out, then all of them in any order."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
-    routed = (source_towards(there) for there in (launcher, ELSEWHERE) if there)
+    routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
     every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
     return list(dict.fromkeys([*filter(None, routed), *every]))
 
 
 def source_towards(address: str) -> str:
     """Our address where we talk to that one; '' where no way leads there. Nothing is sent."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0])
     return ""
@@ -150,6 +162,7 @@ def note_docker(facts: Facts, questions: Sequence[Question]) -> None:
         return
     facts.docker, facts.store, root = version, *rest[:2]
     facts.toolkit = has_toolkit("".join(rest[2:]))
+    facts.rootless = "name=rootless" in "".join(rest[2:])
     facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
     facts.free = free_bytes(root)
     for line in (answer(ours) or "").splitlines():

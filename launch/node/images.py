@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import queue
 import shutil
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 
-from launch.node.base import STOPPED, TYPE_CHECKING, Ends, ask, shell_code, tell
+from launch.node.base import STOPPED, TYPE_CHECKING, Ends, ask, read, shell_code, tell
 from launch.node.messages import Error, Holds, Kept, Present, Progress, Waiting
 from launch.node.release import release_of
 
@@ -171,6 +172,7 @@ class Pull:
 
     def pull(self, ends: Ends, config: str, password: bytes) -> int:
         if self.login:
+            borrow(config)
             os.environ["DOCKER_CONFIG"] = config
             command = ["docker", "login", "--username", "AWS", "--password-stdin", self.login]
             code, said = run_held(ends, command, password)
@@ -181,6 +183,18 @@ class Pull:
             return stopped_or(code, f"docker pull {self.reference}: {said}")
         inspect = ["docker", "image", "inspect", "--format", "{{.Id}}", self.reference]
         return present(ask(*inspect)[1], self.packages)
+
+
+def borrow(config: str) -> None:
+    """Of the user's own directory what leads to the daemon: contexts, certificates."""
+    theirs = os.path.abspath(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"))
+    with contextlib.suppress(OSError):
+        for name in {*os.listdir(theirs)} - {"config.json"}:
+            os.symlink(f"{theirs}/{name}", f"{config}/{name}")
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        current = json.loads(read(f"{theirs}/config.json"))["currentContext"]
+        with open(f"{config}/config.json", "w") as file:
+            json.dump({"currentContext": current}, file)
 
 
 def stopped_or(code: int, why: str) -> int:

@@ -18,9 +18,11 @@ class Facts:
     gdrdrv: bool = False
     taken: dict[str, str] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    unmade: list[str] = field(default_factory=list)  # directories that cannot be made
     engine: str = ""  # where the program is, for runtime bare
     docker: str = ""  # its version
     no_docker: str = ""  # why it does not answer
+    rootless: bool = False
     podman: str = ""  # what `docker` is there instead, by its own word
     toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
     enroot: str = ""  # its version; '' where it is not in PATH

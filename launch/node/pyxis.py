@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from glob import glob
 
 from launch.node.bare import Run, end, give_time, start
-from launch.node.base import NODE, STOPPED, Ends, ask, read, tell
+from launch.node.base import NODE, STOPPED, Ends, ask, read, tell, unfiltered
 from launch.node.containers import set_interfaces
 from launch.node.messages import Left, Up
 from launch.node.world import SLURMD_PORT, Part, Rank, beat, value_of
@@ -153,7 +153,7 @@ def end_step(name: str, grace: float = GRACE) -> str:
         if (waited := time.monotonic() - begun) > ENDS_WITHIN:
             return f"it has not ended within {ENDS_WITHIN:g} s: scancel {step}"
         if waited >= grace:
-            ask("scancel", step)
+            ask("scancel", step, env=unfiltered())
         time.sleep(0.2)
     return ""
 
@@ -161,6 +161,7 @@ def end_step(name: str, grace: float = GRACE) -> str:
 def find_step(name: str) -> str:
     """The id of our job's step of that name; '' where there is none."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    said = ask("squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i %j")[1]
+    command = "squeue --all --local --steps --noheader".split()
+    said = ask(*command, f"--jobs={job}", "--format=%i %j", env=unfiltered())[1]
     found = (line.split(" ", 1) for line in said.splitlines() if " " in line)
     return next((step for step, its in found if its.strip() == name), "")

@@ -32,7 +32,7 @@ class Import:
         self.ends.hold()
         if self.reference and why_not(self.path):
             folder, name = os.path.split(self.path)
-            if not self.has(os.open(f"{folder}/.{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)):
+            if not self.has(open_to_all(f"{folder}/.{name}.lock")):
                 return STOPPED
             if why_not(self.path) and (code := self.fetch()):  # still, after the wait
                 return code
@@ -76,6 +76,17 @@ class Import:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)
         return 0
+
+
+def open_to_all(path: str) -> int:
+    """An empty file that whoever may import here may lock, too, whatever our umask."""
+    try:
+        return os.open(path, os.O_RDWR)  # the kernel may let nobody create what others have
+    except FileNotFoundError:
+        file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    with contextlib.suppress(OSError):
+        os.fchmod(file, 0o666)
+    return file
 
 
 def first_error(said: str) -> str:

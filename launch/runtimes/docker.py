@@ -2,11 +2,14 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.settings import PASSED_ON, SETTINGS
+from common.talk import say
+from launch.address import is_loopback
 from launch.findings import Finding, Node, Wanted
 from launch.identity import launcher
 from launch.image import GET_ONE, Image
@@ -22,7 +25,9 @@ HAS_IMAGE = True
 ATTENDED = False
 LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
+SHARES_NETWORK = [29, 5]  # from this version on a rootless Docker shares the node's
 OF_DOCKER = re.compile(r"^docker: ", re.M)
+REMOTE = re.compile(r"(?:tcp|ssh|https?)://(?:[^@/]*@)?(\[[^\]]*\]|[^:/]*)")
 UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
 
 
@@ -31,7 +36,11 @@ def find_image(asked: str, workspace: Path) -> Image:
 
 
 def check(plan: Plan) -> None:
-    """There is nothing that Docker cannot do."""
+    """There is nothing that Docker cannot do; where it does it, an environment may decide."""
+    given = os.environ.get("DOCKER_HOST", "")
+    found = REMOTE.match(given)
+    if found and not is_loopback(found[1].strip("[]")):
+        say(f"DOCKER_HOST={given}: containers run there, whichever node starts them; unset it")
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:
@@ -94,10 +103,13 @@ def left(node: str, name: str, why: str) -> str:
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
+    # Docker reads a list of GPUs as one only in quotes, which a shell or .env may have taken away.
+    alone = re.fullmatch(r"['\"]?device=([\w.:,-]+)['\"]?", replica.gpus)
+    devices = ",".join(replica.devices) or (alone[1] if alone else "")
     return kind(
         name=plan.name_of(replica),
         launcher=launcher(),
-        gpus=f'"device={",".join(replica.devices)}"' if replica.devices else replica.gpus,
+        gpus=f'"device={devices}"' if devices else replica.gpus,
         shares={node: share.ids for node, share in shares.items() if not share.is_whole},
         caches=[path for _, path in plan.caches],
         options=docker_options(plan, environ),
@@ -123,6 +135,7 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         "--uts=host",                               # MPI and logs know a rank by its node's name
         "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
         "--net=host",                               # NCCL, EFA and MPI bind the node's interfaces
+        "--userns=host",                            # Docker that remaps users refuses that else
         "--ulimit=memlock=-1",                      # EFA and GPUDirect register (pin) memory
         "--ulimit=stack=67108864",                  # as NVIDIA's documentation starts its images
         *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
@@ -155,6 +168,11 @@ def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
         start = f"start it there (systemctl start docker), or {LEAVE_OUT}"
         hint = f'{start}; for "permission denied", join the group docker there'
         return [node.bad("docker", f"Docker does not answer: {why}", hint)]
+    version = [int(number) for number in re.findall(r"\d+", node.facts.docker)]
+    if node.facts.rootless and version < SHARES_NETWORK:
+        its_own = "its --net=host is a network of its own, where nobody reaches the server"
+        hint = f"update it to 29.5, or use the system's Docker (docker context use), or {LEAVE_OUT}"
+        return [node.bad("docker", f"Docker {node.facts.docker} is rootless: {its_own}", hint)]
     found = [node.ok("docker", node.facts.docker)]
     if not (node.facts.toolkit or wanted.gpus == "none"):
         install = "install it there (nvidia-ctk runtime configure, then restart Docker)"
