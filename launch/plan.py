@@ -215,7 +215,7 @@ def find_mounts(
     else:
         say(f"{mount} does not exist here, so it is not mounted into the containers")
     if Path("/") in mounts:
-        hint = "--workspace and --container-mount with directories below it"
+        hint = "give --workspace and --container-mount directories below it"
         die("/ cannot be mounted into the container", hint=hint)
     unique = list(dict.fromkeys(mounts))
     return [p for p in unique if not any(p != q and is_within(p, q) for q in unique)]
