@@ -586,7 +586,7 @@ def test_results_that_lie(changes: list[tuple[str, str, Any]]) -> None:
             part[key] = value
     with fresh() as folder, pytest.MonkeyPatch.context() as patch:
         for module in ("render", "side_by_side"):
-            patch.setattr(f"report.{module}.draw", lambda charts: [])
+            patch.setattr(f"report.{module}.draw", lambda charts, **files: [])
         (folder / "r").mkdir()
         for i, one in enumerate((lie, result(Case("prefill", 512, 1, 10, 4)))):
             (folder / f"r/{i}.json").write_text(json.dumps(one))
