@@ -87,7 +87,7 @@ def parse_sidecar(text: bytes) -> Json:
     for key, types in SIDECAR.items():
         value = sidecar.get(key, ...)
         if type(value) not in types or (type(value) is list and {*map(type, value)} - {str}):
-            raise ValueError(f"lacks a sound {key!r}")
+            raise ValueError(f"lacks a valid {key!r}")
     return sidecar
 
 

@@ -277,7 +277,7 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
 
 def port_number(text: str) -> int:
     if text and not (re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 65536):
-        raise Trouble(f"{text!r} is no port: 1 to 65535")
+        raise Trouble(f"{text!r} is not a port: 1 to 65535")
     return int(text or 0)
 
 

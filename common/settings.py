@@ -141,7 +141,7 @@ def say_useless(path: Path, names: Iterable[str]) -> None:
         near = get_close_matches(name.upper(), ours, 1, 0.8)
         what = f"did you mean {near[0]}?" if near else "the engine's container does not see it"
         what = f"it is for make's command line (make ... {name}=)" if name in OF_MAKE else what
-        say(f"{path}: {name} is no setting and does nothing; {what}")
+        say(f"{path}: {name} is not a setting, so it does nothing; {what}")
 
 
 def load_env_files() -> None:

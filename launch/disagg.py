@@ -86,7 +86,7 @@ def words_of(flag: str, text: str) -> list[str]:
         die(f"{flag} {text!r} is not a list of arguments: {error}")
     if words and not words[0].startswith("-"):
         die(
-            f"{flag} begins with {words[0]}, which is no flag",
+            f"{flag} begins with {words[0]}, which is not a flag",
             hint="give MODEL once, outside these arguments",
         )
     return list(map(from_home, words))

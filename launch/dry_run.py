@@ -80,7 +80,7 @@ def commands_of(plan: Plan, replica: Replica, logs: Path) -> Iterator[tuple[str,
     if replica.spread or kind.ATTENDED:
         yield "a place for the logs", shlex.join(["mkdir", "--parents", str(logs)])
         holder = kind.hold(plan, replica, os.environ).shown(ALONE)
-        what = "what attends the server" if kind.ATTENDED else "a container"
+        what = "what waits beside the server" if kind.ATTENDED else "a container"
         yield f"{what} on every node, until its `sleep` is killed", f"({holder}\n) &"
     if replica.spread:
         ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)

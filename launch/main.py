@@ -238,7 +238,7 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
 def check_force(found: image.Image) -> None:
     """--force takes an image away; there has to be something to load it from again."""
     if found.squash and not found.reference:
-        die(f"--force imports an image again, but {found.tag} is no import", hint="leave it out")
+        die(f"--force imports an image again; {found.tag} is not an import", hint="leave it out")
     if found.tag and not (found.tarball or found.registry):
         hint = "give --image a tarball or a registry reference"
         nothing = "and there is nothing to reload it from"

@@ -149,7 +149,7 @@ def find_model(given: str | None) -> str:
         whose = "the setting's" if os.environ.get("MODEL") else "the default"
         say(f"no MODEL given: serving {whose}, {given}")
     if not given.strip() or given.startswith("-"):
-        wrong = f"{given}, which is no model" if given.strip() else "empty"
+        wrong = f"{given}, which is not a model" if given.strip() else "empty"
         misused(f"MODEL is {wrong}", hint="give a Hugging Face id or a path")
     return given
 

@@ -286,10 +286,10 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
     except ValueError as e:
         if answer.body.lstrip()[:1] == b"<":
             raise Unanswered(
-                f"{at(endpoint.url, path)} is HTML, no JSON: a login page, or another service",
+                f"{at(endpoint.url, path)} is HTML, not JSON: a login page, or another service",
                 "name the API itself with -H and -p",
             ) from None
-        raise Unanswered(f"{at(endpoint.url, path)} is no JSON: {e}") from None
+        raise Unanswered(f"{at(endpoint.url, path)} is not JSON: {e}") from None
 
 
 def fetch(endpoint: Endpoint, path: str) -> Answer:
@@ -327,7 +327,7 @@ def unused(url: str) -> str:
 def tls_hint(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{BUNDLE} (or SSL_CERT_FILE) says whom to trust; --insecure takes any certificate"
-    return "http:// in place of https://?" if error.reason in NO_TLS else ""
+    return "did you mean http://?" if error.reason in NO_TLS else ""
 
 
 def version(endpoint: Endpoint) -> str | None:

@@ -344,7 +344,7 @@ def test_a_name_that_no_list_confirms_is_noted() -> None:
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        (LISTS["a page of HTML"][0], "/v1/models is HTML, no JSON: a login page, or another"),
+        (LISTS["a page of HTML"][0], "/v1/models is HTML, not JSON: a login page, or another"),
         (not_found, "-m NAME works without the list of models"),
     ],
 )

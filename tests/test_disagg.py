@@ -251,7 +251,7 @@ def test_what_is_refused_before_a_node_is_asked(
     assert "is for both prefill and decode" in fails([*good, "--config", "both.yaml"], capsys)
     quoted = ["--decode-args", "'--max_batch_size"]
     assert "is not a list of arguments" in fails([*good, *quoted], capsys)
-    assert "which is no flag" in fails([*good, "--prefill-args", "org/other"], capsys)
+    assert "which is not a flag" in fails([*good, "--prefill-args", "org/other"], capsys)
     (tmp_path / "c.yaml").write_text("{}")
     assert "sets no cache_transceiver_config.backend" in fails(good, capsys)
 

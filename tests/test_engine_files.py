@@ -63,7 +63,7 @@ def test_what_cannot_be_meant_is_refused(name: str) -> None:
         engine(name).read(["a", "b"], "8000")
     assert caught.value.code == 2
     for words in (["--x", "1", "m", "--y"], ["--y=1", "m"]):
-        with pytest.raises(Failure, match="m is no flag; if it is the MODEL, give it first"):
+        with pytest.raises(Failure, match="m is not a flag; if it is the MODEL, give it first"):
             engine(name).read(words, "8000")
     for words in (["m", "--port", "x"], ["m", "--port=65536"]):
         with pytest.raises(Failure, match="not a number from 1 to 65535"):

@@ -232,7 +232,7 @@ def test_a_model_of_the_settings_is_not_called_the_default(
         ([" "], {}, "MODEL is empty"),
         (["org/a", "org/b"], {}, "one MODEL, not two: org/b"),
         (["org/a", "--tp_size", "8", "b", "c"], {}, "one MODEL, not 3: b, c"),
-        ([], {"MODEL": "--check"}, "MODEL is --check, which is no model"),
+        ([], {"MODEL": "--check"}, "MODEL is --check, which is not a model"),
         (["m", "--port"], {}, "--port needs a value"),
         (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
         (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
