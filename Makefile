@@ -65,7 +65,7 @@ save: $(READY) ## Save the image as a tarball for the nodes (IMAGE= FILE= COMPRE
 	$(PY) save_image.py $(call flag,FILE,--output) $(call flag,COMPRESS,--compress)
 
 .PHONY: load
-load: $(READY) ## Load a tarball into this machine's Docker (FILE=; without it the newest that `make save` wrote)
+load: $(READY) ## Load a tarball into this machine's Docker (FILE=; default: the newest one from `make save`)
 	newest=$$(ls -t $(SAVED){.gz,.zst,} 2>/dev/null | head -n 1 || :); $(PY) save_image.py --load "$${FILE:-$${newest:-$(SAVED).gz}}"
 
 .PHONY: image-check
@@ -83,7 +83,7 @@ serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= E
 	$(PY) run_sbatch.py $(call flag,MODEL,) $(POOLS) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
-stop: $(READY) ## Stop what was started from this workspace, or only one of it (JOB=)
+stop: $(READY) ## Stop what was started from this workspace, or only one job (JOB=)
 	$(PY) run_sbatch.py --stop$(STOP_JOB)
 
 .PHONY: status
@@ -91,11 +91,11 @@ status: $(READY) ## Show what runs from this workspace
 	@$(PY) run_sbatch.py --status $(OR_SAID)
 
 .PHONY: logs
-logs: $(READY) ## Follow the newest server log, or that of one of a fleet (REPLICA=r2)
+logs: $(READY) ## Follow the newest server log, or a replica's (REPLICA=r2)
 	@$(PY) run_sbatch.py --logs $(call flag,REPLICA,) $(OR_STOPPED)
 
 .PHONY: why
-why: $(READY) ## Say why the newest server ended, or that of a log (LOG=)
+why: $(READY) ## Say why the newest server ended, or the one that wrote LOG (LOG=)
 	@$(PY) run_sbatch.py --why $(call flag,LOG,)
 
 .PHONY: test
@@ -129,7 +129,7 @@ static-bench: $(READY) ## Benchmark the engine alone, without a server, with trt
 
 ##@ Develop
 .PHONY: setup
-setup: $(READY) ## Make .venv (targets that need it do so by themselves)
+setup: $(READY) ## Make .venv (targets that need it do this by themselves)
 
 .PHONY: causes
 causes: $(READY) ## Write the known causes of death into docs/troubleshooting.md

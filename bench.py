@@ -270,7 +270,7 @@ def contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.client == "trtllm":
         given = {"--warmup": args.warmup is not None, "--shards": args.shards,
                  "--insecure": args.insecure}  # fmt: skip
-        yield from (f"{flag}: NVIDIA's client cannot, --client builtin can"
+        yield from (f"{flag}: NVIDIA's client cannot, use --client builtin"
                     for flag in given if given[flag])  # fmt: skip
     elif args.tokenizer:
         yield "--tokenizer is for --client trtllm"

@@ -87,7 +87,7 @@ def parse_sidecar(text: bytes) -> Json:
     for key, types in SIDECAR.items():
         value = sidecar.get(key, ...)
         if type(value) not in types or (type(value) is list and {*map(type, value)} - {str}):
-            raise ValueError(f"lacks a sound {key!r}")
+            raise ValueError(f"lacks a valid {key!r}")
     return sidecar
 
 
@@ -271,7 +271,7 @@ def engine_of(found: Json) -> dict[str, str]:
         words = docker.stdout.read().decode(errors="replace")
         if docker.wait() == 0 and (said := re.search(r"^(\w+) (\d\S*)$", words, re.M)):
             return {"engine": said[1], "version": said[2]}
-        say(f"note: which engine the image holds could not be found out: {docker.words()}")
+        say(f"note: could not find out which engine the image holds: {docker.words()}")
     return {}
 
 
@@ -328,7 +328,7 @@ def part_of(target: Path) -> Iterator[BinaryIO]:
     path = Path(f"{target}.part")
     part = path.open("ab")  # not "wb": until it is locked it may be another save's
     if not is_ours(part):
-        die(f"another save to {target} is at work", hint="or give another --output")
+        die(f"another save to {target} is running", hint="wait for it, or give another --output")
     try:
         part.truncate(0)  # a leftover of a crash is reused
         yield part

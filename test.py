@@ -2,9 +2,9 @@
 """Smoke-test a server's OpenAI API: eight checks; exit 0 if all pass.
 
 It asks for nothing known to bring TensorRT-LLM down (as top_k -1 does).
-What another server does not serve or refuses (top_k) is left out, and said.
-logs/endpoint.json is looked for here or in $WORKSPACE. Flags come before PORT,
-MODEL, OPENAI_API_KEY of the environment, and that before .env; HOST: .env only.
+It leaves out what another server lacks or refuses (top_k), and says so.
+It looks for logs/endpoint.json here and in $WORKSPACE. A flag wins over PORT,
+MODEL, OPENAI_API_KEY in the environment, that over .env; HOST: only in .env.
   test.py -H 10.0.128.193 -p 8000
   test.py -H https://llm.example.com -m Qwen/Qwen2.5-14B-Instruct --json
 """
@@ -99,7 +99,7 @@ def served_as(model: str) -> list[str]:
 
 def generates(answer: Answer, ask: Facts) -> Facts:
     if b"only supports single string prompt" in answer.body:  # disaggregated TensorRT-LLM's limit
-        return {"detail": "one prompt a request, says the server"}
+        return {"detail": "the server takes one prompt per request"}
     return is_ok(answer, ask) and judge(parse(answer.body), ask)
 
 
@@ -241,7 +241,7 @@ def settings() -> dict[str, str]:
         from dotenv import dotenv_values
 
         for path in (Path(__file__).resolve().with_name(".env"), Path(".env")):
-            check_owner(path, "it would say who gets the key: make it your own")
+            check_owner(path, "it decides who gets the key: make it your own")
             found |= dotenv_values(path)
     except ImportError:
         pass
@@ -276,7 +276,7 @@ def find_target(args: argparse.Namespace, env: dict[str, str]) -> Target:
 
 def port_number(text: str) -> int:
     if text and not (re.fullmatch("[0-9]{1,5}", text) and 0 < int(text) < 65536):
-        raise Trouble(f"{text!r} is no port: 1 to 65535")
+        raise Trouble(f"{text!r} is not a port: 1 to 65535")
     return int(text or 0)
 
 
@@ -521,9 +521,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("-H", "--host", default="", help="name or URL (of logs/endpoint.json, else localhost)")
     add("-p", "--port", default="", help="(of logs/endpoint.json, else 8000)")
-    add("-m", "--model", default="", help="must be served there (default: the first that is)")
-    add("--each", action="store_true", help="each replica of logs/endpoint.json, and their front")
-    add("--insecure", action="store_true", help="take any https certificate")
+    add("-m", "--model", default="", help="must be served there (default: the first one served)")
+    add("--each", action="store_true", help="each replica in logs/endpoint.json, and the front")
+    add("--insecure", action="store_true", help="accept any https certificate")
     add("--timeout", type=seconds, default=60.0, help="seconds a request may take (default: 60)")
     add("--json", action="store_true", help="one JSON document on stdout, the lines on stderr")
     return parser.parse_args(argv)

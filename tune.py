@@ -2,8 +2,8 @@
 """Find the best configuration for a model: serve and measure each candidate.
 
 Every combination of the lists is a candidate. All are measured at a few loads,
-then only what may still be better. What is not an option here goes to
-run_sbatch.py. Stopped at any moment, it keeps what it has; --resume goes on.
+then only those that may still win. Other options go to run_sbatch.py. You can
+stop it at any time: it keeps what it has, and --resume goes on.
   tune.py MODEL --config configs/tp.yaml configs/ep.yaml
   tune.py MODEL --tp 1,2,4,8 --replicas auto --set max_batch_size=64,256 \\
       --goodput ttft:500 tpot:30
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     for name, what in zip(SIZES, ("tensor", "pipeline", "expert"), strict=True):
         group(f"--{name}", type=numbers, default=(), metavar="N,N", help=f"{what} parallel sizes")
-    group("--replicas", default="", metavar="N,N", help="servers of each kind, or auto (1)")
+    group("--replicas", default="", metavar="N,N", help="servers behind one address, or auto (1)")
     group(
         "--set",
         nargs="+",
@@ -81,11 +81,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--gpus",
         type=count,
         metavar="N",
-        help="GPUs there are (those of the job, or of this machine)",
+        help="how many GPUs there are (the job's, or this machine's)",
     )
     group = parser.add_argument_group("how to measure").add_argument
     group("--goodput", type=limit, nargs="+", action="extend", default=[], metavar="SLO",
-          help="limits in ms that 99 %% of requests have to keep: ttft:500 tpot:30")  # fmt: skip
+          help="limits in ms for 99 %% of the requests: ttft:500 tpot:30")  # fmt: skip
     group(
         "--loads", type=numbers, default=race.LOADS, metavar="N,N", help="streams (1,2,4,...,256)"
     )
@@ -94,10 +94,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     group("--num-prompts", type=count, metavar="N", help="requests a run (5 a stream)")
     group("--repeat", type=count, default=2, metavar="N", help="runs of each load (2)")
     group(
-        "--minutes", type=positive, default=math.inf, metavar="M", help="begin nothing after them"
+        "--minutes",
+        type=positive,
+        default=math.inf,
+        metavar="M",
+        help="begin nothing new after M minutes",
     )
     group("-o", "--output", type=path, metavar="DIR", help="(results/tune-DATE-TIME)")
-    group("--resume", action="store_true", help="go on in -o")
+    group("--resume", action="store_true", help="go on with the search in -o")
     group("--dry-run", action="store_true", help="list the candidates, and serve none")
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
@@ -139,7 +143,7 @@ def space_of(args: argparse.Namespace) -> Space:
         try:
             sizes["tp"] = numbers(setting("TP"))
         except argparse.ArgumentTypeError:
-            misused(f"TP is {setting('TP')!r}, not a size, nor several as in 4,8")
+            misused(f"TP is {setting('TP')!r}, neither a size nor a list like 4,8")
     return Space(tuple(args.config), sizes, replicas, settings)
 
 

@@ -27,7 +27,7 @@ ROWS = (
     ("WORKSPACE", "", "directory with the default image and logs/ (default: this one)"),
     ("CONTAINER_MOUNT", "/fsx", "host directory that the containers see, too"),
     ("ENGINE", "trtllm", "what serves the model: trtllm, vllm or sglang"),
-    ("TP", "", "tensor parallel size, in whichever flag the engine has for it"),
+    ("TP", "", "tensor parallel size, passed in the engine's own flag for it"),
     ("RUNTIME", "docker", "docker; pyxis; or bare, for the engine in the node's PATH"),
     ("READY_TIMEOUT", "3600", "seconds a server may take to be ready, and its nodes to answer"),
     ("REPLICAS", "1", "how many servers behind one address; auto: as many as the GPUs hold"),
@@ -39,7 +39,7 @@ ROWS = (
     ("GPUS", "auto", "auto (the job's, or all without Slurm), none, or as docker's --gpus"),
     ("NODELIST", "", "which of the job's nodes to use: n2 or n2,n3 (default: all)"),
     ("MPI", "auto", "PMIx plug-in for several nodes, from srun --mpi=list: pmix, pmix_v4"),
-    ("TRTLLM_VERSION", "", "version of TensorRT-LLM whose options count (default: the image's)"),
+    ("TRTLLM_VERSION", "", "version of TensorRT-LLM to check options for (default: the image's)"),
     ("HAPROXY", "", "the front of --replicas: HAProxy's path on the head node (default: .venv's)"),
     ("PRIVILEGED", "0", "1 runs the container with docker's --privileged"),
     ("HF_HOME", "", "Hugging Face cache, which the containers see (~/.cache/huggingface)"),
@@ -47,7 +47,7 @@ ROWS = (
     (
         "HOST",
         "localhost",
-        "server to test and benchmark, only from .env; without it, logs/endpoint.json's",
+        "server to test and benchmark, only in .env; else logs/endpoint.json's",
     ),
     ("OPENAI_API_KEY", "", "API key that is sent to that server; never printed"),
     ("BENCH_TYPE", "all", "what bench.py measures: throughput,prefill,... or sweep"),
@@ -113,7 +113,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     found = {n: value for n, value in dotenv_values(stream=io.StringIO(text)).items() if value}
     for name, value in found.items():
         if "=" in name or "\0" in name + value or len(f"{name}={value}".encode()) > LONGEST:
-            die(f"{path} sets {name[:99]!r} to what no environment variable can hold")
+            die(f"{path} sets {name[:99]!r} to a value that no environment variable can hold")
     if state.st_mode & 0o044 and any(map(SECRETS.search, found)):
         say(f"{path} holds a secret and others may read it: chmod 600 {path}")
     return found
@@ -141,7 +141,7 @@ def say_useless(path: Path, names: Iterable[str]) -> None:
         near = get_close_matches(name.upper(), ours, 1, 0.8)
         what = f"did you mean {near[0]}?" if near else "the engine's container does not see it"
         what = f"it is for make's command line (make ... {name}=)" if name in OF_MAKE else what
-        say(f"{path}: {name} is no setting and does nothing; {what}")
+        say(f"{path}: {name} is not a setting, so it does nothing; {what}")
 
 
 def load_env_files() -> None:
@@ -152,7 +152,7 @@ def load_env_files() -> None:
     try:
         here = Path.cwd()
     except FileNotFoundError:
-        die("the current directory is gone", hint='if it was made anew: cd "$PWD"')
+        die("the current directory is gone", hint='if it was created again: cd "$PWD"')
     for directory in dict.fromkeys((here, Path(__file__).resolve().parents[1])):
         found = read_env_file(directory / ".env")
         say_useless(directory / ".env", found)

@@ -40,7 +40,7 @@ def outlive_warnings() -> None:
 
 def on_warning(signum: int, _: FrameType | None) -> None:
     name = signal.Signals(signum).name
-    words = f"{name} came, as Slurm sends it before the time limit (--signal): the server goes on"
+    words = f"{name} is Slurm's warning before the time limit (--signal): the server goes on"
     # In a thread, because the interrupted code may be in the middle of printing a line.
     threading.Thread(target=say, args=(words,)).start()
 

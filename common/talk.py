@@ -206,7 +206,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     Only a regular file is opened: reading anything else could block for ever.
     """
     if not path.is_file():
-        raise OSError(f"{path.name} is no file")
+        raise OSError(f"{path.name} is not a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except RecursionError:

@@ -110,7 +110,7 @@ def without_model(words: Sequence[str], *flags: str) -> tuple[str | None, list[s
             return value if equals else "".join(words[i + 1 : end]), args[:i] + args[end:]
     for before, word in pairwise(words):
         if not word.startswith("-") and ("=" in before or not before.startswith("-")):
-            misused(f"{word} is no flag; if it is the MODEL, give it first")
+            misused(f"{word} is not a flag; if it is the MODEL, give it first")
     return None, args
 
 

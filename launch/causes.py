@@ -20,7 +20,7 @@ READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
 LEAST = 1 << 15
 SHOWN = 400  # characters of it that are shown
 UNFORESEEN = (
-    "not a known cause: do what it says, where it says so, or read the log around that line and "
+    "not a known cause: do what the line says, or read the log around it and "
     "search the engine's issues"
 )
 

@@ -79,23 +79,23 @@ def parse(
     )
     option("--restart", metavar="N", help="restart a failed server, up to N times (default: 0)")
     option = parser.add_argument_group("several servers behind one address").add_argument
-    option("--replicas", metavar="N|auto", help="so many; auto: as many as fit (default: 1)")
+    option("--replicas", metavar="N|auto", help="how many; auto: as many as fit (default: 1)")
     option("--load-at-once", metavar="N", help="how many may load at a time (default: all)")
     option("--all-or-nothing", action="store_true", help="end them all when one is lost")
     option("--no-front", action="store_true", help="no common address: each has its own")
     choices = [name for name in AFFINITY if name]
-    alike = f"by {' or '.join(choices)}: send alike requests to one replica"
+    alike = f"send requests with the same {' or '.join(choices)} to one replica"
     option("--affinity", choices=choices, metavar="HOW", default="", help=alike)
     option = parser.add_argument_group("prefill and decode on servers of their own").add_argument
     for name, what_it_does in (("prefill", "read prompts"), ("decode", "write answers")):
         option(f"--{name}", metavar="N", help=f"how many servers {what_it_does} (default: none)")
         option(f"--{name}-config", metavar="FILE", type=from_home, help="their config file")
-        option(f"--{name}-args", metavar="ARGS", help="further arguments of theirs, quoted")
+        option(f"--{name}-args", metavar="ARGS", help="more arguments for them, quoted")
     what = parser.add_argument_group("instead of serving").add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="report every node, start nothing")
+    what.add_argument("--check", action="store_true", help="report on every node, start nothing")
     what.add_argument("--dry-run", action="store_true", help="print every command, run none")
     what.add_argument("--status", action="store_true", help="show what runs from this workspace")
-    parser.add_argument("--json", action="store_true", help="with --status: for programs")
+    parser.add_argument("--json", action="store_true", help="print --status for programs")
     what.add_argument(
         "--stop", metavar="JOB", nargs="?", const=EVERY, help="stop it, or only what runs in JOB"
     )
@@ -104,7 +104,7 @@ def parse(
         metavar="REPLICA",
         nargs="?",
         const="",
-        help="follow the newest log, or that of a replica",
+        help="follow the newest log, or a replica's",
     )
     what.add_argument(
         "--why",
@@ -112,7 +112,7 @@ def parse(
         nargs="?",
         const="",
         type=from_home,
-        help="say why the newest server ended, or that of LOG",
+        help="say why the newest server (or LOG's) ended",
     )
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
@@ -227,9 +227,9 @@ def check_pools(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for name in names:
         setattr(args, name, count_of(parser, f"--{name}", getattr(args, name) or "0"))
     if given and not (args.prefill and args.decode):
-        parser.error("--prefill and --decode need each other: one server of each kind at least")
+        parser.error("--prefill and --decode go together: give at least one server of each kind")
     if given and args.replicas != "1":
-        parser.error("--replicas are servers of one kind, and --prefill and --decode are two")
+        parser.error("--replicas does not go with --prefill and --decode")
     args.all_or_nothing = args.all_or_nothing or bool(args.prefill)
 
 

@@ -63,7 +63,7 @@ def pools_of(args: argparse.Namespace, server: Replica, engine_name: str) -> lis
         return []
     joint, kind = joint_of(engine_name), engine(engine_name)
     if (both := kind.config_of(server.args)) is not None:
-        hint = "the two kinds differ in it: --prefill-config and --decode-config"
+        hint = "give each kind its own: --prefill-config and --decode-config"
         die(f"the config file {both} is for both prefill and decode servers", hint=hint)
     pools = [pool_of(name, args, server, kind) for name in (PREFILL, DECODE)]
     joint.check(server.model, *(pool.server.args for pool in pools))
@@ -86,8 +86,8 @@ def words_of(flag: str, text: str) -> list[str]:
         die(f"{flag} {text!r} is not a list of arguments: {error}")
     if words and not words[0].startswith("-"):
         die(
-            f"{flag} begins with {words[0]}, which is no flag",
-            hint="MODEL is given once, by itself",
+            f"{flag} begins with {words[0]}, which is not a flag",
+            hint="give MODEL once, outside these arguments",
         )
     return list(map(from_home, words))
 

@@ -38,7 +38,7 @@ def image_commands(
         yield "the tarball's sha256, compared with its sidecar's", sum_command
     if force:
         forget = provide.forget_command(found, plan.place, plan.nodes).shown()
-        yield "--force: take the image off every node that serves", forget
+        yield "--force: remove the image from every node that serves", forget
     if found.tarball or found.registry:
         login = provide.password_command(found)
         more = f"{shlex.join(login)}; {HELD}" if login else HELD
@@ -80,7 +80,7 @@ def commands_of(plan: Plan, replica: Replica, logs: Path) -> Iterator[tuple[str,
     if replica.spread or kind.ATTENDED:
         yield "a place for the logs", shlex.join(["mkdir", "--parents", str(logs)])
         holder = kind.hold(plan, replica, os.environ).shown(ALONE)
-        what = "what attends the server" if kind.ATTENDED else "a container"
+        what = "what waits beside the server" if kind.ATTENDED else "a container"
         yield f"{what} on every node, until its `sleep` is killed", f"({holder}\n) &"
     if replica.spread:
         ranks = kind.ranks(plan, replica, pattern_of_logs(log)).shown(HELD)
@@ -89,4 +89,4 @@ def commands_of(plan: Plan, replica: Replica, logs: Path) -> Iterator[tuple[str,
         serve = kind.serve(plan, replica, os.environ).shown(HELD)
         yield "the server, until its standard input ends", serve
     if command := kind.remove(plan, replica):
-        yield "should a node not have cleaned up itself", command.shown()
+        yield "in case a node has not cleaned up by itself", command.shown()

@@ -125,7 +125,7 @@ def expected_gpus(plan: Plan, size: int, wanted: str) -> list[list[str]]:
     if wanted == "auto":
         unknown = "how many replicas fit is not known without asking the nodes"
         die(unknown, hint="give --replicas a number, or see --check")
-    say("how many GPUs a node has is not known without asking: shown for one node")
+    say("the number of GPUs of a node is not known without asking: shown for one node")
     return [[str(gpu) for gpu in range(size * int(wanted))]]
 
 

@@ -227,7 +227,7 @@ class Front:
         if time.monotonic() - self.began < STEADY or lost_nodes("\n".join(self.said)):
             self.die_of_end(code)
         self.start()
-        say(f"{self.name}: the front {how(code)}; it was started anew")
+        say(f"{self.name}: the front {how(code)}; it was restarted")
 
     def die_of_end(self, code: int) -> None:
         """Failure of one that has ended, by its own last words."""

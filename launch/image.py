@@ -146,7 +146,7 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
     if not (ids and isinstance(tag, str) and all(isinstance(i, str) for i in ids)):
         raise ValueError("no tag or no image id")
     if not REFERENCE.fullmatch(tag) or not all(map(DIGEST.fullmatch, ids)):
-        raise ValueError("a tag or an image id that is none")
+        raise ValueError("a tag or an image id that is not one")
     if int(data["unpacked_bytes"]) < 0:
         raise ValueError("a negative size")
     packed, unpacked = int(data["packed_bytes"]), int(data["unpacked_bytes"])

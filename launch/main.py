@@ -159,7 +159,7 @@ def announce(plan: Plan, request: Request, nodes: Sequence[Node]) -> None:
         say(f"{plan.title}, {request.shape}: {describe(plan, request.world, names)}")
     if plan.release is None:
         tag = request.found.tag
-        say(f"its version is asked, and its options are checked, once the nodes have {tag}")
+        say(f"its version and options are checked once the nodes have {tag}")
 
 
 def with_tp(args: list[str], served: Engine) -> list[str]:
@@ -221,7 +221,7 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
         wanted = replace(wanted, probe=probe)
         nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout)
         if not args.asked_runtime and pyxis.is_instead_of_docker(nodes):
-            say("the nodes have no Docker, and Slurm has pyxis: --runtime pyxis")
+            say("the nodes have no Docker, but Slurm has pyxis: using --runtime pyxis")
             args.runtime = "pyxis"
             return nodes
         if args.check:
@@ -238,7 +238,7 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
 def check_force(found: image.Image) -> None:
     """--force takes an image away; there has to be something to load it from again."""
     if found.squash and not found.reference:
-        die(f"--force imports an image anew, and {found.tag} is no import", hint="leave it out")
+        die(f"--force imports an image again; {found.tag} is not an import", hint="leave it out")
     if found.tag and not (found.tarball or found.registry):
         hint = "give --image a tarball or a registry reference"
         nothing = "and there is nothing to reload it from"

@@ -52,8 +52,8 @@ def stop(logs: Path, job: str = "") -> int:
 def die_of_a_deaf_one(record: dict[str, Any]) -> NoReturn:
     who, pid = process_of(record), record["launcher"].split(":")[1]
     if state_of(record["job"]) in ASLEEP:  # and so is a launcher that runs on its nodes
-        hint = f"`scontrol resume {record['job']}`: then it stops by itself"
-        die(f"job {record['job']} is suspended, and hears of no stop", hint=hint)
+        hint = f"resume it (`scontrol resume {record['job']}`); then it stops by itself"
+        die(f"job {record['job']} is suspended and cannot stop now", hint=hint)
     what = f"the launcher of {record['job']}, {who}, did not stop within {PATIENCE:g} s"
     end = f"`kill -KILL {pid}` there ends it and all that it started"
     die(what, hint=f"{end}; if it is gone, remove {record['path']}")

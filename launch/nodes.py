@@ -132,7 +132,7 @@ def part_of(place: Place, asked: str) -> Place:
     end = begin + len(names)
     if len(names) != len(wanted) or list(there[begin:end]) != names:
         has = f"job {place.job} has {', '.join(there)}"
-        die(f"NODELIST={asked}: {has}", hint="name some of these that follow each other")
+        die(f"NODELIST={asked}: {has}", hint="name consecutive ones of these")
     shares = {name: share for name, share in place.allocation.shares.items() if name in wanted}
     part = replace(place.allocation, nodes=there[begin:end], shares=shares)
     whole = len(names) == len(there)

@@ -65,7 +65,7 @@ class Check:
         self.others = [each for each in versions(engine).values() if each is not self.known]
 
     def flags(self, args: Sequence[str]) -> None:
-        hint = f"the version is the image's; {self.setting}= names another one"
+        hint = f"that is the image's version; {self.setting}= names another one"
         for flag in flags_of(args, union(self.engine, "switches")):
             if flag not in self.known.flags:
                 die(f"{self.name} has no option {flag}{self.meant_by(flag)}", hint=hint)

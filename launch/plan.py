@@ -149,7 +149,7 @@ def find_model(given: str | None) -> str:
         whose = "the setting's" if os.environ.get("MODEL") else "the default"
         say(f"no MODEL given: serving {whose}, {given}")
     if not given.strip() or given.startswith("-"):
-        wrong = f"{given}, which is no model" if given.strip() else "empty"
+        wrong = f"{given}, which is not a model" if given.strip() else "empty"
         misused(f"MODEL is {wrong}", hint="give a Hugging Face id or a path")
     return given
 
@@ -215,7 +215,7 @@ def find_mounts(
     else:
         say(f"{mount} does not exist here, so it is not mounted into the containers")
     if Path("/") in mounts:
-        hint = "--workspace and --container-mount with directories below it"
+        hint = "give --workspace and --container-mount directories below it"
         die("/ cannot be mounted into the container", hint=hint)
     unique = list(dict.fromkeys(mounts))
     return [p for p in unique if not any(p != q and is_within(p, q) for q in unique)]

@@ -163,10 +163,10 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
             text = f"the workspace {workspace} is not the one of {here}"
             yield from [node.bad("paths", text, f"{shared}: see --workspace")] if several else []
         elif path != str(wanted.image.tarball):
-            hint = f"{shared}, or by the same path on every node that serves"
+            hint = f"{shared}, or at the same path on every node that serves"
             yield node.bad("paths", f"{path} is not there, or not readable", hint)
     for path in node.facts.unmade:
-        hint = "have HF_HOME, or the variable that names it, lead to a directory of yours"
+        hint = "set HF_HOME, or the variable that names it, to a directory of yours"
         yield node.bad("paths", f"{path} is not there, and you may not make it", hint)
 
 
@@ -207,7 +207,7 @@ def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
         return
     used = re.search(r" GresUsed=(\S+)", said)
     if used and share_of(used[1], "").count:
-        what = f"Slurm has given GPUs of {name} to jobs ({used[1]}), and this is not in a job"
+        what = f"Slurm has given GPUs of {name} to jobs ({used[1]}), and you are not in a job"
         die(what, hint="ask for one: salloc -N 1 --gpus-per-node=8, or sbatch run_sbatch.py")
 
 
@@ -217,7 +217,7 @@ def judge_share(node: Node, share: Share, asked: str) -> Finding:
     Slices of a GPU (MIG) are more than there are devices; GPUs not in Slurm's configuration, less.
     """
     ours, agree = share.each, node.facts.gpus in (0, share.of)
-    hint = "name the job's in docker's words, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
+    hint = "name the job's as docker does, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
     if asked != "auto":
         named = re.findall(r"[^,=\"]+", asked.partition("device=")[2].partition('"')[0])
         theirs = [gpu for gpu in named if agree and gpu.isdecimal() and gpu not in ours]
@@ -226,7 +226,7 @@ def judge_share(node: Node, share: Share, asked: str) -> Finding:
             return node.bad("gpus", text, "GPUS=auto takes the job's")
     elif not agree:
         text = f"Slurm hands out {share.of} GPUs, but there are {node.facts.gpus} devices"
-        return node.bad("gpus", f"{text}: which ones are the job's cannot be told", hint)
+        return node.bad("gpus", f"{text}: it is not clear which ones are the job's", hint)
     elif len(ours) != share.count:
         return node.bad("gpus", "Slurm does not say which GPUs are the job's", hint)
     return node.ok("gpus", str(share.count))

@@ -89,7 +89,7 @@ def provide(
     """
     nodes = 1 if image.squash else nodes or place.size
     if (login := password_command(image)) and not shutil.which(login[0]):
-        say("image: no `aws` here to log in with: the nodes pull by what their own Docker knows")
+        say("image: no `aws` here to log in with: the nodes pull with their own Docker's login")
         login = []
     secret = run(login).strip() + "\n" if login else ""
     progress, words = Progress(image.packed), []

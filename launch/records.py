@@ -34,7 +34,7 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
     try:
         write_json(mine, record)
     except OSError as error:
-        hint = "--workspace with a directory for logs/ that has room"
+        hint = "give a --workspace with room for logs/ that you can write to"
         die(f"{path.parent} cannot be written to: {error.strerror}", hint=hint)
     try:
         os.link(mine, path)  # unlike a rename it replaces nothing

@@ -137,7 +137,7 @@ def expect_spread(
         return None
     if len(shares) < place.size:
         if world.size > 1:
-            say("how many GPUs a node has is not known without asking: shown for one node")
+            say("the number of GPUs of a node is not known without asking: shown for one node")
         return None
     gpus = [usable(setting("GPUS"), share.count) for share in shares.values()]
     if not is_spread(world, gpus, "each node", over_nodes):

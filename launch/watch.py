@@ -134,7 +134,7 @@ def judge(server: Server, fault: str, hint: str = HANGS) -> None:
     """Failure, unless it is only we who cannot reach it: then it goes on for those who can."""
     if server.health.misses and (words := walled(server)):
         if not server.walled:
-            say(f"{words}; it goes on")
+            say(f"{words}; the server goes on")
         server.forgive(0)
         server.walled, server.health.misses = True, 1
         return

@@ -40,7 +40,7 @@ LATE = 1.5  # times the usual pace
 TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
 ABORTED = ("error", "abort", "cancelled", "timeout")  # finish reasons
 # What was odd about a complete answer, phrased to follow `N answers`.
-NO_DONE = "ended without [DONE]; the finish reason and the transfer's end say that they are whole"
+NO_DONE = "ended without [DONE]; the finish reason and the transfer's end show they are complete"
 NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
 HELD_OPEN = "ended with [DONE], but the transfer stayed open: each kept its stream from the next "
 HELD_OPEN += "request for up to half a second, which throughput includes"

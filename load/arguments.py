@@ -63,7 +63,7 @@ def limit(text: str) -> tuple[str, float]:
     name, _, ms = text.partition(":")
     if name not in GOODPUT_NAMES:
         raise argparse.ArgumentTypeError(
-            f"{text}: write one of {', '.join(GOODPUT_NAMES)}, :, and ms"
+            f"{text}: write NAME:MS with one of {', '.join(GOODPUT_NAMES)}"
         )
     return name, positive(ms)
 

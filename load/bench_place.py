@@ -46,7 +46,7 @@ def exit_code(work: Callable[[], int]) -> int:
         return 128 + int(stopped.args[0])
     except ModuleNotFoundError as error:
         return complain(Failure(f"the Python package {error.name!r} is missing: run `make setup`, "
-                                "then .venv/bin/python in place of python3"))  # fmt: skip
+                                "then .venv/bin/python instead of python3"))  # fmt: skip
     except RuntimeError as error:
         if "new thread" not in str(error):
             raise
@@ -73,7 +73,7 @@ def result_folder(asked: Path | None, resume: bool, results: str, name: str = ""
         return new_folder(Path(RESULTS) / (name + time.strftime("%Y%m%d-%H%M%S")))
     folder = asked
     if not resume and any(folder.glob(results)):
-        die(f"{folder} holds results already", hint="--resume goes on; or name another with -o")
+        die(f"{folder} holds results already", hint="go on with --resume, or name another with -o")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -94,5 +94,5 @@ def would_send(facts: dict[str, Any]) -> Iterator[str]:
         warm_up = f", after {run['warm_up']} of warm-up" if run["warm_up"] else ""
         yield f"  {run['name']}: {run['num_prompts']:,}{warm_up}"
     if facts["sweep"]:
-        yield "  and a sweep, until more load brings no more"
+        yield "  and a sweep, until more load brings no more throughput"
     yield from (f"note: {note}" for note in facts["notes"])

@@ -107,7 +107,7 @@ class Builtin:
             spoilt_by_us_alone = own and record["problems"] == own
             if not spoilt_by_us_alone or attempt == ATTEMPTS:
                 break
-            say(f"{case.name}: again, for {own[0]}")
+            say(f"{case.name}: measured again: {own[0]}")
         if attempt > 1:
             record["notes"].append(f"{case.name} was measured {attempt} times: others kept the "
                                    "client's machine busy")  # fmt: skip
@@ -263,8 +263,8 @@ def repeats(prompts: Prompts, count: int, warmed: int) -> list[str]:
 def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     notes, client = [], record["client"]
     if dialect.chat and case.input_len is not None:
-        notes.append("a chat's prompt is as many words as tokens were asked for: its exact length "
-                     "is the server's to say")  # fmt: skip
+        notes.append("a chat's prompt has as many words as tokens were asked for; only the server "
+                     "knows its exact length")  # fmt: skip
     if case.input_len is None:
         notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
                      "token counts are the server's")  # fmt: skip

@@ -102,8 +102,8 @@ def with_model(endpoint: Endpoint, model: str) -> Endpoint:
         cards = model_cards(endpoint)
     except Unanswered as e:
         if not model:
-            raise Failure(e.message, e.hint or "-m NAME does without the list of models") from None
-        say(f"{e.message}: -m {model} is taken at its word")
+            raise Failure(e.message, e.hint or "-m NAME works without the list of models") from None
+        say(f"{e.message}: -m {model} is used without a check")
         return replace(endpoint, model=model, unlisted=f"no list of models ({e.message})")
     served = [card_id(card) for card in cards]
     name = choose(model, served, endpoint.url)
@@ -126,7 +126,7 @@ def api_key(environ: Mapping[str, str], record: Path | None) -> str:
     if not re.fullmatch("[!-~]*", key):
         die("OPENAI_API_KEY has characters that no HTTP header can carry")
     if key and record and record.is_file():
-        why = "OPENAI_API_KEY is not sent where it says; name the server with -H and -p"
+        why = "OPENAI_API_KEY is not sent to the server in it; name the server with -H and -p"
         trust(record, record.stat(), why)
     return key
 
@@ -286,10 +286,10 @@ def get(endpoint: Endpoint, path: str) -> Any:  # noqa: ANN401
     except ValueError as e:
         if answer.body.lstrip()[:1] == b"<":
             raise Unanswered(
-                f"{at(endpoint.url, path)} is HTML, no JSON: a login page, or another service",
-                "-H and -p name the API itself",
+                f"{at(endpoint.url, path)} is HTML, not JSON: a login page, or another service",
+                "name the API itself with -H and -p",
             ) from None
-        raise Unanswered(f"{at(endpoint.url, path)} is no JSON: {e}") from None
+        raise Unanswered(f"{at(endpoint.url, path)} is not JSON: {e}") from None
 
 
 def fetch(endpoint: Endpoint, path: str) -> Answer:
@@ -321,13 +321,13 @@ def unused(url: str) -> str:
     parts, known = urlsplit(url), getproxies()
     if not {parts.scheme, "all"} & set(known) or proxy_bypass(parts.hostname or ""):
         return ""
-    return f"{parts.scheme.upper()}_PROXY is not used: measure from where it is reached without"
+    return f"{parts.scheme.upper()}_PROXY is not used: measure from a machine that needs no proxy"
 
 
 def tls_hint(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"{BUNDLE} (or SSL_CERT_FILE) names whom to trust; --insecure takes any certificate"
-    return "http:// in place of https://?" if error.reason in NO_TLS else ""
+        return f"{BUNDLE} (or SSL_CERT_FILE) says whom to trust; --insecure takes any certificate"
+    return "did you mean http://?" if error.reason in NO_TLS else ""
 
 
 def version(endpoint: Endpoint) -> str | None:

@@ -120,5 +120,5 @@ def too_few(case: Case) -> str:
 def surprises(planned: Sequence[Case], change: Overrides) -> Iterator[str]:
     """Notes on flags that do not do what one may think."""
     if (change.input_len or change.output_len) and any(c.input_len is None for c in planned):
-        yield "conversations have lengths of their own: --input-len and --output-len leave them"
+        yield "conversations have lengths of their own: --input-len and --output-len do not apply"
     yield from unique(f"{c.label}: {words}" for c in planned if (words := too_few(c)))

@@ -332,14 +332,14 @@ def slow_client(load: Load, result: Result, facts: Mapping[str, Any], itl: float
         behind, held_up = result.cpu > BUSY, result.waited > 500 * span(good)
     if behind or held_up:
         share = facts["merged_share"] if behind else facts["blurred_share"]
-        found.append(f"the client read so late that {share:.0%} of the events have another's time")
+        found.append(f"the client read so late that {share:.0%} of the events got too late a time")
     if facts["blurred_firsts"] > BLURRED:
         share = facts["blurred_firsts"]
         found.append(
-            f"the client read so late that {share:.0%} of first tokens have another's time"
+            f"the client read so late that {share:.0%} of first tokens got too late a time"
         )
     if not result.kernel_stamps and result.cpu > BUSY:
-        found.append(f"the client used {result.cpu:.0%} of a core, and its times are its own")
+        found.append(f"the client used {result.cpu:.0%} of a core, and it took the times itself")
     if abs(result.clock_step) > CLOCK_STEP_MS:
         found.append(f"the clock was set by {result.clock_step:.1f} ms during the run")
     return found

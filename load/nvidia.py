@@ -92,7 +92,7 @@ def benchmark_serving(case: Case, endpoint: Endpoint, options: Options, file: Pa
     served = endpoint.model if endpoint.model != endpoint.asked else ""
     target = endpoint.target
     if endpoint.prefix.endswith("/"):
-        die(f"{endpoint.url}: NVIDIA's client asks below /v1 only", hint="take --client builtin")
+        die(f"{endpoint.url}: NVIDIA's client only works below /v1", hint="use --client builtin")
     plain = not target.tls and not endpoint.prefix and ":" not in target.host
     limits = [f"{name}:{ms:g}" for name, ms in options.goodput.items()]
     return [
@@ -191,7 +191,7 @@ def without_times(record: Record) -> list[str]:
     lists = [*(record.get(name, ()) for name in ("ttfts", "e2els")), *record.get("itls", ())]
     values = [value for found in lists for value in found or ()]
     lost = len(values) - len(numbers(values))
-    words = f"{lost} of {len(values)} times that NVIDIA's client wrote down are no numbers"
+    words = f"{lost} of {len(values)} times that NVIDIA's client wrote down are not numbers"
     return [f"{words}: they are left out"] if lost else []
 
 

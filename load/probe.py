@@ -35,8 +35,8 @@ NOBODY = re.compile("cannot (connect|resolve)|no (connection|whole answer) withi
 REFUSED = re.compile("HTTP [45]|error from the server")
 
 WITHOUT = {  # the least important first
-    "token_ids": ("token ids as a prompt", "prompts are text, and their length is the server's "
-                  "to say"),
+    "token_ids": ("token ids as a prompt", "prompts are text, and only the server knows their "
+                  "length"),
     "stream_options": ("stream_options", "it may not count its tokens"),
     "temperature": ("temperature 0", "it picks its tokens as it likes"),
     "ignore_eos": ("ignore_eos", "outputs may end early"),
@@ -122,7 +122,7 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
         notes += ignored
     name = ask.names.pop() if len(ask.names) == 1 else endpoint.model
     if name != endpoint.model:
-        notes.append(f"the answers name {name}, where {endpoint.model} was asked for: taken as the "
+        notes.append(f"the answers name {name}, not {endpoint.model} as asked: taken as the "
                      "model behind that name")  # fmt: skip
     return Found(dialect, name, ask.sent, tuple(notes))
 
@@ -179,7 +179,7 @@ def hint(ask: Prober, chat: bool, answer: Outcome) -> str:
     other = replace(PLAINEST, chat=not chat)
     if any(not ask(replace(other, length=length)).error for length in LENGTHS):
         name = "openai-chat" if other.chat else "openai"
-        return f"--backend {name}: {other.path} is answered"
+        return f"use --backend {name}: the server answers {other.path}"
     if answer.error.startswith("HTTP 403"):
         return ask.endpoint.key_hint
     if ask.endpoint.unlisted:

@@ -90,7 +90,7 @@ def changes(
     other = set(endpoint.replicas) ^ set(replicas_of(read_record(endpoint.record)))
     if other and not problems:
         names = ", ".join(sorted(name for name, _ in other))
-        problems = [f"{names} came up or went down after bench.py began: it counts other GPUs"]
+        problems = [f"{names} came up or went down after bench.py began: its GPU count is wrong"]
     return problems, notes
 
 

@@ -182,13 +182,13 @@ def download(url: str, path: Path) -> None:
                 keep(answer, part, have if answer.status_code == 206 else 0)
             digests = [h.headers.get("X-Linked-Etag", "") for h in answer.history]
     except requests.RequestException as e:
-        die(f"{path} is missing, and {urlsplit(url).hostname} cannot be asked for it: {cause(e)}",
-            hint="--sharegpt (SHAREGPT_PATH) names a copy; -t without sharegpt does without"
+        die(f"{path} is missing, and {urlsplit(url).hostname} does not give it: {cause(e)}",
+            hint="--sharegpt (SHAREGPT_PATH) names a copy; or leave sharegpt out of -t"
             )  # fmt: skip
     digest = next((d.strip('"') for d in digests if len(d) == 66), "")  # the host's own sha256
     if digest and sha256(part) != digest:
         part.unlink()
-        die(f"{url}: what came is damaged", hint="run it again")
+        die(f"{url}: the download is damaged", hint="run it again")
     part.replace(path)
 
 

@@ -65,7 +65,7 @@ def parse(
     add("--input-len", type=int, default=128, help="tokens; default: %(default)s")
     add("--output-len", type=int, default=128, help="tokens; default: %(default)s")
     add("-i", "--image", default=environ.get("BENCH_IMAGE", ""), help="tarball, tag or registry "
-        "reference; default: none where tensorrt_llm is, else as of run_sbatch.py")  # fmt: skip
+        "reference; default: none if tensorrt_llm is installed, else run_sbatch.py's")  # fmt: skip
     add("-o", "--output", type=Path, help="folder of the report; default: results/static-DATE-TIME")
     add("--prepare-dataset", default=PREPARE, help="where that script is; default: %(default)s")
     return parser.parse_known_args(argv)

@@ -100,7 +100,7 @@ def judge_shapes(shapes: Sequence[Shape]) -> Judgement:
                      "answers", ("TTFT",), "E2EL and throughput")  # fmt: skip
     elif len(clumps) > ODD * len(shapes):
         found.notes = [f"{len(clumps)} of {len(shapes)} answers came in clumps of tokens: a part "
-                       "of TTFT and ITL is of what held them back on their way"]  # fmt: skip
+                       "of TTFT and ITL is a delay on their way"]  # fmt: skip
     else:
         found.notes = replays([s for s in many if s.replayed], shapes)
     found.notes += [*together(shapes), *in_pairs(many)]

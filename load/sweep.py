@@ -40,7 +40,7 @@ def conflicts(types: Sequence[str], change: Overrides, by: str | None) -> Iterat
     if first_step(change, by == "rate") > MOST_STREAMS:
         yield f"a sweep ends at {MOST_STREAMS:,}: let it begin below"
     if by != "rate" and math.isfinite(change.rates[0]):
-        yield "a sweep of the concurrency has no --request-rate; or --sweep-by rate"
+        yield "a sweep of the concurrency has no --request-rate; use --sweep-by rate"
 
 
 def sweep(change: Overrides, measure: Measure, by_rate: bool) -> tuple[list[Record], Record | None]:
@@ -68,7 +68,7 @@ def verdict(found: Sequence[Record], best: Record | None, by_rate: bool) -> str:
     """Where the knee is and why the sweep ended there, in a sentence."""
     why = stop_reason(found, by_rate)
     if not best:
-        return f"sweep: the knee: none, since at the first step {why}"
+        return f"sweep: no knee: at the first step {why}"
     if why and found[-1]["valid"]:
         return f"sweep: {why}; the knee: {best['case']['name']}"
     why = why or f"{MOST_STREAMS:,} is the end of the range"

@@ -50,7 +50,7 @@ class Change:
     @property
     def noise_in_words(self) -> str:
         if self.noise is None:
-            return "one run a side: what chance does is not known"
+            return "one run a side: chance cannot be judged"
         return f"by chance {in_words(self.noise, self.column)} more or less"
 
     @property

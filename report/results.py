@@ -225,7 +225,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 def sound(record: Any) -> Record:  # noqa: ANN401
     """A result of bench.py that is safe to show; ValueError if it is not one."""
     if not (isinstance(record, dict) and isinstance(record.get("case"), dict)):
-        raise ValueError("no result of bench.py")
+        raise ValueError("not a result of bench.py")
     if not is_sound(record):
         raise ValueError("a result of bench.py that is damaged")
     return dict(clean(record))

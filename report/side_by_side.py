@@ -23,9 +23,9 @@ from report.page import (
 from report.results import COMPARED, Found, groups
 
 CLASSES = {"better": "good", "WORSE": "bad"}
-KEY = ("Each figure is the change from before to after; pointed at, it tells both. Coloured: "
-       "better or worse by more than repeats differ. Grey: no more than that, or nobody knows, "
-       "as there was one run a side.")  # fmt: skip
+KEY = ("Each figure is the change from before to after; point at it to see both. Coloured: "
+       "better or worse by more than repeats differ. Grey: no more than that, or unknown, "
+       "because one side had only one run.")  # fmt: skip
 
 
 def write(names: tuple[str, str], before: Found, after: Found, path: Path) -> None:

@@ -169,7 +169,7 @@ def say(outcome: Outcome, best: Best) -> list[str]:
     if not best.name:
         found = [p for by_load in outcome.measured.values() for p in by_load.values()]
         if any(point.valid for point in found):
-            return [f"{goal}: no candidate keeps that, at any load"]
+            return [f"{goal}: no candidate stays within that at any load"]
         return [f"{goal}: {'every load was invalid' if found else 'nothing was measured'}"]
     point = outcome.measured[best.name][best.load]
     left = ", ".join(f"{share:.0%} of {NAMES[name]} left" for name, share in best.margin.items())
@@ -179,7 +179,7 @@ def say(outcome: Outcome, best: Best) -> list[str]:
         others = ", ".join(best.ties)
         lines.append(f"  a tie with {others}: the repeats differ by more than they do")
     if len(outcome.groups[best.name][best.load].records) < 2:
-        lines.append("  measured once: how much runs differ is not known, nor what is a tie")
+        lines.append("  measured once, so nobody knows how much runs differ, or what is a tie")
     return [*lines, f"  serve it: {outcome.command_of(best.name)}"]
 
 

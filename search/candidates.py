@@ -121,7 +121,7 @@ def number_of(replicas: str, world: int, gpus: int) -> int:
     """How many servers. Failure if they need more GPUs than there are."""
     if replicas == "auto":
         if not gpus:
-            raise Failure("how many replicas are `auto` is not known: give --gpus")
+            raise Failure("`auto` replicas need the number of GPUs: give --gpus")
         count = gpus // world
     else:
         count = int(replicas or 1)

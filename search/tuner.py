@@ -227,7 +227,7 @@ class Tuner:
         names = (folder.with_name(f"{folder.name}.before{n}") for n in itertools.count(1))
         aside = folder.rename(next(name for name in names if not name.exists()))
         known = "its folder holds results of other arguments, settings or lengths"
-        what = known if before else "what the results in its folder are of is not known"
+        what = known if before else "it is not known how the results in its folder were made"
         say(f"{candidate.name}: {what}: measured again; they are now in {aside.name}")
 
     def tell(self, name: str, streams: int) -> None:

@@ -132,7 +132,7 @@ def test_the_warm_up_is_not_counted_and_has_prompts_of_its_own(
 def test_chat(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, obedient, "-t", "throughput", *QUICK, "--backend", "openai-chat")
     assert run.code == 0, run.stdout
-    assert "its exact length is the server's to say" in run.stdout
+    assert "only the server knows its exact length" in run.stdout
     request = next(r for r in run.server.requests if r.body)
     assert "/v1/chat/completions" in request.line
     assert request.body["max_tokens"] == 8  # of the probe
@@ -509,7 +509,7 @@ LOAD = Load(Target("h", 1), "/", lambda i: b"", 1)
         (Result([outcome(sent=20 * MS)]), "held requests back"),
         (Result([outcome(gaps=[10.0, 0.0], merged=1)], lags=Counter({90: 1})), "read so late"),
         (Result([outcome(gaps=[20.0, 0.0], merged=1, blurred=1)], waited=50.0), "read so late"),
-        (Result([outcome(first_blurred=True)]), "100% of first tokens have another's time"),
+        (Result([outcome(first_blurred=True)]), "100% of first tokens got too late a time"),
         (Result([outcome()], kernel_stamps=False, cpu=0.99), "99% of a core"),
         (Result([outcome()], clock_step=-30.0), "the clock was set by -30.0 ms"),
         (Result([outcome(output_tokens=None)]), "without usage"),
@@ -996,7 +996,7 @@ def test_what_its_client_cannot_do_is_refused(
     with pytest.raises(SystemExit) as stop:
         bench.parse(flags, {})
     assert stop.value.code == 2
-    assert f"{flags[0]}: NVIDIA's client cannot, --client builtin can" in capsys.readouterr().err
+    assert f"{flags[0]}: NVIDIA's client cannot, use --client builtin" in capsys.readouterr().err
     assert bench.parse([*flags, "--client", "builtin"], {"BENCH_IMAGE": "x"}).client == "builtin"
 
 
@@ -1047,7 +1047,7 @@ def test_a_model_in_a_directory_is_found_without_a_flag() -> None:
 
 def test_it_asks_below_v1_only() -> None:
     server = Endpoint("https://api.z.ai/api/paas/v4/", "glm", "glm")
-    with pytest.raises(Failure, match="below /v1 only"):
+    with pytest.raises(Failure, match="only works below /v1"):
         nvidia.benchmark_serving(Case("x", 1, 1, 1), server, clients.Options(Path("s")), Path("x"))
 
 
@@ -1265,7 +1265,7 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("odd", "note"),
     [
-        ({"ttfts": [0.1, None]}, "1 of 66 times that NVIDIA's client wrote down are no numbers"),
+        ({"ttfts": [0.1, None]}, "1 of 66 times that NVIDIA's client wrote down are not numbers"),
         ({"ttfts": [NAN, NAN]}, "2 of 66 times"),
         ({"itls": [[0.01] * 30 + [NAN], [0.01] * 31]}, "1 of 66 times"),
         ({"e2els": ["x", 10**400]}, "2 of 66 times"),

@@ -201,8 +201,8 @@ def test_a_broken_data_set_is_found_before_the_first_run() -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("http://127.0.0.1:1/x", "127.0.0.1 cannot be asked for it: no connection"),
-        ("http://no.such.invalid/x", "no.such.invalid cannot be asked for it: no connection"),
+        ("http://127.0.0.1:1/x", "127.0.0.1 does not give it: no connection"),
+        ("http://no.such.invalid/x", "no.such.invalid does not give it: no connection"),
     ],
 )
 def test_a_data_set_that_cannot_be_downloaded_is_told_first(
@@ -213,7 +213,7 @@ def test_a_data_set_that_cannot_be_downloaded_is_told_first(
         said = bench(server, "-t", "latency,sharegpt")
     assert said.code == 1
     assert f"ShareGPT.json is missing, and {words}" in said.err
-    assert "-t without sharegpt does without" in said.err
+    assert "or leave sharegpt out of -t" in said.err
     assert "Pool" not in said.err
     assert not [r for r in server.requests if r.body]
 
@@ -221,6 +221,6 @@ def test_a_data_set_that_cannot_be_downloaded_is_told_first(
 def test_what_the_other_side_answers_is_told_in_its_number() -> None:
     with (
         serving(lambda request: request.document({}, "403 Forbidden")) as server,
-        pytest.raises(Failure, match="cannot be asked for it: HTTP 403"),
+        pytest.raises(Failure, match="does not give it: HTTP 403"),
     ):
         sharegpt.download(f"http://127.0.0.1:{server.port}/x", DATA)

@@ -256,7 +256,7 @@ def answers_as(name: Callable[[Ask], str]) -> Kind:
 def test_the_model_behind_an_alias_is_a_note(args: tuple[str, ...]) -> None:
     said, _ = run(answers_as(lambda _: BEHIND), *args)
     assert said.code == 0, said.said
-    assert f"the answers name {BEHIND}, where {MODEL} was asked for" in said.notes
+    assert f"the answers name {BEHIND}, not {MODEL} as asked" in said.notes
 
 
 def test_a_model_that_changes_meanwhile_makes_the_run_invalid() -> None:
@@ -344,8 +344,8 @@ def test_a_name_that_no_list_confirms_is_noted() -> None:
 @pytest.mark.parametrize(
     ("models", "words"),
     [
-        (LISTS["a page of HTML"][0], "/v1/models is HTML, no JSON: a login page, or another"),
-        (not_found, "-m NAME does without the list of models"),
+        (LISTS["a page of HTML"][0], "/v1/models is HTML, not JSON: a login page, or another"),
+        (not_found, "-m NAME works without the list of models"),
     ],
 )
 def test_without_a_list_and_without_a_name(models: Any, words: str) -> None:
@@ -390,7 +390,7 @@ def test_the_api_that_is_there_is_named(
 ) -> None:
     said, _ = run(serves_only(path, otherwise), "--backend", backend)
     assert said.code == 1
-    assert f"next: --backend {other}: {path} is answered" in said.err
+    assert f"next: use --backend {other}: the server answers {path}" in said.err
 
 
 def test_a_name_that_the_server_does_not_know_either() -> None:
@@ -440,7 +440,7 @@ def test_check_of_a_server_that_does_not_answer() -> None:
 def test_check_names_a_load_that_is_not_what_it_is_called() -> None:
     said, _ = run(Kind(), "--check", "-t", "concurrency,sharegpt", "--concurrency", "8")
     assert "no more than 4 of 8 streams are in flight" in said.out
-    assert "--input-len and --output-len leave them" in said.out
+    assert "--input-len and --output-len do not apply" in said.out
     assert "ShareGPT.json is missing" in said.out
     assert not Path("ShareGPT.json").exists()
 

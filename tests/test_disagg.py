@@ -225,11 +225,11 @@ def words(folder: Path, port: int, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--prefill", "1"], "--prefill and --decode need each other"),
-        (["--prefill-config", "x"], "--prefill and --decode need each other"),
-        (["--prefill", "0", "--decode", "1"], "--prefill and --decode need each other"),
+        (["--prefill", "1"], "--prefill and --decode go together"),
+        (["--prefill-config", "x"], "--prefill and --decode go together"),
+        (["--prefill", "0", "--decode", "1"], "--prefill and --decode go together"),
         (["--prefill", "all", "--decode", "1"], "--prefill: 'all' is not a number of servers"),
-        (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas are servers of one"),
+        (["--prefill", "1", "--decode", "1", "--replicas", "2"], "--replicas does not go with"),
     ],
 )
 def test_usage(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +251,7 @@ def test_what_is_refused_before_a_node_is_asked(
     assert "is for both prefill and decode" in fails([*good, "--config", "both.yaml"], capsys)
     quoted = ["--decode-args", "'--max_batch_size"]
     assert "is not a list of arguments" in fails([*good, *quoted], capsys)
-    assert "which is no flag" in fails([*good, "--prefill-args", "org/other"], capsys)
+    assert "which is not a flag" in fails([*good, "--prefill-args", "org/other"], capsys)
     (tmp_path / "c.yaml").write_text("{}")
     assert "sets no cache_transceiver_config.backend" in fails(good, capsys)
 
@@ -299,7 +299,7 @@ def test_the_whole_passes_the_api_checks_and_is_measured(tmp_path: Path) -> None
         at = ["-H", "127.0.0.1", "-p", str(port)]
         checked = run_script("test.py", *at)
         assert "8/8 passed" in checked.stdout, checked.stdout + checked.stderr
-        assert "one prompt a request" in checked.stdout
+        assert "one prompt per request" in checked.stdout
         load = [
             "-t",
             "concurrency",

@@ -149,7 +149,7 @@ def test_without_a_container_gpus_are_named_to_cuda(
 
 @pytest.mark.parametrize("asked", ["driver=nvidia", "all,capabilities=utility", "count=2", "-1"])
 def test_what_only_docker_can_give_is_refused_without_a_container(asked: str) -> None:
-    with pytest.raises(Failure, match=f"GPUS={asked} cannot be had without a container"):
+    with pytest.raises(Failure, match=f"GPUS={asked} needs a container"):
         bare.check(plan("m", runtime="bare", gpus=asked))
 
 
@@ -337,7 +337,7 @@ def test_the_front_is_one_address_for_all(fakes: Fakes, fleet_of: Callable[..., 
     wait_until(lambda: time.monotonic() > up_since + front.STEADY, "a front that is no mistake")
     [haproxy] = [pid for pid, line in fakes.processes().items() if "haproxy -db" in line]
     os.kill(haproxy, signal.SIGKILL)
-    started.until("the front was ended by signal 9; it was started anew")
+    started.until("the front was ended by signal 9; it was restarted")
     wait_until(lambda: ask_health(url) == 200)
     assert started.stop() == 130
 

@@ -171,7 +171,7 @@ def test_a_replica_that_comes_or_goes_makes_the_run_invalid() -> None:
         down(servers)
         problem = ["r1 ended, or was restarted, during the run"]
         assert same.changes(named, before) == (problem, [])
-        problem = ["r1 came up or went down after bench.py began: it counts other GPUs"]
+        problem = ["r1 came up or went down after bench.py began: its GPU count is wrong"]
         assert same.changes(named, same.identity(named)) == (problem, [])  # in the next run
         fewer, before = here(), same.identity(here())
         assert same.changes(fewer, before) == ([], [])

@@ -362,7 +362,7 @@ def test_one_that_is_killed_is_started_anew(capsys: pytest.CaptureFixture[str]) 
         wait_until(lambda: running.step and running.step.poll() is not None)
         running.tick()
         assert get(running.port) == (200, "r0")
-        assert "n1: the front was ended by signal 9; it was started anew" in capsys.readouterr().err
+        assert "n1: the front was ended by signal 9; it was restarted" in capsys.readouterr().err
         kill_haproxy(running)  # at once: something is wrong
         wait_until(lambda: running.step and running.step.poll() is not None)
         with pytest.raises(Failure, match=r"^n1: the front was ended by signal 9, within 5 s"):

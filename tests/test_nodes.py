@@ -589,7 +589,7 @@ def test_a_variable_that_does_nothing_says_so(
     path = tmp_path / "work/.env"
     path.write_text(f"{name}=8\n")
     load_env_files()
-    what = f"{path}: {name} is no setting and does nothing; {said}\n"
+    what = f"{path}: {name} is not a setting, so it does nothing; {said}\n"
     assert capsys.readouterr().err.endswith(what) if said else not capsys.readouterr().err
 
 

@@ -139,7 +139,7 @@ def test_the_preflight_says_what_a_node_lacks() -> None:
     assert found(replace(IMAGE, reference="docker://r.io#x"), **missing) == ["note image: import"]
     assert found(toolkit=False)[1].startswith("bad toolkit: enroot's hook for GPUs needs nvidia")
     assert found(gpus="none", toolkit=False) == ["ok image: present"]
-    assert found(gpus="2")[1] == "bad gpus: GPUS=2 cannot be said to pyxis"
+    assert found(gpus="2")[1] == "bad gpus: GPUS=2 does not work with pyxis"
     assert found(efa=4, memlock=8 << 20)[1].startswith("note memlock: only 8192 kB")
     assert found(efa=4, memlock=-1) == ["ok image: present"]
     large = replace(IMAGE, unpacked=20 * 10**9)

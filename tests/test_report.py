@@ -571,9 +571,9 @@ def test_usage(words: list[str]) -> None:
 BROKEN = {
     b"": "not JSON",
     b"{half": "not JSON",
-    b"[]": "no result of bench.py",
-    b"7": "no result of bench.py",
-    b'{"mean_ttft_ms": 7}': "no result of bench.py",  # another tool's
+    b"[]": "not a result of bench.py",
+    b"7": "not a result of bench.py",
+    b'{"mean_ttft_ms": 7}': "not a result of bench.py",  # another tool's
     b'{"case": {"name": "a"}}': "damaged",
     b"\xff\xfe\x00": "not JSON",
     b"[" * 100_000: "nested too deeply",

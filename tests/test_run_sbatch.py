@@ -232,7 +232,7 @@ def test_a_model_of_the_settings_is_not_called_the_default(
         ([" "], {}, "MODEL is empty"),
         (["org/a", "org/b"], {}, "one MODEL, not two: org/b"),
         (["org/a", "--tp_size", "8", "b", "c"], {}, "one MODEL, not 3: b, c"),
-        ([], {"MODEL": "--check"}, "MODEL is --check, which is no model"),
+        ([], {"MODEL": "--check"}, "MODEL is --check, which is not a model"),
         (["m", "--port"], {}, "--port needs a value"),
         (["m", "--tp_size", "-x"], {}, "--tp_size needs a value"),
         (["m", "--tp_size", ""], {}, "--tp_size needs a value"),
@@ -512,7 +512,7 @@ def test_a_signal_that_only_warns_is_told_and_ends_nothing(launch: Launcher) -> 
     started.until("stop it with")
     for name in ("USR1", "USR2", "ALRM", "XCPU"):
         started.process.send_signal(signal.Signals[f"SIG{name}"])
-        started.until(f"SIG{name} came, as Slurm sends it before the time limit (--signal)")
+        started.until(f"SIG{name} is Slurm's warning before the time limit (--signal)")
     assert started.stop() == 130
 
 
@@ -651,7 +651,7 @@ def test_a_tarball_without_a_sidecar_says_its_version_when_it_is_loaded(
     fakes.set(labels={}, asked=f"tensorrt_llm {asked}" if asked else "")
     words = ("m", "--tool_parser", "qwen3")
     checked = launch("--check", *words, slurm=True)
-    assert checked.code() == 0 and "its options are checked, once the nodes" in checked.output
+    assert checked.code() == 0 and "and options are checked once the nodes" in checked.output
     started = launch(*words, slurm=True)
     assert started.code() == 1
     said = started.output.partition("ERROR ")[2]
@@ -1700,7 +1700,7 @@ def test_what_a_node_cannot_remove_is_said_and_does_not_hold_up_the_end(
     words = "127.0.0.2 (ranks 2-3): its container ended with exit code 137"
     assert error(started).startswith(words)
     assert (
-        "127.0.0.2: the container trtllm-77-127.0.0.2 may be there still "
+        "127.0.0.2: the container trtllm-77-127.0.0.2 may still be there "
         "(Cannot connect to the Docker daemon at unix:///var/run/docker.sock.). It should end"
     ) in started.output
     assert fakes.containers() == ["127.0.0.2/trtllm-77-127.0.0.2"]
@@ -1767,7 +1767,7 @@ def test_a_dry_run_shows_the_containers_and_the_ranks(fakes: Fakes, launch: Laun
     assert {"--mpi=pmix_v4", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2"} <= set(ranks)
     assert f"--output={Path.cwd()}/logs/trtllm_server_77_rank%t.log" in ranks
     assert rank["Rank"]["command"][1:7] == ["trtllm-serve", *WORLD]
-    remove, _ = shown["should a node not have cleaned up itself"]
+    remove, _ = shown["in case a node has not cleaned up by itself"]
     assert {"--nodes=2", "--ntasks=2"} <= set(remove)
     assert hold["Hold"]["options"][-1].startswith("--env=")
 

@@ -416,7 +416,7 @@ def test_the_sidecar_says_which_engine_it_is(
     assert result.returncode == 0, result.stderr
     sidecar = box.sidecar("x.tar")
     assert (sidecar.get("engine"), sidecar.get("version")) == found
-    assert ("could not be found out" in result.stderr) is (found[0] is None)
+    assert ("could not find out" in result.stderr) is (found[0] is None)
 
 
 def test_gzip_serves_where_pigz_is_missing(tmp_path: Path, classic: Image) -> None:
@@ -805,7 +805,7 @@ def test_stopped_save_leaves_nothing(
 
 
 def test_two_saves_to_one_file_do_not_mix(box: Box, slow: subprocess.Popen[str]) -> None:
-    assert box.fails("-o", "x.tar.gz").startswith("another save to x.tar.gz is at work")
+    assert box.fails("-o", "x.tar.gz").startswith("another save to x.tar.gz is running")
     (box.home / "go on").touch()
     assert slow.communicate(timeout=PATIENCE)[0] == "x.tar.gz\n"
     assert box.run("--verify", "x.tar.gz").returncode == 0

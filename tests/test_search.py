@@ -495,7 +495,7 @@ def test_the_best_is_told_with_its_command_and_what_is_left_of_the_limits() -> N
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({1: group(100)}, "no candidate keeps that"),
+        ({1: group(100)}, "no candidate stays within that"),
         ({1: group(100, valid=False)}, "every load was invalid"),
         ({}, "nothing was measured"),
     ],

@@ -302,7 +302,7 @@ def test_https_to_a_server_without_it_says_so(certificate: ssl.SSLContext) -> No
         refusing.start()
         run = call(bench_script.main, "-H", f"https://127.0.0.1:{plain.getsockname()[1]}")
         refusing.join(PATIENCE)
-    assert run.code == 1 and "http:// in place of https://?" in run.err, run.err
+    assert run.code == 1 and "did you mean http://?" in run.err, run.err
     with running(Kind(), certificate) as server:
         run = bench(server, url=f"https://127.0.0.1:{server.port}")
     assert run.code == 1 and "REQUESTS_CA_BUNDLE" in run.err and "--insecure" in run.err

@@ -181,10 +181,10 @@ def test_a_sweep_whose_first_step_is_invalid_has_no_knee() -> None:
     ("by_rate", "runs", "words"),
     [
         (False, [record(1, valid=False, problems=["4 answers came without usage"])],
-         "the knee: none, since at the first step the run is invalid (4 answers came without"),
-        (False, [record(1, goodput_share=0.5)], "none, since at the first step only 50% of the"),
+         "no knee: at the first step the run is invalid (4 answers came without"),
+        (False, [record(1, goodput_share=0.5)], "no knee: at the first step only 50% of the"),
         (True, [record(1, request_rate=1.0, e2el_growth=1.0)],
-         "none, since at the first step the server does 0.5 requests/s and no more"),
+         "no knee: at the first step the server does 0.5 requests/s and no more"),
         (False, [record(1, case={"name": "c1"}), record(1)], "+0% throughput; the knee: c1"),
         (False, [record(1, case={"name": "c1"}), record(9, valid=False, problems=["slow client"])],
          "no knee found, since the run is invalid (slow client); the last good step: c1"),

@@ -488,14 +488,14 @@ WINS = {  # by version: flags, a YAML, and what does not count
     ("1.1.0", "--trust_remote_code", "trust_remote_code: false"):
         "--trust_remote_code does not count: c.yaml has trust_remote_code: False",
     ("1.1.0", "--kv_cache_free_gpu_memory_fraction 0.5", "kv_cache_config: {dtype: fp8}"):
-        "--kv_cache_free_gpu_memory_fraction 0.5 does not count: kv_cache_config in c.yaml takes",
-    ("1.1.0", "--kv_cache_free_gpu_memory_fraction=0.5", "kv_cache_config:"): "takes the place of",
+        "--kv_cache_free_gpu_memory_fraction 0.5 does not count: kv_cache_config in c.yaml",
+    ("1.1.0", "--kv_cache_free_gpu_memory_fraction=0.5", "kv_cache_config:"): "replaces it; write",
     ("1.2.1", "--kv_cache_free_gpu_memory_fraction 0.5", "kv_cache_config: {dtype: fp8}"): "",
     ("1.2.1", "--free_gpu_memory_fraction 0.5", "kv_cache_config: {free_gpu_memory_fraction: 0.8}"):
         "--free_gpu_memory_fraction 0.5 does not count: c.yaml has free_gpu_memory_fraction: 0.8",
     ("1.1.0", "--kv_cache_free_gpu_memory_fraction 0.5", "enable_lora: false"): "",
     ("1.1.0", "--cluster_size 2", "enable_lora: false"):
-        "--cluster_size has no effect in trtllm-serve; the YAML's moe_cluster_parallel_size has",
+        "--cluster_size has no effect in trtllm-serve; use moe_cluster_parallel_size in the YAML",
     ("1.2.1", "--moe_cluster_parallel_size 2", "moe_cluster_parallel_size: 1"):
         "--cluster_size has no effect",
 }  # fmt: skip
@@ -527,7 +527,7 @@ MOE = {
     "moe_expert_parallel_size: 3\n": "= 3 has to divide the tensor",
     "moe_expert_parallel_size: x\n": "'x', not a number",
     "context_parallel_size: 2\nmoe_tensor_parallel_size: 3\n": "",
-    "context_parallel_size: 2\nmoe_expert_parallel_size: 2\n": "only there for cp_type HELIX",
+    "context_parallel_size: 2\nmoe_expert_parallel_size: 2\n": "needs cp_type HELIX",
     "context_parallel_size: 2\nmoe_expert_parallel_size: 2\ncp_config: {cp_type: helix}\n": "",
 }
 

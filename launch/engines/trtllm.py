@@ -148,7 +148,7 @@ def check_moe(settings: Mapping[str, Any]) -> None:
     cp_config = settings.get("cp_config")
     kind = str(cp_config.get("cp_type", "")).upper() if isinstance(cp_config, dict) else ""
     if cp > 1 and size_of(settings, "moe_expert_parallel_size") > 1 and kind != "HELIX":
-        die("context parallelism with expert parallelism is only there for cp_type HELIX")
+        die("context parallelism with expert parallelism needs cp_type HELIX")
     if cp > 1 or not given:
         return
     complete = {"moe_tensor_parallel_size", "moe_expert_parallel_size"} <= set(given)
@@ -209,7 +209,7 @@ def settle(args: Sequence[str], version: str) -> list[str]:
     """
     args = list(args) if is_since_1_2(version) else rename_config(args)
     if value_of(args, *CLUSTER_FLAGS):
-        instead = "the YAML's moe_cluster_parallel_size has"
+        instead = "use moe_cluster_parallel_size in the YAML"
         say(f"{CLUSTER_FLAGS[0]} has no effect in {PROGRAM}; {instead}")
     if version not in versions("trtllm"):
         what = (
@@ -260,5 +260,5 @@ def say_who_wins(args: Sequence[str], config: Mapping[str, Any], path: str, deep
             shown = "null" if settings[key] is None else settings[key]
             say(f"{words} does not count: {path} has {key}: {shown}")
         elif key == FRACTION and "kv_cache_config" in config and key not in inner and not deep:
-            lost = f"kv_cache_config in {path} takes the place of all it says"
+            lost = f"kv_cache_config in {path} replaces it"
             say(f"{flag} {value} does not count: {lost}; write {FRACTION} there")

@@ -42,7 +42,7 @@ def settings_of(name: str, args: Sequence[str], model: str) -> dict[str, Any]:
     """What a pool's servers will see. Failure where they would find each other by other means."""
     if trtllm.config_of(args) is None:
         hint = f"--{name}-config FILE: configs/disaggregated/ has an example of each"
-        die(f"the {name} servers have no config file, which has to say {TRANSCEIVER}", hint=hint)
+        die(f"the {name} servers have no config file, which has to set {TRANSCEIVER}", hint=hint)
     settings = trtllm.merged(args)
     flag = next((flag for flag in DISCOVERY if value_of(args, flag)), "")
     if flag or settings.get("disagg_cluster"):

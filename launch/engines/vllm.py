@@ -62,7 +62,7 @@ def check(args: Sequence[str]) -> tuple[str, World]:
     words = words_of(args)
     for flag in OTHERS:  # it would say so itself, after half a minute of imports
         if given(words, flag) is not None:
-            die(f"{flag} is not vLLM's", hint="`vllm serve --help=all`; TP= suits every engine")
+            die(f"vLLM has no {flag}", hint="`vllm serve --help=all`; TP= suits every engine")
     tp, pp, cp = (size_of(words, *flags) for flags in (TP, PP, CP))
     world = World(tp, pp, cp, size_of(words, *(LOCAL if given(words, *LOCAL) else DP)))
     return world.shape, world

@@ -1,4 +1,4 @@
-"""The ground that every order stands on: telling, asking, and ending when the launcher does.
+"""What every order needs: telling, asking, and ending when the launcher does.
 
 The launcher sends this file, the parts that its order needs, and the order, through the standard
 input of `python3 -IS -c ...`. That pipe stays open for as long as the order is wanted: however the

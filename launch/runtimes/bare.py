@@ -27,7 +27,7 @@ def check(plan: Plan) -> None:
     for gpus in {replica.gpus for replica in plan.replicas}:
         if not GPUS.fullmatch(gpus):
             hint = "auto, none, 2 for the first two, or device=2,3 for some of them"
-            die(f"GPUS={gpus} cannot be had without a container", hint=hint)
+            die(f"GPUS={gpus} needs a container", hint=hint)
 
 
 def container(plan: Plan, replica: Replica, node: str) -> str | None:

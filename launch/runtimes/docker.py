@@ -98,7 +98,7 @@ def blames(code: int, said: str) -> str:
 def left(node: str, name: str, why: str) -> str:
     then = "It should end by itself once the node and its Docker answer"
     otherwise = "else your next launch there removes it, or `docker rm --force`"
-    return f"{node}: the container {name} may be there still ({why}). {then}; {otherwise}"
+    return f"{node}: the container {name} may still be there ({why}). {then}; {otherwise}"
 
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
@@ -190,7 +190,7 @@ def judge_image(node: Node, image: Image) -> list[Finding]:
     free, how = node.facts.free, "pull" if image.registry else "load"
     text = f"{how} (another {image.tag} is there)" if node.facts.image else how
     if str(image.tarball) in node.facts.unseen:
-        hint = "put it on a file system that the nodes share, or there by this very path"
+        hint = "put it on a file system that the nodes share, or at this same path there"
         return [
             node.bad("image", f"the tarball {image.tarball} is not there, or not readable", hint)
         ]

@@ -65,13 +65,13 @@ def check(plan: Plan) -> None:
 
 def check_place(place: Place, mounts: Sequence[str]) -> None:
     if not place.slurm:
-        die("--runtime pyxis needs a job of Slurm's", hint="salloc or sbatch, or --runtime docker")
+        die("--runtime pyxis needs a job of Slurm's", hint="use salloc, sbatch or --runtime docker")
     if not is_known():
         hint = "ask for pyxis on this machine (plugstack.conf), or run it where srun has it"
         die(f"the srun of this machine has no {OPTION}: pyxis is not there", hint=hint)
     for path in mounts:
         if found := UNSAID.search(path):
-            hint = "give it another name, or reach it by a link"
+            hint = "give it another name, or use a link to it"
             die(f"pyxis cannot mount {path}: it has {found[0]!r} in its name", hint=hint)
 
 
@@ -192,7 +192,7 @@ def blames(code: int, said: str) -> str:
 
 def left(node: str, name: str, why: str) -> str:
     then = "It should end by itself once the node answers, at the latest with the job"
-    return f"{node}: the step {name} may be there still ({why}). {then}"
+    return f"{node}: the step {name} may still be there ({why}). {then}"
 
 
 # --- its part of the preflight --------------------------------------------------------------------
@@ -204,7 +204,7 @@ def judge(node: Node, wanted: Wanted) -> Sequence[Finding]:
         found.append(node.bad("toolkit", lacks, hint))
     if wanted.gpus not in ("auto", "none", "all") and "device=" not in wanted.gpus:
         hint = "auto, none, or device=0,1 for some of them"
-        found.append(node.bad("gpus", f"GPUS={wanted.gpus} cannot be said to pyxis", hint))
+        found.append(node.bad("gpus", f"GPUS={wanted.gpus} does not work with pyxis", hint))
     if facts.efa and 0 <= facts.memlock < LOW:
         text = f"only {facts.memlock >> 10} kB of memory may be locked, and EFA needs more"
         found.append(Finding(node.name, "memlock", "note", text, MEMLOCK))
@@ -216,7 +216,7 @@ def judge_image(node: Node, wanted: Wanted) -> list[Finding]:
     if facts.no_image and image.reference:
         found = [Finding(node.name, "image", "note", "import")]
     elif facts.no_image:
-        hint = "it has to be on a file system that the nodes share, and yours to read"
+        hint = "put it on a file system that the nodes share, and check that you may read it"
         return [node.bad("image", f"the image cannot be read there: {facts.no_image}", hint)]
     else:
         found = [node.ok("image", "present")]

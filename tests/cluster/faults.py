@@ -108,7 +108,7 @@ FAULTS: tuple[Fault, ...] = (
         Expect(UP, ("n1: ",), (1,), 20),), ci=()),
     Fault("dockerd hangs", lambda scene: scene.freeze(scene.n1, "dockerd"), (
         Expect(("before the launch",), ("n1: Docker does not answer: no answer within",), (1,), 25),
-        Expect(("stopping",), ("may be there still (Docker does not answer)",),
+        Expect(("stopping",), ("may still be there (Docker does not answer)",),
                (130,), 20, left=UNTIL.format("Docker answered"))),
         holds=True, ci=()),
     Fault("dockerd restarted", restart_dockerd, (Expect(UP, ("n1: ",), (1,), 20),), ci=()),
@@ -139,7 +139,7 @@ FAULTS: tuple[Fault, ...] = (
                (130,), 20, left=BACK, heals=90),), ci=()),
     Fault("^C while the 2nd node is unreachable", unplugged_interrupt("n2"), (
         Expect(("image load",), ("stopped by SIGINT",), (130,), 20, heals=90),
-        Expect(("serving on 2 nodes",), ("n2: the container trtllm-", "may be there still"),
+        Expect(("serving on 2 nodes",), ("n2: the container trtllm-", "may still be there"),
                (130,), 20, left=BACK, heals=90)), ci=()),
     # The shared file system.
     Fault("file system read-only", read_only, (

@@ -97,7 +97,7 @@ def kill_front(scene: Scene) -> None:
 def kill_front_twice(scene: Scene) -> None:
     """Kill the second one, too, when it has only just begun."""
     kill_front(scene)
-    scene.launch.until("it was started anew", scene.said)
+    scene.launch.until("it was restarted", scene.said)
     kill_front(scene)
 
 
@@ -174,7 +174,7 @@ FLEET_FAULTS: tuple[Fault, ...] = (
           survived("r3: n2: ", "LOST r3: n2: ", REST, within=40), args=(*FOUR, *ONCE), ci=()),
     # The front.
     fleet("front killed", kill_front,
-          survived("n1: the front was ended by signal 9; it was started anew", fails=True),
+          survived("n1: the front was ended by signal 9; it was restarted", fails=True),
           env=OLD_FRONT),
     fleet("front killed again at once", kill_front_twice,
           ended("n1: the front was ended by signal 9, within"), env=OLD_FRONT, ci=()),

@@ -75,7 +75,7 @@ def in_stopping(scene: Scene, fault: Fault) -> None:
 BEGIN = {**PHASES, "preflight": in_preflight, "image load": in_unpacking, "stopping": in_stopping}
 NAMES = {"image load": "unpacking"}
 SAYS = {  # Docker's words, and pyxis's in their place
-    "could not confirm that the container is gone": "may be there still",
+    "could not confirm that the container is gone": "may still be there",
     "n2: the container trtllm-": "n2: the step trtllm-",
     "n2: Slurm has lost this node": "n2 (ranks 8-15): no sign of life for ",
 }

@@ -189,6 +189,6 @@ def test_where_nodes_have_no_docker_it_is_chosen(
     (workspace / "tensorrt-llm-serve-latest.sqsh").symlink_to(image)
     started = launch("org/model", "--tp_size", "8", salloc=ONE, env=QUICK)
     started.until("READY")
-    assert "the nodes have no Docker, and Slurm has pyxis: --runtime pyxis" in started.output
+    assert "the nodes have no Docker, but Slurm has pyxis: using --runtime pyxis" in started.output
     started.send(signal.SIGINT)
     assert started.code() == 130
