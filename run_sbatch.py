@@ -8,9 +8,9 @@
 """Serve a model with TensorRT-LLM, vLLM or SGLang: on this machine, in a Slurm
 allocation, or as a batch job.
 
-The image is put on every node. The server starts on the first node, or on as
-many as it needs GPUs. Its log is shown until you stop it (^C, scancel); then
-nothing of it is left.
+The image is put on every node. The server starts on the first node, or on
+several if it needs their GPUs. Its log is shown until you stop it (^C,
+scancel); then nothing of it is left.
 
 Examples:
     python run_sbatch.py Qwen/Qwen2.5-7B-Instruct
@@ -19,8 +19,8 @@ Examples:
     sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
         --restart 3 nvidia/Qwen3-8B-FP8
 
-What is not an option here is passed on to the engine; `--` ends the
-options. More settings, such as PORT and TP, are in env.example.
+Options that are not listed below are passed on to the engine; `--` ends our
+own. More settings, such as PORT and TP, are in env.example.
 """
 
 # The cluster's own python3, perhaps 3.6, may read this file first: keep to its syntax.

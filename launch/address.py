@@ -1,4 +1,4 @@
-"""Where a server can be reached, from where the launcher runs."""
+"""Where a server can be reached from the machine of the launcher."""
 
 from collections.abc import Sequence
 

@@ -70,7 +70,7 @@ def nodes(servers: Servers, count: int) -> int:
         return 1
     large = sum(number * -(-size // count) for number, size in servers if size > count)
     small = [(number, size) for number, size in servers if size <= count]
-    # No server lies half on one node and half on the next.
+    # No server may lie half on one node and half on the next.
     alone = (-(-number // (count // size)) for number, size in small)
     together = -(-sum(number * size for number, size in small) // count)
     return large + max(together, *alone, 0)

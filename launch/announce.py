@@ -1,4 +1,4 @@
-"""The server is ready: where it is, in words for people and in endpoint.json for programs."""
+"""Says that the server is ready and where: in words for people, in endpoint.json for programs."""
 
 import json
 import os

@@ -14,7 +14,7 @@ from launch.node.messages import Clients
 from launch.nodes import Step, held
 from launch.order import Command
 
-SOON = 1.0  # seconds; an idle server has answered by then, and nobody has to look
+SOON = 1.0  # seconds; an idle server has answered by then, and there is no need to look
 LOOKS = 6  # looks within the time that an idle server may take
 PAUSE = 10.0  # seconds until a node that could not tell is asked again
 METRICS, METRICS_TIMEOUT = ("/metrics", "/prometheus/metrics"), 5.0
@@ -36,7 +36,7 @@ class Busy(threading.Thread):
         super().__init__(daemon=True)
         self.url, self.every = url, max(timeout / LOOKS, 0.05)
         self.order = order(self.every)
-        self.alone = math.inf  # since when nobody is ahead of us; infinite: not known
+        self.alone = math.inf  # since when nobody is ahead of us; infinite: unknown
         self.progress = 0.0  # when its counters last moved
         self.over = threading.Event()
         self.step: Step | None = None

@@ -61,7 +61,7 @@ FAMILIAR = any_of(  # lines that count if the table knows them
     r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
-WRAPS = any_of(  # what stands around the exception of another process
+WRAPS = any_of(  # text around the exception of another process
     r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '(?!')",
     r"', please check the stack trace above.*",
 )
@@ -78,7 +78,7 @@ BUILD_FAILED = re.compile(r"ninja|nvcc|compil|Inductor|CUDNN|non-zero exit|Abort
 CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
 NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
-REPORTED = any_of(  # what stands before the error itself
+REPORTED = any_of(  # text before the error itself
     r"Failed to initialize executor on rank \d+: (?=\S)",
     r"Error (executing|in event loop|in \w+ loop|in thread)[^:]*: (?=\S)",
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",

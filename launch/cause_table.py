@@ -24,9 +24,9 @@ class Weight(IntEnum):
 
     ROOT = 0
     CRASH = 1  # and exceptions that the table does not know
-    ECHO = 2  # heard when another process has failed
+    ECHO = 2  # follows when another process has failed
     REMARK = 3  # an error that may have been survived
-    REPORT = 4  # says that there was an error, not which
+    REPORT = 4  # says that there was an error, but not which
 
 
 @dataclass(frozen=True)

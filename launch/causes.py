@@ -48,7 +48,7 @@ class Finding:
     kind: Kind | None = None
     warning_of: re.Pattern[str] | None = None  # what it warns of; without that it proves nothing
     bare: bool = False  # an exception without a message
-    ends: bool = False  # the process itself says that this has ended it
+    ends: bool = False  # the process itself says that this ended it
 
     @property
     def says_why(self) -> bool:

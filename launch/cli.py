@@ -1,4 +1,4 @@
-"""The command line of run_sbatch.py, completed from the settings."""
+"""The command line of run_sbatch.py; what it leaves out comes from the settings."""
 
 import argparse
 import math

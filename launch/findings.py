@@ -54,9 +54,9 @@ class Wanted:
     image: Image
     port: int  # on the first node; 0: none is needed
     gpus: str  # the GPUS setting: auto, none, or docker's own words
-    program: str  # the engine's
+    program: str  # the engine's program
     paths: tuple[str, ...]
-    world: int = 0  # the GPUs that a server needs; 0: not known, all nodes have to serve
+    world: int = 0  # how many GPUs a server needs; 0: unknown, so all nodes have to serve
     replicas: str = "1"  # how many servers, or auto
     ports: tuple[int, ...] = ()  # the ports that replicas may have, on any node
     probe: str = ""  # a file that the launcher put into the workspace

@@ -37,7 +37,7 @@ GET_ONE = (
     "`make setup` installs one into .venv, for nodes that share it; or install haproxy there, "
     "name one with HAPROXY=PATH, or use --no-front"
 )
-PAGE = "/router/metrics"  # its own figures, as Prometheus reads them
+PAGE = "/router/metrics"  # its own metrics, for Prometheus
 OF_SERVER = re.compile(r'proxy="replicas",server="([^"]+)"')
 UNBOUND = re.compile(r"cannot bind socket \((.+?)\)")
 
@@ -176,8 +176,8 @@ class Front:
         self.step: Step | None = None
         self.began = 0.0
         self.said: list[str] = []
-        self.error = ""  # the node's own word on why it cannot run
-        self.streams = 0  # how many it can hold; 0 while it does not listen
+        self.error = ""  # the node's own word on why the front cannot run
+        self.streams = 0  # how many streams it can hold; 0 while it does not listen
         self.reader = threading.Thread()
 
     def start(self) -> None:

@@ -133,7 +133,7 @@ class Probe(threading.Thread):
         self.busy: Busy | None = None
         self.ended = threading.Event()
         self.looked = 0.0  # when fault() was last called
-        self.back = 0.0  # when we last came back from an absence
+        self.back = 0.0  # when we last came back after an absence
         self.asked = 0.0  # when the probe that now waits was sent; 0: none waits
         self.traffic = 0.0  # when the log last showed an answer to anybody
         self.answered = False
@@ -188,7 +188,7 @@ class Probe(threading.Thread):
         self.misses, self.traffic = 0, time.monotonic()
 
     def fault(self) -> str:
-        """Why the engine is taken to hang, in words; '' while it is not."""
+        """Why we think that the engine hangs, in words; '' while we do not."""
         now, asked, busy = time.monotonic(), self.asked, self.busy  # they change at any moment
         if now - self.looked > ABSENCE:
             self.back = now

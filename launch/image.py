@@ -58,7 +58,7 @@ class Image:
 
     @property
     def room(self) -> int:
-        """Free bytes a node needs: the daemon unpacks the tar beside its store, then the layers."""
+        """Free bytes a node needs: Docker unpacks the tar beside its store, and then the layers."""
         return 2 * (self.unpacked or self.packed)
 
     def is_held(self, identity: str, layers: str, store: str) -> bool:

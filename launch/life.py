@@ -1,4 +1,4 @@
-"""A server's life, in a thread of its own: launched, ready, held; after a failure, once more."""
+"""A server's life, in a thread of its own: started, ready, watched; after a failure, again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORGIVEN_AFTER = 3600.0  # seconds of serving, after which restarts are counted 
 
 
 class JobOver(Failure):
-    """The job has ended, and with it all that runs in it."""
+    """The job has ended, and with it everything in it."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Terms:
     over: threading.Event  # set when they are to end
     turns: threading.Semaphore  # how many may load at once
     ready: Callable[[Life], None]
-    changed: Callable[[Life], None]  # it has been started, or ended
+    changed: Callable[[Life], None]  # it was started, or it ended
     lost: Callable[[Life, BaseException], None]  # it will not be started again
 
 
@@ -52,7 +52,7 @@ class Life(threading.Thread):
         self.plan, self.replica, self.nodes, self.url = plan, replica, nodes, url
         self.log, self.terms = log, terms
         self.server: server.Server | None = None
-        self.restarts = 0  # those that count
+        self.restarts = 0  # those that still count
         self.starts = 0
         self.why = ""  # why it is lost; '' while it is not
         self.reached = True  # whether the front reaches it, if there is one

@@ -29,7 +29,7 @@ def phase_of(text: str) -> str:
 
 
 class Loading:
-    """The phase of an engine that loads, from what is new in its log."""
+    """The phase of an engine that is loading, from what is new in its log."""
 
     def __init__(self) -> None:
         self.phase, self.far = "", ""

@@ -37,7 +37,7 @@ class Lookout:
         """Says that it answers on its node but not here; '' if that is not so."""
         if not self.silence() or not owner_by(self.ask_node).answer.isdigit():
             return ""
-        silence = self.silence()  # a slow machine is no wall
+        silence = self.silence()  # it may only be slow, which is no wall
         return silence and wall(self.node, self.port, self.url, silence)
 
     def silence(self) -> str:

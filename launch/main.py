@@ -1,4 +1,4 @@
-"""run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
+"""The course of run_sbatch.py: what is asked for, what every node has, the server until its end."""
 
 import argparse
 import os
@@ -215,7 +215,7 @@ def describe(plan: Plan, world: World, nodes: Sequence[str]) -> str:
 
 
 def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:
-    """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
+    """Ask every node, remove what dead launchers left, and check. Returns the nodes, head first."""
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
     with preflight.probe(args.workspace, plan.place) as probe:
         wanted = replace(wanted, probe=probe)

@@ -73,7 +73,7 @@ def tell(record: dict[str, Any]) -> None:
                 raise PermissionError
             os.kill(int(pid), signal.SIGTERM)
         except (ProcessLookupError, FileNotFoundError):
-            pass  # it ended in this very moment
+            pass  # it ended at this very moment
         except PermissionError:
             die(f"the launcher of {record['job']}, process {pid}, belongs to another user")
         return

@@ -25,9 +25,9 @@ class Options:
     flags: Collection[str]
     switches: Collection[str]  # flags without a value
     aliases: Mapping[str, str]  # from a flag's other name to its first one
-    choices: Mapping[str, Sequence[str]]  # a flag's values, where they are few
+    choices: Mapping[str, Sequence[str]]  # a flag's values, if they are few
     yaml_keys: Collection[str]
-    sub_keys: Mapping[str, Collection[str]]  # of the YAML keys whose own keys are known
+    sub_keys: Mapping[str, Collection[str]]  # the known inner keys of some YAML keys
 
     def values(self, flag: str) -> Collection[str]:
         return self.choices.get(flag, ())
@@ -59,7 +59,7 @@ class Check:
     """Raises Failure for what a version of an engine would refuse, with what was meant."""
 
     def __init__(self, engine: str, program: str, version: str, setting: str) -> None:
-        self.setting = setting  # which names another version
+        self.setting = setting  # the setting that names another version
         self.engine, self.known = engine, versions(engine)[version]
         self.name = f"{program} {version}"
         self.others = [each for each in versions(engine).values() if each is not self.known]

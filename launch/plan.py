@@ -1,4 +1,4 @@
-"""What a launch is: every decision, taken before anything runs."""
+"""What a launch is: every decision, made before anything runs."""
 
 import argparse
 import contextlib
@@ -32,12 +32,12 @@ class Replica:
     args: tuple[str, ...]  # for the engine
     port: int
     gpus: str  # auto, none, or docker's own words
-    label: str = ""  # what tells it from the other servers of the launch; '': there is no other
+    label: str = ""  # its name among the servers of the launch; '' if it is the only one
     first: int = 0  # the index of its first node, which serves
     spread: Spread | None = None  # None: all of it is on that node
     devices: tuple[str, ...] = ()  # ids of its GPUs, if other servers of the launch have the rest
-    role: str = ""  # its part, where the servers of a launch are not alike
-    words: tuple[str, ...] = ()  # its whole command, where it is not a server of the engine's
+    role: str = ""  # its part, if the servers of a launch are not alike
+    words: tuple[str, ...] = ()  # its whole command, if it is not one of the engine's servers
     serves: str = ""  # its model's name, if it cannot tell that itself
 
     @property
@@ -57,7 +57,7 @@ class Plan:
     place: Place
     runtime: str
     engine_name: str
-    tag: str  # the image's; '' where the runtime needs none
+    tag: str  # the image's; '' if the runtime needs none
     mounts: tuple[str, ...]
     caches: tuple[tuple[str, str], ...]  # variable and directory, which is mounted
     cwd: str  # the container's working directory; '': the image's own
@@ -65,7 +65,7 @@ class Plan:
     user: str
     replicas: tuple[Replica, ...]  # one, or those of a fleet, which have labels
     device_files: tuple[str, ...] = ()  # that all nodes have, where not all of /dev may be seen
-    # Engine and version, `package 1.2.1`; '' unknown; None not asked yet.
+    # Engine and version, `package 1.2.1`; '': unknown; None: not asked yet.
     release: str | None = None
 
     @property
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The engine for people, with its version where that is known: `TITLE 1.2.1`."""
+        """The engine for people, with its version if that is known: `TITLE 1.2.1`."""
         return f"{self.engine.TITLE} {self.version}".strip()
 
     @property
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def is_fleet(self) -> bool:
-        """Whether there are several servers, behind one address."""
+        """Whether there are several servers."""
         return len(self.replicas) > 1
 
     @property
@@ -161,7 +161,7 @@ def called_otherwise(path: str, where: Path) -> list[Path]:
 
 
 def find_caches(environ: Mapping[str, str], engine: Engine) -> tuple[tuple[str, str], ...]:
-    """Hugging Face's caches, HF_HOME first, then the engine's: variables, and their directories."""
+    """Hugging Face's caches, HF_HOME first, and the engine's: variables and their directories."""
     names = sorted(n for n in environ if CACHE.fullmatch(n) and environ[n])
     given = {"HF_HOME": setting("HF_HOME") or "~/.cache/huggingface"}
     given |= {name: environ[name] for name in names}
@@ -251,7 +251,7 @@ def make_plan(
         return none
     caches = find_caches(os.environ, engine(engine_name))
     paths = paths_of(none)
-    elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
+    elsewhere = place.slurm  # the nodes may have what the launcher's machine lacks
     cached = [Path(path) for _, path in caches]
     cached += leading_out(cached, [replica.model for replica in replicas])
     mounts = find_mounts(args, cached, paths, elsewhere=elsewhere)

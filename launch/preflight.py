@@ -93,7 +93,7 @@ def say_waiting(place: Place, patience: float, seconds: float) -> None:
     names = os.environ.get("SLURM_JOB_NODELIST", "the nodes")
     waited = f"after {seconds:.0f} s of at most {patience:.0f}"
     why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
-    if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say so, and tries again
+    if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say that, and tries again
         why = f"Slurm calls job {place.job} {state}"
     say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
 
@@ -279,7 +279,7 @@ def must_provide(nodes: Sequence[Node], image: Image) -> bool:
 def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str]:
     """Ids of this user's containers whose launcher is gone: their job has ended, or it was killed.
 
-    `jobs` are the user's jobs that Slurm knows; None where nobody can say.
+    `jobs` are the user's jobs that Slurm knows; None if nobody can say.
     """
     found = []
     for each in (each for node in nodes for each in node.containers):
@@ -308,7 +308,7 @@ def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
         return False
     jobs = jobs_of(user)
     if place.job not in (jobs or ()):
-        jobs = None  # an answer without our own job is of another cluster, or not whole
+        jobs = None  # an answer without our own job is another cluster's, or incomplete
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
         hint = f"stop that launch first (make stop JOB={place.job}), or use another allocation"

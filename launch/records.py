@@ -124,7 +124,7 @@ class Keeper(threading.Thread):
     def end(self) -> None:
         self.ended.set()
         if self.is_alive():
-            self.join(2)  # a file system that hangs
+            self.join(2)  # the file system may hang
 
 
 def tell_to_stop(path: Path) -> None:
@@ -154,7 +154,7 @@ def guarded(*paths: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the file system may hang
             guard.communicate(timeout=2)
 
 
@@ -169,7 +169,7 @@ def remove_records(*paths: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A launch's record with `alive` added; None where it cannot be read."""
+    """A launch's record with `alive` added; None if it cannot be read."""
     try:
         record = json.loads(path.read_text())
         who = {key: str(record[key]) for key in ("job", "url", "model")}
@@ -205,7 +205,7 @@ def sweep(logs: Path) -> None:
             if jobs is not None and (jobs or ours) and record["job"] not in jobs:
                 record["alive"] = False
         if record["alive"] is False:
-            with contextlib.suppress(OSError):  # it may be somebody else's to remove
+            with contextlib.suppress(OSError):  # only its owner may be able to remove it
                 path.unlink(missing_ok=True)
 
 

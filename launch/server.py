@@ -1,4 +1,4 @@
-"""A server: its steps on the nodes, how they start, and how they are ended."""
+"""A server: its steps on the nodes, how they are started, and how they are ended."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; a dead one cost
 
 @dataclass
 class Server:
-    """A launched server: its steps, its logs, who asks how it is, and when it was started."""
+    """A server that was started: its steps, its logs, the threads that ask it, and times."""
 
     plan: Plan
     replica: Replica
@@ -190,7 +190,7 @@ def die_of_a_node(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """End it and everything of it on the nodes."""
+    """End it, and everything of it on the nodes."""
     server.health.end()
     server.probe.end()
     died_alone = server.step.poll() is not None
@@ -198,14 +198,14 @@ def stop(server: Server) -> None:
         stop_world(server.plan, server.replica, server.holders, server.step)
     elif not server.step.stop(STOP_WITHIN) or died_alone:
         remove_once_more(server.plan, server.replica)
-    # What it still said is in the log; on the screen it would look like a failure.
+    # What it still says is in the log; on the screen it would look like a failure.
     for log in filter(None, (server.log, server.rank0)):
         log.close()
     say(f"stopped; the log is {server.main_log.path}")
 
 
 def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Step) -> None:
-    """End a spread launch; a node that is out of reach does not hold up the end of the others."""
+    """End a spread launch; a node that is out of reach does not delay the others."""
     steps = (*ranks, holders.step)
     for step in steps:
         step.let_go()

@@ -67,7 +67,7 @@ def step_of(place: Place, spread: Spread, first: int, log: Path, gpus: int = 0) 
     """The prefix for all ranks, in blocks, with a log for each. The death of one ends all."""
     return [
         *place.on(spread.nodes, spread.ranks, spread.mpi, first, gpus),
-        "--overcommit",  # an allocation may have one CPU a node; containers do not heed it
+        "--overcommit",  # an allocation may have one CPU a node, which containers do not heed
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",

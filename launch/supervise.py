@@ -116,7 +116,7 @@ class Launch:
 
     @property
     def left(self) -> list[Life]:
-        """Those that serve, or will."""
+        """The lives whose servers serve, or will."""
         return [life for life in self.lives if not life.why]
 
     @property

@@ -63,7 +63,7 @@ def die_if_unreached(server: Server) -> None:
 
 def die_if_walled(server: Server) -> None:
     words = walled(server)
-    if words and not server.health.ready.wait(1):  # a slow machine is no wall
+    if words and not server.health.ready.wait(1):  # it may only be slow, which is no wall
         die(words, hint=f"{FIREWALL}; its log: {server.main_log.path}")
 
 

@@ -34,7 +34,7 @@ FAREWELL, SHORT_FAREWELL = 10.0, 3.0
 
 
 class Holders(threading.Thread):
-    """The nodes' containers, and signs of life from each."""
+    """The containers that are held on the nodes, and a sign of life from each."""
 
     def __init__(self, step: Step, spread: Spread, nodes: Sequence[Node]) -> None:
         super().__init__(daemon=True)
@@ -85,7 +85,7 @@ class Holders(threading.Thread):
         return cause.advice if cause and cause.meaning else ""
 
     def forgive_absence(self) -> None:
-        """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
+        """While we stood still (^Z, a laptop's lid), nobody noted the nodes' signs of life."""
         now = time.monotonic()
         if now - self.looked > ABSENCE:
             self.forgive()
@@ -167,7 +167,7 @@ class Death:
 
 
 def first_failure(log: str) -> Death | None:
-    """The first rank that failed, as srun tells it; those that it took along come later."""
+    """The first rank that failed, as srun tells it; later ones only follow from that."""
     if not (found := RANK_ENDED.search(log)):
         return None
     code = re.search(r"exit code (\d+)", found[3])

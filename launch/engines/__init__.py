@@ -17,7 +17,7 @@ from common.settings import default_of
 
 NAMES = sorted(each.name for each in iter_modules(__path__) if "_" not in each.name)
 DEFAULT = default_of("ENGINE")
-FINAL = frozenset({2, 126, 127})  # exit codes that another start would end with, too
+FINAL = frozenset({2, 126, 127})  # exit codes with which another start would end, too
 # Parts of what loggers put before a line.
 LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|TRACE|SUCCESS)"
 DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
@@ -25,7 +25,7 @@ DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)
 
 @dataclass(frozen=True)
 class World:
-    """Tensor, pipeline, context and data parallel size; their product is how many GPUs it needs."""
+    """Tensor, pipeline, context and data parallel sizes; their product is the number of GPUs."""
 
     tp: int
     pp: int
@@ -38,7 +38,7 @@ class World:
 
     @property
     def shape(self) -> str:
-        """In the words of the field: `TP 8 x PP 2`."""
+        """In the usual words: `TP 8 x PP 2`."""
         sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "DP": self.dp}
         return " x ".join(f"{k} {v}" for k, v in sizes.items() if v > 1) or "one GPU"
 
@@ -52,7 +52,7 @@ class Engine(Protocol):
 
     TITLE: str  # its name for people
     PACKAGE: str  # its Python package, by which an image is known to have it
-    PROGRAM: str  # what serves, for people
+    PROGRAM: str  # the program that serves, for people
     IMAGE: str  # its makers' image: the default for engines that we build no image for
     VERSION: str  # the setting that says which version it is; '': there is none
     CACHES: Mapping[str, str]  # variables for its caches, which are mounted, and their defaults

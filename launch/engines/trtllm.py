@@ -1,4 +1,4 @@
-"""TensorRT-LLM's trtllm-serve: its command, its options, its words, and what its exits mean."""
+"""TensorRT-LLM's trtllm-serve: its command, its options, its words, and its world."""
 
 import math
 import re
@@ -160,7 +160,7 @@ def check_moe(settings: Mapping[str, Any]) -> None:
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """The strategy in the words of the field: `TP 8 x PP 2, attention DP, EP 8`."""
+    """The strategy in the usual words: `TP 8 x PP 2, attention DP, EP 8`."""
     words = [find_world(settings).shape]
     words += ["attention DP"] if settings.get("enable_attention_dp") else []
     ep = size_of(settings, "moe_expert_parallel_size")
@@ -174,7 +174,7 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
-    """The strategy's name and the world it needs, whichever version it is."""
+    """The strategy's name and the world that it needs, whatever the version."""
     settings = merged(args)
     check_moe(settings)
     return name_of(settings), find_world(settings)
@@ -196,7 +196,7 @@ def tuned(
 
 
 def effective(args: Sequence[str]) -> object:
-    """What two configurations have to have in common to be the same."""
+    """What has to be equal for two configurations to be the same."""
     found = {key: str(value) for key, value in merged(args).items()}
     return {key: value for key, value in found.items() if not (key in SIZES and value == "1")}
 

@@ -13,12 +13,12 @@ from launch.engines import trtllm
 
 TRANSCEIVER, BUFFER = "cache_transceiver_config", "max_tokens_in_buffer"
 WRITE = f"write {TRANSCEIVER}: {{backend: UCX, {BUFFER}: 8192}}"
-BACKENDS = ("UCX", "NIXL", "MOONCAKE")  # MPI works within one MPI world only, and this is several
+BACKENDS = ("UCX", "NIXL", "MOONCAKE")  # MPI works only within one MPI world, and these are several
 # These ask for the engine's own service discovery; here the orchestrator gets a list.
 DISCOVERY = ("--server_role", "--disagg_cluster_uri", "--metadata_server_config_file")
 ALIKE = ("dtype", "speculative_config", "kv_cache_config.dtype", "kv_cache_config.tokens_per_block")
-MOST_TOKENS = 8192  # of a prompt, unless max_num_tokens says otherwise
-REQUEST_SECONDS = 86400  # for a whole request; its own default cuts every answer after 180
+MOST_TOKENS = 8192  # tokens of a prompt, unless max_num_tokens says otherwise
+REQUEST_SECONDS = 86400  # for a whole request; the engine's default cuts every answer after 180
 
 
 def check(model: str, prefill: Sequence[str], decode: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def check_transceiver(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_alike(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """A KV cache that is handed over has to be read as it was written."""
+    """A KV cache has to be read as it was written, so both kinds of server must agree on it."""
     for key in (f"{TRANSCEIVER}.backend", *ALIKE):
         values = {name: below(found, key) for name, found in settings.items()}
         if values["prefill"] != values["decode"]:

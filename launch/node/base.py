@@ -86,7 +86,7 @@ def shell_code(code: int) -> int:
 
 @dataclass
 class Ends:
-    """What ends an order: our input, a signal, Slurm's word on the job, or the process itself."""
+    """What ends an order: the end of our input, a signal, the job's end, or that of the process."""
 
     STOP = "stop"
     events: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
@@ -147,7 +147,7 @@ class Ends:
 
 @dataclass
 class Job:
-    """Our job, by its id; '' where there is none."""
+    """Our job, by its id; '' if there is none."""
 
     id: str
     known: bool = False  # Slurm has called it running
@@ -184,7 +184,7 @@ def sockets(port: int, state: str) -> list[list[str]]:
 
 
 def ending_with_us(signum: int) -> Callable[[], None]:
-    """For a child about to start: the kernel sends it the signal when our thread is gone."""
+    """For a child that is about to start: the kernel sends it the signal when our thread ends."""
     import ctypes  # late: few orders need it
 
     libc, on_death_of_parent = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
@@ -220,14 +220,14 @@ def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
     lines: list[bytes] = []
     while (line := sys.stdin.buffer.readline()) != b"\n":
         if not line:
-            os._exit(STOPPED)  # whoever sent it was killed in the middle
+            os._exit(STOPPED)  # the sender was killed in the middle
         lines.append(line)
     [(name, fields)] = json.loads(b"".join(lines).decode(errors="surrogateescape")).items()
     return globals()[name](**fields)
 
 
 def main() -> NoReturn:
-    """Do what the launcher sent. Threads that still wait for something do not hold up the end."""
+    """Do what the launcher sent. Threads that still wait for something do not delay the end."""
     for signum in WARNINGS:
         signal.signal(signum, signal.SIG_IGN)  # all that we start inherits this
     take_parts(sys.argv[2:])

@@ -1,4 +1,4 @@
-"""An engine in a container of its own, and how nothing of it is left."""
+"""Runs an engine in a container of its own, and leaves nothing of it behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Serve:
     """Run the engine in a container; its exit code is ours. Whatever ends us, it is removed."""
 
     name: str  # of the container, without the node's name
-    launcher: str  # by which our containers are known
+    launcher: str  # our containers have it as a label
     gpus: str  # auto, none, or docker's own words
     shares: dict[str, str]  # the job's GPUs, on nodes where it has not all: {"n1": "0,1"}
     caches: list[str]  # directories to make first
@@ -193,7 +193,7 @@ class AskOwner:
         inside = ["docker", "exec", name, "sh", "-c", OPEN_FILES]
         code, files = ask(*inside, timeout=5) if self.container else (0, open_files())
         owned = any(f"socket:[{inode}]" in files for inode in listening(self.port))
-        known = not self.container or "/fd:" in files  # as ls heads each list
+        known = not self.container or "/fd:" in files  # ls prints this above each list
         why = "" if known else f"docker exec: {code} {files[-200:]}"
         tell(Owner(owned, why, health(self.host, self.port)))
         return 0

@@ -141,7 +141,7 @@ def who_listens(port: int) -> str:
 
 
 def ask_docker(tag: str) -> Sequence[Question]:
-    """Three questions at once: a daemon that hangs costs the time of one."""
+    """Ask three questions at once: a daemon that hangs then costs the time of one."""
     if not shutil.which("docker"):
         return ()
     return [begin(command) for command in (DOCKER, (*IMAGE, tag), OURS)]

@@ -19,7 +19,7 @@ from launch.node.messages import Error, Listens
 Again = Callable[[], "subprocess.Popen[bytes]"]  # starts the next one
 
 SYSTEMS = "/usr/local/sbin:/usr/sbin"  # where packages put it, though few users have that in PATH
-MOST_FILES = 1 << 17  # open files; HAProxy prepares for as many as it may have, billions on some
+MOST_FILES = 1 << 17  # open files; HAProxy prepares for all that it may open, which can be billions
 OWN_FILES = 28  # of these it needs itself; a stream takes two
 WARNED = "warned"
 
@@ -31,7 +31,7 @@ class Front:
     However we end, SIGKILL included, the kernel ends it. It leaves no file: its own has no name.
     """
 
-    programs: list[str]  # the first of them that takes the file is run
+    programs: list[str]  # the first one that accepts the file is run
     lines: list[str]
     port: int
     ask_every: float = 60
@@ -55,7 +55,7 @@ class Front:
             return self.attend(first, lambda: self.start(program, file.fileno()))
 
     def choose(self, file: int) -> tuple[str, str]:
-        """The first program that can be run and takes the file; else why none does."""
+        """The first program that runs and accepts the file; else why none does."""
         path, why = f"{os.environ.get('PATH', os.defpath)}:{SYSTEMS}", []
         for name in self.programs:
             program = shutil.which(name, path=path)

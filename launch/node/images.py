@@ -35,7 +35,7 @@ class Load:
     ids: list[str]  # that `docker image inspect` may show for it
     layers: str  # its diff ids, if a containerd store's id is not known
     codec: str
-    size: int = 0  # of the tarball, as the launcher has seen it; 0: it has not
+    size: int = 0  # of the tarball, as the launcher saw it; 0: it did not
     diff_ids: str = ""  # these, too, identify what has just been loaded
     packages: list[str] = field(default_factory=list)  # the engines', to tell which it holds
     ends: Ends = field(default_factory=Ends)
@@ -88,7 +88,7 @@ class Load:
         return identity if "containerd" in store else ""
 
     def load(self, source: int, unpack: list[str]) -> int:
-        """Unpack into docker load, tell how far it is, and look whether the image came out of it.
+        """Unpack into docker load, tell the progress, and check that the image came out of it.
 
         The unpacker shares our open file: the offset of that file is the progress.
         """

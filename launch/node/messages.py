@@ -24,7 +24,7 @@ class Facts:
     no_docker: str = ""  # why it does not answer
     rootless: bool = False
     podman: str = ""  # what `docker` says it is, if it is podman
-    toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
+    toolkit: bool = True  # NVIDIA's container toolkit; True if nobody can say
     enroot: str = ""  # its version; '' if it is not in PATH
     no_image: str = ""  # why the squashfs file cannot be used
     data: str = ""  # where enroot unpacks; '' if it does not say
@@ -63,7 +63,7 @@ class Waiting:
 
 @dataclass
 class Progress:
-    """So many bytes of the tarball are read."""
+    """So many bytes of the tarball have been read."""
 
     bytes: int
 
@@ -113,7 +113,7 @@ class Ended:
 
 
 class Left(Error):
-    """The farewell: why the node's container may be there still; '': it is gone."""
+    """The farewell: why the node's container may still be there; '': it is gone."""
 
 
 @dataclass

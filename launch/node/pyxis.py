@@ -25,7 +25,7 @@ GRACE, ENDS_WITHIN = 4.0, 9.0  # seconds: until a step is cancelled; until we no
 
 @dataclass
 class Inside(Run):
-    """Run the engine in the step's container, once it is proven that this is one."""
+    """Run the engine in the step's container, once it is certain that we are in it."""
 
     proof: str = ""  # a directory that only the container has
     environ: dict[str, str] = field(default_factory=dict)  # for the engine

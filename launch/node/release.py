@@ -1,4 +1,4 @@
-"""Which engine an image holds, and its version: its label says so, else it is asked, once."""
+"""Which engine an image holds, and its version: by its label, or else by asking it once."""
 
 from __future__ import annotations
 

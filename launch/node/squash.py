@@ -34,7 +34,7 @@ class Import:
             folder, name = os.path.split(self.path)
             if not self.has(open_to_all(f"{folder}/.{name}.lock")):
                 return STOPPED
-            if why_not(self.path) and (code := self.fetch()):  # still, after the wait
+            if why_not(self.path) and (code := self.fetch()):  # still so, after the wait
                 return code
         if why := why_not(self.path):
             return fail(why)

@@ -77,10 +77,10 @@ class Rank:
 
     LEFT = "left"
 
-    name: str  # of the container, less the node's
+    name: str  # of the container, without the node's name
     cwd: str
-    command: list[str]  # the leader and the engine it leads
-    leader: str = ""  # by which it is known among the container's processes
+    command: list[str]  # the leader and the engine that it leads
+    leader: str = ""  # what the leader is known by among the container's processes
     engine: str = ""
     look_every: float = 1
     ends: Ends = field(default_factory=Ends)
@@ -143,7 +143,7 @@ class Rank:
 class Part(Rank):
     """Run a server's one process on this node, with the arguments that are its own."""
 
-    parts: list[list[str]] = field(default_factory=list)  # a list of arguments a node
+    parts: list[list[str]] = field(default_factory=list)  # for each node, a list of arguments
 
     def __call__(self) -> int:
         self.command += self.parts[int(os.environ["SLURM_PROCID"])]

@@ -19,7 +19,7 @@ NAMES = sorted(module.name for module in iter_modules(__path__))
 
 
 class Runtime(Protocol):
-    """What the launcher asks of a runtime. An order that it does not have is None."""
+    """What the launcher asks of a runtime. For an order that it does not have, it returns None."""
 
     HAS_IMAGE: bool  # whether an image has to be on the nodes
     OVER_NODES: bool  # whether one server may lie over several nodes
