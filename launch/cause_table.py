@@ -59,7 +59,7 @@ def plain(pattern: str) -> str:
 
 
 def known(text: str) -> Kind | None:
-    """The first row that fits a line, without its `If ...`, which may not have happened."""
+    """The first row that fits a line up to its `If ...`: what follows may not have happened."""
     text = SUPPOSED.split(text[:LOOKED])[0]
     return next((each for each in table() if each.says.search(text)), None)
 

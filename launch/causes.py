@@ -149,7 +149,7 @@ class Reader:
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
     kills_itself: bool = False
     dying: set[str] = field(default_factory=set)  # speakers whose next exception ends them
-    outside: dict[str, str] = field(default_factory=dict)  # speakers whose next ends nothing; why
+    outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
     around: dict[str, str] = field(default_factory=dict)  # what `outside` said of their last one
     failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
@@ -221,7 +221,7 @@ class Reader:
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        said = re.split("[.:] ", words)[0] if quiet else words  # of a warning, no details
+        said = re.split("[.:] ", words)[0] if quiet else words  # a warning's first sentence
         if words and not (quiet and not known(said)) and not shapes.REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
@@ -246,7 +246,7 @@ class Reader:
             self.found += self.others(at, line)
 
     def ending(self, new: Finding) -> Finding:
-        """The finding that ended the process; a serving server's is not explained as loading."""
+        """Mark what ends the process; rows about loading do not explain a serving server's end."""
         unknown = self.serving and new.of_start
         kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
         return replace(new, kind=kind, weight=weight, ends=True)

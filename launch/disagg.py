@@ -140,7 +140,7 @@ def lay_out(
 ) -> Plan:
     """The plan with both pools laid over the nodes, and the orchestrator on the first.
 
-    Without nodes (--dry-run), over those that are to be expected.
+    Without nodes (--dry-run), it is laid over those that are to be expected.
     """
     whole = sum(pool.count * pool.world.size for pool in pools)
     room = fleet.room(plan, nodes, whole, "1", over_nodes)

@@ -24,7 +24,7 @@ def lay_out(
 ) -> Plan:
     """The plan with its replicas laid over the nodes. Failure if they do not fit.
 
-    Without nodes (--dry-run asks none), over those that are to be expected.
+    Without nodes (--dry-run), it is laid over those that are to be expected.
     """
     gpus, mpi, heads = room(plan, nodes, world.size, wanted, over_nodes)
     return lay_over(plan, world, gpus, wanted, mpi, heads)

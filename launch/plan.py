@@ -20,7 +20,7 @@ from launch.nodes import Place
 from launch.spread import Spread
 
 PREFILL, DECODE, ORCHESTRATOR = "prefill", "decode", "orchestrator"  # roles
-MOST = 64  # replicas; the ports of more are not asked for on a node
+MOST = 64  # at most so many replicas' ports are asked for on a node
 CACHE = re.compile(r"HF_\w*CACHE")  # Hugging Face's caches beside HF_HOME, or instead of it
 
 

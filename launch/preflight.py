@@ -196,7 +196,7 @@ def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
 
 
 def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
-    """Failure outside of any job on a machine whose GPUs Slurm has given to jobs."""
+    """Failure if we are in no job, on a machine whose GPUs Slurm has given to jobs."""
     if place.slurm or asked == "none" or "device=" in asked:
         return
     name = os.uname().nodename.partition(".")[0]

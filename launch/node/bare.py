@@ -87,7 +87,7 @@ def give_time(session: int) -> None:
 
 
 def kill(session: int) -> None:
-    """Send SIGKILL, and wait: a large process holds its port and its GPUs for a moment yet."""
+    """Send SIGKILL, and wait: a large process holds its port and its GPUs a moment longer."""
     end(session, signal.SIGKILL)
     await_gone(session, 5)
 

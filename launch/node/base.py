@@ -34,7 +34,7 @@ ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has 
 # does not expect them.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# Longer lines are passed on by srun 1024 bytes at a time, with other nodes' lines in between.
+# srun passes longer lines on 1024 bytes at a time, with other nodes' lines in between.
 LONGEST, PIECE = 1000, 400
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
@@ -65,7 +65,7 @@ def put(line: str) -> None:
 def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # noqa: ANN401
     """Exit code and output of a short command; its errors, too, but only if it fails.
 
-    Docker's client may have a warning beside each answer.
+    Otherwise they may be no more than a warning, which Docker's client has beside each answer.
     """
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     options.setdefault("stderr", pipe)

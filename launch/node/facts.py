@@ -85,7 +85,7 @@ def can_be_made(path: str) -> bool:
 
 
 def addresses() -> list[str]:
-    """Ours: first that of the way to the launcher, then that of the way out, then all others."""
+    """Our addresses: towards the launcher, then towards the outside, then all others."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
     every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
@@ -102,7 +102,7 @@ def source_towards(address: str) -> str:
 
 
 def network() -> str:
-    """The network that this process is in: only from within it can its loopback be reached."""
+    """An id of the network that we are in: only from within it can its loopback be reached."""
     boot = read("/proc/sys/kernel/random/boot_id").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 

@@ -44,7 +44,7 @@ class Import:
         return 0
 
     def has(self, lock: int) -> bool:
-        """Wait for our turn; False when we are to stop first. Lustre without -o flock: no turns."""
+        """Wait for our turn; False if we are to stop first. Lustre may have no locks (-o flock)."""
         told = False
         while True:
             try:

@@ -151,7 +151,7 @@ def flags(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> list[str]
 def contained(
     image: str, mounts: Sequence[str], names: Sequence[str], environ: Mapping[str, str]
 ) -> list[str]:
-    """srun's flags for a step in a container. Whatever a site may set otherwise is said each time.
+    """srun's flags for a step in a container. What a site may set otherwise is given each time.
 
     Of the environment only named variables get in, and they override the image's. Others would
     break the image's own, LD_LIBRARY_PATH and PYTHONPATH above all.
