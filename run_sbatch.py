@@ -8,9 +8,9 @@
 """Serve a model with TensorRT-LLM, vLLM or SGLang: on this machine, in a Slurm
 allocation, or as a batch job.
 
-The image is put on every node. The server starts on the first node, or on as
-many as it needs GPUs. Its log is shown until you stop it (^C, scancel); then
-nothing of it is left.
+The image is put on every node. The server starts on the first node, or on
+several if it needs their GPUs. Its log is shown until you stop it (^C,
+scancel); then nothing of it is left.
 
 Examples:
     python run_sbatch.py Qwen/Qwen2.5-7B-Instruct
@@ -19,15 +19,15 @@ Examples:
     sbatch run_sbatch.py --image /fsx/tensorrt-llm-serve-latest.tar.gz \\
         --restart 3 nvidia/Qwen3-8B-FP8
 
-What is not an option here is passed on to the engine; `--` ends the
-options. More settings, such as PORT and TP, are in env.example.
+Options that are not listed below are passed on to the engine; `--` ends our
+own. More settings, such as PORT and TP, are in env.example.
 """
 
-# An old python3, such as a cluster's own, reads this file before .venv's does: 3.6 has to know it.
+# The cluster's own python3, perhaps 3.6, may read this file first: keep to its syntax.
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, a ^C just ends us
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the imports are done, ^C just ends us
 
 import os
 import subprocess
@@ -38,10 +38,10 @@ from pathlib import Path
 
 
 def become_the_original() -> None:
-    """Under sbatch a copy of this file runs, far from its packages; go on as the original.
+    """Become the original of this file: sbatch runs a copy, far from its packages.
 
-    Slurm remembers it: `Command=` and `WorkDir=` of `scontrol show job`. Its .venv, if there is
-    one, is the interpreter that has what the launcher imports.
+    Slurm knows where the original is: `Command=` and `WorkDir=` of `scontrol show job`. The .venv
+    beside it, if there is one, has the packages that the launcher imports.
     """
     mine = Path(__file__).resolve().parent
     here = mine if (mine / "launch").is_dir() else original_directory()
@@ -49,7 +49,7 @@ def become_the_original() -> None:
     script = str(here / "run_sbatch.py")
     if here != mine or needs_venv(python):
         command = [str(python) if python.exists() else sys.executable, script, *sys.argv[1:]]
-        os.environ["TENSORRT_LLM_SERVE_ORIGINAL"] = script  # once is enough
+        os.environ["TENSORRT_LLM_SERVE_ORIGINAL"] = script  # so that this happens only once
         os.execv(command[0], command)
 
 
@@ -64,7 +64,7 @@ def original_directory() -> Path:
         show = ""
     fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
     command, workdir = fields.get("Command", ""), fields.get("WorkDir", "")
-    # Command= has the arguments, too, with nothing between that a path could not hold as well.
+    # Command= includes the arguments. A path may hold spaces, too, so every prefix is tried.
     for path in accumulate(command.split(" "), "{} {}".format):
         script = Path(workdir, path).resolve()
         if script.is_file() and (script.parent / "launch").is_dir():

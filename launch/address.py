@@ -1,4 +1,4 @@
-"""Where a server can be reached, from where the launcher runs."""
+"""Where a server can be reached from the machine of the launcher."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from launch.nodes import Place
 
 
 def url_of(head: Node, place: Place, serve_args: Sequence[str], *, colons: bool = True) -> str:
-    """Where the server will be: the address that was asked for, else one of the head node's.
+    """The server's URL: the address that was asked for, else one of the head node's.
 
-    Without `colons` that is none of IPv6, for who reads `host:port`.
+    Without `colons`, a server on :: gets an IPv4 address, for programs that read `host:port`.
     """
     host = value_of(serve_args, "--host") or ""
     port = value_of(serve_args, "--port")
@@ -30,7 +30,7 @@ def is_loopback(host: str) -> bool:
 
 
 def address_for(host: str, head: Node, colons: bool) -> str:
-    """Of a node whose engine listens on any: some take no IPv4 on ::, and none takes IPv6 else."""
+    """An engine that listens on :: may take no IPv4; one that listens on 0.0.0.0 takes no IPv6."""
     of_6 = own_addresses(head, ":")
     if host == "::":
         return of_6[0] if of_6 and colons else address_of(head)
@@ -41,14 +41,14 @@ def address_for(host: str, head: Node, colons: bool) -> str:
 
 
 def address_of(head: Node) -> str:
-    """The node's IPv4 address by its own word, which has the one of the way to us first.
+    """The node's IPv4 address as the node itself says; the one on the route to us comes first.
 
-    What its name resolves to here may be of another network, or of another machine.
+    What its name resolves to here may be on another network, or another machine.
     """
     return next(iter(own_addresses(head, ".")), head.name)
 
 
 def own_addresses(head: Node, kind: str) -> list[str]:
-    """Those by which others reach it, of IPv4 (".") or IPv6 (":")."""
+    """The addresses by which others reach it: IPv4 (kind ".") or IPv6 (":")."""
     found = (each for each in head.facts.addresses if kind in each)
     return [each for each in found if not is_loopback(each) and not each.startswith("fe80:")]

@@ -1,4 +1,4 @@
-"""On a login node, outside any allocation: the commands that get one, in full, ready to paste."""
+"""On a login node without an allocation: the commands that get one, in full, ready to paste."""
 
 import os
 import re
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from common.settings import SECRETS, SETTINGS
 from common.talk import die
 
-BELOW = "\n" + " " * 13  # a line of its own, which no terminal folds
-USUAL = 8  # GPUs of a node, where Slurm does not say
+BELOW = "\n" + " " * 13  # each command has a line of its own, to be pasted
+USUAL = 8  # GPUs of a node, if Slurm does not say
 Servers = Sequence[tuple[int, int]]  # how many of a kind, and how many GPUs each of them needs
 
 
 def refuse_login_node(servers: Servers) -> None:
-    """Failure where there is a Slurm but no allocation, which these servers need."""
+    """Failure on a machine with Slurm but without an allocation, which these servers need."""
     if not (shutil.which("sinfo") or shutil.which("squeue")):
         return
     here, (count, name) = socket.gethostname().partition(".")[0], kind_of_node(ask_sinfo())
@@ -31,7 +31,7 @@ def refuse_login_node(servers: Servers) -> None:
 
 
 def given(environ: Mapping[str, str]) -> list[str]:
-    """What `make` has put into the environment: a shell that the command is pasted in lacks it."""
+    """The settings that `make` put into the environment: another shell does not have them."""
     if not environ.get("MAKELEVEL"):
         return []
     names = [s.name for s in SETTINGS if not SECRETS.search(s.name)]
@@ -40,7 +40,7 @@ def given(environ: Mapping[str, str]) -> list[str]:
 
 
 def ask_sinfo() -> str:
-    """A line a partition, with the GPUs of its nodes; '' where it does not answer."""
+    """A line for each partition, with its nodes' GPUs; '' if sinfo does not answer."""
     command = ["sinfo", "--noheader", "--format=%P %G"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -50,7 +50,7 @@ def ask_sinfo() -> str:
 
 
 def kind_of_node(sinfo: str) -> tuple[int, str]:
-    """A node's GPUs (0: Slurm names none) and its partition: the default one where it has GPUs."""
+    """A node's GPUs (0: Slurm names none), and its partition: the default one if that has GPUs."""
     found = [(gpus(line), line.split(" ")[0]) for line in sinfo.splitlines()]
     have = [(count, name) for count, name in found if count]
     usual = [(count, name) for count, name in have if name.endswith("*")]
@@ -58,26 +58,26 @@ def kind_of_node(sinfo: str) -> tuple[int, str]:
 
 
 def flags(servers: Servers, count: int, name: str) -> Sequence[str]:
-    """What to ask Slurm for: whole nodes with so many GPUs each, of that partition."""
+    """What to ask Slurm for: whole nodes of that partition, with `count` GPUs each."""
     other = [] if name.endswith("*") else ["-p", name]
     each = [f"--gpus-per-node={count}"] if count else []
     return [*other, "-N", str(nodes(servers, count)), *each, "--exclusive"]
 
 
 def nodes(servers: Servers, count: int) -> int:
-    """How many nodes they need: several nodes each, or several on a node."""
+    """How many nodes the servers need: a large one takes several, small ones share one."""
     if not count:
         return 1
     large = sum(number * -(-size // count) for number, size in servers if size > count)
     small = [(number, size) for number, size in servers if size <= count]
-    # No server lies half on one node and half on the next.
+    # No server may lie half on one node and half on the next.
     alone = (-(-number // (count // size)) for number, size in small)
     together = -(-sum(number * size for number, size in small) // count)
     return large + max(together, *alone, 0)
 
 
 def uneven(servers: Servers, count: int) -> str:
-    """That a server will not have its GPUs, on however many such nodes; ''."""
+    """Says that a server cannot fill such nodes evenly, however many there are; else ''."""
     for _, size in servers:
         if count and size > count and size % count:
             return f"; {size} GPUs do not fill nodes of {count} GPUs evenly"
@@ -85,5 +85,5 @@ def uneven(servers: Servers, count: int) -> str:
 
 
 def gpus(line: str) -> int:
-    """`gpu:8`, `gpu:h100:8(S:0-1)`: how many."""
+    """The number of GPUs in `gpu:8` or `gpu:h100:8(S:0-1)`."""
     return sum(map(int, re.findall(r"\bgpu(?::[^:,( ]+)?:(\d+)", line)))

@@ -1,4 +1,4 @@
-"""The server is ready: where it is, in words for people and in endpoint.json for programs."""
+"""Says that the server is ready and where: in words for people, in endpoint.json for programs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ PROXIES = ("http_proxy", "all_proxy", "ALL_PROXY")  # those that curl heeds for 
 
 
 def announce(server: Server, nodes: Sequence[Node], path: Path) -> dict[str, object]:
-    """Say where the server is: in the file at `path` first, as some wait for the word on screen."""
+    """Say where the server is: first in the file at `path`, as some wait for READY on screen."""
     container = server.runtime.container(server.plan, server.replica, server.node)
     endpoint = facts(server, nodes, server.url, server.main_log.path, server.age)
     endpoint["container"] = container
@@ -33,7 +33,7 @@ def say_ready(took: float, url: str, what: str) -> None:
 def facts(
     server: Server, nodes: Sequence[Node], url: str, log: Path, took: float
 ) -> dict[str, object]:
-    """What endpoint.json says of any launch."""
+    """What endpoint.json says of every launch."""
     return {
         "url": url,
         "model": server.health.model,
@@ -57,7 +57,7 @@ def write(path: Path, endpoint: dict[str, object]) -> dict[str, object]:
 
 
 def model_argument(model: str) -> str:
-    """What the engine was given: the served name may be no more than a directory's last part."""
+    """What the engine was given; the served name may be only a directory's last part."""
     return str(Path(model).absolute()) if is_directory(model) else model
 
 

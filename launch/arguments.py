@@ -1,4 +1,4 @@
-"""Words of a command line, whatever engine they are for."""
+"""Reading and writing command lines, whatever engine they are for."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.talk import die, misused
 
-FLAG = re.compile(r"--|-[^\d.]")  # not a number below zero
+FLAG = re.compile(r"--|-[^\d.]")  # a negative number is no flag
 
 
 def value_of(args: Sequence[str], *flags: str) -> str | None:
@@ -22,7 +22,7 @@ def value_of(args: Sequence[str], *flags: str) -> str | None:
 
 
 def without(args: Sequence[str], flag: str) -> list[str]:
-    """The arguments but for that flag and its value."""
+    """The arguments without that flag and its value."""
     kept, words = [], iter(args)
     for word in words:
         name, equals, _ = word.partition("=")
@@ -53,7 +53,7 @@ def split_models(words: Sequence[str], switches: Collection[str]) -> tuple[list[
 
 
 def from_home(word: str) -> str:
-    """`~/x` and `--flag=~/x` with the home directory, where no shell has put it in."""
+    """Expand `~/x` and `--flag=~/x`, which no shell has expanded."""
     flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     return flag + equals + os.path.expanduser(value) if value.startswith("~/") else word  # noqa: PTH111
 
@@ -69,7 +69,7 @@ def flags_of(args: Sequence[str], switches: Collection[str]) -> list[str]:
 
 
 def without_value(args: Sequence[str], flags: Collection[str]) -> str:
-    """The first of `flags` without a value, or with an empty one, or with a flag for one; or ''."""
+    """The first of `flags` whose value is missing, empty or another flag; '' if there is none."""
     for word, after in zip_longest(args, args[1:], fillvalue="--"):
         name, equals, value = word.partition("=")
         if name in flags and (not value if equals else not after or FLAG.match(after)):
@@ -78,12 +78,12 @@ def without_value(args: Sequence[str], flags: Collection[str]) -> str:
 
 
 def is_count(text: str) -> bool:
-    """Whether a text is a whole number from 1 that int() takes."""
+    """Whether a text is a whole number of at least 1 that int() takes."""
     return text.isascii() and text.isdigit() and len(text) < 1000 and int(text) > 0
 
 
 def dashed(words: Sequence[str]) -> list[str]:
-    """Long flags with dashes in their names, for an engine that takes underscores as well."""
+    """The words with dashes in long flags, for an engine that takes underscores as well."""
     parts = (word.partition("=") if word.startswith("--") else ("", "", word) for word in words)
     return [name.replace("_", "-") + equals + value for name, equals, value in parts]
 
@@ -94,9 +94,9 @@ def given(args: Sequence[str], *flags: str) -> str | None:
 
 
 def without_model(words: Sequence[str], *flags: str) -> tuple[str | None, list[str]]:
-    """The model, if there is one, and the other arguments, of an engine whose flags we do not know.
+    """The model (or None) and the other arguments, for an engine whose flags we do not know.
 
-    It is the first word, or the value of one of `flags`: any other may be another flag's value.
+    The model is the first word, or the value of one of `flags`: other words may be flags' values.
     """
     if words and not words[0].startswith("-"):
         if words[1:] and not words[1].startswith("-"):
@@ -115,7 +115,7 @@ def without_model(words: Sequence[str], *flags: str) -> tuple[str | None, list[s
 
 
 def with_address(args: Sequence[str], port: str) -> tuple[list[str], int]:
-    """The arguments with the host and port that are not given, and the port."""
+    """The arguments, completed with --host and --port if they are missing, and the port."""
     port = value_of(args, "--port") or port
     if not is_count(port) or int(port) > 65535:
         misused(f"the port is {port!r}, not a number from 1 to 65535")
@@ -124,7 +124,7 @@ def with_address(args: Sequence[str], port: str) -> tuple[list[str], int]:
 
 
 def size_of(args: Sequence[str], *flags: str) -> int:
-    """A size by any of its flags; 1 where it is not given. Failure where it is no number."""
+    """A size, given by any of its flags, else 1. Failure if it is not a number."""
     value = value_of(args, *flags)
     if value is not None and not is_count(value):
         misused(f"{flags[0]} is {value!r}, not a number of GPUs")
@@ -138,7 +138,7 @@ def as_flags(
     settings: Mapping[str, str],
     no: str = "",
 ) -> list[str]:
-    """A candidate of a search in flags; `known` are those of its sizes, `no` makes one a refusal.
+    """A search candidate as flags. `known` has the flag of each size, `no` is the prefix for false.
 
     Failure for a size that the engine does not have.
     """

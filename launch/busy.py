@@ -1,4 +1,4 @@
-"""Is a server busy that does not answer its probe? What its connections and its counters say."""
+"""Is a server that does not answer its probe busy? Its connections and its counters tell."""
 
 import math
 import re
@@ -14,29 +14,29 @@ from launch.node.messages import Clients
 from launch.nodes import Step, held
 from launch.order import Command
 
-SOON = 1.0  # seconds; an idle server has answered by then, and nobody has to look
-LOOKS = 6  # in the time that an idle server may take
+SOON = 1.0  # seconds; an idle server has answered by then, and there is no need to look
+LOOKS = 6  # looks within the time that an idle server may take
 PAUSE = 10.0  # seconds until a node that could not tell is asked again
 METRICS, METRICS_TIMEOUT = ("/metrics", "/prometheus/metrics"), 5.0
-# Tokens that engines count as they are made. What HTTP servers count, and the levels that they only
-# repeat, move or stand still whatever the engine does.
+# Counters of tokens, which move only while the engine makes them. What HTTP servers count, and what
+# gauges show, moves or stands still whatever the engine does.
 NAMES = "|".join(engine.COUNTERS for engine in every())
 TOKENS = re.compile(rf"^(?:{NAMES})[:_]\w*token\w*_(?:total|count|sum)\b.*".encode(), re.M)
-Order = Callable[[float], Command]  # WatchClients, so many seconds apart
+Order = Callable[[float], Command]  # makes a WatchClients that looks every so many seconds
 
 
 class Busy(threading.Thread):
-    """Looks at a server for as long as a request of ours waits there.
+    """Watches a server while a request of ours waits there.
 
-    Who was there before us and is still connected may be answered first; who came later may not.
-    One of those that stay is ourselves.
+    Clients that have been connected since the first look may be answered before us; later ones may
+    not. One of those that stay connected is ourselves.
     """
 
     def __init__(self, url: str, order: Order, timeout: float) -> None:
         super().__init__(daemon=True)
         self.url, self.every = url, max(timeout / LOOKS, 0.05)
         self.order = order(self.every)
-        self.alone = math.inf  # since when nobody is ahead of us; infinite: not known
+        self.alone = math.inf  # since when nobody is ahead of us; infinite: unknown
         self.progress = 0.0  # when its counters last moved
         self.over = threading.Event()
         self.step: Step | None = None
@@ -48,7 +48,7 @@ class Busy(threading.Thread):
             try:
                 with held(self.order) as self.step:
                     self._look(self.step)
-            except (Failure, OSError, ValueError):  # let go of while it began
+            except (Failure, OSError, ValueError):  # end() let go of the step as it began
                 pass
             pause = PAUSE
 
@@ -66,7 +66,7 @@ class Busy(threading.Thread):
                 self._count()
 
     def _count(self) -> None:
-        """Whether it has made tokens since the last time; a page that did not come says nothing."""
+        """Note whether it has made tokens since the last look. A page that fails says nothing."""
         for path in METRICS:
             before, now = self.counted.get(path), tokens(f"{self.url}{path}")
             if before is not None and now and (now != before or now[0][:1] == b"["):
@@ -80,9 +80,9 @@ class Busy(threading.Thread):
 
 
 def tokens(url: str) -> list[bytes]:
-    """The lines of a page of counters that only an engine at work changes.
+    """The lines of a metrics page that change only while the engine works.
 
-    Of an engine's own list, which a reading empties: all of it, if it says anything.
+    An engine's own JSON list, which reading empties, counts as a whole if it is not empty.
     """
     try:
         answer = ask(url, METRICS_TIMEOUT)

@@ -9,7 +9,7 @@ def any_of(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
-# A name of several parts alone may be a key of a configuration: `speculative_config.Eagle`.
+# A dotted name alone may be a configuration key, such as `speculative_config.Eagle`.
 EXCEPTION = re.compile(
     r"(?![\w.]*(?:Warning|Deprecated))((?:[A-Za-z_]\w*\.)+(?:[A-Z]\w*(?=:)|gaierror"
     r"|\w*(?:Error|Exception|Interrupt|Exit|Timeout|Group|Empty))|Exception"
@@ -27,7 +27,7 @@ ENDS_MESSAGE = any_of(
     r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
     r"Fatal|terminate called|[^:|]*: +\d+%|Thread 0x|Extension modules|\S+: line \d+: |Killed",
 )
-PLAIN = any_of(  # what says so is the cause
+PLAIN = any_of(  # lines that are the cause themselves
     r"Error: (?!ucp_)\S",
     r"(?!srun|slurmstepd|salloc|sbatch|collect2)[\w./-]+(?: [\w-]+)?: error: ",  # argparse
     r"docker: |Error response from daemon: |nvidia-container-cli",
@@ -41,16 +41,16 @@ PLAIN = any_of(  # what says so is the cause
     r".*(free|malloc|realloc)\(\): \w+ ",
     r"(srun|slurmstepd(-\S+)?|salloc): fatal: ",
     r" *Reason: +OOMKilled|.*(killed by the OOM killer|Failed with result 'oom-kill')",
-    r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # of our own, without a container
+    r"\S+: CUDA_VISIBLE_DEVICES=\S* has too few GPUs",  # our own words, without a container
     r".*(NVRM: (Xid|.*fallen off)|Out of memory: Killed process|[Mm]emory cgroup out of memory)",
 )
 SHELL = any_of(
     r"\S*sh: ((line )?\d+: )?/\S+: No such file or directory$",
-    r"(?!.*\b(enroot-|nvidia-smi:))"  # which is asked for whether there are GPUs
+    r"(?!.*\b(enroot-|nvidia-smi:))"  # nvidia-smi is only asked whether there are GPUs
     r".*: (command not found|not found$|cannot execute|version \S+ not found)",
     r"(\S+: ((line )?\d+: )?)?\S+: Permission denied$",
 )
-FAMILIAR = any_of(  # what counts where the table knows it
+FAMILIAR = any_of(  # lines that count if the table knows them
     r".*Caught signal \d|.*\] Signal: |Fatal Python error: |!+ Segfault|\*\*\* SIG\w+ received",
     r"(Segmentation fault|Bus error|Illegal instruction|Aborted|Killed)( \(core dumped\))?$",
     r".*: line \d+: +\d+ (?!Done)[A-Z]|Signal \d+ \(SIG|terminate called without",
@@ -61,11 +61,11 @@ FAMILIAR = any_of(  # what counts where the table knows it
     r".*UCX +FATAL|(\[\S+:\d+\] )?\*\*\* An error occurred in MPI|Failed, NCCL error",
     r"\[\S+:\d+\].*\b(ERROR|Error):? ",
 )
-WRAPS = any_of(  # what stands around the exception of another process
+WRAPS = any_of(  # text around the exception of another process
     r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '(?!')",
     r"', please check the stack trace above.*",
 )
-CLEANING = re.compile(r"object has no attribute")  # of what was never made: after a failure
+CLEANING = re.compile(r"object has no attribute")  # from cleaning up what was never made
 NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
 UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
@@ -78,7 +78,7 @@ BUILD_FAILED = re.compile(r"ninja|nvcc|compil|Inductor|CUDNN|non-zero exit|Abort
 CUDA_WARNS = re.compile(r"(?:.*UserWarning: )?(CUDA initialization: .+|This container was built.+)")
 NO_CUDA = any_of("[Nn]o CUDA(-capable| GPUs)", "Failed to infer device type", "No accelerator ")
 WHAT = re.compile(r".*\bwhat\(\):\s+(.+)")
-REPORTED = any_of(  # what stands before the error itself
+REPORTED = any_of(  # text before the error itself
     r"Failed to initialize executor on rank \d+: (?=\S)",
     r"Error (executing|in event loop|in \w+ loop|in thread)[^:]*: (?=\S)",
     r"(Encountered an error in \w+( function)?|[\w ]*hit an exception): (?=\S)",
@@ -87,7 +87,7 @@ REPORTED = any_of(  # what stands before the error itself
 DIES = re.compile(
     r"encountered a fatal error|hit an exception|Error in event loop|_event_loop_wrapper"
 )
-THAT_NOT_WHY = any_of(  # something failed, but not what of
+THAT_NOT_WHY = any_of(  # says that something failed, not what
     r"(Error|Exception|Failure) (in|during|while) [\w ./-]+\Z",
     r"[\w ./()-]+ (failed|died|crashed|errored|hit an exception)\.?\Z",
 )
@@ -100,7 +100,7 @@ REMARKS = any_of(
 )
 STARTS = any_of(*(engine.STARTS for engine in every()))
 IN_ORDER = re.compile(r"Finished server process|Application shutdown complete")
-KILLS_ITSELF = any_of(  # a server; or srun, a step of which a task has failed
+KILLS_ITSELF = any_of(  # the server itself, or srun after one of its tasks has failed
     r"Received sigquit from a child|SIGQUIT received|srun: (Force )?[Tt]erminat(ing|ed) StepId",
 )
 KILLED = any_of(

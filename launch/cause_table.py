@@ -1,4 +1,4 @@
-"""What is known of why servers end: causes.yaml, for the launcher and as the page's tables.
+"""Why servers end, as far as we know: causes.yaml, for the launcher and as the page's tables.
 
 python -m launch.cause_table docs/troubleshooting.md    writes them between the page's marks
 """
@@ -15,23 +15,23 @@ from pathlib import Path
 from launch.config_file import read_table
 
 SUPPOSED = re.compile(r"(?<=[.;:)]) (If|There are some potential) ")
-LOOKED = 1000  # characters of a line that are looked at: longer ones would take a row long
+LOOKED = 1000  # characters of a line that are searched; the table takes long on longer ones
 MARKS = ("<!-- causes: begin -->\n", "<!-- causes: end -->\n")
 
 
 class Weight(IntEnum):
-    """How much a line proves; the least counts first."""
+    """How much a line proves; the lowest counts first."""
 
     ROOT = 0
     CRASH = 1  # and exceptions that the table does not know
-    ECHO = 2  # heard when another process has failed
+    ECHO = 2  # follows when another process has failed
     REMARK = 3  # an error that may have been survived
-    REPORT = 4  # says that there was an error, not which
+    REPORT = 4  # says that there was an error, but not which
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A row of the table; `shows` is what people call it by."""
+    """A row of the table; `shows` is its text for people."""
 
     group: str
     shows: str
@@ -54,18 +54,18 @@ def kind(group: str, row: dict[str, str]) -> Kind:
 
 
 def plain(pattern: str) -> str:
-    """A regular expression, of plain words, as people would write it."""
+    """A regular expression of plain words as people would write it."""
     return pattern.replace(" .* ", " ... ").replace(".*", " ... ").replace("\\", "")
 
 
 def known(text: str) -> Kind | None:
-    """The first row that fits what is said to have happened: `If ...` is said to be possible."""
+    """The first row that fits a line up to its `If ...`: what follows may not have happened."""
     text = SUPPOSED.split(text[:LOOKED])[0]
     return next((each for each in table() if each.says.search(text)), None)
 
 
 def markdown() -> str:
-    """The page's tables, one a group."""
+    """The page's tables, one for each group."""
     parts: list[str] = []
     causes = [each for each in table() if each.meaning]
     for group, kinds in groupby(causes, lambda each: each.group):
@@ -82,7 +82,7 @@ def sentence(words: str) -> str:
 
 
 def renewed(page: str) -> str:
-    """A page with the tables of today between its marks."""
+    """The page with the current tables between its marks."""
     before, _, rest = page.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     return f"{before}{MARKS[0]}\n{markdown()}\n{MARKS[1]}{after}"

@@ -1,8 +1,8 @@
 """Why a server ended: the line of its logs that says so, what it means, what to do next.
 
-The last line of a log is rarely the cause. What has the shape of a cause is read off its lines:
+The last line of a log is rarely the cause. We look for lines that have the shape of one:
 exceptions, fatal signals, Open MPI's blocks, NCCL's warnings, usage errors. The table knows what
-most of these mean and how much they prove; of what proves the most, the first in time is the cause.
+most of them mean and how much they prove. The earliest of those that prove the most is the cause.
 """
 
 import glob
@@ -16,9 +16,9 @@ from launch import cause_shapes as shapes
 from launch.cause_table import Kind, Weight, known
 from launch.log_lines import Line, lines_of
 
-READ = 1 << 19  # bytes of all the logs of a launch together; each gives its end
+READ = 1 << 19  # bytes read of all logs of a launch together, from their ends
 LEAST = 1 << 15
-SHOWN = 400  # characters of it that are shown
+SHOWN = 400  # characters of the cause that are shown
 UNFORESEEN = (
     "not a known cause: do what the line says, or read the log around it and "
     "search the engine's issues"
@@ -27,7 +27,7 @@ UNFORESEEN = (
 
 @dataclass(frozen=True)
 class Cause:
-    """The line that names it; what that means, '' where nobody knows; what to do next."""
+    """The line that names the cause, what it means ('' if nobody knows), and what to do next."""
 
     line: str
     meaning: str
@@ -40,31 +40,31 @@ class Cause:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something of a cause's shape, at the line `at`."""
+    """Something with the shape of a cause, at the line `at`."""
 
     text: str
     at: int
     weight: Weight
     kind: Kind | None = None
-    warning_of: re.Pattern[str] | None = None  # a failure, without which it says nothing
+    warning_of: re.Pattern[str] | None = None  # what it warns of; without that it proves nothing
     bare: bool = False  # an exception without a message
-    ends: bool = False  # the process itself says that this has ended it
+    ends: bool = False  # the process itself says that this ended it
 
     @property
     def says_why(self) -> bool:
-        """A report does not, unless the table has something to say of it."""
+        """Whether it says why: a report does so only if the table gives it a meaning."""
         report = self.kind and self.kind.weight == Weight.REPORT and self.kind.meaning
         return self.weight < Weight.REPORT or bool(report)
 
     @property
     def of_start(self) -> bool:
-        """Whether it is about loading: once the server answers, only bad requests read like it."""
+        """Whether it is about loading: once a server answers, only bad requests look like that."""
         return self.kind is not None and self.kind.group in ("The model", "Options")
 
 
 # Reading
 def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight.CRASH) -> Finding:
-    """What it weighs, by the table; `rest` is what its message goes on with."""
+    """Weigh a line by the table; `rest` are the further lines of its message."""
     first = known(text)
     if first and first.weight != Weight.ECHO:
         return Finding(text, at, first.weight, first)
@@ -75,7 +75,7 @@ def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight
 
 
 def message(lines: Sequence[Line], at: int) -> list[str]:
-    """How the message that begins at a line goes on: until somebody says something else."""
+    """The further lines of the message that begins at `at`, until somebody says something else."""
     said: list[str] = []
     for line in lines[at + 1 : at + 12]:
         other = (line.speaker, line.headed) != (lines[at].speaker, lines[at].headed)
@@ -88,7 +88,7 @@ def message(lines: Sequence[Line], at: int) -> list[str]:
 
 
 def pydantic(said: Iterable[str]) -> str:
-    """`key: message` of every error."""
+    """`key: message` for every error that pydantic lists."""
     errors, key, words = [], "", ""
     for line in said:
         if words or (line.startswith(" ") and "For further information" not in line):
@@ -102,7 +102,7 @@ def pydantic(said: Iterable[str]) -> str:
 
 
 def exception(lines: Sequence[Line], at: int) -> Finding:
-    """An exception with its message; where it has none, with the statement that raised it."""
+    """An exception with its message, or else with the statement that raised it."""
     text, said = shapes.WRAPS.sub("", lines[at].text.strip()), message(lines, at)
     if "validation error" in text and (errors := pydantic(said)):
         return judge(errors, at)
@@ -117,9 +117,9 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
 
 
 def outside(new: Finding, where: str) -> Finding:
-    """What an exception still proves that ended a thread or a task, or nothing at all.
+    """Weigh an exception that may have ended a thread, a task, a request or nothing at all.
 
-    Of those that ended a request only what the GPU says is more than that request's own.
+    One that ended a request concerns only that request, unless it is about the GPU.
     """
     remote = new.kind and new.kind.group == "The model"  # such as usage reports that are sent home
     if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not remote:
@@ -131,7 +131,7 @@ def outside(new: Finding, where: str) -> Finding:
 
 
 def block(lines: Sequence[Line], at: int) -> tuple[str, int]:
-    """Open MPI's words between two rules, on one line, and where they end; '' without an end."""
+    """Open MPI's words between two rules, as one line, and the second rule's index; '' if none."""
     near = range(at + 1, min(at + 40, len(lines)))
     end = next((i for i in near if shapes.RULE.match(lines[i].text)), 0)
     words = " ".join(line.text.strip() for line in lines[at + 1 : end]) if end else ""
@@ -140,17 +140,17 @@ def block(lines: Sequence[Line], at: int) -> tuple[str, int]:
 
 @dataclass
 class Reader:
-    """Reads a log's findings; exceptions that are linked count as one."""
+    """Collects a log's findings; linked exceptions count as one."""
 
     lines: Sequence[Line]
     serving: bool = False
     found: list[Finding] = field(default_factory=list)
-    last: dict[str, int] = field(default_factory=dict)  # a speaker's last exception, in `found`
+    last: dict[str, int] = field(default_factory=dict)  # each speaker's last exception, in `found`
     linked: set[str] = field(default_factory=set)  # speakers whose next exception follows from it
     kills_itself: bool = False
-    dying: set[str] = field(default_factory=set)  # speakers whose next one ends them
+    dying: set[str] = field(default_factory=set)  # speakers whose next exception ends them
     outside: dict[str, str] = field(default_factory=dict)  # whose next one ends nothing, and why
-    around: dict[str, str] = field(default_factory=dict)  # what `outside` said of the last one
+    around: dict[str, str] = field(default_factory=dict)  # what `outside` said of their last one
     failed: dict[re.Pattern[str], Sequence[int]] = field(default_factory=dict)  # see `failures`
     refused: list[range] = field(default_factory=list)  # lines about a request that was refused
     broken: list[range] = field(default_factory=list)  # or was answered with an error
@@ -171,7 +171,7 @@ class Reader:
         return [self.in_place(f) for f in self.found if self.counts(f)]
 
     def failures(self, of: re.Pattern[str]) -> Sequence[int]:
-        """The lines of what is warned of, in order."""
+        """The lines of the failures that `of` describes, in order."""
         if of not in self.failed:
             others = (each for each in self.found if each.warning_of is not of)
             self.failed[of] = sorted(each.at for each in others if of.search(each.text))
@@ -187,9 +187,9 @@ class Reader:
         return last(shapes.WORKS, self.lines)
 
     def in_place(self, f: Finding) -> Finding:
-        """A warning counts from the failure on: it may have been survived for long.
+        """Date a warning by the failure that it warned of: until then it may have done no harm.
 
-        Where an unknown exception stands between the two, the failure is that exception's doing.
+        If an unknown exception comes between the two, that exception caused the failure.
         """
         if not f.warning_of or f.warning_of is shapes.NO_CUDA:
             return f
@@ -201,7 +201,7 @@ class Reader:
         return replace(f, at=failed or f.at)
 
     def counts(self, f: Finding) -> bool:
-        """NCCL and CUDA warn of much, which counts where they fail; others' may end it alone."""
+        """Whether it counts. NCCL's and CUDA's warnings need a failure, others may stand alone."""
         if f.warning_of:
             failed = self.failures(f.warning_of)
             if failed and f.at < failed[-1]:
@@ -214,14 +214,14 @@ class Reader:
         return not (self.serving and asked) and not any(f.at in each for each in self.refused)
 
     def survived(self, f: Finding) -> bool:
-        """A request's own error: nobody knows it, and work went on or the request was told."""
+        """Whether only a request failed: unknown, and work went on or the request was answered."""
         told = any(f.at in each for each in self.broken)
         return f.kind is None and (told or f.at < self.worked)
 
     def take_block(self, at: int) -> int:
         words, end = block(self.lines, at)
         quiet = any(line.loud is False for line in self.lines[at : at + 3])
-        said = re.split("[.:] ", words)[0] if quiet else words  # of a warning not its details
+        said = re.split("[.:] ", words)[0] if quiet else words  # a warning's first sentence
         if words and not (quiet and not known(said)) and not shapes.REMARKS.match(words):
             self.found.append(judge(words, at, unknown=Weight.ECHO))
         return end or at
@@ -246,13 +246,13 @@ class Reader:
             self.found += self.others(at, line)
 
     def ending(self, new: Finding) -> Finding:
-        """What ends a server that answers already is not what a row about loading means."""
+        """Mark what ends the process; rows about loading do not explain a serving server's end."""
         unknown = self.serving and new.of_start
         kind, weight = (None, Weight.CRASH) if unknown else (new.kind, new.weight)
         return replace(new, kind=kind, weight=weight, ends=True)
 
     def take_exception(self, new: Finding, speaker: str) -> None:
-        """Of a chain the last link that proves the most counts, at the place of the first."""
+        """Of a chain, keep the last exception that proves the most, at the place of the first."""
         linked = speaker in self.linked and speaker in self.last
         where = self.outside.pop(speaker, self.around.get(speaker, "") if linked else "")
         self.around[speaker] = where
@@ -272,7 +272,7 @@ class Reader:
         self.linked.discard(speaker)
 
     def others(self, at: int, line: Line) -> Iterator[Finding]:
-        """What is no exception of Python's."""
+        """Findings that are not Python exceptions."""
         text = line.text.strip()
         if found := shapes.NCCL_WARNS.match(text):
             yield replace(judge((found[1] or "") + found[2], at), warning_of=shapes.NCCL_FAILED)
@@ -296,7 +296,7 @@ class Reader:
             yield self.logged(at, text)
 
     def logged(self, at: int, text: str) -> Finding:
-        """What a logger calls an error: survived, perhaps, as the import of an optional package."""
+        """What a logger calls an error. It may be harmless, such as a failed optional import."""
         words, reported = shapes.REPORTED.subn("", text, count=1)
         new = judge(words, at, unknown=Weight.CRASH if reported else Weight.REMARK)
         optional = new.kind and new.kind.group == "Software" and new.weight == Weight.ROOT
@@ -305,7 +305,7 @@ class Reader:
         return self.ending(new) if reported and shapes.DIES.search(text) else new
 
     def only_reports(self, at: int) -> bool:
-        """It says that something failed, not why: that is in a traceback, here or elsewhere."""
+        """Whether it says only that something failed: why is in a traceback, here or elsewhere."""
         line, *rest = self.lines[at : at + 2]
         if shapes.NO_ERROR.search(line.text):
             return True
@@ -315,10 +315,10 @@ class Reader:
 
 # Choosing
 def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
-    """A log's first finding among those that prove the most, with its time.
+    """A log's earliest finding among those that prove the most, with its time.
 
-    Of a server that has served, only what follows its last answer counts. A report counts where
-    there is nothing else, and the table has something to say of it.
+    Once a server has served, only what follows its last answer counts. A report counts only if
+    there is nothing else and the table gives it a meaning.
     """
     ready = last(shapes.READY, lines)
     answered = max(last(shapes.ANSWERED, lines), ready)
@@ -335,7 +335,7 @@ def find(lines: Sequence[Line]) -> tuple[Finding, str] | None:
 
 
 def told(lines: Sequence[Line], serving: bool) -> list[Finding]:
-    """What may be the cause: of remarks the latest of a start, and no echo of a stop in order."""
+    """The candidates: remarks only from a failing start, echoes only from before a proper stop."""
     ended = last(shapes.IN_ORDER, lines)
     if not ended or last(shapes.STARTS, lines[ended:]):
         ended = len(lines)
@@ -346,13 +346,13 @@ def told(lines: Sequence[Line], serving: bool) -> list[Finding]:
 
 
 def last(pattern: re.Pattern[str], lines: Sequence[Line]) -> int:
-    """The line after the last that fits; 0 where none does."""
+    """The index after the last line that fits; 0 if none does."""
     fits = (i + 1 for i in range(len(lines) - 1, -1, -1) if pattern.search(lines[i].text))
     return next(fits, 0)
 
 
 def of(*logs: str) -> Cause | None:
-    """The cause of death in the ends of a launch's logs, one a rank; None where they name none."""
+    """The cause of death, from the ends of a launch's logs, one per rank; None if unknown."""
     found = [each for log in logs if (each := find(lines_of(log)))]
     if not found:
         return None
@@ -366,7 +366,7 @@ def ranks_of(log: Path) -> list[Path]:
 
 
 def cause_in(logs: Iterable[Path], end: Callable[[Path, int], str]) -> Cause | None:
-    """The cause that these files name; `end` reads so many bytes of the end of one."""
+    """The cause that these files name; `end(path, n)` reads the last n bytes of one."""
     paths = list(dict.fromkeys(logs))
     size = max(READ // len(paths), LEAST)
     return of(*(end(path, size) for path in paths))

@@ -1,4 +1,4 @@
-"""The command line of run_sbatch.py, completed from the settings."""
+"""The command line of run_sbatch.py; what it leaves out comes from the settings."""
 
 import argparse
 import math
@@ -30,7 +30,7 @@ FOREVER = 1e9  # seconds, 30 years; no timer takes more than ten times that
 def parse(
     argv: Sequence[str] | None, description: str = ""
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and all the rest in its order."""
+    """Our options, and all other words in their order."""
     parser = argparse.ArgumentParser(
         prog="run_sbatch.py",
         usage="%(prog)s [options] MODEL [ENGINE_ARGS...]",
@@ -123,7 +123,7 @@ def parse(
 
 
 def with_pool_args(words: Sequence[str]) -> list[str]:
-    """`--prefill-args --x` as one word: argparse would take a value with a dash for a flag."""
+    """Join `--prefill-args --x`: argparse takes a value that begins with a dash for a flag."""
     found: list[str] = []
     for word in words:
         if found and found[-1] in POOL_ARGS:
@@ -134,9 +134,9 @@ def with_pool_args(words: Sequence[str]) -> list[str]:
 
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in settings for what was not given; usage error for what cannot be."""
+    """Fill in the settings for what was not given; a usage error for what cannot be."""
     for name in GIVEN:
-        if getattr(args, name) == "":  # of an unset variable in somebody's script
+        if getattr(args, name) == "":  # an unset variable in somebody's script
             parser.error(f"--{name.replace('_', '-')} is empty")
     args.stop = "" if args.stop == EVERY else args.stop
     args.asked_mount = args.container_mount or os.environ.get("CONTAINER_MOUNT")
@@ -174,12 +174,12 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def is_of_what_runs(args: argparse.Namespace) -> bool:
-    """It is not a launch."""
+    """Whether the command is about other launches and starts none."""
     return args.status or any(word is not None for word in (args.logs, args.stop, args.why))
 
 
 def say_useless(args: argparse.Namespace) -> None:
-    """A line for what was asked for and does nothing in this launch."""
+    """Say which of the given options and settings do nothing in this launch."""
     alone, served = args.replicas == "1" and not args.prefill, engine(args.engine)
     of_several = {
         "--load-at-once": args.load_at_once and str(args.load_at_once) != setting("LOAD_AT_ONCE"),
@@ -221,7 +221,7 @@ def check_fleet(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def check_pools(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Both kinds of server or neither; the loss of one is the end of the launch."""
+    """Prefill and decode servers come together, and the loss of one server ends the launch."""
     names = ("prefill", "decode")
     given = [n for n in vars(args) if n.partition("_")[0] in names and getattr(args, n) is not None]
     for name in names:

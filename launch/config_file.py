@@ -1,4 +1,4 @@
-"""YAML: an engine's configuration file, a mapping of settings; and the tables of engines/."""
+"""YAML files: an engine's configuration (a mapping of settings), and the tables of engines/."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ ENGINES = Path(__file__).parent / "engines"
 
 
 def read_table(name: str) -> dict[str, Any]:
-    """One of engines/, by PyYAML's reader in C, ten times as fast, where it has one."""
-    import yaml  # late: a start needs none
+    """A table of engines/, by PyYAML's loader in C if it has one, which is ten times as fast."""
+    import yaml  # late: a start may need none
 
     text = (ENGINES / name).read_text(encoding="utf-8")
     return dict(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def read_config(path: str) -> dict[str, Any] | None:
-    """The YAML; None where it is empty. Failure where it is anything but a mapping."""
+    """The file's settings; None if it is empty. Failure if it is anything but a mapping."""
     import yaml
 
     try:
@@ -35,7 +35,7 @@ def read_config(path: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Failure for what is not YAML."""
+    """Turn what is wrong with YAML into a Failure."""
     import yaml
 
     try:
@@ -47,14 +47,14 @@ def refusing(what: str) -> Iterator[None]:
         ValueError,
         LookupError,
         AttributeError,
-    ) as error:  # a date that is none
+    ) as error:  # such as a date that does not exist
         die(f"{what} is not YAML: {' '.join(str(error).split())[:300]}")
 
 
 def merged(args: Sequence[str]) -> list[str]:
-    """The flags of --config FILE, then those of the command line, of which the last one wins.
+    """The flags of --config FILE, then those of the command line, which win as they come last.
 
-    So do engines read it whose file holds nothing but flags.
+    Engines whose file holds nothing but flags read it like this.
     """
     words = dashed(args)
     path = value_of(words, "--config")
@@ -70,9 +70,9 @@ def flag_of(key: str, value: Any) -> list[str]:  # noqa: ANN401 (whatever YAML h
 
 
 def write_with(path: str, settings: Mapping[str, str], file: Path) -> None:
-    """The YAML at `path` ('': an empty one) with settings, values as YAML writes them, as `file`.
+    """Write the YAML at `path` ('': an empty one) with these settings to `file`; values are YAML.
 
-    `a.b` is a key of the mapping a.
+    `a.b` is the key b of the mapping a.
     """
     import yaml
 

@@ -26,7 +26,7 @@ KILLED = {
     137: "to find out what killed it: `dmesg | grep -i oom` on its node, `docker events`; "
     "or did somebody run scancel?"
 }
-# What squeue says of a job, its state and the reason: how it ends.
+# How a job ends, by the state or the reason that squeue gives.
 ENDS = {
     "TIMEOUT": "TIME LIMIT",
     "TimeLimit": "TIME LIMIT",
@@ -42,7 +42,7 @@ def report_death(server: Server, code: int) -> NoReturn:
     """Failure that says which process ended, how, and its own last words."""
     while server.pump():
         pass
-    # A rank that fails has the step cancelled, too; where Slurm did it, it speaks first.
+    # A failed rank has its step cancelled, too; if Slurm cancelled the step, that line comes first.
     said = server.log.tail(10_000)
     cancelled = slurm.CANCELLED.search(said)
     before = said[: cancelled.start()] if cancelled else said
@@ -61,7 +61,7 @@ def report_death(server: Server, code: int) -> NoReturn:
     say(f"the last lines of {path}:\n{tail}\n")
     known = meanings(server.plan.command(server.replica)[0])
     meaning = f" ({known[code]})" if code in known and not other else ""
-    from launch.causes import cause_in, ranks_of  # late: a start has no use for its patterns
+    from launch.causes import cause_in, ranks_of  # late: a start does not need its patterns
 
     logs = (path, server.log.path, *ranks_of(server.log.path))
     cause = cause_in(logs, partial(evidence, server, death))
@@ -74,7 +74,7 @@ def report_death(server: Server, code: int) -> NoReturn:
 
 
 def die_of_slurm(server: Server, said: str, cancelled: re.Match[str] | None) -> None:
-    """Failure where Slurm ended the step, or has lost a node of it."""
+    """Failure if Slurm ended the step, or lost one of its nodes."""
     die_of_lost_nodes(server, said)
     if server.plan.place.slurm and cancelled:
         named = slurm.CANCEL_WORDS.get(cancelled[2], "")
@@ -88,7 +88,7 @@ def die_of_lost_nodes(server: Server, said: str) -> None:
 
 
 def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
-    """Failure where our own program on the node was told to stop: the engine has not failed."""
+    """Failure if our own program on the node was told to stop: then the engine has not failed."""
     found = STOPPED_BY.search(end_since_start(server, path)) if code == STOPPED else None
     if found:
         die_of_lost_nodes(server, server.log.tail(10_000))
@@ -98,7 +98,7 @@ def die_of_signal(server: Server, who: str, code: int, path: Path) -> None:
 
 
 def die_of_the_job(server: Server, how: str) -> None:
-    """Failure where Slurm ends the whole job, in words; nothing where it goes on ('')."""
+    """Failure if Slurm ends the whole job; `how` says it in words, '' if the job goes on."""
     if how:
         advice = f"{slurm.SEE_NODES}; " if how == slurm.CANCEL_WORDS["NODE FAILURE"] else ""
         how = f"job {server.plan.place.job} {how}"
@@ -107,9 +107,9 @@ def die_of_the_job(server: Server, how: str) -> None:
 
 
 def how_the_job_ends(job: str, untold: str = "") -> str:
-    """In words; '' where the job goes on, `untold` where Slurm does not say.
+    """In words; '' if the job goes on, `untold` if Slurm does not say.
 
-    What Slurm writes of a step it has ended seldom names the reason, and its signal comes first.
+    What Slurm writes about a step that it ends seldom names the reason, and its signal comes first.
     """
     done = slurm.squeue(*of_job(job, "%A %T %r"))
     if not done or not (state := answer(job, done.stdout)):
@@ -121,7 +121,7 @@ def how_the_job_ends(job: str, untold: str = "") -> str:
 
 
 def is_preempted(job: str) -> bool:
-    """Whether its nodes are to be another's: while it has time to end, Slurm calls it RUNNING."""
+    """Whether another job gets its nodes: in its grace time Slurm still calls it RUNNING."""
     with contextlib.suppress(Failure):
         record = slurm.record_of(job, run(["scontrol", "show", "job", "-d", job], timeout=10))
         return bool(re.search(r"^\s*(PreemptEligibleTime=\S+ )?PreemptTime=\d", record, re.M))
@@ -138,9 +138,9 @@ def culprit(server: Server, code: int, death: world.Death | None) -> tuple[str, 
 
 
 def not_the_engine(server: Server, code: int, said: str) -> str:
-    """Who else ended, between us and the engine: srun, our program on the node, the runtime.
+    """Who ended instead of the engine: srun, our program on the node, or the runtime; else ''.
 
-    srun tells of its task by the node's name; what else it calls an error is its own.
+    srun names the node if its task failed; all else that it calls an error is srun's own.
     """
     slurms, ours = server.plan.place.slurm, f"{server.node}: the launcher's python3"
     if code < 0:
@@ -154,20 +154,20 @@ def not_the_engine(server: Server, code: int, said: str) -> str:
 
 
 def end_since_start(server: Server, path: Path, size: int = 1 << 16) -> str:
-    """The end of a log, of what this launch has written."""
+    """The end of what this launch has written to a log."""
     logs = {log.path: log for log in (server.log, server.main_log)}
     start = server.starts.get(path, 0)
     return logs[path].end(size) if path in logs else end_of(path, start, size)
 
 
 def evidence(server: Server, death: world.Death | None, path: Path, size: int) -> str:
-    """A log's end; of Slurm's words none that only follow from the death of that rank."""
+    """A log's end, without those words of Slurm's that only follow from that rank's death."""
     said = end_since_start(server, path, size)
     return world.up_to_failure(said) if death and path == server.log.path else said
 
 
 def await_holders(server: Server) -> None:
-    """Ranks die with their container; give it a moment to be the one that is named."""
+    """Ranks die with their container: wait a moment so that a dead container is blamed first."""
     deadline = time.monotonic() + 1
     while server.holders and time.monotonic() < deadline:
         die_of_a_node(server)

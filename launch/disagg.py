@@ -1,7 +1,7 @@
 """Prefill and decode on servers of their own: two pools, and the orchestrator that joins them.
 
-A fleet of two kinds. The orchestrator, which is started when they are ready, has a prefill server
-read the prompt, and then a decode server write the answer.
+A fleet of two kinds. Once they are ready, the orchestrator is started: it has a prefill server read
+each prompt, and then a decode server write the answer.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from launch.findings import Node
 from launch.placement import Seat, choose, without_gpus
 from launch.plan import DECODE, ORCHESTRATOR, PREFILL, Plan, Replica, on_port
 
-Gpus = Sequence[Sequence[str]]  # of each node, their ids
+Gpus = Sequence[Sequence[str]]  # the GPU ids of each node
 
 
 class Joint(Protocol):
-    """What an engine says of its servers that work together."""
+    """What an engine knows of its servers that work together."""
 
     def check(self, model: str, prefill: Sequence[str], decode: Sequence[str]) -> None: ...
     def command(self, file: str, seconds: float) -> tuple[str, ...]: ...
@@ -38,7 +38,7 @@ class Pool:
 
     name: str
     count: int
-    server: Replica  # as each of them is
+    server: Replica  # what each of them is like
     shape: str
     world: World
 
@@ -55,9 +55,9 @@ def joint_of(engine_name: str) -> Joint:
 
 
 def pools_of(args: argparse.Namespace, server: Replica, engine_name: str) -> list[Pool]:
-    """What is asked for, checked as far as it can be without a node; [] where nothing is.
+    """The pools that are asked for, checked as far as possible without a node; [] if none are.
 
-    Each pool has the arguments that are for both, and then its own.
+    A pool has the arguments that are for both, then its own.
     """
     if not args.prefill:
         return []
@@ -79,7 +79,7 @@ def pool_of(name: str, args: argparse.Namespace, server: Replica, kind: Engine) 
 
 
 def words_of(flag: str, text: str) -> list[str]:
-    """As a shell takes them apart; flags and their values, as the model is the same for all."""
+    """Split as a shell does. Only flags and their values: the model is the same for all."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -96,7 +96,7 @@ def words_of(flag: str, text: str) -> list[str]:
 def seats(sizes: Sequence[tuple[str, int, int]], gpus: Gpus) -> list[list[Seat]]:
     """Seats for pools (name, how many servers, GPUs of each), one pool after the other.
 
-    What the first leaves of a node is for the next, but for servers that take whole nodes.
+    A pool gets what the one before it left on a node, unless its servers take whole nodes.
     """
     free, found = [list(ids) for ids in gpus], []
     for name, count, size in sizes:
@@ -120,7 +120,7 @@ def left_over(ids: Sequence[str], node: int, taken: Sequence[Seat]) -> list[str]
 
 
 def counted_on(pools: Sequence[Sequence[Seat]]) -> list[list[Seat]]:
-    """The same seats; each node counts its servers, of whichever pool, for their ports."""
+    """The same seats, with each node's servers numbered across the pools, for their ports."""
     number: dict[int, int] = {}
     found: list[list[Seat]] = []
     for pool in pools:
@@ -140,7 +140,7 @@ def lay_out(
 ) -> Plan:
     """The plan with both pools laid over the nodes, and the orchestrator on the first.
 
-    Without nodes, for --dry-run: over those that are to be expected.
+    Without nodes (--dry-run), it is laid over those that are to be expected.
     """
     whole = sum(pool.count * pool.world.size for pool in pools)
     room = fleet.room(plan, nodes, whole, "1", over_nodes)
@@ -159,10 +159,10 @@ def lay_out(
 
 
 def orchestrator(plan: Plan, servers: Sequence[Replica], args: argparse.Namespace) -> Replica:
-    """Behind the servers of the first node: its port is the next one there.
+    """The orchestrator, on the first node; its port comes after those of the servers there.
 
-    It has the driver as its neighbours do, without which the program cannot be loaded; of their
-    GPUs' memory it takes none.
+    It is given GPUs like its neighbours, since its program needs the driver to load. It uses none
+    of their memory.
     """
     port = max(server.port for server in servers if server.first == 0) + 1
     words = joint_of(plan.engine_name).command(
@@ -173,12 +173,12 @@ def orchestrator(plan: Plan, servers: Sequence[Replica], args: argparse.Namespac
 
 
 def file_of(plan: Plan, logs: Path) -> Path:
-    """The orchestrator's, in the workspace, which its container sees."""
+    """The orchestrator's file, in the workspace, which its container sees."""
     return logs / f"orchestrator_{plan.place.job}.yaml"
 
 
 def text_of(plan: Plan, addresses: Mapping[str, str]) -> str:
-    """The orchestrator's file: where its servers are, `host:port` of each by its label."""
+    """The orchestrator's file: where its servers are. `addresses` has `host:port` by label."""
     for label, address in addresses.items():
         if address.count(":") > 1:
             what = f"the orchestrator takes no IPv6 address, and {label} has {address}"

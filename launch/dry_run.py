@@ -1,4 +1,4 @@
-"""--dry-run: every command as a shell takes it, so that it can be read and pasted; none is run."""
+"""--dry-run: print every command as a shell takes it, to be read and pasted; run none."""
 
 import argparse
 import os
@@ -15,8 +15,8 @@ from launch.preflight import survey_command
 from launch.runtimes import runtime
 from launch.world import pattern_of_logs
 
-HELD = "cat; "  # an order's input is the shell's, until it ends
-ALONE = "sleep infinity; "  # in the background there is none
+HELD = "cat; "  # an order's input is the shell's until that ends
+ALONE = "sleep infinity; "  # in the background there is no input
 
 
 def dry_run(plan: Plan, found: Image, wanted: Wanted, args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def image_commands(
 
 
 def front_of(plan: Plan, port: int, affinity: str) -> str:
-    """Its order."""
+    """The order for the front, as a shell takes it."""
     at = addresses(plan)
     servers, models = (
         {each.label: at[each.label] for each in some} for some in (plan.entrances, plan.listers)
@@ -57,7 +57,7 @@ def front_of(plan: Plan, port: int, affinity: str) -> str:
 
 
 def addresses(plan: Plan) -> dict[str, str]:
-    """With the replicas' nodes by their names: their addresses are not known yet."""
+    """Each replica's `host:port`, with its node's name: the node's address is not known yet."""
     names = plan.place.allocation.nodes or ["127.0.0.1"]
     return {each.label: f"{names[each.first]}:{each.port}" for each in plan.replicas}
 

@@ -1,4 +1,4 @@
-"""What the nodes have to offer, what each told, and what is found wrong or right with it."""
+"""What is wanted of the nodes, what each node told, and what is found right or wrong with it."""
 
 import re
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ class Node:
     name: str
     facts: Facts = field(default_factory=Facts)
     containers: list[Container] = field(default_factory=list)
-    share: Share | None = None  # of its GPUs; None where Slurm does not hand them out
+    share: Share | None = None  # the job's GPUs there; None if Slurm does not hand out GPUs
 
     @property
     def gpus(self) -> int:
-        """GPUs that we may use: those of the job, without Slurm all there are."""
+        """How many GPUs we may use: the job's, or without Slurm all that are visible."""
         if self.share:
             return self.share.count
         there, visible = self.facts.gpus, len(self.facts.visible)
@@ -48,20 +48,20 @@ class Node:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the nodes have to offer."""
+    """What the nodes need to have."""
 
     runtime: str
     image: Image
-    port: int  # on the first node; 0: none there
+    port: int  # on the first node; 0: none is needed
     gpus: str  # the GPUS setting: auto, none, or docker's own words
-    program: str  # the engine's
+    program: str  # the engine's program
     paths: tuple[str, ...]
-    world: int = 0  # the GPUs that a server needs; 0: not known, all nodes have to serve
+    world: int = 0  # how many GPUs a server needs; 0: unknown, so all nodes have to serve
     replicas: str = "1"  # how many servers, or auto
-    ports: tuple[int, ...] = ()  # those that they may have, on any node
-    probe: str = ""  # a file of the launcher's in the workspace
-    made: tuple[str, ...] = ()  # directories that are made where they are missing
-    ask_release: bool = False  # whether they have to tell which engine and version they have
+    ports: tuple[int, ...] = ()  # the ports that replicas may have, on any node
+    probe: str = ""  # a file that the launcher put into the workspace
+    made: tuple[str, ...] = ()  # directories that are made if they are missing
+    ask_release: bool = False  # whether they tell which engine and version they have
 
 
 def gpus_of(node: Node, asked: str) -> list[str]:
@@ -74,19 +74,19 @@ def gpus_of(node: Node, asked: str) -> list[str]:
 
 
 def named(asked: str) -> list[str]:
-    """The GPUs that GPUS names by their ids; [] where it names none."""
+    """The GPUs that GPUS names by their ids; [] if it names none."""
     found = re.search(r"device=([^\"']+)", asked)
     return [gpu for gpu in found[1].split(",") if "=" not in gpu] if found else []
 
 
 def number_of(asked: str) -> int | None:
-    """How many GPUs of a node GPUS gives as a number; None where it gives none."""
+    """The number of GPUs per node that GPUS gives; None if it gives no number."""
     found = re.search(r"(?:^|count=)(\d+)", asked)
     return int(found[1]) if found else None
 
 
 def usable(asked: str, there: int) -> int:
-    """How many GPUs of a node's GPUS asks for."""
+    """How many of a node's `there` GPUs the setting GPUS asks for."""
     if ids := named(asked):
         return len(ids)
     number = number_of(asked)

@@ -22,9 +22,9 @@ LAST_PORT = 65535
 def lay_out(
     plan: Plan, world: World, nodes: Sequence[Node] | None, wanted: str, over_nodes: bool
 ) -> Plan:
-    """The plan with its replicas laid over the nodes. Failure where they do not fit.
+    """The plan with its replicas laid over the nodes. Failure if they do not fit.
 
-    Without nodes, for --dry-run, which asks none: over those that are to be expected.
+    Without nodes (--dry-run), it is laid over those that are to be expected.
     """
     gpus, mpi, heads = room(plan, nodes, world.size, wanted, over_nodes)
     return lay_over(plan, world, gpus, wanted, mpi, heads)
@@ -33,7 +33,7 @@ def lay_out(
 def room(
     plan: Plan, nodes: Sequence[Node] | None, size: int, wanted: str, over_nodes: bool
 ) -> tuple[Sequence[Sequence[str]], Callable[[], str], Sequence[str]]:
-    """Each node's GPUs, by their ids; what wires up a world of several nodes; their addresses."""
+    """The nodes' GPU ids, the function that finds an MPI type, and the nodes' addresses."""
     if nodes is None:
         gpus, mpi = expected_gpus(plan, size, wanted), expected_mpi
         heads: Sequence[str] = plan.place.allocation.nodes
@@ -56,9 +56,9 @@ def lay_over(
     mpi: Callable[[], str],
     heads: Sequence[str],
 ) -> Plan:
-    """The plan's server so many times, on nodes with these GPUs. Of one it is no fleet.
+    """The plan with `wanted` copies of its server on nodes with these GPUs. One is no fleet.
 
-    `mpi` finds what wires up a world of several nodes, `heads` are the nodes' addresses.
+    `mpi` finds the MPI type for a server on several nodes, `heads` are the nodes' addresses.
     """
     server = plan.replicas[0]
     if server.gpus == "none":
@@ -79,7 +79,7 @@ def seat_all(
     mpi: Callable[[], str],
     heads: Sequence[str],
 ) -> list[Replica]:
-    """The server in every seat; the first is called `name`0. The others are as in `lay_over`."""
+    """The server in every seat, called `name`0, `name`1 and so on. The rest is as in `lay_over`."""
     check_port(server.port + 1 + max(seat.index for seat in seats))
     wired = mpi() if any(seat.nodes > 1 for seat in seats) else ""
     replicas = []

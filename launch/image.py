@@ -32,8 +32,8 @@ GET_ONE = (
 REFERENCE = re.compile(r"[\w\[][\w.:/@+\[\]-]{0,1000}", re.ASCII)
 DIGEST = re.compile(r"\w+:[\w.-]{1,200}", re.ASCII)
 RELEASE = re.compile(r"[a-z]\w* \d[\w.+!-]{0,98}", re.ASCII)
-SLOWEST = 10e6  # bytes a second that a file system has to give
-SMALL = 16 << 20  # bytes; a larger manifest or sidecar is none
+SLOWEST = 10e6  # bytes a second that any file system has to manage
+SMALL = 16 << 20  # bytes; anything larger is no manifest or sidecar
 ECR = re.compile(r"^\d+\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?$")
 
 
@@ -45,12 +45,12 @@ class Image:
     tarball: Path | None = None
     codec: str = "none"
     ids: tuple[str, ...] = ()  # what `docker image inspect` may show as .Id; (): whatever is there
-    layers: str = ""  # diff ids as JSON, where a containerd store's id for it is not known
+    layers: str = ""  # diff ids as JSON, if its id in a containerd store is not known
     packed: int = 0  # bytes of the tarball
     unpacked: int = 0  # bytes on disk; 0: not known
     registry: str = ""
     sha256: str = ""  # of the tarball, as its sidecar says
-    # As JSON: what a containerd store has just loaded is known by them, too.
+    # As JSON; they, too, identify what a containerd store has just loaded.
     diff_ids: str = field(default="", compare=False)
     release: str = ""  # engine and version, `package 1.2.1`; '': not known
     squash: bool = False  # one file for all nodes, which pyxis unpacks; its path is the tag
@@ -58,11 +58,11 @@ class Image:
 
     @property
     def room(self) -> int:
-        """Free bytes a node needs: the daemon unpacks the tar beside its store, then the layers."""
+        """Free bytes a node needs: Docker unpacks the tar beside its store, and then the layers."""
         return 2 * (self.unpacked or self.packed)
 
     def is_held(self, identity: str, layers: str, store: str) -> bool:
-        """Whether what a node calls by our tag is this very image."""
+        """Whether what a node has under our tag is this very image."""
         if not identity or not self.ids or identity in self.ids:
             return bool(identity)
         return bool(self.layers) and "containerd" in store and layers == self.layers
@@ -85,14 +85,14 @@ def find_image(asked: str, workspace: Path) -> Image:
 
 
 def registry_of(name: str) -> str:
-    """The registry that a name begins with, by Docker's own rule; '' for none."""
+    """The registry that a name begins with, by Docker's own rule; '' if it names none."""
     first, slash, _ = name.partition("/")
     named = slash and ("." in first or ":" in first or first == "localhost")
     return first if named else ""
 
 
 def newest_tarball(workspace: Path) -> Path | None:
-    """The default tarball of the workspace; of several codecs the one written last."""
+    """The workspace's default tarball; the one written last, if there are several."""
     there = [workspace / f"tensorrt-llm-serve-latest{suffix}" for suffix in SUFFIXES]
     return max((p for p in there if p.is_file()), key=lambda p: p.stat().st_mtime, default=None)
 
@@ -118,7 +118,7 @@ def codec_of(path: Path) -> str:
 
 
 def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
-    """What save_image.py wrote beside the tarball; None where it does not belong to it."""
+    """What save_image.py wrote beside the tarball; None if it is of another tarball or unusable."""
     sidecar = tarball.with_name(tarball.name + ".json")
     if not sidecar.exists():
         return None
@@ -137,7 +137,7 @@ def read_sidecar(tarball: Path, codec: str, size: int) -> Image | None:
 
 
 def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
-    """An Image from a sidecar's fields. KeyError, TypeError or ValueError where they are wrong."""
+    """An Image from a sidecar's fields. KeyError, TypeError or ValueError if they are wrong."""
     config, manifest = data["config_digest"], data["manifest_digest"]
     ids = tuple(digest for digest in (config, manifest) if digest)
     tag = data["tags"][0] if isinstance(data["tags"], list) else None
@@ -158,11 +158,11 @@ def from_sidecar(data: Mapping[str, Any], tarball: Path, codec: str) -> Image:
 
 
 def recall(tarball: Path, codec: str) -> Image | None:
-    """What an earlier launch learnt of this very file, by its size and time; else None."""
+    """What an earlier launch learnt of this file (by path, size and time); else None."""
     state = tarball.stat()
     for path in places(tarball):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            owner = path.stat().st_uid  # in a directory for all, others could lie about our file
+            owner = path.stat().st_uid  # in a shared directory, others could lie about our file
             if owner in (os.geteuid(), 0, state.st_uid) and path.stat().st_size < SMALL:
                 known = read_json(path)
                 if known["file"] == [str(tarball), state.st_size, state.st_mtime_ns]:
@@ -171,7 +171,7 @@ def recall(tarball: Path, codec: str) -> Image | None:
 
 
 def places(tarball: Path) -> tuple[Path, Path]:
-    """Where what was learnt is kept: beside it, or else in the user's cache."""
+    """Where we keep what we learnt: beside the tarball, or else in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     name = hashlib.sha256(os.fsencode(tarball)).hexdigest()[:32]
     return (
@@ -181,7 +181,7 @@ def places(tarball: Path) -> tuple[Path, Path]:
 
 
 def learn(tarball: Path, codec: str) -> Image:
-    """Read the tarball, which is done once: what it holds is kept for the next launch."""
+    """Read the tarball, but only once: what it holds is kept for the next launch."""
     lacks = f"{tarball.name} has no sidecar (save_image.py writes one)"
     say(f"image: {lacks}: reading it to find its tag")
     state = tarball.stat()
@@ -203,8 +203,8 @@ def remember(tarball: Path, known: Mapping[str, Any]) -> None:
 
 
 def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
-    """The documents of a `docker save` tarball, and its size unpacked; Failure for a broken one."""
-    from tarfile import TarError  # late, as it brings every kind of compression
+    """The small files of a `docker save` tarball and its unpacked size; Failure if it is broken."""
+    from tarfile import TarError  # late: it imports every kind of compression
 
     pipe = subprocess.PIPE
     with (
@@ -224,7 +224,7 @@ def unpacked(tarball: Path, codec: str) -> tuple[dict[str, bytes], int]:
 
 
 def documents_in(stream: IO[bytes]) -> tuple[dict[str, bytes], int]:
-    """The small files of a tar, and the size of all. ValueError where it is not Docker's."""
+    """The small files of a tar, and the size of all its files. ValueError if it is not Docker's."""
     import tarfile
 
     found: dict[str, bytes] = {}

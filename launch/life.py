@@ -1,4 +1,4 @@
-"""A server's life, in a thread of its own: launched, ready, held; after a failure, once more."""
+"""A server's life, in a thread of its own: started, ready, watched; after a failure, again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from launch.runtimes import runtime
 from launch.timelimit import TimeLimit
 
 LONGEST_PAUSE = 60  # seconds; the first is 2, each further one twice as long
-FORGIVEN_AFTER = 3600.0  # seconds of serving, after which the restarts are counted anew
+FORGIVEN_AFTER = 3600.0  # seconds of serving, after which restarts are counted from 0 again
 
 
 class JobOver(Failure):
-    """The job has ended, and with it all that runs in it."""
+    """The job has ended, and with it everything in it."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class Terms:
 
     args: argparse.Namespace
     limit: TimeLimit
-    over: threading.Event  # they are to end
+    over: threading.Event  # set when they are to end
     turns: threading.Semaphore  # how many may load at once
     ready: Callable[[Life], None]
-    changed: Callable[[Life], None]  # it has been started, or ended
-    lost: Callable[[Life, BaseException], None]  # it is not started again
+    changed: Callable[[Life], None]  # it was started, or it ended
+    lost: Callable[[Life, BaseException], None]  # it will not be started again
 
 
 class Life(threading.Thread):
@@ -47,16 +47,16 @@ class Life(threading.Thread):
     def __init__(
         self, plan: Plan, replica: Replica, nodes: Sequence[Node], url: str, log: Path, terms: Terms
     ) -> None:
-        """`nodes` are all of the launch."""
+        """`nodes` are all nodes of the launch."""
         super().__init__(daemon=True)
         self.plan, self.replica, self.nodes, self.url = plan, replica, nodes, url
         self.log, self.terms = log, terms
         self.server: server.Server | None = None
-        self.restarts = 0  # those that count
+        self.restarts = 0  # those that still count
         self.starts = 0
-        self.why = ""  # it is lost
-        self.reached = True  # by the front, if there is one
-        self.unfound = 0  # looks in a row at which it was not
+        self.why = ""  # why it is lost; '' while it is not
+        self.reached = True  # whether the front reaches it, if there is one
+        self.unfound = 0  # looks in a row at which the front did not
 
     @property
     def own_nodes(self) -> Sequence[Node]:
@@ -82,7 +82,7 @@ class Life(threading.Thread):
 
     @property
     def row(self) -> dict[str, Any]:
-        """What others are told of it. Times are ISO 8601, `null` while it is not so."""
+        """What others are told of it. Times are ISO 8601, or `null` while they do not apply."""
         running = self.server
         ready_at = running.ready_at if running else None
         head, *_ = names = [node.name for node in self.own_nodes]
@@ -106,7 +106,7 @@ class Life(threading.Thread):
 
     @property
     def gpus(self) -> list[str]:
-        """Their ids; of several nodes, one node's after the other's."""
+        """The ids of its GPUs, node by node."""
         if self.replica.gpus == "none":
             return []
         if self.replica.devices:
@@ -114,7 +114,7 @@ class Life(threading.Thread):
         return [gpu for node in self.own_nodes for gpu in gpus_of(node, self.replica.gpus)]
 
     def say(self, message: str) -> None:
-        """By its name, where there are others."""
+        """Say it with the server's name, if there are several."""
         say(f"{self.replica.label}: {message}" if self.replica.label else message)
 
     def run(self) -> None:
@@ -126,13 +126,13 @@ class Life(threading.Thread):
                     self.prepare_restart(failure)
         except Stopped:
             pass
-        except BaseException as error:  # the main thread's to raise
+        except BaseException as error:  # for the main thread to raise
             self.terms.lost(self, error)
         finally:
             self.clean_up()
 
     def attempt(self) -> NoReturn:
-        """Start it and hold it: ends only with a Failure, or when the launch is over."""
+        """Start and watch it. This ends only with a Failure, or when the launch is over."""
         args, over = self.terms.args, self.terms.over
         probing = args.probe_seconds, args.probe_timeout
         with self.turn():
@@ -146,7 +146,7 @@ class Life(threading.Thread):
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """While it loads, where not all may at once."""
+        """Wait for a turn to load, and hold it while loading: not all may be allowed to at once."""
         while not self.terms.turns.acquire(timeout=server.TICK):
             pause(self.terms.over, 0)
         try:
@@ -155,7 +155,7 @@ class Life(threading.Thread):
             self.terms.turns.release()
 
     def prepare_restart(self, failure: Failure) -> None:
-        """Clean up and pause; the Failure again where it is final, or there were enough of them."""
+        """Clean up and pause. Raise the Failure again if it is final or no restart is left."""
         allowed = self.terms.args.restart
         if failure.passing or self.plan.is_fleet:
             self.check_job(failure)
@@ -175,11 +175,11 @@ class Life(threading.Thread):
         mark(self.log, f"restart {count}")
 
     def check_job(self, failure: Failure) -> None:
-        """The end of the job is not the server's fault, whoever was the first to notice."""
+        """JobOver if the job has ended: then the server is not to blame, whoever noticed first."""
         die_with_the_job(self.plan, self.terms.limit, self.own_nodes[0].name, failure.hint)
 
     def clean_up(self) -> None:
-        """Neither the server nor a container of it is left."""
+        """End the server and all its containers."""
         running, self.server = self.server, None
         self.terms.changed(self)
         if running:
@@ -187,14 +187,14 @@ class Life(threading.Thread):
 
 
 def die_with_the_job(plan: Plan, limit: TimeLimit, where: str, hint: str = "") -> None:
-    """Failure where the job has ended."""
+    """JobOver if the job has ended."""
     if how := limit.how_it_ended():
         what = "fleet" if plan.is_fleet else "server"
         raise JobOver(f"{where}: Slurm ended the {what}: job {plan.place.job} {how}", hint)
 
 
 def mark(log: Path, what: str) -> None:
-    """A line in every log of the server: what follows is another's."""
+    """Write a line into every log of the server: what follows is from another start."""
     for path in (log, *log.parent.glob(f"{log.stem}_rank*.log")):
         with contextlib.suppress(OSError), path.open("a") as file:  # a full disk ends nothing
             file.write(f"===== run_sbatch.py: {what}, {iso(time.time())} =====\n")

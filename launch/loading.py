@@ -6,8 +6,8 @@ from functools import cache
 from launch.config_file import read_table
 from launch.log_lines import clean
 
-READ = 8192  # bytes of what is new in a log: its end, should it write more than anybody can read
-LOOKED_AT = 160  # characters of a line
+READ = 8192  # bytes that are read of what is new in a log, from its end
+LOOKED_AT = 160  # characters of a line that are read
 BAR = re.compile(  # tqdm's: `label:  33%|### | 1.74G/4.98G [...`, or `33% Completed | 2/6 [...`
     r"(?P<label>.*?):? +\d+%[^|]*\|(?:[^|]*\|)? *"
     r"(?P<done>[\d.]+)(?P<of>[kMGT]?)B?/(?P<total>[\d.]+)(?P<unit>[kMGT]?)B?\b"
@@ -24,18 +24,18 @@ def table() -> dict[str, re.Pattern[str]]:
 
 
 def phase_of(text: str) -> str:
-    """The first that fits; '' where none does."""
+    """The first phase that fits; '' if none does."""
     return next((phase for phase, says in table().items() if says.search(text)), "")
 
 
 class Loading:
-    """The phase of an engine that loads, from what is new in its log."""
+    """The phase of an engine that is loading, from what is new in its log."""
 
     def __init__(self) -> None:
         self.phase, self.far = "", ""
-        self.rest = b""  # of a line that goes on
-        self.counts: dict[str, str] = {}  # of bars within each other, those that are not full
-        self.sizes: dict[str, tuple[float, float]] = {}  # GB of files that come side by side
+        self.rest = b""  # the line that is not complete yet
+        self.counts: dict[str, str] = {}  # of nested bars, those that are not full
+        self.sizes: dict[str, tuple[float, float]] = {}  # GB, done and in total, by file
 
     @property
     def said(self) -> str:
@@ -43,7 +43,7 @@ class Loading:
 
     def read(self, new: bytes) -> None:
         *lines, self.rest = re.split(rb"[\r\n]+", (self.rest + new)[-READ:])
-        if self.rest.endswith(b"]"):  # a bar, which is only ended by the next one
+        if self.rest.endswith(b"]"):  # a bar: only the next one ends its line
             lines.append(self.rest)
         for line in lines:
             self.take(clean(line.decode(errors="replace")).text[:LOOKED_AT].strip())
@@ -61,7 +61,7 @@ class Loading:
             self.far = share[0]
 
     def take_bar(self, bar: re.Match[str]) -> None:
-        """Files that come side by side have a bar each; together they are one size."""
+        """Files that are fetched side by side have a bar each; their sizes are added up."""
         if not bar["unit"]:
             self.count(bar)
             return
@@ -70,8 +70,8 @@ class Loading:
         self.far = "{:.1f} of {:.1f} GB".format(*map(sum, zip(*self.sizes.values(), strict=True)))
 
     def count(self, found: re.Match[str]) -> None:
-        """Of bars within each other the outer one, which is begun first, tells how far it is."""
-        label = re.sub(r"\(.*?\)|\d+", "", found["label"])  # the same bar, whatever it counts there
+        """Of nested bars, the outer one, which begins first, tells how far it is."""
+        label = re.sub(r"\(.*?\)|\d+", "", found["label"])  # the same bar, whatever it counts
         self.counts[label] = f"{found['done']} of {found['total']}"
         if not self.sizes:
             self.far = next(iter(self.counts.values()))

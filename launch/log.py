@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.talk import Record, say
 
-# What Slurm says of every step that it ends or starts. Where it is the cause, the launcher says so.
+# What Slurm says whenever a step starts or ends. If that is a cause, the launcher says so.
 NOISE = re.compile(
     rb"^(srun|slurmstepd[^:]*): (error: )?("
     rb"cluster configuration lacks support|\*\*\* (STEP|JOB) |Job step aborted|"
@@ -15,17 +15,17 @@ NOISE = re.compile(
     rb"[^\n]*\n?",
     re.M,
 )
-LONGEST = 1 << 16  # bytes of a line that are waited for
+LONGEST = 1 << 16  # bytes; a longer line is shown before it ends
 
 
 class Log:
     """The server's log file: written by its step, followed by us, kept.
 
-    It is on the screen from the moment that the server is ready on; with -v from the beginning.
+    It is shown on the screen once the server is ready; with -v from the beginning.
     """
 
     def __init__(self, path: Path, label: str = "") -> None:
-        """`label` stands before each line on the screen, where servers speak there in turn."""
+        """`label` is put before each line on the screen, if several servers speak there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.label = path, label.encode()
         self.sink = path.open("ab")
@@ -33,13 +33,13 @@ class Log:
         self.start = self.reader.seek(0, os.SEEK_END)
         self.last_line = ""
         self.shown = Record.verbose
-        self.unseen = b""  # the last of what has not been shown
-        self.begun = b""  # a line that goes on, of one with a label
+        self.unseen = b""  # the end of what has not been shown
+        self.begun = b""  # the line that is not complete yet, if there is a label
 
     def pump(self, limit: int = 1 << 20) -> bytes:
         """Return what is new, and show it. A flood is skipped on screen, not in the file."""
         size = os.fstat(self.reader.fileno()).st_size
-        if size < self.reader.tell():  # truncated in place: it begins anew, as for tail -F
+        if size < self.reader.tell():  # truncated in place: start again, as tail -F does
             self.start = self.reader.seek(0)
         behind = size - self.reader.tell()
         if behind > 8 * limit:
@@ -56,7 +56,7 @@ class Log:
         return new
 
     def show(self, words: bytes) -> None:
-        """From now on it is on the screen, and what has come since those words."""
+        """Show the log from now on, and what has come since those words."""
         if not self.shown:
             unseen = self.unseen[max(0, self.unseen.find(words)) :]
             self._show(unseen)
@@ -66,7 +66,7 @@ class Log:
         try:
             sys.stdout.buffer.write(self._labelled(NOISE.sub(b"", new)))
             sys.stdout.flush()
-        except (OSError, ValueError):  # closed, or a pipe
+        except (OSError, ValueError):  # a closed terminal or pipe
             # Nobody reads any more: the file keeps it all, the server goes on.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
@@ -79,7 +79,7 @@ class Log:
         return b"".join(b"%s | %s\n" % (self.label, line) for line in lines)
 
     def tail(self, lines: int = 50) -> str:
-        """The last lines of this launch, wherever somebody has moved the file."""
+        """This launch's last lines, even if somebody has moved the file."""
         return "\n".join(self.end().splitlines()[-lines:])
 
     def end(self, size: int = 1 << 16) -> str:
@@ -91,9 +91,9 @@ class Log:
 
 
 def end_of(path: Path, start: int = 0, size: int = 1 << 16) -> str:
-    """The last bytes of a file, none of them from before `start`; '' where there is no file.
+    """The last bytes of a file, but none before `start`; '' if there is no file.
 
-    One that is shorter than that has been truncated: all of it is newer.
+    A file shorter than `start` has been truncated: all of it is newer.
     """
     try:
         with path.open("rb") as file:

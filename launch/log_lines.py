@@ -1,4 +1,4 @@
-"""A log's lines without what loggers and launchers put before them: who speaks, when, how loud."""
+"""Log lines without the prefixes of loggers and launchers: who speaks, when, how loud."""
 
 import re
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from functools import cache
 
 from launch.engines import DATE, LEVEL, every
 
-LONGEST = 4000  # characters of a line that are looked at
-MARK = re.compile(r"^===== run_sbatch\.py: .* =====$", re.M)  # another server writes on
+LONGEST = 4000  # characters of a line that are read
+MARK = re.compile(r"^===== run_sbatch\.py: .* =====$", re.M)  # what follows is another server's
 
 ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()].)")
 TIME = re.compile(r"\d\d:\d\d:\d\d")
@@ -38,22 +38,22 @@ PREFIXES = (
 @dataclass(frozen=True)
 class Line:
     text: str
-    speaker: str = ""  # what stood before it: a rank, a process
+    speaker: str = ""  # a rank or a process, by the prefix
     loud: bool | None = None  # an error; False: information or a warning; None: it does not say
     time: str = ""
-    headed: bool = False  # a logger's, not the rest of a message
-    begins: bool = False  # a message of its own: this logger heads only the first line of each
+    headed: bool = False  # it has a logger's prefix, so it is not the rest of a message
+    begins: bool = False  # it begins a message, as its logger heads only first lines
 
 
 @cache
 def prefixes() -> Sequence[re.Pattern[str]]:
-    """The engines' own first. Compiled with the first line: a start has no use for them."""
+    """The engines' own come first. Compiled with the first line, as a start does not need them."""
     own = (pattern for engine in every() for pattern in engine.PREFIXES)
     return [re.compile(pattern) for pattern in (*own, *PREFIXES)]
 
 
 def clean(raw: str, time: str = "") -> Line:
-    """A line without colours, what a bar has overwritten, and prefixes; `time` if it has none."""
+    """A line without colours, prefixes and what a bar overwrote; `time` is used if it has none."""
     text = ANSI.sub("", raw.rstrip("\r\n")).rpartition("\r")[2][:LONGEST]
     when = TIME.search(text[:120])
     speaker, level, headed, begins = "", "", False, False

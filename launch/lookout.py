@@ -16,7 +16,7 @@ from launch.timelimit import is_suspended
 from launch.watch import FIREWALL, owner_by, wall
 
 EVERY = 10.0  # seconds between two looks at its page
-MISSES = 3  # looks in a row without an answer, until that is told
+MISSES = 3  # looks in a row without an answer before we say so
 
 
 class Lookout:
@@ -34,14 +34,14 @@ class Lookout:
             die(words, hint=FIREWALL)
 
     def walled(self) -> str:
-        """That it answers on its node and not here, in words; '' where that is not so."""
+        """Says that it answers on its node but not here; '' if that is not so."""
         if not self.silence() or not owner_by(self.ask_node).answer.isdigit():
             return ""
-        silence = self.silence()  # a slow machine is no wall
+        silence = self.silence()  # it may only be slow, which is no wall
         return silence and wall(self.node, self.port, self.url, silence)
 
     def silence(self) -> str:
-        """Why its page does not come; '' where it does."""
+        """Why its page does not come; '' if it does."""
         try:
             ask(self.url + PAGE, TIMEOUT, whole=False)
         except (OSError, ValueError, Malformed) as error:
@@ -53,7 +53,7 @@ class Lookout:
         return time.monotonic() > self.next
 
     def look(self) -> str:
-        """Its page, '' where none comes; silence is told once, and its end."""
+        """Its page, or ''. Say once that it no longer answers, and once that it answers again."""
         found = page(self.url + PAGE)
         if found and self.misses >= MISSES:
             say(f"{self.node}: the front answers again")

@@ -1,4 +1,4 @@
-"""run_sbatch.py's story: what is asked for, what every node has, then the server until its end."""
+"""The course of run_sbatch.py: what is asked for, what every node has, the server until its end."""
 
 import argparse
 import os
@@ -43,12 +43,12 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     try:
         load_env_files()
         code = go(*parse(argv, description))
-        sys.stdout.flush()  # while somebody is here to hear of it
+        sys.stdout.flush()  # now, while an error can still be told
         return code
     except (Failure, OSError) as error:
         return complain(error)
     except Stopped as stopped:
-        # From here the interpreter takes handlers down: a late signal would be death by signal.
+        # The interpreter takes the handlers down as it ends: a late signal would then kill us.
         for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         say(f"stopped by {signal.Signals(stopped.args[0]).name}")
@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """What the words of the command ask for, before any node has been asked."""
+    """What the command line asks for, before any node has been asked."""
 
     plan: Plan
     found: image.Image
     wanted: Wanted
-    server: Replica  # one of the same arguments, as the front's clients see it
+    server: Replica  # a server with the same arguments, as the front's clients see it
     world: World
     shape: str  # its sizes, in words
     pools: list[disagg.Pool]
@@ -71,7 +71,7 @@ class Request:
 def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     Record.verbose = args.verbose
     if is_of_what_runs(args):
-        from launch import manage  # late: a launch has no use for it
+        from launch import manage  # late: a launch does not need it
 
         return manage.act(args)
     request = read(args, rest)
@@ -136,7 +136,7 @@ def find_image(args: argparse.Namespace) -> image.Image:
 
 
 def fitted(request: Request, nodes: Sequence[Node], args: argparse.Namespace) -> Plan:
-    """The plan laid over these nodes, with what they have, once they have been found fit for it."""
+    """The plan laid over these nodes, with their devices. Failure if they are not fit for it."""
     plan = lay_out(request.plan, request, nodes, args)
     plan = replace(plan, device_files=device_files(nodes[: plan.nodes]))
     preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
@@ -163,13 +163,13 @@ def announce(plan: Plan, request: Request, nodes: Sequence[Node]) -> None:
 
 
 def with_tp(args: list[str], served: Engine) -> list[str]:
-    """The arguments with the tensor parallel size of TP, where they do not say it."""
+    """The arguments, with the tensor parallel size of TP= if they give none."""
     tp = setting("TP")
     return [served.TP[0], tp, *args] if tp and value_of(args, *served.TP) is None else args
 
 
 def device_files(nodes: Sequence[Node]) -> tuple[str, ...]:
-    """Those for EFA and GDRCopy that all of them have."""
+    """The device files for EFA and GDRCopy that all these nodes have."""
     has = {
         "/dev/infiniband": all(node.facts.efa for node in nodes),
         "/dev/gdrdrv": all(node.facts.gdrdrv for node in nodes),
@@ -178,7 +178,7 @@ def device_files(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 
 def of_containers(args: argparse.Namespace) -> list[str]:
-    """What was asked for that only a container has."""
+    """What was asked for that only containers have."""
     asked = {
         "IMAGE": args.image,
         "CONTAINER_MOUNT": args.asked_mount,
@@ -191,7 +191,7 @@ def of_containers(args: argparse.Namespace) -> list[str]:
 def lay_out(
     plan: Plan, request: Request, nodes: Sequence[Node] | None, args: argparse.Namespace
 ) -> Plan:
-    """The plan with its servers laid over the nodes; None: over those that are to be expected."""
+    """The plan with its servers laid over the nodes; over the expected ones if `nodes` is None."""
     over_nodes, place, world = runtime(args.runtime).OVER_NODES, plan.place, request.world
     mpi = bool(plan.engine.LEADER)
     if request.pools:
@@ -215,7 +215,7 @@ def describe(plan: Plan, world: World, nodes: Sequence[str]) -> str:
 
 
 def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[Node]:
-    """Ask every node, reap what dead launchers left, and check. Returns them, head first."""
+    """Ask every node, remove what dead launchers left, and check. Returns the nodes, head first."""
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
     with preflight.probe(args.workspace, plan.place) as probe:
         wanted = replace(wanted, probe=probe)
@@ -236,7 +236,7 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
 
 
 def check_force(found: image.Image) -> None:
-    """--force takes an image away; there has to be something to load it from again."""
+    """Failure if --force would remove an image that cannot be loaded again."""
     if found.squash and not found.reference:
         die(f"--force imports an image again; {found.tag} is not an import", hint="leave it out")
     if found.tag and not (found.tarball or found.registry):
@@ -246,9 +246,9 @@ def check_force(found: image.Image) -> None:
 
 
 def put_image(plan: Plan, found: image.Image, args: argparse.Namespace) -> Plan:
-    """The image on every node that serves and lacks it, with --force on all of them, afresh.
+    """Put the image on every serving node that lacks it; with --force on all of them, afresh.
 
-    Returns the plan for it: one that no sidecar describes says only now which version it holds.
+    Returns the plan for it: without a sidecar, its version is known only now.
     """
     if args.verify:
         provide.verify(found)

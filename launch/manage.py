@@ -1,4 +1,4 @@
-"""What runs from a workspace: its status, its end, its log, why it ended. Records are in logs/."""
+"""Commands for what runs from a workspace: status, stop, logs, why. Records are in logs/."""
 
 import argparse
 import os
@@ -35,7 +35,7 @@ def stop(logs: Path, job: str = "") -> int:
         try:
             tell(record)
             told.append(record)
-        except Failure as failure:  # one that is somebody else's does not keep ours
+        except Failure as failure:  # somebody else's must not keep us from stopping ours
             refused.append(failure.message)
     deadline = time.monotonic() + PATIENCE
     while left := [record for record in told if living(record["path"])]:
@@ -60,9 +60,9 @@ def die_of_a_deaf_one(record: dict[str, Any]) -> NoReturn:
 
 
 def tell(record: dict[str, Any]) -> None:
-    """SIGTERM to the launcher where it lives here, else a word in its record, which it reads.
+    """Send SIGTERM to a launcher that lives here. Any other reads a word that we put in its record.
 
-    What others have written may name any process of ours: it must be their own.
+    A record that others wrote may name any process of ours: so the process must be its owner's.
     """
     pid = record["launcher"].split(":")[1]
     if os.geteuid() not in (record["owner"], 0):
@@ -73,7 +73,7 @@ def tell(record: dict[str, Any]) -> None:
                 raise PermissionError
             os.kill(int(pid), signal.SIGTERM)
         except (ProcessLookupError, FileNotFoundError):
-            pass  # it ended in this very moment
+            pass  # it ended at this very moment
         except PermissionError:
             die(f"the launcher of {record['job']}, process {pid}, belongs to another user")
         return
@@ -87,19 +87,19 @@ def tell(record: dict[str, Any]) -> None:
 
 
 def follow_log(logs: Path, replica: str) -> int:
-    """Become `tail -F` of the newest log, of that replica where one is named."""
+    """Become `tail -F` of the newest log, or of the newest of that replica."""
     os.execvp("tail", ["tail", "-n", "100", "-F", str(newest(logs, replica))])
 
 
 def why(logs: Path, name: str) -> int:
-    """Say the cause on stdout and what to do next; exit code 1 where the logs name none."""
+    """Print the cause and what to do next; exit code 1 if the logs name none."""
     if REPLICA.fullmatch(name) or not name:
-        # Of a server's own log and its ranks', the server's.
+        # If the newest is a rank's log, take its server's.
         name = re.sub(r"_rank\d+(?=\.log$)", "", str(newest(logs, name)))
     log = Path(name)
     if not log.is_file():
         die(f"{log}: there is no such log", hint=f"`ls {logs}` shows those of this workspace")
-    from launch.causes import cause_in, ranks_of  # late: few have use for its patterns
+    from launch.causes import cause_in, ranks_of  # late: few commands need its patterns
 
     found = cause_in([log, *ranks_of(log)], lambda path, size: end_of(path, 0, size))
     print(f"cause: {found.line}\nnext: {found.advice}" if found else "no cause in the log")
@@ -107,7 +107,7 @@ def why(logs: Path, name: str) -> int:
 
 
 def newest(logs: Path, replica: str = "") -> Path:
-    """The log written last, of those in a workspace, or of a replica's."""
+    """The log in `logs` that was written last, of all servers or of one replica."""
     names = (f"*_server_*_{replica}.log", f"*_server_*_{replica}_rank0.log") if replica else ()
     found = [log for name in names or ("*_server_*.log",) for log in logs.glob(name)]
     log = max(found, key=lambda path: path.stat().st_mtime, default=None)

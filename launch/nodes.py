@@ -1,8 +1,8 @@
 """Where commands run: on this machine, or on every node of a Slurm allocation.
 
 The place is a prefix (`[]` or `srun ...`), never a branch. What a node has to decide for itself is
-an order (order.py). One that has to outlive a question is *held*: it ends when its standard input
-does. However this process ends, SIGKILL included, the kernel closes that pipe.
+an order (order.py). An order that lasts longer than a question is *held*: it ends when its standard
+input does. However this process ends, SIGKILL included, the kernel closes that pipe.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from launch import slurm
 from launch.node.base import NOT_FOUND, OVER
 from launch.order import Command, Told, read
 
-# srun reads most of Slurm's variables, and they bend a step that did not ask: those of the
-# allocation, and what a shell has left of another job. Only these are what they seem.
+# srun reads most of Slurm's variables, those of the allocation and leftovers of another job, and
+# they change steps that did not ask for it. Only these can be trusted.
 KEPT = re.compile("SLURM_(CONF|JOB_?ID|JOB_NAME|SUBMIT_.*|.*CLUSTER.*|DEBUG.*|NETWORK|PMIX.*)$")
-# So do its plug-ins: each step would be in the container that pyxis has been told of.
+# Its plug-ins do, too: each step would be in the container that pyxis has been told of.
 BENDS = re.compile("SLURM_|SRUN_|_SLURM_SPANK_OPTION_pyxis|PYXIS_")
 APART: Any = {
     "_bg": True,
@@ -54,7 +54,7 @@ class Place:
 
     @property
     def clean(self) -> Sequence[str]:
-        """What comes before srun, so that Slurm's variables do not bend it."""
+        """What comes before srun, to keep Slurm's variables from it."""
         return self.srun[: self.srun.index("srun")] if self.srun else ()
 
     def on(
@@ -62,9 +62,9 @@ class Place:
     ) -> list[str]:
         """The prefix for `nodes` nodes from the `first` on, `ranks` tasks on each.
 
-        By itself a step is given GPUs in the way that its job asked for them, one of eight with
-        --gpus-per-task, or is refused. Containers need none: their order says which are the job's.
-        Nodes go by name: of a job that has lost one (--no-kill), Slurm counts the others anew.
+        Left to itself, a step is given GPUs as its job asked for them (one of eight with
+        --gpus-per-task), or is refused. Containers need none: their order names the job's GPUs.
+        Nodes go by name, since Slurm renumbers those of a job that has lost one (--no-kill).
         """
         if not self.srun:
             return []
@@ -74,7 +74,7 @@ class Place:
             *self.srun,
             f"--mpi={mpi}",
             "--cpu-bind=none",
-            # However Slurm is configured: one node's failure does not end what the others do.
+            # However Slurm is configured: one node's failure must not end what the others do.
             "--kill-on-bad-exit=0",
             "--wait=0",
             f"--ntasks-per-node={ranks}",
@@ -99,7 +99,7 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """This machine, or the allocation that SLURM_JOB_ID names; what it is, only Slurm knows."""
+    """This machine, or the allocation that SLURM_JOB_ID names; Slurm is asked what that is."""
     if not (job := environ.get("SLURM_JOB_ID")):
         return Place(f"local{os.getpid()}", 1, ())
     if not re.fullmatch("[0-9]{1,20}", job):  # it becomes a part of file and container names
@@ -109,7 +109,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     allocation = ask_slurm(job)
     bend = (name for name in environ if BENDS.match(name) and not KEPT.match(name))
     leaks = [word for name in sorted(bend) for word in ("-u", name)]
-    # A heterogeneous job takes steps by its first job's number, and for the component they name.
+    # Steps of a heterogeneous job go by its first job's number, and the component that they name.
     first, which = allocation.component or ("", "")
     component = [f"--jobid={first}", f"--het-group={which}"] if first else []
     # --overlap: a step without it waits for the other steps to end.
@@ -120,9 +120,9 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def part_of(place: Place, asked: str) -> Place:
-    """The place on those of the job's nodes that NODELIST names; all of it where it names none.
+    """The place, cut down to the nodes that NODELIST names; all of it if it names none.
 
-    Failure for others, and for nodes that are not next to each other in the job.
+    Failure if it names others, or nodes that are not next to each other in the job.
     """
     if not asked:
         return place
@@ -140,7 +140,7 @@ def part_of(place: Place, asked: str) -> Place:
 
 
 def ask_slurm(job: str) -> slurm.Allocation:
-    """The job's nodes and its GPUs on them. Failure where Slurm does not hold it."""
+    """The job's nodes and its GPUs on them. Failure if Slurm says that it does not run."""
     hint = "SLURM_JOB_ID has to name a running job (squeue), or to be unset"
     try:
         said = run(["scontrol", "show", "job", "-d", job], what=f"asking Slurm about job {job}")
@@ -153,7 +153,7 @@ def ask_slurm(job: str) -> slurm.Allocation:
     known = why = ""
     try:
         known = run(["scontrol", "show", "node", "-o", nodes])
-    except Failure as failure:  # PrivateData=nodes; the job's own GPUs it shows nevertheless
+    except Failure as failure:  # PrivateData=nodes; the job's own GPUs are shown nevertheless
         why = failure.message
     found = slurm.allocation_of(record, known, functools.cache(expand))
     if why and not found.shares:
@@ -162,7 +162,7 @@ def ask_slurm(job: str) -> slurm.Allocation:
 
 
 def expand(nodes: str) -> list[str]:
-    """n[1-2] as n1, n2."""
+    """Expand n[1-2] to n1, n2."""
     if not re.search(r"[\[,]", nodes):
         return [nodes]
     return run(["scontrol", "show", "hostnames", nodes]).split()
@@ -181,9 +181,9 @@ def run(
     `text` is its input, `what` says what it does, `begun` is told how to kill it. Its process ends
     with ours: a signal that stops us stops it, too.
     """
-    import sh  # late: it brings asyncio
+    import sh  # late: it imports asyncio
 
-    if not text:  # an order has been noted whole
+    if not text:  # an order has been noted already
         note(f"$ {shlex.join(argv)}")
     what = what or f"`{shlex.join(argv)}`"
     try:
@@ -191,10 +191,10 @@ def run(
         process = program(*argv[1:], _in=text, _decode_errors="replace", **APART)
     except sh.CommandNotFound:
         die(f"{argv[0]}: not found in PATH")
-    except (ValueError, sh.ForkException) as error:  # a NUL; more than an argument may hold
+    except (ValueError, sh.ForkException) as error:  # a NUL; or longer than an argument may be
         die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
     begun(process.kill)
-    clock = threading.Timer(timeout, process.kill)  # sh's own looks ten times a second: 0.1 s each
+    clock = threading.Timer(timeout, process.kill)  # sh's own timeout costs up to 0.1 s each time
     clock.daemon = True
     clock.start()
     try:
@@ -213,7 +213,7 @@ def run(
 
 
 def die_of_exit(what: str, code: int, said: str) -> NoReturn:
-    """Failure of a command, by what it said."""
+    """Failure for a command that failed, with what it said."""
     if nodes := slurm.without_python(said):
         die(nodes, hint="the nodes need python3, 3.9 or newer, in PATH (apt-get install python3)")
     if code == NOT_FOUND and (missing := re.search(r"env: .(srun).: No such file", said)):
@@ -225,19 +225,19 @@ def die_of_exit(what: str, code: int, said: str) -> NoReturn:
 
 
 def ask(command: Command, what: str, timeout: float = 60, **more: Any) -> list[Told]:  # noqa: ANN401
-    """Give nodes a short order; what they told. Failure where one could not."""
+    """Give nodes a short order, and return what they told. Failure if one could not do it."""
     note(command.shown())
     said = run(command.argv, timeout=timeout, text=command.text, what=what, **more)
     return list(read(said.splitlines()))
 
 
 class Step:
-    """A command with its input held open: an order's node side ends when we do."""
+    """A command whose input is held open: its side on the nodes ends when we do."""
 
     def __init__(
         self, command: Command, output: int | IO[Any] = subprocess.PIPE, secret: str = ""
     ) -> None:
-        """Start it, and give it its order; `secret` is a line that follows."""
+        """Start it and send its order; `secret` is a line that follows the order."""
         note(command.shown(more="cat; "))
         argv = command.argv
         try:
@@ -278,7 +278,7 @@ class Step:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):  # its children, too: they hold the pipe
+            with contextlib.suppress(ProcessLookupError):  # its children hold the pipe, too
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             return False

@@ -1,4 +1,4 @@
-"""An engine's options as data, a file a version: what it does not know, and what was meant.
+"""An engine's options as data, a file per version: what it does not know, and what was meant.
 
 Imports common/ and launch/arguments.py. The files are in launch/engines/.
 """
@@ -24,10 +24,10 @@ class Options:
     version: str
     flags: Collection[str]
     switches: Collection[str]  # flags without a value
-    aliases: Mapping[str, str]  # a flag's other name, and its first one
-    choices: Mapping[str, Sequence[str]]  # a flag's values, where they are few
+    aliases: Mapping[str, str]  # from a flag's other name to its first one
+    choices: Mapping[str, Sequence[str]]  # a flag's values, if they are few
     yaml_keys: Collection[str]
-    sub_keys: Mapping[str, Collection[str]]  # of the YAML keys whose own keys are known
+    sub_keys: Mapping[str, Collection[str]]  # the known inner keys of some YAML keys
 
     def values(self, flag: str) -> Collection[str]:
         return self.choices.get(flag, ())
@@ -38,28 +38,28 @@ class Options:
 
 @cache
 def versions(engine: str) -> dict[str, Options]:
-    """All that is known of an engine, by its version."""
+    """The options of an engine, by version, for all versions that are known."""
     found = sorted(DATA.glob(f"{engine}-*.json"))
     named = ((path, path.stem[len(engine) + 1 :]) for path in found)
     return {version: Options(version, **json.loads(path.read_text())) for path, version in named}
 
 
 def union(engine: str, field: str) -> set[str]:
-    """What any version has."""
+    """All names that any version has."""
     return {name for known in versions(engine).values() for name in getattr(known, field)}
 
 
 def first_name(engine: str, flag: str) -> str:
-    """A flag's first name, in whichever version it has several."""
+    """A flag's first name, by any version that has several; else the flag itself."""
     names = (known.aliases.get(flag) for known in versions(engine).values())
     return next(filter(None, names), flag)
 
 
 class Check:
-    """What a version of an engine would refuse is a Failure here, with what was meant."""
+    """Raises Failure for what a version of an engine would refuse, with what was meant."""
 
     def __init__(self, engine: str, program: str, version: str, setting: str) -> None:
-        self.setting = setting  # which names another version
+        self.setting = setting  # the setting that names another version
         self.engine, self.known = engine, versions(engine)[version]
         self.name = f"{program} {version}"
         self.others = [each for each in versions(engine).values() if each is not self.known]
@@ -105,7 +105,7 @@ class Check:
         return text + (f"; it belongs below {' or '.join(owners)}" if owners else "")
 
     def synonyms(self, flag: str) -> tuple[set[str], set[str]]:
-        """The names that our version has for a flag of any, and its keys for it in the YAML."""
+        """Our version's names for a flag of any version, and its YAML keys for it."""
         first = first_name(self.engine, flag)
         every = {*union(self.engine, "flags"), flag, first}
         names = {name for name in every if first_name(self.engine, name) == first}
@@ -116,7 +116,7 @@ class Check:
         self, word: str, of: Callable[[Options], Collection[str]], names: Collection[str] = ()
     ) -> str:
         """` (1.2.1 has it); did you mean --tp_size?`: one of `names`, else what looks like it."""
-        if word in names:  # only its spelling was another
+        if word in names:  # only the spelling was another
             return f"; did you mean {word}?"
         having, near = " and ".join(e.version for e in self.others if word in of(e)), sorted(names)
         if not near and not having:

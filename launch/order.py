@@ -16,7 +16,7 @@ from typing import Any
 from launch.node import messages
 
 PARTS = Path(__file__).parent / "node"
-# A flag whose value is a secret, and its values, in an order as it is shown.
+# A flag whose value is a secret, and its values, in the JSON of an order that is shown.
 SECRET = re.compile(
     r'"(--(?:(?:admin[-_])?api[-_]key|hf[-_]token|ssl[-_]keyfile[-_]password))'
     r'(?:=(?:[^"\\]|\\.)*)?"(?:,\s*"(?!-)(?:[^"\\]|\\.)*")*'
@@ -50,7 +50,7 @@ class Command:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What is sent of the order: what it keeps for itself on the node is made there."""
+        """What is sent of the order. Its `ends` are made on the node."""
         sent = [f.name for f in fields(self.order) if f.name != "ends"]
         return {self.name: {name: getattr(self.order, name) for name in sent}}
 
@@ -60,9 +60,9 @@ class Command:
         return f"{program}{json.dumps(self.fields)}\n\n"
 
     def shown(self, more: str = "") -> str:
-        """As a shell takes it, on lines that can be read; `more` commands feed what follows.
+        """The command for a shell, on readable lines; the commands in `more` feed what follows.
 
-        Others may read it: a secret is `***` there.
+        Others may read it, so a secret is `***`.
         """
         files = folded(["cat", *(str(PARTS / f"{part}.py") for part in parts_of(self.order))])
         order = json.dumps(self.fields, indent=1, ensure_ascii=False)
@@ -72,7 +72,7 @@ class Command:
 
 
 def folded(words: Sequence[str], width: int = 100) -> str:
-    """A command on lines that end with a backslash."""
+    """A command, folded into lines that end with a backslash."""
     lines = [""]
     for word in map(shlex.quote, words):
         if lines[-1] and len(lines[-1]) + len(word) > width:
@@ -113,7 +113,7 @@ class Told:
 
 
 def read(lines: Iterable[str]) -> Iterator[Told]:
-    """What nodes tell on these lines, messages in pieces put together again."""
+    """What nodes tell on these lines; messages that come in pieces are put together again."""
     begun: dict[str, str] = {}
     for told in map(parse, lines):
         if not isinstance(told.message, messages.Piece):

@@ -19,10 +19,10 @@ class Seat:
 
 
 def seats(size: int, gpus: Sequence[Sequence[str]]) -> list[Seat]:
-    """As many replicas of `size` GPUs as fit on nodes with these GPUs, given by their ids.
+    """Seats for as many replicas of `size` GPUs as fit on nodes with these GPUs (their ids).
 
-    Small ones are packed into nodes. One that no node holds takes whole nodes, neighbours with the
-    same number of GPUs, which it has to fill.
+    Small ones are packed into nodes. One that fits no node takes whole neighbouring nodes with
+    equal numbers of GPUs, and has to use all of those.
     """
     if any(size <= len(ids) for ids in gpus):
         return [
@@ -40,7 +40,7 @@ def seats(size: int, gpus: Sequence[Sequence[str]]) -> list[Seat]:
 
 
 def whole_nodes(size: int, gpus: Sequence[int]) -> int:
-    """How many of the nodes, from the first on, a world fills exactly; 0 where it does not."""
+    """How many of the nodes, from the first on, a world fills exactly; 0 if it fills none."""
     nodes, rest = divmod(size, gpus[0]) if gpus[0] else (0, 0)
     return nodes if not rest and gpus[:nodes] == [gpus[0]] * nodes else 0
 
@@ -55,7 +55,7 @@ def order(seat: Seat) -> tuple[int, int]:
 
 
 def choose(wanted: str, size: int, gpus: Sequence[Sequence[str]]) -> list[Seat]:
-    """The seats of `wanted` replicas, a number or `auto`. Failure where they do not fit."""
+    """The seats of `wanted` replicas, a number or `auto`. Failure if they do not fit."""
     found = seats(size, gpus)
     if wanted == "auto" and found:
         return found

@@ -1,4 +1,4 @@
-"""What a launch is: every decision, taken before anything runs."""
+"""What a launch is: every decision, made before anything runs."""
 
 import argparse
 import contextlib
@@ -20,8 +20,8 @@ from launch.nodes import Place
 from launch.spread import Spread
 
 PREFILL, DECODE, ORCHESTRATOR = "prefill", "decode", "orchestrator"  # roles
-MOST = 64  # replicas on a node whose ports are asked for
-CACHE = re.compile(r"HF_\w*CACHE")  # what Hugging Face keeps beside, or in place of, HF_HOME's
+MOST = 64  # at most so many replicas' ports are asked for on a node
+CACHE = re.compile(r"HF_\w*CACHE")  # Hugging Face's caches beside HF_HOME, or instead of it
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Replica:
     args: tuple[str, ...]  # for the engine
     port: int
     gpus: str  # auto, none, or docker's own words
-    label: str = ""  # what tells it from the other servers of the launch; '': there is no other
+    label: str = ""  # its name among the servers of the launch; '' if it is the only one
     first: int = 0  # the index of its first node, which serves
     spread: Spread | None = None  # None: all of it is on that node
-    devices: tuple[str, ...] = ()  # ids of its GPUs, where others of the launch have the rest
-    role: str = ""  # its part, where the servers of a launch are not alike
-    words: tuple[str, ...] = ()  # its whole command, where it is not a server of the engine's
-    serves: str = ""  # its model's name, where it cannot tell
+    devices: tuple[str, ...] = ()  # ids of its GPUs, if other servers of the launch have the rest
+    role: str = ""  # its part, if the servers of a launch are not alike
+    words: tuple[str, ...] = ()  # its whole command, if it is not one of the engine's servers
+    serves: str = ""  # its model's name, if it cannot tell that itself
 
     @property
     def host(self) -> str:
@@ -57,7 +57,7 @@ class Plan:
     place: Place
     runtime: str
     engine_name: str
-    tag: str  # the image's; '' where the runtime needs none
+    tag: str  # the image's; '' if the runtime needs none
     mounts: tuple[str, ...]
     caches: tuple[tuple[str, str], ...]  # variable and directory, which is mounted
     cwd: str  # the container's working directory; '': the image's own
@@ -65,7 +65,7 @@ class Plan:
     user: str
     replicas: tuple[Replica, ...]  # one, or those of a fleet, which have labels
     device_files: tuple[str, ...] = ()  # that all nodes have, where not all of /dev may be seen
-    # Engine and version, `package 1.2.1`; '' unknown; None not asked yet.
+    # Engine and version, `package 1.2.1`; '': unknown; None: not asked yet.
     release: str | None = None
 
     @property
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The engine for people, with its version where that is known: `TITLE 1.2.1`."""
+        """The engine for people, with its version if that is known: `TITLE 1.2.1`."""
         return f"{self.engine.TITLE} {self.version}".strip()
 
     @property
@@ -90,17 +90,17 @@ class Plan:
         return replica.words or self.engine.command(replica.model, replica.args)
 
     def name_of(self, replica: Replica) -> str:
-        """What its containers and logs are called by: `ENGINE-41`."""
+        """The name of its containers and steps: `ENGINE-41`."""
         return "-".join(filter(None, (self.engine_name, self.place.job, replica.label)))
 
     def log_of(self, replica: Replica, logs: Path) -> Path:
-        """Where it speaks."""
+        """Its log."""
         label = f"_{replica.label}" if replica.label else ""
         return logs / f"{self.engine_name}_server_{self.place.job}{label}.log"
 
     @property
     def is_fleet(self) -> bool:
-        """Whether there are several servers, behind one address."""
+        """Whether there are several servers."""
         return len(self.replicas) > 1
 
     @property
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def listers(self) -> Sequence[Replica]:
-        """Those to be asked for the list of models, where the entrance has none."""
+        """The servers to ask for the list of models, if the entrance has none."""
         return [each for each in self.servers if each.role == DECODE]
 
     @property
@@ -125,7 +125,7 @@ class Plan:
 
 
 def user_name(uid: int | None = None) -> str:
-    """Whose the uid is; without one who we are, whatever $LOGNAME says. Nameless: its number."""
+    """The name of a user, by default ours, whatever $LOGNAME says; the uid if it has no name."""
     uid = os.geteuid() if uid is None else uid
     try:
         return pwd.getpwuid(uid).pw_name
@@ -134,12 +134,12 @@ def user_name(uid: int | None = None) -> str:
 
 
 def real(path: str) -> Path:
-    """A path as it is, home directory and links resolved; never an error."""
+    """A path with home directory and links resolved; never an error."""
     return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
 
 
 def is_directory(path: Path | str) -> bool:
-    """False for a name too long, too, where Path.is_dir() raises."""
+    """False even for a name that is too long, for which Path.is_dir() raises."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
@@ -155,13 +155,13 @@ def find_model(given: str | None) -> str:
 
 
 def called_otherwise(path: str, where: Path) -> list[Path]:
-    """The name of a link that leads there: the model may be called by it."""
+    """The path as it is called, if it leads there: the model may be called by that name."""
     called = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     return [Path(called)] if real(called) == where else []
 
 
 def find_caches(environ: Mapping[str, str], engine: Engine) -> tuple[tuple[str, str], ...]:
-    """Hugging Face's caches, HF_HOME first, then the engine's: variables, and their directories."""
+    """Hugging Face's caches, HF_HOME first, and the engine's: variables and their directories."""
     names = sorted(n for n in environ if CACHE.fullmatch(n) and environ[n])
     given = {"HF_HOME": setting("HF_HOME") or "~/.cache/huggingface"}
     given |= {name: environ[name] for name in names}
@@ -170,7 +170,7 @@ def find_caches(environ: Mapping[str, str], engine: Engine) -> tuple[tuple[str, 
 
 
 def leading_out(caches: Sequence[Path], models: Sequence[str]) -> list[Path]:
-    """Where links in Hugging Face's caches lead: one of them, or these models, moved elsewhere."""
+    """Where `hub` and these models lead, if they are links in one of Hugging Face's caches."""
     names = ["hub", *(f"models--{model.replace('/', '--')}" for model in models)]
     folders = [folder for cache in caches for folder in (cache, led_to(cache / "hub"))]
     links = [folder / name for folder in folders for name in names]
@@ -178,14 +178,14 @@ def leading_out(caches: Sequence[Path], models: Sequence[str]) -> list[Path]:
 
 
 def led_to(path: Path) -> Path:
-    """What a link names, which may be a link again; any other path itself."""
+    """Where a link leads, perhaps to another link; any other path itself."""
     with contextlib.suppress(OSError, ValueError):
         return Path(os.path.abspath(path.parent / os.readlink(path)))  # noqa: PTH100, PTH115
     return path
 
 
 def say_unmounted(environ: Mapping[str, str], mounts: Sequence[Path]) -> None:
-    """A variable for the engine that names a file of this machine's which it will not see."""
+    """Name the variables for the engine that lead to files which it will not see."""
     for name, path in sorted(environ.items()):
         known = name.startswith(PASSED_ON) and path.startswith("/") and os.path.exists(path)  # noqa: PTH110
         if known and not any(Path(path).is_relative_to(mount) for mount in mounts):
@@ -201,8 +201,8 @@ def find_mounts(
 ) -> list[Path]:
     """Host directories that the containers see under the same path, each once.
 
-    A link to the workspace is one of them where one of `paths` is called by it. `elsewhere`: not
-    here, but on nodes, which will be asked whether they have what was named.
+    A link to the workspace is among them if one of `paths` goes through it. `elsewhere`: the
+    containers run on nodes, which will be asked whether they have what was named.
     """
     mount = real(args.container_mount)
     links = called_otherwise(args.called_workspace, args.workspace)
@@ -222,19 +222,19 @@ def find_mounts(
 
 
 def is_within(path: Path, mount: Path) -> bool:
-    """As it is called and as it is: a link that leads out leads nowhere in the container."""
+    """Whether name and target are within the mount: a link that leads out is broken inside."""
     return path.is_relative_to(mount) and real(str(path)).is_relative_to(real(str(mount)))
 
 
 def local_paths(model: str, config: str | None) -> list[Path]:
-    """The model and config, where they are files: the nodes have to see them."""
+    """The model and config, if they are files: the nodes have to see them."""
     paths = [Path(model)] if model.startswith(("/", "./", "../")) or is_directory(model) else []
     return [p.absolute() for p in [*paths, *([Path(config)] if config is not None else [])]]
 
 
 def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
     for path in paths:
-        # As it is called and as it is: a link that leads in from outside is unknown inside.
+        # Both name and target have to be: a link from outside does not exist inside.
         called = any(path.is_relative_to(m) for m in mounts)
         if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
             these = ", ".join(map(str, mounts)) + (" are" if mounts[1:] else " is")
@@ -251,7 +251,7 @@ def make_plan(
         return none
     caches = find_caches(os.environ, engine(engine_name))
     paths = paths_of(none)
-    elsewhere = place.slurm  # what the launcher's machine lacks, the nodes may have
+    elsewhere = place.slurm  # the nodes may have what the launcher's machine lacks
     cached = [Path(path) for _, path in caches]
     cached += leading_out(cached, [replica.model for replica in replicas])
     mounts = find_mounts(args, cached, paths, elsewhere=elsewhere)
@@ -272,7 +272,7 @@ def release_known(found: Image, engine_name: str) -> str:
 
 
 def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
-    """The plan for the engine that its nodes hold, by node; Failure where that would refuse it."""
+    """The plan for the engine that each node holds; Failure if that engine would refuse it."""
     held = {release: node for node, release in releases.items() if release}
     if len(held) > 1:
         each = ", ".join(f"{node} {release}" for release, node in held.items())
@@ -292,7 +292,7 @@ def settled(plan: Plan, releases: Mapping[str, str]) -> Plan:
 
 
 def settle_one(replica: Replica, settle: Callable[[tuple[str, ...]], list[str]]) -> Replica:
-    """Replicas of a fleet differ by their ports: settled is what they have in common."""
+    """Settle what the replicas of a fleet have in common: all but their ports."""
     if not replica.label:
         return replace(replica, args=tuple(settle(replica.args)))
     return on_port(replace(replica, args=tuple(settle(tuple(without(replica.args, "--port"))))))
@@ -305,7 +305,7 @@ def on_port(replica: Replica) -> Replica:
 
 
 def paths_of(plan: Plan) -> list[Path]:
-    """Files that its servers read."""
+    """The files that its servers read."""
     each = (local_paths(one.model, plan.engine.config_of(one.args)) for one in plan.replicas)
     return list(dict.fromkeys(path for paths in each for path in paths))
 
@@ -313,10 +313,10 @@ def paths_of(plan: Plan) -> list[Path]:
 def wanted_of(
     plan: Plan, found: Image, world: int = 0, replicas: str = "1", *, front: bool = True
 ) -> Wanted:
-    """What the nodes have to offer; `plan` has yet to be laid over them."""
+    """What the nodes need to have; `plan` has yet to be laid over them."""
     head = plan.replicas[0]
     program = plan.command(head)[0]
-    made = tuple(path for _, path in plan.caches)  # where they are missing
+    made = tuple(path for _, path in plan.caches)  # if they are missing
     seen = [mount for mount in plan.mounts if mount not in made]
     paths = (*seen, *map(str, paths_of(plan)))
     ask = plan.release is None

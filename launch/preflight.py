@@ -1,4 +1,4 @@
-"""What every node has and lacks, asked of all of them at once, before anything heavy is started."""
+"""Asks all nodes at once what they have and lack, before anything heavy is started."""
 
 import contextlib
 import os
@@ -44,9 +44,9 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
 
 
 def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
-    """Ask every node; the head node comes first. Failure when one does not answer.
+    """Ask every node; the head node comes first. Failure if one does not answer.
 
-    A node that boots or runs a Prolog answers after minutes: Slurm's have `patience` seconds.
+    A node that boots or runs a Prolog answers after minutes: Slurm's get `patience` seconds.
     """
     patience = max(PATIENCE, patience if place.slurm else 0)
     with speaking(partial(say_waiting, place, patience)):
@@ -62,9 +62,9 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
 
 
 def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
-    """Ask again where srun has given up on a node that Slurm still holds to be well.
+    """Ask again if srun has given up on a node that Slurm still takes to be well.
 
-    That its job is over, srun may find out after minutes.
+    The job is watched meanwhile, since srun may notice its end only after minutes.
     """
     limit, how, kills = TimeLimit(place), list[str](), list[Callable[[], None]]()
 
@@ -93,7 +93,7 @@ def say_waiting(place: Place, patience: float, seconds: float) -> None:
     names = os.environ.get("SLURM_JOB_NODELIST", "the nodes")
     waited = f"after {seconds:.0f} s of at most {patience:.0f}"
     why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
-    if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say so, and tries again
+    if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say that, and tries again
         why = f"Slurm calls job {place.job} {state}"
     say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
 
@@ -111,9 +111,8 @@ def gather(told: Iterable[Told]) -> list[Node]:
 def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
     """Every check of every node. The first node serves: its GPUs and its port matter.
 
-    The ports of a fleet's replicas are judged once it is known where they go.
-
-    What the server has no use for, as the model or the image, may be missing on the others.
+    Nodes that will not serve may lack what only servers need, such as the model or the image. The
+    ports of a fleet's replicas are judged later, when it is known where they go.
     """
     findings: list[Finding] = []
     needed = how_many_serve(nodes, wanted)
@@ -129,14 +128,14 @@ def judge(nodes: Sequence[Node], wanted: Wanted) -> list[Finding]:
 
 
 def not_needed(finding: Finding) -> Finding:
-    """Of a node that will not serve; whether its Docker answers is told nevertheless."""
+    """A finding about a node that will not serve: it only has to have a Docker that answers."""
     if finding.state == "ok" or finding.check not in ("image", "disk", "toolkit", "engine"):
         return finding
     return replace(finding, state="ok", text="not needed", hint="")
 
 
 def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:
-    """How many nodes, from the first on, the servers need, if that can be had at all."""
+    """How many nodes, from the first on, the servers need; all of them, if those are not enough."""
     if not wanted.world or not nodes:
         return len(nodes)
     if wanted.replicas != "1":
@@ -149,7 +148,7 @@ def how_many_serve(nodes: Sequence[Node], wanted: Wanted) -> int:
 def needed_by_fleet(nodes: Sequence[Node], wanted: Wanted) -> int:
     if wanted.gpus == "none":
         return min(int(wanted.replicas), len(nodes))
-    with contextlib.suppress(Failure):  # it is said later
+    with contextlib.suppress(Failure):  # the launch says so later
         taken = choose(wanted.replicas, wanted.world, [gpus_of(n, wanted.gpus) for n in nodes])
         return max(seat.first + seat.nodes for seat in taken)
     return 0
@@ -172,7 +171,7 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
 
 @contextlib.contextmanager
 def probe(workspace: Path, place: Place) -> Iterator[str]:
-    """A file that tells whether the nodes' workspace is ours; '' where there can be none."""
+    """A file that shows whether the nodes' workspace is ours; '' if there can be none."""
     with contextlib.ExitStack() as stack:
         name = ""
         with contextlib.suppress(OSError):
@@ -197,7 +196,7 @@ def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
 
 
 def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
-    """Failure on a machine whose GPUs Slurm has given to jobs, where we are in none of them."""
+    """Failure if we are in no job, on a machine whose GPUs Slurm has given to jobs."""
     if place.slurm or asked == "none" or "device=" in asked:
         return
     name = os.uname().nodename.partition(".")[0]
@@ -212,9 +211,9 @@ def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
 
 
 def judge_share(node: Node, share: Share, asked: str) -> Finding:
-    """Slurm's numbers are Docker's where Slurm hands out what there is, and nothing else.
+    """Slurm's GPU numbers are Docker's only if Slurm hands out exactly the devices that there are.
 
-    Slices of a GPU (MIG) are more than there are devices; GPUs not in Slurm's configuration, less.
+    With slices of GPUs (MIG) it hands out more; if its configuration lacks GPUs, fewer.
     """
     ours, agree = share.each, node.facts.gpus in (0, share.of)
     hint = "name the job's as docker does, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
@@ -254,13 +253,13 @@ def stop_if_bad(findings: Sequence[Finding]) -> None:
 
 
 def say_notes(findings: Sequence[Finding]) -> None:
-    """What stops no launch, and somebody may want to change."""
+    """Say what stops no launch, but what somebody may want to change."""
     if notes := [f for f in findings if f.state == "note" and f.hint]:
         say(by_node((f.node, f"{f.text} ({f.hint})") for f in notes))
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """A row a node, a column a check."""
+    """A row for each node, a column for each check."""
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for f in findings:
         mark = {"ok": "", "note": "* ", "bad": "! "}[f.state]
@@ -280,7 +279,7 @@ def must_provide(nodes: Sequence[Node], image: Image) -> bool:
 def orphans(nodes: Sequence[Node], user: str, jobs: set[str] | None) -> list[str]:
     """Ids of this user's containers whose launcher is gone: their job has ended, or it was killed.
 
-    `jobs` are the user's jobs that Slurm knows; None where nobody can say.
+    `jobs` are the user's jobs that Slurm knows; None if nobody can say.
     """
     found = []
     for each in (each for node in nodes for each in node.containers):
@@ -304,12 +303,12 @@ def jobs_of(user: str) -> set[str] | None:
 
 
 def reap(nodes: Sequence[Node], place: Place, user: str) -> bool:
-    """Remove what launchers that were killed left behind. True when something was."""
+    """Remove what killed launchers left behind; whether there was anything."""
     if not any(node.containers for node in nodes):
         return False
     jobs = jobs_of(user)
     if place.job not in (jobs or ()):
-        jobs = None  # an answer without our own job is of another cluster, or not whole
+        jobs = None  # an answer without our own job is another cluster's, or incomplete
     gone = orphans(nodes, user, jobs)
     if name := ours_already(nodes, place, gone):
         hint = f"stop that launch first (make stop JOB={place.job}), or use another allocation"

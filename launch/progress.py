@@ -1,4 +1,4 @@
-"""What the engines do while they load: on one line of a terminal, else on a line now and then."""
+"""Shows what engines do while they load: on one line of a terminal, or on a line now and then."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,20 @@ from common.talk import HEARTBEAT, Record, note, say, visible
 from launch.log_lines import clean
 from launch.server import Server
 
-LIVE = 0.5  # seconds between two looks of a line of the terminal that is written over
-SHOWN = 3  # replicas that are told of at once
+LIVE = 0.5  # seconds between two updates of the line on a terminal
+SHOWN = 3  # replicas that are shown at once
 
 
 class Progress:
-    """Tells of those that are not ready yet."""
+    """Tells of the servers that are not ready yet."""
 
     def __init__(self, of: int) -> None:
         self.of, self.age, self.beat, self.blink = of, 0.0, HEARTBEAT, 0.0
-        self.live = at_terminal() and not Record.verbose  # the log would be between
+        self.live = at_terminal() and not Record.verbose  # the log would come between
 
     def tell(self, loading: Sequence[Server], age: float) -> None:
         """`age` is the longest that one of them has been loading, in seconds."""
-        if age < self.age:  # they are others
+        if age < self.age:  # other servers load now
             self.beat, self.blink = HEARTBEAT, 0.0
         self.age = age
         if self.live and age > self.blink:

@@ -1,4 +1,4 @@
-"""The image on every node that lacks it: loaded from a tarball, or pulled, all nodes at once."""
+"""Bring the image to every node that lacks it: loaded from a tarball, or pulled, all at once."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ LOADING = " while the image was being loaded"
 def provide_command(
     image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False, login: bool = True
 ) -> Command:
-    """For the first `nodes` nodes, those that serve; 0: all. A file that they share needs one."""
+    """For the first `nodes` nodes, which serve (0: all). A file that they share needs only one."""
     where, asked = place.on(nodes or place.size), packages() if ask_release else []
     if image.squash:
         return Command(place.on(1), Import(image.reference, image.tag, asked))
@@ -45,7 +45,7 @@ def forget(image: Image, place: Place, nodes: int = 0) -> None:
 
 
 def password_command(image: Image) -> list[str]:
-    """The command whose output is the registry's password; [] where none is needed."""
+    """The command that prints the registry's password; [] if none is needed."""
     if not (region := ECR.match(image.registry)):
         return []
     return ["aws", "ecr", "get-login-password", "--region", region[1]]
@@ -54,7 +54,7 @@ def password_command(image: Image) -> list[str]:
 def sum_command(image: Image) -> list[str]:
     """The command that prints the tarball's sha256.
 
-    One reading, here, is enough: the nodes read the same file, and what each has loaded is known by
+    One reading, here, is enough: the nodes read the same file, and check what they have loaded by
     its id, which Docker computes from what it took in.
     """
     return ["sha256sum", "--", str(image.tarball)]
@@ -71,7 +71,7 @@ def check_verifiable(image: Image) -> None:
 def verify(image: Image) -> None:
     """Failure unless the tarball is, byte for byte, the one that its sidecar describes."""
     say(f"image: computing the sha256 of {image.packed / 1e6:.0f} MB")
-    # A name with a newline or backslash in it is marked by a backslash before the sum.
+    # A backslash comes before the sum if the name has a newline or a backslash in it.
     found = run(sum_command(image), timeout=60 + image.packed / SLOWEST).lstrip("\\").split(" ")[0]
     if found != image.sha256:
         hint = "it is damaged or not the one that was saved: copy both again, or `make save`"
@@ -83,7 +83,7 @@ def verify(image: Image) -> None:
 def provide(
     image: Image, place: Place, nodes: int = 0, *, ask_release: bool = False
 ) -> dict[str, str]:
-    """Bring the image to the nodes at once; Failure naming those where it did not work.
+    """Bring the image to all nodes at once; the Failure names those where it did not work.
 
     With `ask_release` each node says which engine and version it holds.
     """
@@ -99,7 +99,7 @@ def provide(
     order = provide_command(image, place, nodes, ask_release=ask_release, login=bool(login))
 
     def say_on(seconds: float) -> None:
-        """What fetches is silent until it has it; a tarball tells how far it is."""
+        """Say how many nodes still fetch: pulls and imports are silent until their end."""
         if not image.tarball and (left := nodes - len({**have, **errors})):
             where = f"{left} of {counted(nodes, 'node')}"
             say(f"image: still being fetched by {where} after {seconds:.0f} s")
@@ -120,14 +120,14 @@ def provide(
                 words.append(told.line)
     talk = "\n".join(words)
     if len(have) < nodes and (word := slurm.slurms_word(talk, LOADING)):
-        # It kills what is unpacking, too, and that looks like a broken tarball.
+        # It kills the unpacker, too, and that looks like a broken tarball.
         die(word, hint=slurm.SEE_NODES)
     if errors:
         die(slurm.by_node(sorted(errors.items())), hint=advice(image, str(errors).lower()))
     if len(have) < nodes:
         reached = f"the image reached {len(have)} of {nodes} nodes"
         die(f"{reached}: {slurm.last_words(talk, 3)}")
-    # A tarball's ids were compared on the nodes: one image has two, by the store of the node.
+    # The nodes have compared a tarball's ids: an image has two, depending on a node's store.
     if image.registry and len(set(have.values())) > 1:
         die(f"the nodes hold different images under {image.tag}: {have}", hint="use --force")
     return releases
@@ -146,7 +146,7 @@ def advice(image: Image, why: str) -> str:
 
 
 class Progress:
-    """How far each node is: bytes, MB/s, seconds; a line a node every few seconds."""
+    """How far each node is: bytes, MB/s, seconds; a line for each node every few seconds."""
 
     EVERY = 5.0
 

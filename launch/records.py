@@ -25,7 +25,7 @@ LOOK_EVERY = 1.0  # seconds between two looks of a launcher at its record
 def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
     """Say that a launch is under way, for --status and --stop. Failure if its job has one already.
 
-    Two launches of a job would have one log and one container name between them.
+    Two launches of a job would share a log and a container name.
     """
     job, restarts = plan.place.job, plan.place.allocation.restarts
     record = {"job": job, "launcher": launcher(), "url": url, "restarts": restarts}
@@ -37,8 +37,8 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
         hint = "give a --workspace with room for logs/ that you can write to"
         die(f"{path.parent} cannot be written to: {error.strerror}", hint=hint)
     try:
-        os.link(mine, path)  # unlike a rename it replaces nothing
-    except OSError:  # it is there; or the file system has no such links
+        os.link(mine, path)  # unlike a rename, a link replaces nothing
+    except OSError:  # it is there, or the file system has no hard links
         if (other := read_record(path)) and may_be_under_way(other, restarts):
             what = f"another launch of job {job} is under way in {path.parent}"
             hint = f"stop that one first (make stop JOB={job}), or use another allocation"
@@ -50,28 +50,28 @@ def write_record(path: Path, plan: Plan, url: str, log: Path) -> None:
 
 
 def write_states(path: Path, plan: Plan, url: str, rows: list[dict[str, Any]]) -> None:
-    """How every server of a fleet is, for --status. A full disk is no reason to end."""
+    """Write how every server of a fleet is, for --status. A full disk is no reason to end."""
     record = {"job": plan.place.job, "launcher": launcher(), "url": url}
     with contextlib.suppress(OSError):
         write_json(path, record | {"model": plan.replicas[0].model, "replicas": rows})
 
 
 def states_of(record: Path) -> list[dict[str, Any]]:
-    """The same, read beside a launch's record; [] of one that is no fleet."""
+    """Read what `write_states` wrote, beside a launch's record; [] if it is no fleet."""
     found = read_record(record.with_name(record.name.replace("run_", "fleet_", 1))) or {}
     rows = found.get("replicas")
     return [row for row in rows if is_row(row)] if isinstance(rows, list) else []
 
 
 def is_row(row: object) -> bool:
-    """Whether it is what `Life.row` writes."""
+    """Whether it is a row as `Life.row` writes them."""
     texts = ("name", "state", "url", "node", "log", "metrics")
     kinds = {**dict.fromkeys(texts, str), "nodes": list, "gpus": list, "restarts": int}
     return isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in kinds.items())
 
 
 def may_be_under_way(other: dict[str, Any], restarts: int) -> bool:
-    """Whether another's record is of a launch that may live: not of what Slurm has requeued."""
+    """Whether the launch of another record may live; one that Slurm has requeued since does not."""
     mine, same = other["launcher"] == launcher(), other.get("restarts", restarts) == restarts
     return not mine and other["alive"] is not False and (other["alive"] or same)
 
@@ -83,11 +83,11 @@ def process_of(record: dict[str, Any]) -> str:
 
 
 class Keeper(threading.Thread):
-    """Beside a launch: hears a stop from another host, by a word in the launch's record.
+    """Beside a launch: heeds a stop from another host, which is a word in the launch's record.
 
-    And endpoint.json, which the last of several launches has written and takes along, names
-    another that serves. Its record is there, too: whoever sees no jobs of ours, on another cluster
-    or where Slurm hides them, takes us to be gone, and some empty logs/.
+    It also writes endpoint.json again, if another launch overwrote it and removed it at its end;
+    and the record, if somebody removed it: those who see no jobs of ours (on another cluster, or
+    because Slurm hides them) take us to be gone, and some people empty logs/.
     """
 
     def __init__(self, record: Path, endpoint: Path) -> None:
@@ -95,7 +95,7 @@ class Keeper(threading.Thread):
         self.record, self.endpoint = record, endpoint
         self.announced: dict[str, object] | None = None  # what endpoint.json has to say
         self.ended = threading.Event()
-        self.text = ""  # the record's
+        self.text = ""  # the text of the record
 
     def run(self) -> None:
         with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ class Keeper(threading.Thread):
         announced = self.announced
         if announced and not self.endpoint.exists():
             write_json(self.endpoint, announced)
-            if self.announced is not announced:  # taken back in this very moment
+            if self.announced is not announced:  # it was taken back at this very moment
                 remove_records(self.endpoint)
 
     def take_back(self) -> None:
@@ -124,11 +124,11 @@ class Keeper(threading.Thread):
     def end(self) -> None:
         self.ended.set()
         if self.is_alive():
-            self.join(2)  # a file system that hangs
+            self.join(2)  # the file system may hang
 
 
 def tell_to_stop(path: Path) -> None:
-    """Written in place: the record stays its owner's."""
+    """Written in place, so that the record keeps its owner."""
     with path.open("r+") as file:
         record = json.load(file)
         file.seek(0)
@@ -144,7 +144,7 @@ def is_told_to_stop(path: Path) -> bool:
 
 @contextlib.contextmanager
 def guarded(*paths: Path) -> Iterator[None]:
-    """While the block lasts, the death of this process removes its records, SIGKILL included."""
+    """While the block lasts, our records are removed if this process dies, even by SIGKILL."""
     files = [str(path.absolute()) for path in paths]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-IS", GUARD, launcher(), *files]
@@ -154,7 +154,7 @@ def guarded(*paths: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a file system that hangs
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the file system may hang
             guard.communicate(timeout=2)
 
 
@@ -169,7 +169,7 @@ def remove_records(*paths: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A launch's record with `alive` added; None where it cannot be read."""
+    """A launch's record with `alive` added; None if it cannot be read."""
     try:
         record = json.loads(path.read_text())
         who = {key: str(record[key]) for key in ("job", "url", "model")}
@@ -178,7 +178,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         owner = path.stat().st_uid
         squashed = owner != os.geteuid() and owner == shown_as(path.parent)
         owner = os.geteuid() if squashed else owner
-        hidden = owner != os.geteuid() and not process_start(1)  # /proc with hidepid shows us ours
+        hidden = owner != os.geteuid() and not process_start(1)  # hidepid: /proc shows us only ours
         alive = None if hidden else is_alive(record["launcher"], who["job"])
         return {**record, **who, "owner": owner, "squashed": squashed, "alive": alive}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -187,7 +187,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 @functools.cache
 def shown_as(folder: Path) -> int:
-    """By which uid files of ours are shown there: NFS makes nobody of root, or of everybody."""
+    """The uid that our files have there: NFS may map root, or everybody, to nobody."""
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_uid
     return os.geteuid()
@@ -201,11 +201,11 @@ def sweep(logs: Path) -> None:
             continue
         if record["alive"] is None and record["job"].isdecimal():
             jobs, ours = jobs_by_owner(record["owner"]), os.geteuid() in (0, record["owner"])
-            # Another's jobs may be hidden (PrivateData=jobs): none at all is no answer.
+            # Another user's jobs may be hidden (PrivateData=jobs): an empty answer is no answer.
             if jobs is not None and (jobs or ours) and record["job"] not in jobs:
                 record["alive"] = False
         if record["alive"] is False:
-            with contextlib.suppress(OSError):  # it may be somebody else's to remove
+            with contextlib.suppress(OSError):  # only its owner may be able to remove it
                 path.unlink(missing_ok=True)
 
 
@@ -217,6 +217,6 @@ def records(logs: Path) -> list[dict[str, Any]]:
 
 
 def living(path: Path) -> dict[str, Any] | None:
-    """The record of a launcher that is not known to be gone."""
+    """The record of a launcher, unless it is known to be gone."""
     record = read_record(path)
     return record if record and record["alive"] is not False else None

@@ -1,4 +1,4 @@
-"""A server: its steps on the nodes, how they start, and how they are ended."""
+"""A server: its steps on the nodes, how they are started, and how they are ended."""
 
 import contextlib
 import math
@@ -28,33 +28,33 @@ from launch.timelimit import is_suspended
 
 TICK, SERVING_TICK = 0.02, 0.05  # seconds between two looks at the processes and their logs
 UNREACHED = 4.0  # seconds without an answer from an engine that says that it listens
-STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; together what a dead one costs
+STOP_WITHIN, REMOVE_WITHIN = 11.0, 7.0  # seconds for the nodes; a dead one costs us both
 
 
 @dataclass
 class Server:
-    """A launched server: its steps, its logs, who asks how it is, and when it was started."""
+    """A server that was started: its steps, its logs, the threads that ask it, and times."""
 
     plan: Plan
     replica: Replica
     nodes: Sequence[Node]  # its own; the first one serves
     url: str
-    step: Step  # the engine; of a spread launch all its ranks
-    log: Log  # what the step says; of a spread launch only Slurm speaks there
+    step: Step  # the engine; of a server on several nodes, all its ranks
+    log: Log  # what the step says; in a spread launch only Slurm speaks there
     health: Health
     probe: Probe
     started: float
     rank0: Log | None = None
-    holders: world.Holders | None = None  # of a spread launch, and of one that is attended
-    starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch's words begin
+    holders: world.Holders | None = None  # of a spread or an attended launch
+    starts: Mapping[Path, int] = field(default_factory=dict)  # where this launch begins in each log
     ready_at: float | None = None
-    began: float = field(default_factory=time.time)  # `started` by the clock on the wall
+    began: float = field(default_factory=time.time)  # `started` by the wall clock
     loading: Loading = field(default_factory=Loading)
-    ask_at: float = math.inf  # when the node is to be asked why nobody gets an answer
+    ask_at: float = math.inf  # when to ask the node why nobody gets an answer
     looked: float = field(default_factory=time.monotonic)  # when its processes were looked at
-    walled: bool = False  # it has been told that only we cannot reach it
+    walled: bool = False  # we have said that only we cannot reach it
     excused: float = 0.0  # seconds in which the job was suspended, or we stood still
-    over: threading.Event = field(default_factory=threading.Event)  # the launch is
+    over: threading.Event = field(default_factory=threading.Event)  # set when the launch is over
 
     @property
     def node(self) -> str:
@@ -79,11 +79,11 @@ class Server:
 
     @property
     def main_log(self) -> Log:
-        """Where the engine itself speaks."""
+        """The log in which the engine itself speaks."""
         return self.rank0 or self.log
 
     def forgive(self, seconds: float) -> None:
-        """Silence of so many seconds that is no fault."""
+        """Excuse a silence of so many seconds."""
         self.excused += seconds
         self.health.misses = 0
         self.probe.forgive()
@@ -113,9 +113,9 @@ def launch(
     probing: tuple[float, float],
     over: threading.Event,
 ) -> Server:
-    """Start a server's steps; it will be probed every so many seconds, and given so many.
+    """Start a server's steps. `probing`: seconds between two probes, and until one has failed.
 
-    What has been started by then ends with a Failure in here, or when the launch is `over`.
+    On a Failure in here, or when the launch is `over`, all that has been started is ended.
     """
     own = nodes[replica.first : replica.first + replica.nodes]
     if plan.engine.binds_first(plan.version):
@@ -146,7 +146,7 @@ def watch_clients(plan: Plan, replica: Replica, every: float) -> Command:
 
 
 def await_port(plan: Plan, replica: Replica, over: threading.Event) -> None:
-    """The last server's connections hold it for a minute, and the engine would fail at once."""
+    """Wait until the last server's connections let go of it (a minute): else the engine fails."""
     order = Command(plan.place.on(1, first=replica.first), AwaitPort(replica.port))
     with held(order) as step:
         listener = threading.Thread(target=say_lingering, args=(step, replica.port), daemon=True)
@@ -157,7 +157,7 @@ def await_port(plan: Plan, replica: Replica, over: threading.Event) -> None:
 
 
 def say_lingering(step: Step, port: int) -> None:
-    with contextlib.suppress(ValueError):  # the step is let go of while we read
+    with contextlib.suppress(ValueError):  # the step was let go of while we read
         for told in step.told():
             if isinstance(told.message, Lingers):
                 lingering = f"connections of a server that has ended still hold port {port}"
@@ -167,7 +167,7 @@ def say_lingering(step: Step, port: int) -> None:
 def launch_spread(
     plan: Plan, replica: Replica, nodes: Sequence[Node], log: Log, over: threading.Event
 ) -> tuple[Step, Log | None, world.Holders]:
-    """What holds on every node first (a container, with Docker), then the ranks."""
+    """Start what holds on every node (with Docker, a container), then the ranks."""
     kind, shape = runtime(plan.runtime), replica.spread or world.ALONE
     holders = world.Holders(Step(kind.hold(plan, replica, os.environ)), shape, nodes)
     holders.start()
@@ -190,7 +190,7 @@ def die_of_a_node(server: Server) -> None:
 
 
 def stop(server: Server) -> None:
-    """End it and everything of it on the nodes."""
+    """End it, and everything of it on the nodes."""
     server.health.end()
     server.probe.end()
     died_alone = server.step.poll() is not None
@@ -198,14 +198,14 @@ def stop(server: Server) -> None:
         stop_world(server.plan, server.replica, server.holders, server.step)
     elif not server.step.stop(STOP_WITHIN) or died_alone:
         remove_once_more(server.plan, server.replica)
-    # What it still said is in the log; on the screen it would look like a failure.
+    # What it still says is in the log; on the screen it would look like a failure.
     for log in filter(None, (server.log, server.rank0)):
         log.close()
     say(f"stopped; the log is {server.main_log.path}")
 
 
 def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Step) -> None:
-    """End a spread launch; a node that is out of reach does not hold up the end of the others."""
+    """End a spread launch; a node that is out of reach does not delay the others."""
     steps = (*ranks, holders.step)
     for step in steps:
         step.let_go()
@@ -222,7 +222,7 @@ def stop_world(plan: Plan, replica: Replica, holders: world.Holders, *ranks: Ste
 
 
 def say_if_suspended(place: Place) -> bool:
-    """Whether the nodes are silent because Slurm has stopped the job's processes there."""
+    """Whether the nodes are silent because the job is suspended; if so, say it."""
     if suspended := is_suspended(place):
         then = f"ends once it is resumed (`scontrol resume {place.job}`) or over"
         say(f"job {place.job} is suspended: what is left on its nodes {then}")
@@ -235,7 +235,7 @@ def say_left(plan: Plan, replica: Replica, node: str, why: str) -> None:
 
 
 def remove_once_more(plan: Plan, replica: Replica) -> None:
-    """Where a node's own step could not clean up, or was killed before it did."""
+    """Remove what is left, in case a node's own step could not, or was killed before it did."""
     if not (command := runtime(plan.runtime).remove(plan, replica)):
         return
     try:

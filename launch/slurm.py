@@ -1,4 +1,4 @@
-"""What Slurm says of steps, of jobs and of nodes."""
+"""What Slurm says about steps, jobs and nodes."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from launch.order import TOO_OLD
 SEE_NODES = "ask Slurm why: `sinfo -R`, `squeue`; leave a node out with salloc --exclude"
 
 TIMED_OUT = "Socket timed out on send/recv operation"  # a Prolog takes longer than MessageTimeout
-# The end of a step by Slurm: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
-# One that was about to start on a node when its job ended has no step there yet, only that.
+# Slurm ends a step with: *** STEP 5.1 ON n1 CANCELLED AT 2025-11-24T08:14:52 DUE TO ... ***
+# A step that was about to start on a node when its job ended leaves only REVOKED there.
 REVOKED = "Job credential revoked"
 CANCELLED = re.compile(
     rf"CANCELLED AT \S+( DUE TO ([A-Z ]+[A-Z]))?|{REVOKED}(?![\s\S]*CANCELLED AT)"
@@ -23,18 +23,18 @@ CANCEL_WORDS = {
     "NODE FAILURE": "has lost a node",
     "PREEMPTION": "was preempted",
 }
-# One of a list such as gpu:a100:2(IDX:0-1),gpu:1g.5gb:1(IDX:4): count, and which by their indices.
+# An entry of a list such as gpu:a100:2(IDX:0-1),gpu:1g.5gb:1(IDX:4): the count, and the indices.
 GPUS = re.compile(r"(?:^|,)gpu(?::[^:(),]+)??:(\d+)(?:\(([^)]*)\))?(?=,|$)")
 EXITED = re.compile(r"^srun: error: (\S+): tasks? [\d,-]+: Exited with exit code (\d+)", re.M)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of a node's GPUs, which Slurm hands out, the job's."""
+    """The job's share of a node's GPUs, if Slurm hands them out."""
 
     of: int  # how many Slurm hands out there; 0: it does not say
     count: int
-    ids: str  # 0,1,2; fewer than `count` where Slurm does not say which
+    ids: str  # 0,1,2; fewer than `count` if Slurm does not say which
 
     @property
     def each(self) -> list[str]:
@@ -49,7 +49,7 @@ class Share:
 class Allocation:
     """What Slurm says of a job."""
 
-    name: str = ""  # what names it alone: 41_3, where 41 is all of an array and a task of it, too
+    name: str = ""  # what names it alone: 41_3, since 41 is a whole array and one task of it
     restarts: int = 0
     nodes: tuple[str, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out
@@ -60,19 +60,19 @@ NONE = Allocation()
 
 
 def record_of(job: str, text: str) -> str:
-    """The job's own of the records that `scontrol show job` has of an array or of a het job."""
+    """The job's own record: `scontrol show job` prints several for an array or a het job."""
     found = (each for each in re.split(r"\n\s*\n", text) if re.match(rf"\s*JobId={job}\s", each))
     return next(found, "")
 
 
 def value_in(record: str, name: str) -> str:
-    """A field at the beginning of its line, where no job's name or comment can have put it."""
+    """A field that begins its line, where no job's name or comment can fake it."""
     found = re.search(rf"^\s*{name}=(\S+)", record, re.M)
     return found[1] if found else ""
 
 
 def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]]) -> Allocation:
-    """The allocation by the job's record and its nodes'; `expand` makes n1 and n2 of n[1-2]."""
+    """The allocation, by the job's record and its nodes'; `expand` turns n[1-2] into n1, n2."""
     array = re.match(r"\s*JobId=(\d+)(?: ArrayJobId=(\d+) ArrayTaskId=(\d+) )?", record)
     restarts = re.search(r"^\s*Requeue=\d+ Restarts=(\d+)", record, re.M)
     name = f"{array[2]}_{array[3]}" if array and array[3] else array[1] if array else ""
@@ -89,9 +89,9 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
 
 
 def share_of(ours: str, every: str) -> Share:
-    """What a job has of a node's GPUs, both as Slurm writes a list of them; '': it does not say.
+    """What a job has (`ours`) of a node's GPUs (`every`), as Slurm lists them; '': it does not say.
 
-    Then slices of GPUs (MIG) are known by their names alone, and their numbers are no GPUs'.
+    If `every` is '', slices of GPUs (MIG) are known only by name: their numbers are not GPUs'.
     """
     of = sum(int(count) for count, _ in GPUS.findall(every))
     found = GPUS.findall(ours)
@@ -106,13 +106,13 @@ def share_of(ours: str, every: str) -> Share:
 
 
 def numbers(text: str) -> list[int]:
-    """0-2,5 as 0, 1, 2, 5."""
+    """Expand 0-2,5 to 0, 1, 2, 5."""
     ranges = (part.partition("-") for part in text.split(",") if part[:1].isdigit())
     return [i for first, _, last in ranges for i in range(int(first), int(last or first) + 1)]
 
 
 def last_words(text: str, lines: int = 1) -> str:
-    """The last lines that say something; Slurm's and Docker's own postscripts do not."""
+    """The last lines that say something, without Slurm's and Docker's own postscripts."""
     noise = ("srun: ", "slurmstepd: ", "See 'docker", "Run 'docker", "salloc: ")
     remark = "srun: cluster configuration lacks support for cpu binding"  # never why
     said = [s.strip() for s in text.splitlines() if s.strip() and not s.startswith(remark)]
@@ -121,11 +121,11 @@ def last_words(text: str, lines: int = 1) -> str:
     return " / ".join((own or errors or said)[-lines:])
 
 
-GIVEN_UP = re.compile(r"Node failure on (\S+)")  # a job that goes on, goes on without it
+GIVEN_UP = re.compile(r"Node failure on (\S+)")  # if the job goes on, it does so without this node
 
 
 def lost_nodes(text: str) -> str:
-    """Which nodes Slurm cannot reach, by what srun says; '' where it reaches all."""
+    """Which nodes Slurm cannot reach, by what srun says; '' if it reaches all."""
     launch = rf"Task launch for \S+ failed on node (\S+): (?!{REVOKED})(.+)"
     if failed := re.findall(launch, text):
         return by_node((node, f"Slurm cannot start anything there: {why}") for node, why in failed)
@@ -134,7 +134,7 @@ def lost_nodes(text: str) -> str:
 
 
 def slurms_word(text: str, meanwhile: str = "") -> str:
-    """What Slurm says of a step that it could not start, or ended; '' where it did neither.
+    """What Slurm says about a step that it could not start, or ended; '' if it did neither.
 
     `meanwhile` is what was going on: ` while the image was being loaded`.
     """
@@ -160,7 +160,7 @@ def by_node(what: Iterable[tuple[str, str]]) -> str:
 
 
 def without_python(text: str) -> str:
-    """Which nodes cannot run an order, by what srun says; '' where that is not why it failed."""
+    """Which nodes have no usable python3, by what srun says; '' if that is not why it failed."""
     said = [(node, int(code)) for node, code in EXITED.findall(text)]
     missing = "execve(): python3: No such file or directory" in text
     old = [(node, "its python3 is older than 3.9") for node, code in said if code == TOO_OLD]
@@ -174,7 +174,7 @@ def unfiltered() -> dict[str, str]:
 
 
 def squeue(*what: str) -> subprocess.CompletedProcess[str] | None:
-    """squeue's answer; None where it cannot be asked, or gives none within 10 s."""
+    """squeue's answer; None if it cannot be asked, or does not answer within 10 s."""
     command, env = ["squeue", "--all", "--noheader", *what], unfiltered()
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=10)

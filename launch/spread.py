@@ -17,7 +17,7 @@ NO_MPI = "none"  # srun's word
 
 @dataclass(frozen=True)
 class Spread:
-    """`ranks` processes on each of `nodes` nodes, wired up by `mpi`; by the engine where none."""
+    """`ranks` processes on each of `nodes` nodes, wired up by `mpi`; none: by the engine itself."""
 
     nodes: int
     ranks: int
@@ -30,7 +30,7 @@ class Spread:
 
 
 def is_spread(world: World, gpus: Sequence[int], head: str, over_nodes: bool) -> bool:
-    """Whether the world is more than the first node holds. Failure where it cannot be had."""
+    """Whether the world needs more than the first node. Failure if it does not fit at all."""
     if (asked := setting("GPUS")) == "none":
         return False
     by = "" if asked in ("auto", "all") else f" (GPUS={asked})"
@@ -55,7 +55,7 @@ def find_spread(
     *,
     mpi: bool = True,
 ) -> Spread | None:
-    """How the world lies over the nodes; None where the first node holds it all."""
+    """How the world lies over the nodes; None if the first node holds it all."""
     gpus = [usable(setting("GPUS"), node.gpus) for node in nodes]
     if not is_spread(world, gpus, nodes[0].name, over_nodes):
         return None
@@ -64,10 +64,10 @@ def find_spread(
 
 
 def step_of(place: Place, spread: Spread, first: int, log: Path, gpus: int = 0) -> list[str]:
-    """The prefix for all ranks, in blocks, a log for each. The death of one ends all."""
+    """The prefix for all ranks, in blocks, with a log for each. The death of one ends all."""
     return [
         *place.on(spread.nodes, spread.ranks, spread.mpi, first, gpus),
-        "--overcommit",  # an allocation may have one CPU a node; containers do not heed it
+        "--overcommit",  # an allocation may have one CPU a node, which containers do not heed
         "--distribution=block",
         "--kill-on-bad-exit=1",
         "--open-mode=append",
@@ -83,7 +83,7 @@ def check_logs(spread: Spread | None, workspace: Path) -> None:
 
 
 def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
-    """The world over nodes with `gpus` GPUs each. Failure where it does not fill them evenly."""
+    """The world over nodes with `gpus` GPUs each. Failure if it does not fill them evenly."""
     if len(set(gpus)) > 1:
         found = f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))})"
         why = "and the engine maps ranks to GPUs by one number"
@@ -95,7 +95,7 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
 
 
 def choose_mpi(asked: str, prefix: Sequence[str] = ()) -> str:
-    """The MPI type: what was asked for, else what srun offers. Failure where it offers no PMIx."""
+    """The MPI type: what was asked for, else what srun offers. Failure if that is no PMIx."""
     refuse_others(asked)
     offered = run([*prefix, "sh", "-c", "exec srun --mpi=list 2>&1"])
     if asked == "auto":
@@ -111,7 +111,7 @@ def quoted(offered: str) -> str:
 
 
 def refuse_others(asked: str) -> None:
-    """Failure for what is neither `auto` nor PMIx."""
+    """Failure for anything but `auto` and PMIx."""
     if asked != "auto" and not asked.startswith("pmix"):
         why = "pmi2 hands each rank an open file, which no container inherits"
         hint = "MPI=auto takes the PMIx that srun offers"

@@ -1,4 +1,4 @@
-"""The image that pyxis unpacks: a squashfs file (.sqsh), of which one serves all nodes."""
+"""The image that pyxis unpacks: a squashfs file (.sqsh), one for all nodes."""
 
 import re
 from dataclasses import replace
@@ -8,7 +8,7 @@ from common.talk import die
 from launch.image import REFERENCE, Image, read_sidecar, registry_of
 
 SUFFIXES = (".sqsh", ".squashfs")
-HUB = "docker.io"  # its registry has another name, which enroot takes where none is given
+HUB = "docker.io"  # its registry has another name, which enroot knows as its default
 DEFAULT = "tensorrt-llm-serve-latest.sqsh"
 GET_ONE = "write one with `make sqsh`, or name an image of a registry, which is imported once"
 
@@ -30,7 +30,7 @@ def find_image(asked: str, workspace: Path) -> Image:
     path = workspace / (re.sub(r"[^\w.-]+", "-", reference) + ".sqsh")
     registry = reference.partition("#")[0] if "#" in reference else registry_of(reference)
     name = named.removeprefix(f"{registry}/")
-    # The form with # is the one that every version of enroot reads.
+    # Every version of enroot reads the form with #.
     where = "" if registry in ("", HUB) else f"{registry}#"
     return replace(as_image(path), reference=f"docker://{where}{name}")
 
@@ -46,7 +46,7 @@ def read_squash(path: Path) -> Image:
 
 
 def as_image(path: Path) -> Image:
-    """What its sidecar says of a file; it is known by its path alone."""
+    """The image, with what its sidecar says; it is known by its path alone."""
     size = path.stat().st_size if path.is_file() else 0
     known = (read_sidecar(path, "sqsh", size) if size else None) or Image("")
     name = {"tag": str(path), "tarball": path, "ids": (), "layers": "", "squash": True}

@@ -1,4 +1,4 @@
-"""--status: what runs from a workspace; of a fleet also a row a replica."""
+"""--status: what runs from a workspace, with a row for each replica of a fleet."""
 
 import json
 import time
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def status(logs: Path, as_json: bool = False) -> int:
-    """On stdout: a line a launch (job, state, URL, model). Exit code 1 when there is none."""
+    """Print a line for each launch (job, state, URL, model). Exit code 1 if there is none."""
     launches = [described(record) for record in records(logs)]
     if as_json:
         print(json.dumps(launches, indent=2))
@@ -56,7 +56,7 @@ def health(url: str) -> str:
 
 
 def measured(row: Row, front: str) -> Row:
-    """The row with what the replica itself says, and the front's page: None where nobody does."""
+    """The row, with what the replica's and the front's metrics say; None for what neither says."""
     if row["state"] != "ready":
         return {**row, "running": None, "waiting": None, "tokens_per_second": None}
     before, began, made = of_engine(ENGINES, page(row["metrics"])), time.monotonic(), None
@@ -78,7 +78,7 @@ def measured(row: Row, front: str) -> Row:
 
 
 def page(url: str) -> str:
-    """'' where there is none."""
+    """The page's text; '' if there is none."""
     try:
         answer = ask(url, TIMEOUT)
     except (OSError, ValueError, Malformed):
@@ -87,7 +87,7 @@ def page(url: str) -> str:
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """What people read: a line a replica, without the figures that none of them tells."""
+    """What people read: a line for each replica, without the figures that none of them tells."""
     told = [each for each in LOADS if any(row[each[0]] is not None for row in rows)]
     return aligned([[*cells(row), *(load(row[name], unit) for name, unit in told)] for row in rows])
 

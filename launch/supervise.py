@@ -31,11 +31,11 @@ from launch.status import page
 from launch.timelimit import TimeLimit
 
 LOOK_EVERY = 0.1  # seconds between two looks of the main thread
-NOTICES_WITHIN = 25.0  # seconds; one question of the front's may take ten
+NOTICES_WITHIN = 25.0  # seconds; one check of the front's may take ten
 
 
 def serve(launch: Launch, put_image: Callable[[], Plan]) -> None:
-    """Until somebody stops us, or a Failure that is final. Whatever happens, clean up."""
+    """Serve until somebody stops us, or a Failure is final. Whatever happens, clean up."""
     with records.guarded(launch.record, launch.endpoint, launch.fleet_record):
         supervise(launch, put_image)
 
@@ -73,11 +73,11 @@ class Launch:
     limit: TimeLimit
     lives: list[Life] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
-    # Lives tell of themselves in their own threads, one at a time.
+    # Lives report from their own threads, one at a time.
     lock: threading.RLock = field(default_factory=threading.RLock)
     ends: queue.SimpleQueue[BaseException] = field(default_factory=queue.SimpleQueue)
     begun: float = field(default_factory=time.monotonic)
-    announced: dict[str, object] | None = None  # of a fleet: what stays the same
+    announced: dict[str, object] | None = None  # of a fleet: what does not change
     front: Front | None = None
     lookout: Lookout | None = None
 
@@ -95,7 +95,7 @@ class Launch:
 
     @property
     def fleet_record(self) -> Path:
-        """How each server of a fleet is."""
+        """The file that says how each server of a fleet is."""
         return self.logs / f"fleet_{self.plan.place.job}.json"
 
     @property
@@ -104,7 +104,7 @@ class Launch:
 
     @property
     def how_to_stop(self) -> str:
-        """What ends this launch and nothing else: scancel would end all that the job does."""
+        """How to end this launch and nothing else: scancel would end all that the job does."""
         place, called = self.plan.place, self.args.called_workspace
         usual = called == (setting("WORKSPACE") or ".")
         where = "" if usual else f" WORKSPACE={shlex.quote(str(self.args.workspace))}"
@@ -116,7 +116,7 @@ class Launch:
 
     @property
     def left(self) -> list[Life]:
-        """Those that serve, or will."""
+        """The lives whose servers serve, or will."""
         return [life for life in self.lives if not life.why]
 
     @property
@@ -126,7 +126,7 @@ class Launch:
 
     @property
     def addresses(self) -> dict[str, str]:
-        """Where each is, `host:port`."""
+        """Each server's `host:port`, by its label."""
         return {life.replica.label: urlsplit(life.url).netloc for life in self.lives}
 
     @property
@@ -153,7 +153,7 @@ class Launch:
             life.start()
 
     def begin_front(self) -> None:
-        """Before the servers load: it may be what is missing."""
+        """Start the front before the servers load, to notice early if it cannot run."""
         host, port = self.plan.replicas[0].host, urlsplit(self.url).port or 0
         where = self.plan.place, self.nodes[0].name, host, port
         servers, models = (
@@ -166,7 +166,7 @@ class Launch:
         self.lookout.die_if_walled()
 
     def tend_front(self) -> None:
-        """Start it anew where it has ended, unless the job has; see whether it answers."""
+        """Restart the front if it has ended, unless the job has, too; see whether it answers."""
         if self.front and self.front.step and self.front.step.poll() is not None:
             die_with_the_job(self.plan, self.limit, self.nodes[0].name)
             self.front.tick()
@@ -175,16 +175,16 @@ class Launch:
                 self.note_found(found)
 
     def await_front(self, name: str) -> bool:
-        """Wait until it has found that this one is ready; False where it does not find it."""
+        """Wait until the front finds that this one is ready; False if it does not."""
         found, deadline = "", time.monotonic() + NOTICES_WITHIN
         while self.front and time.monotonic() < deadline:
             if has_found(found := page(self.url + PAGE), name):
                 return True
             pause(self.over, LOOK_EVERY)
-        return not found  # without a page there is no telling
+        return not found  # without a page nobody can tell
 
     def note_found(self, found: str) -> None:
-        """Whom it reaches, by its page. It may miss one that has failed sooner than we do."""
+        """Note whom the front reaches, by its page. It may notice a failure sooner than we do."""
         ready = [life for life in self.left if life.is_ready]
         before = [life.reached for life in ready]
         for life in ready:
@@ -196,7 +196,7 @@ class Launch:
             self.go_on()
 
     def note_reached(self, life: Life, reached: bool) -> None:
-        """Whether the front reaches it; told when that changes."""
+        """Note whether the front reaches it; say so when that changes."""
         if reached != life.reached and reached:
             life.say("the front reaches it now")
         elif reached != life.reached:
@@ -205,7 +205,7 @@ class Launch:
         life.reached, life.unfound = reached, 0
 
     def wait(self) -> NoReturn:
-        """Until a signal, or what ends the launch."""
+        """Wait for a signal, or for what ends the launch."""
         progress = Progress(len(self.lives))
         while True:
             try:
@@ -219,7 +219,7 @@ class Launch:
                     progress.tell(loading, max(one.age for one in loading))
 
     def end(self) -> None:
-        """No server, no container of one, and no word of an endpoint is left."""
+        """Leave no server, no container of one, and no endpoint.json."""
         with self.lock:
             self.over.set()
             self.keeper.take_back()
@@ -259,7 +259,7 @@ class Launch:
                 self.keeper.take_back()
 
     def lost(self, life: Life, error: BaseException) -> None:
-        """The end of the launch, if no other goes on, or if that is not enough."""
+        """End the launch if no other server goes on, or if that is not enough."""
         with self.lock:
             if self.over.is_set():
                 return
@@ -281,7 +281,7 @@ class Launch:
     # --- of a disaggregated launch ----------------------------------------------------------------
 
     def start_orchestrator(self) -> None:
-        """Once every server is ready, and has said what it serves."""
+        """Start it once every server is ready and has said what it serves."""
         life, servers = self.orchestrator, self.servers
         if not life or life.ident or not all(each.is_ready for each in servers):
             return
@@ -292,7 +292,7 @@ class Launch:
         life.start()
 
     def spare_orchestrator(self) -> None:
-        """What it passes on to a server that is being started anew fails: that is not its fault."""
+        """Do not blame the orchestrator for what fails while a server is being restarted."""
         life = self.orchestrator
         if life and life.server and not all(each.is_ready for each in self.servers):
             life.server.probe.forgive()
@@ -300,7 +300,7 @@ class Launch:
     # --- what a fleet tells -----------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """The fleet's records as it is now; READY, once all are that have not failed meanwhile."""
+        """Write the fleet's records; announce READY once all that have not failed meanwhile are."""
         self.note_states()
         self.start_orchestrator()
         ready = [life for life in self.left if life.is_ready and life.reached]
@@ -312,7 +312,7 @@ class Launch:
             self.announce_all(ready)
 
     def is_waited_for(self, life: Life) -> bool:
-        """A replica that has to be started anew joins the others later; no pool serves alone."""
+        """Whether READY waits for it. A restarted replica joins later; no pool serves alone."""
         return not life.is_ready and (not life.restarts or self.orchestrator is not None)
 
     def announce_all(self, ready: Sequence[Life]) -> None:

@@ -1,4 +1,4 @@
-"""The job's time limit: told before it is reached."""
+"""The job's time limit: announced before it is reached."""
 
 import re
 import subprocess
@@ -11,10 +11,10 @@ from launch.nodes import Place
 from launch.slurm import squeue, unfiltered
 
 LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
-NOTICE = 600.0  # seconds before the end at which it is told
-COMPLETES_WITHIN = 5.0  # seconds; only then Slurm names the reason
+NOTICE = 600.0  # seconds before the end at which we say so
+COMPLETES_WITHIN = 5.0  # seconds; Slurm names the reason only after COMPLETING
 ASLEEP = ("SUSPENDED", "STOPPED")
-BEGINS = ("CONFIGURING", "POWER_UP_NODE", "EXPEDITING")  # the last two by newer versions
+BEGINS = ("CONFIGURING", "POWER_UP_NODE", "EXPEDITING")  # the last two are newer versions'
 GOES_ON = ("RUNNING", *ASLEEP, *BEGINS, "RESIZING", "SIGNALING")
 ASK_EVERY = 300.0  # a limit can be changed: scontrol update JobId=... TimeLimit=...
 
@@ -27,8 +27,8 @@ class TimeLimit(threading.Thread):
         self.job = place.job if place.slurm else ""
         self.ended = threading.Event()
         self.end_at: float | None = None  # by time.monotonic()
-        self.told: float | None = None  # the end that was last told
-        self.known = False  # Slurm has once had a line of this job
+        self.told: float | None = None  # the end that we last announced
+        self.known = False  # Slurm has listed this job before
         self.asking: subprocess.Popen[str] | None = None
 
     def begin(self) -> None:
@@ -47,7 +47,7 @@ class TimeLimit(threading.Thread):
             self.ended.wait(wait)
 
     def _ask(self) -> float | None:
-        """Seconds left; None without a limit, or where Slurm does not say."""
+        """Seconds left; None without a limit, or if Slurm does not say."""
         ask = ["squeue", "--all", "--noheader", *of_job(self.job, "%A %L")]
         env, out, null = unfiltered(), subprocess.PIPE, subprocess.DEVNULL
         try:
@@ -72,15 +72,15 @@ class TimeLimit(threading.Thread):
         return self.end_at is not None and time.monotonic() > self.end_at - 2
 
     def how_it_ended(self) -> str:
-        """What has become of the job, in words; '' while it runs, or where nobody says."""
+        """What has become of the job, in words; '' while it runs, or if nobody says."""
         if not self.job:
             return ""
         deadline = time.monotonic() + COMPLETES_WITHIN
-        # What comes before the reason is COMPLETING.
+        # While it is COMPLETING, Slurm names no reason.
         while (now := self._state())[0] == "COMPLETING" and time.monotonic() < deadline:
             time.sleep(0.2)
         state, left = now
-        # What was last asked may be minutes old, and the limit have been raised since.
+        # Our last answer may be minutes old, and the limit may have been raised since.
         goes_on = state == "RUNNING" and (left == "UNLIMITED" or (seconds(left) or 0) > 2)
         if state == "TIMEOUT" or (self.is_reached() and not goes_on):
             return "has reached its time limit"
@@ -89,16 +89,16 @@ class TimeLimit(threading.Thread):
         return "has ended" if state == "COMPLETING" else f"has ended ({state.lower()})"
 
     def _state(self) -> tuple[str, str]:
-        """What squeue says now: the job's state and the time left; '' where it does not say."""
+        """What squeue says now: the job's state and the time left; '' if it does not say."""
         if not (done := squeue(*of_job(self.job, "%A %T %L"))):
             return "", ""
-        if "Invalid job id" in done.stderr:  # of a job that it never knew, it says nothing of ours
+        if "Invalid job id" in done.stderr:  # if it never knew the job, that proves nothing
             return ("GONE" if self.known else ""), ""
         state, _, left = self._note(done.stdout).partition(" ")
         return state, left
 
     def _note(self, text: str) -> str:
-        """What squeue says of our job; once it has said anything, it knows the job."""
+        """What squeue says about our job; once it has said anything, it knows the job."""
         said = answer(self.job, text)
         self.known = self.known or bool(said)
         return said
@@ -115,13 +115,13 @@ def is_suspended(place: Place) -> bool:
 
 
 def state_of(job: str) -> str:
-    """What Slurm calls the job's state; '' where it does not say."""
+    """What Slurm calls the job's state; '' if it does not say."""
     done = squeue(*of_job(job, "%A %T %L")) if job.isdecimal() else None
     return answer(job, done.stdout).partition(" ")[0] if done else ""
 
 
 def outlast_suspension(place: Place, over: threading.Event) -> float:
-    """Wait for as long as the job is suspended: so many seconds, 0 where it is not."""
+    """Wait while the job is suspended; return how many seconds that took, 0 if it was not."""
     if not is_suspended(place):
         return 0.0
     begun = time.monotonic()
@@ -133,7 +133,7 @@ def outlast_suspension(place: Place, over: threading.Event) -> float:
 
 
 def of_job(job: str, what: str) -> list[str]:
-    every = "--states=all"  # one that has ended is not listed otherwise
+    every = "--states=all"  # jobs that have ended are not listed otherwise
     return [every, f"--jobs={job}", f"--format={what}"]
 
 

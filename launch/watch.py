@@ -23,7 +23,7 @@ SLOW = "; if a first token may take longer there, raise PROBE_TIMEOUT"
 
 
 def await_ready(server: Server, timeout: float) -> None:
-    """Return when it answers; Failure when it ends first, or at the deadline."""
+    """Return when it answers. Failure if it ends first, or at the deadline."""
     while not server.health.ready.is_set():
         with patience(server):
             tick(server)
@@ -32,12 +32,12 @@ def await_ready(server: Server, timeout: float) -> None:
             if server.age - server.excused > timeout:
                 die_of_slowness(server, timeout)
     check_owner(server)
-    check_end(server)  # then it was not ours that answered
+    check_end(server)  # if it has ended, it was not ours that answered
 
 
 @contextlib.contextmanager
 def patience(server: Server) -> Iterator[None]:
-    """A failure while Slurm has the job suspended is none: wait, and judge anew."""
+    """A failure while Slurm has the job suspended does not count: wait, then judge again."""
     try:
         yield
     except Failure as failure:
@@ -55,7 +55,7 @@ def die_of_slowness(server: Server, timeout: float) -> NoReturn:
 
 
 def die_if_unreached(server: Server) -> None:
-    """Its log says that it listens: what stands between us will not go away by itself."""
+    """Failure if it says that it listens and a firewall keeps us out, which will not go away."""
     if time.monotonic() > server.ask_at and not server.health.ready.is_set():
         die_if_walled(server)
         server.ask_at = time.monotonic() + HEARTBEAT
@@ -63,12 +63,12 @@ def die_if_unreached(server: Server) -> None:
 
 def die_if_walled(server: Server) -> None:
     words = walled(server)
-    if words and not server.health.ready.wait(1):  # a slow machine is no wall
+    if words and not server.health.ready.wait(1):  # it may only be slow, which is no wall
         die(words, hint=f"{FIREWALL}; its log: {server.main_log.path}")
 
 
 def walled(server: Server) -> str:
-    """That our engine answers on its node and not here, in words; '' where that is not so."""
+    """Says that our engine answers on its node but not here; '' if that is not so."""
     if server.health.reached:
         return ""
     if (owner := ask_owner(server)).answer != "200" or not (owner.own or owner.why):
@@ -86,7 +86,7 @@ def ask_owner(server: Server) -> Owner:
 
 
 def owner_by(command: Command) -> Owner:
-    """The node's own word on our port; of one that says nothing, that it is not known."""
+    """What the node says about our port; if it says nothing, that the owner is not known."""
     with contextlib.suppress(Failure):
         for told in ask(command, "asking whose the port is", timeout=10):
             if isinstance(told.message, Owner):
@@ -95,7 +95,7 @@ def owner_by(command: Command) -> Owner:
 
 
 def check_owner(server: Server) -> None:
-    """While ours loads, its port may be another's, of the same model even."""
+    """Failure if another server has our port: it may even serve the same model."""
     deadline = time.monotonic() + 1
     while not server.health.listening and time.monotonic() < deadline:
         tick(server)
@@ -119,7 +119,7 @@ def die_of_stranger(server: Server, serves: str) -> NoReturn:
 
 
 def hold(server: Server) -> NoReturn:
-    """Watch until the launch is over; Failure when the server ends or stops answering."""
+    """Watch until the launch is over. Failure if the server ends or stops answering."""
     server.probe.begin(server.health.model)
     while True:
         with patience(server):
@@ -131,7 +131,7 @@ def hold(server: Server) -> NoReturn:
 
 
 def judge(server: Server, fault: str, hint: str = HANGS) -> None:
-    """Failure, unless it is only we who cannot reach it: then it goes on for those who can."""
+    """Failure, unless only we cannot reach it: then it goes on for those who can."""
     if server.health.misses and (words := walled(server)):
         if not server.walled:
             say(f"{words}; the server goes on")
@@ -143,7 +143,7 @@ def judge(server: Server, fault: str, hint: str = HANGS) -> None:
 
 
 def tick(server: Server) -> None:
-    """One look at the logs and the processes. While we stood still (^Z), nobody was heard."""
+    """Look once at the logs and the processes. While we stood still (^Z), we heard nobody."""
     away, server.looked = time.monotonic() - server.looked, time.monotonic()
     if away > ABSENCE:
         server.forgive(away)

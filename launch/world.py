@@ -1,8 +1,8 @@
-"""One model over several nodes: a container a node, a rank a GPU, one MPI world.
+"""One model over several nodes: a container per node, a rank per GPU, one MPI world.
 
-Slurm's PMIx wires the ranks up; each runs by `docker exec` in the one container of its node, so
-that the ranks of a node share a process table (Open MPI's shared memory needs that) and there is
-one thing to name and to remove. Rank 0, on the first node, serves HTTP.
+Slurm's PMIx wires up the ranks. Each runs by `docker exec` in the one container of its node, so
+that a node's ranks share a process table (Open MPI's shared memory needs that) and there is one
+thing to name and to remove. Rank 0, on the first node, serves HTTP.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ ALONE = Spread(1, 1, "none")  # a server on one node
 UP_WITHIN = 60.0  # seconds until every node's container runs
 SILENCE = 8.0  # seconds without a sign of life from a node
 SLURMD_AWAY = 5.0  # seconds without a slurmd on a node; one that is only restarted is back by then
-ABSENCE = 2.0  # seconds between two looks of ours that are our own fault
-# Seconds a node has to clean up; and one that is in trouble, which gives up after two (BEAT):
-# who stops listening in that very moment does not hear why its container is left.
+ABSENCE = 2.0  # seconds; if we look less often than this, the silence is our own fault
+# Seconds that a node has to clean up. One that is in trouble gives up after two, and we listen a
+# little longer: else we would not hear why its container is left.
 FAREWELL, SHORT_FAREWELL = 10.0, 3.0
 
 
 class Holders(threading.Thread):
-    """The nodes' containers, and signs of life from each."""
+    """The containers that are held on the nodes, and a sign of life from each."""
 
     def __init__(self, step: Step, spread: Spread, nodes: Sequence[Node]) -> None:
         super().__init__(daemon=True)
@@ -49,7 +49,7 @@ class Holders(threading.Thread):
         self.looked = time.monotonic()  # when somebody last asked for a fault
 
     def run(self) -> None:
-        with contextlib.suppress(ValueError):  # the step is let go of while we read
+        with contextlib.suppress(ValueError):  # the step was let go of while we read
             for told in self.step.told():
                 self.note(told)
 
@@ -78,21 +78,21 @@ class Holders(threading.Thread):
         return ""
 
     def advice(self) -> str:
-        """What is known of the cause that a container's client has named; '' where it is not."""
-        from launch import causes  # late: a start has no use for its patterns
+        """What to do about the cause that a container's client has named; '' if it is unknown."""
+        from launch import causes  # late: a start does not need its patterns
 
         cause = causes.of("\n".join(self.talk))
         return cause.advice if cause and cause.meaning else ""
 
     def forgive_absence(self) -> None:
-        """While we stood still (^Z, a laptop's lid) nobody noted the nodes' signs of life."""
+        """While we stood still (^Z, a laptop's lid), nobody noted the nodes' signs of life."""
         now = time.monotonic()
         if now - self.looked > ABSENCE:
             self.forgive()
         self.looked = now
 
     def forgive(self) -> None:
-        """As if every node had just given a sign of life."""
+        """Act as if every node had just given a sign of life."""
         now = time.monotonic()
         self.seen = dict.fromkeys(self.seen, now)
         self.slurmd = dict.fromkeys(self.slurmd, now)
@@ -129,9 +129,9 @@ class Holders(threading.Thread):
             pause(over, 0.02)
 
     def await_farewell(self) -> dict[str, str]:
-        """Wait for the nodes' word on their containers; what is not gone, and why, by node.
+        """Wait for the nodes' word on their containers. Returns why one may be left, by node.
 
-        A node in trouble is not waited for long. '' where a node ended without a word.
+        A node in trouble is not waited for long. '' means that a node ended without a word.
         """
         begun = time.monotonic()
         patience = {name: SHORT_FAREWELL if self.trouble(name) else FAREWELL for name in self.names}
@@ -148,7 +148,7 @@ class Holders(threading.Thread):
 
 
 RANK_ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*)$", re.M)
-# srun says a signal in strsignal()'s words.
+# srun names a signal in strsignal()'s words.
 SIGNALS = {str(signal.strsignal(each)): 128 + each for each in signal.Signals}
 ENDS = SIGNALS | {"Out Of Memory": 137}
 
@@ -167,7 +167,7 @@ class Death:
 
 
 def first_failure(log: str) -> Death | None:
-    """The first rank that failed, as srun tells it; those that it took along come later."""
+    """The first rank that failed, as srun tells it; later ones only follow from that."""
     if not (found := RANK_ENDED.search(log)):
         return None
     code = re.search(r"exit code (\d+)", found[3])
@@ -176,7 +176,7 @@ def first_failure(log: str) -> Death | None:
 
 
 def up_to_failure(log: str) -> str:
-    """What srun says until its first word of a rank that failed."""
+    """What srun says up to its first word on a rank that failed."""
     found = RANK_ENDED.search(log)
     return log[: found.end()] if found else log
 
@@ -187,5 +187,5 @@ def rank_log(main_log: Path, rank: str) -> Path:
 
 
 def pattern_of_logs(main_log: Path) -> Path:
-    """All ranks' logs in srun's words, in which a % fills something in."""
+    """The logs of all ranks as a pattern for srun, which takes a % only if it is doubled."""
     return rank_log(Path(str(main_log).replace("%", "%%")), "%t")

@@ -1,7 +1,7 @@
 """Engines: a file each, with the names of `Engine`. `ls` says which there are.
 
 Imports common/ and launch's arguments.py, config_file.py and options.py. A file with a _ in its
-name is no engine: it belongs to one.
+name is no engine: it belongs to one, or to several.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from common.settings import default_of
 
 NAMES = sorted(each.name for each in iter_modules(__path__) if "_" not in each.name)
 DEFAULT = default_of("ENGINE")
-FINAL = frozenset({2, 126, 127})  # exit codes that another start would end with, too
+FINAL = frozenset({2, 126, 127})  # exit codes with which another start would end, too
 # Parts of what loggers put before a line.
 LEVEL = r"(?P<level>DEBUG|INFO|WARN(?:ING)?|ERROR|CRITICAL|FATAL|TRACE|SUCCESS)"
 DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?"
@@ -25,7 +25,7 @@ DATE = r"\d{4}[-/]\d\d[-/]\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)
 
 @dataclass(frozen=True)
 class World:
-    """Tensor, pipeline, context and data parallel size; their product is how many GPUs it needs."""
+    """Tensor, pipeline, context and data parallel sizes; their product is the number of GPUs."""
 
     tp: int
     pp: int
@@ -38,7 +38,7 @@ class World:
 
     @property
     def shape(self) -> str:
-        """In the words of the field: `TP 8 x PP 2`."""
+        """In the usual words: `TP 8 x PP 2`."""
         sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "DP": self.dp}
         return " x ".join(f"{k} {v}" for k, v in sizes.items() if v > 1) or "one GPU"
 
@@ -51,37 +51,37 @@ class Engine(Protocol):
     """What the launcher knows of an engine."""
 
     TITLE: str  # its name for people
-    PACKAGE: str  # and among Python's packages, by which an image is known to have it
-    PROGRAM: str  # what serves, for people
-    IMAGE: str  # its makers', which is served from where none is asked for and we build none
+    PACKAGE: str  # its Python package, by which an image is known to have it
+    PROGRAM: str  # the program that serves, for people
+    IMAGE: str  # its makers' image: the default for engines that we build no image for
     VERSION: str  # the setting that says which version it is; '': there is none
-    CACHES: Mapping[str, str]  # variables that name its caches, which are mounted, and defaults
+    CACHES: Mapping[str, str]  # variables for its caches, which are mounted, and their defaults
     TP: Sequence[str]  # the flags for the tensor parallel size
-    LEADER: str  # what a rank of an MPI world is started by; '': it is one process a node
-    LEADER_MARK: str  # and known by among the processes
+    LEADER: str  # what starts each rank of an MPI world; '': it is one process a node
+    LEADER_MARK: str  # what the leader is known by among the processes
     STARTS: str  # a line of its log with which a server begins
     PREFIXES: Sequence[str]  # what its loggers put before a line
     COUNTERS: str  # what the names of its counters on /metrics begin with
-    METRICS: str  # where it has counters as Prometheus has them, which reading does not empty
-    WORK_WORDS: Pattern[bytes]  # the log, when it has answered somebody or generates
+    METRICS: str  # its page of counters for Prometheus, which a reading does not empty
+    WORK_WORDS: Pattern[bytes]  # what its log says when it has answered somebody or generates
 
     def read(self, words: Sequence[str], port: str) -> tuple[str | None, list[str], int]: ...
     def binds_first(self, version: str) -> bool: ...  # whether a port still in use ends it at once
-    def ready_words(self, version: str) -> bytes: ...  # the log, once it listens
+    def ready_words(self, version: str) -> bytes: ...  # what its log says once it listens
     def command(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def names_of(self, model: str, args: Sequence[str]) -> tuple[str, ...]: ...
     def config_of(self, args: Sequence[str]) -> str | None: ...
     def key_of(self, args: Sequence[str], environ: Mapping[str, str]) -> str: ...  # its API key; ''
     def check(self, args: Sequence[str]) -> tuple[str, World]: ...
     def settle(self, args: Sequence[str], version: str) -> list[str]: ...
-    # Of a search (tune.py): arguments for sizes (tp, pp, ep) and settings, which may need a file;
+    # For a search (tune.py): arguments for sizes (tp, pp, ep) and settings, which may need a file;
     # and what makes two configurations the same.
     def tuned(
         self, config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
     ) -> list[str]: ...
     def effective(self, args: Sequence[str]) -> object: ...
 
-    # What one of `nodes` processes is given besides, where there is no LEADER.
+    # What one of `nodes` processes is given besides, if there is no LEADER.
     def part(self, args: Sequence[str], index: int, nodes: int, head: str) -> list[str]: ...
 
 
@@ -91,20 +91,20 @@ def engine(name: str) -> Engine:
 
 @cache
 def every() -> Sequence[Engine]:
-    """All that there are, the default one first."""
+    """All engines, the default one first."""
     return [engine(name) for name in sorted(NAMES, key=lambda name: (name != DEFAULT, name))]
 
 
 def packages() -> list[str]:
-    """By which a node knows what an image holds: the first one there is it.
+    """The packages by which a node knows what an image holds: the first one that it finds.
 
-    That of our own image comes first, and SGLang's before vLLM's, which its image may have, too.
+    Our own image's comes first, and SGLang's before vLLM's, as SGLang's image may have both.
     """
     return [each.PACKAGE for each in every()]
 
 
 def meanings(program: str) -> dict[int, str]:
-    """What its exit codes mean, most of them those of a shell or a container's runtime."""
+    """What exit codes mean; most of them are a shell's or a container runtime's."""
     return {
         0: "though nobody stopped it",
         2: "it refused its arguments",

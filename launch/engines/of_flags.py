@@ -1,4 +1,4 @@
-"""What engines have in common whose arguments are flags, which they check themselves."""
+"""What is common to engines that take flags and check them themselves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from launch.config_file import merged
 
 
 def binds_first(version: str) -> bool:
-    """Not so that a port still in use would end it: it asks to reuse the port."""
+    """False: these engines ask to reuse the port, so that one still in use does not end them."""
     return False
 
 
@@ -25,7 +25,7 @@ def key_of(args: Sequence[str], environ: Mapping[str, str]) -> str:
 
 
 def words_of(args: Sequence[str]) -> list[str]:
-    """All of its arguments, those of its file, too. Failure for TLS: we ask over plain HTTP."""
+    """All arguments, also those of the config file. Failure for TLS: we ask over plain HTTP."""
     words = merged(args)
     for flag in ("--ssl-certfile", "--ssl-keyfile"):
         if given(words, flag):
@@ -39,5 +39,5 @@ def effective(args: Sequence[str]) -> object:
 
 
 def settle(args: Sequence[str], version: str) -> list[str]:
-    """As they are: the engine itself checks what it is given."""
+    """The arguments as they are: the engine itself checks what it is given."""
     return list(args)

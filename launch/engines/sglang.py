@@ -16,7 +16,7 @@ from launch.engines.of_flags import words_of
 
 TITLE, PACKAGE, PROGRAM = "SGLang", "sglang", "sglang.launch_server"
 IMAGE, VERSION = "docker.io/lmsysorg/sglang:latest", ""
-# What it compiles, minutes of a start.
+# What it compiles takes minutes of a start, so it is kept.
 CACHES: Mapping[str, str] = {"SGLANG_CACHE_DIR": "~/.cache/sglang"}
 LEADER = LEADER_MARK = ""
 METRICS = "/metrics"
@@ -28,7 +28,7 @@ TP: Sequence[str] = ("--tp-size", "--tp", "--tensor-parallel-size")
 PP = ("--pp-size", "--pp", "--pipeline-parallel-size")
 DP = ("--dp-size", "--dp", "--data-parallel-size")
 EP = "--ep-size"
-WITHIN_TP = "--enable-dp-attention"  # then the data parallel groups are of the tensor parallel GPUs
+WITHIN_TP = "--enable-dp-attention"  # the data parallel groups share the tensor parallel GPUs
 HEAD = ("--dist-init-addr", "--nccl-init-addr")
 MEETING_PORT = 20000  # of the first node, where the processes of a server find each other
 
@@ -40,7 +40,7 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
 
 
 def ready_words(version: str) -> bytes:
-    """It listens before, but answers /health only once it has warmed up."""
+    """It listens earlier, but answers /health only once it has warmed up."""
     return b"The server is fired up and ready to roll"
 
 
@@ -49,7 +49,7 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
-    """What the sizes are called, and the world that they make."""
+    """The sizes in words, and the world that they make."""
     words = words_of(args)
     dp = 1 if WITHIN_TP in words else size_of(words, *DP)
     world = World(size_of(words, *TP), size_of(words, *PP), dp=dp)

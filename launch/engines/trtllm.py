@@ -1,4 +1,4 @@
-"""TensorRT-LLM's trtllm-serve: its command, its options, its words, and what its exits mean."""
+"""TensorRT-LLM's trtllm-serve: its command, its options, its words, and its world."""
 
 import math
 import re
@@ -25,18 +25,18 @@ IMAGE, VERSION = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0", "TRTLLM_VERSION"
 CACHES: Mapping[str, str] = {}
 LEADER = "trtllm-llmapi-launch"  # wires a rank of several into one engine
 LEADER_MARK = "llmapi-launch"  # by which its processes are known
-METRICS = "/prometheus/metrics"  # what is at /metrics is emptied by whoever reads it
+METRICS = "/prometheus/metrics"  # reading /metrics empties it
 WORK_WORDS = re.compile(  # it has answered somebody, or an iteration had work (print_iter_log)
     rb'"POST /v1/[^"]*" 200|\biter = \d+, .*num_scheduled_requests: [1-9]'
 )
 STARTS, COUNTERS = "TensorRT-LLM version: ", "trtllm"
 PREFIXES: Sequence[str] = (
     r"(?P<begins>\[TRT-LLM[^\]]*\]) (?:\[RANK \d+\] )?\[(?P<level>[A-Z])\] ?"
-    r"(?:\[\w+\](?=[ \[]) ?)?(?:\[RANK \d+\] ?)?",  # from 1.3 on the part, and the rank behind it
+    r"(?:\[\w+\](?=[ \[]) ?)?(?:\[RANK \d+\] ?)?",  # from 1.3 on: the part, and then the rank
     rf"\[TensorRT-LLM\]\[{LEVEL}\] ?",
 )
 
-# 1.1.0 knows only the long name; from 1.2 on `--config` is the first name, and both are known.
+# 1.1.0 knows only the long name; from 1.2 on `--config` is the first name, and both work.
 CONFIG_FLAGS = ("--config", "--extra_llm_api_options")
 FRACTION = "free_gpu_memory_fraction"  # a key of kv_cache_config, and a flag
 SIZES = {
@@ -52,7 +52,7 @@ MOE_SIZES: dict[str, tuple[str, ...]] = {
 TP: Sequence[str] = SIZES["tensor_parallel_size"]
 BACKEND = "pytorch"  # the default one, and the one whose keys are known
 CLUSTER_FLAGS = ("--cluster_size", "--moe_cluster_parallel_size")
-# Of every version: which one it will be is not known yet where a command line is read.
+# Of every version: when a command line is read, it is not known yet which one it will be.
 FLAGS, SWITCHES = union("trtllm", "flags"), union("trtllm", "switches")
 
 
@@ -71,13 +71,13 @@ def read(words: Sequence[str], port: str) -> tuple[str | None, list[str], int]:
 def ready_words(version: str) -> bytes:
     """What its log says once it listens; asking at once saves the poll's interval.
 
-    From 1.2 on uvicorn is given a socket, and says nothing of it.
+    From 1.2 on uvicorn is given a socket, and says nothing about it.
     """
     return b"Application startup complete" if is_since_1_2(version) else b"Uvicorn running on"
 
 
 def binds_first(version: str) -> bool:
-    """Whether it takes its port before it loads; then it is one that it does not ask to reuse."""
+    """Whether it takes its port before it loads; then it does not ask to reuse the port."""
     return is_since_1_2(version)
 
 
@@ -101,12 +101,12 @@ def config_of(args: Sequence[str]) -> str | None:
 
 
 def key_of(args: Sequence[str], environ: Mapping[str, str]) -> str:
-    """It has none."""
+    """It has no key."""
     return ""
 
 
 def rename_config(args: Sequence[str]) -> list[str]:
-    """`--config X` as 1.1.0 calls it, and every later version, too."""
+    """`--config X` by the name that 1.1.0 knows, and every later version, too."""
     old, new = CONFIG_FLAGS
     renamed = (new + word[len(old) :] if word.split("=")[0] == old else word for word in args)
     return list(renamed)
@@ -118,7 +118,7 @@ def part(args: Sequence[str], index: int, nodes: int, head: str) -> list[str]:
 
 # --- the world that it needs ----------------------------------------------------------------------
 def merged(args: Sequence[str]) -> dict[str, Any]:
-    """The settings as the engine will see them: sizes given by flags, and over them the YAML."""
+    """The settings as the engine will see them: sizes given by flags, overridden by the YAML."""
     path = config_of(args)
     config = (read_config(path) or {}) if path is not None else {}
     given = {key: value_of(args, *flags) for key, flags in (SIZES | MOE_SIZES).items()}
@@ -127,7 +127,7 @@ def merged(args: Sequence[str]) -> dict[str, Any]:
 
 
 def size_of(settings: Mapping[str, Any], key: str) -> int:
-    """A size; 1 where it is not given. Failure where it is no number."""
+    """A size; 1 if it is not given. Failure if it is not a number."""
     value = settings.get(key)
     if value is None:
         return 1
@@ -141,7 +141,7 @@ def find_world(settings: Mapping[str, Any]) -> World:
 
 
 def check_moe(settings: Mapping[str, Any]) -> None:
-    """moe_tp x moe_ep (x moe_cluster) has to be tp; where one is left out, it follows."""
+    """moe_tp x moe_ep (x moe_cluster) has to be tp; what is left out follows from the others."""
     tp, cp = (size_of(settings, f"{name}_parallel_size") for name in ("tensor", "context"))
     given = [key for key in MOE_SIZES if settings.get(key) is not None]
     product = math.prod(size_of(settings, key) for key in given)
@@ -160,7 +160,7 @@ def check_moe(settings: Mapping[str, Any]) -> None:
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """The strategy in the words of the field: `TP 8 x PP 2, attention DP, EP 8`."""
+    """The strategy in the usual words: `TP 8 x PP 2, attention DP, EP 8`."""
     words = [find_world(settings).shape]
     words += ["attention DP"] if settings.get("enable_attention_dp") else []
     ep = size_of(settings, "moe_expert_parallel_size")
@@ -174,7 +174,7 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
-    """The strategy's name and the world it needs, whichever version it is."""
+    """The strategy's name and the world that it needs, whatever the version."""
     settings = merged(args)
     check_moe(settings)
     return name_of(settings), find_world(settings)
@@ -184,9 +184,9 @@ def check(args: Sequence[str]) -> tuple[str, World]:
 def tuned(
     config: str, sizes: Mapping[str, int], settings: Mapping[str, str], file: Path
 ) -> list[str]:
-    """The arguments of a candidate. Settings are keys of the YAML, `a.b` those within another.
+    """The arguments of a candidate. Settings are keys of the YAML; `a.b` is the key b within a.
 
-    They go into `file`, over those of the config, where there are any.
+    They go into `file`, added to the config, if there is one.
     """
     flags = {"tp": "--tp_size", "pp": "--pp_size", "ep": "--ep_size"}
     if settings:
@@ -196,7 +196,7 @@ def tuned(
 
 
 def effective(args: Sequence[str]) -> object:
-    """What two configurations have to have in common to be the same."""
+    """What has to be equal for two configurations to be the same."""
     found = {key: str(value) for key, value in merged(args).items()}
     return {key: value for key, value in found.items() if not (key in SIZES and value == "1")}
 
@@ -205,7 +205,7 @@ def effective(args: Sequence[str]) -> object:
 def settle(args: Sequence[str], version: str) -> list[str]:
     """The arguments for that version of the engine. Failure for what it would refuse.
 
-    Of a version whose options are not known, '' included, nothing is refused.
+    If a version's options are not known, or it is '', nothing is refused.
     """
     args = list(args) if is_since_1_2(version) else rename_config(args)
     if value_of(args, *CLUSTER_FLAGS):
@@ -231,7 +231,7 @@ def settle(args: Sequence[str], version: str) -> list[str]:
 
 
 def check_config(path: str, version: str) -> dict[str, Any]:
-    """The YAML, where it is not what the engine would end with a traceback for."""
+    """The YAML. Failure for what the engine would end with a traceback for."""
     config = read_config(path)
     if config is None:
         hint = "leave --config out, or write {} for no settings"
@@ -244,7 +244,7 @@ def check_config(path: str, version: str) -> dict[str, Any]:
 
 
 def say_who_wins(args: Sequence[str], config: Mapping[str, Any], path: str, deep: bool) -> None:
-    """Flags that do not count, as the YAML has the last word.
+    """Say which flags do not count, as the YAML has the last word.
 
     A `deep` engine merges kv_cache_config with the flag for one of its keys; others replace it.
     """

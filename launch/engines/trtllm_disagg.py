@@ -13,12 +13,12 @@ from launch.engines import trtllm
 
 TRANSCEIVER, BUFFER = "cache_transceiver_config", "max_tokens_in_buffer"
 WRITE = f"write {TRANSCEIVER}: {{backend: UCX, {BUFFER}: 8192}}"
-BACKENDS = ("UCX", "NIXL", "MOONCAKE")  # MPI works within one MPI world only, and this is several
-# How the engine's own service discovery is asked for: here the orchestrator gets a list.
+BACKENDS = ("UCX", "NIXL", "MOONCAKE")  # MPI works only within one MPI world, and these are several
+# These ask for the engine's own service discovery; here the orchestrator gets a list.
 DISCOVERY = ("--server_role", "--disagg_cluster_uri", "--metadata_server_config_file")
 ALIKE = ("dtype", "speculative_config", "kv_cache_config.dtype", "kv_cache_config.tokens_per_block")
-MOST_TOKENS = 8192  # of a prompt, unless max_num_tokens says otherwise
-REQUEST_SECONDS = 86400  # for a whole request; its own default cuts every answer after 180
+MOST_TOKENS = 8192  # tokens of a prompt, unless max_num_tokens says otherwise
+REQUEST_SECONDS = 86400  # for a whole request; the engine's default cuts every answer after 180
 
 
 def check(model: str, prefill: Sequence[str], decode: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def check(model: str, prefill: Sequence[str], decode: Sequence[str]) -> None:
 
 
 def settings_of(name: str, args: Sequence[str], model: str) -> dict[str, Any]:
-    """What a pool's servers will see. Failure where they would find each other by other means."""
+    """The settings that a pool's servers will see. Failure if they ask for service discovery."""
     if trtllm.config_of(args) is None:
         hint = f"--{name}-config FILE: configs/disaggregated/ has an example of each"
         die(f"the {name} servers have no config file, which has to set {TRANSCEIVER}", hint=hint)
@@ -76,7 +76,7 @@ def check_transceiver(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_alike(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """A KV cache that is handed over has to be read as it was written."""
+    """A KV cache has to be read as it was written, so both kinds of server must agree on it."""
     for key in (f"{TRANSCEIVER}.backend", *ALIKE):
         values = {name: below(found, key) for name, found in settings.items()}
         if values["prefill"] != values["decode"]:
@@ -106,19 +106,19 @@ def say_what_fits_badly(settings: Mapping[str, Mapping[str, Any]], prefill: Sequ
 
 # --- the orchestrator -----------------------------------------------------------------------------
 def command(file: str, seconds: float) -> tuple[str, ...]:
-    """Its command; it gives its servers so many seconds to be ready."""
+    """The orchestrator's command; it gives its servers so many seconds to be ready."""
     within = str(max(1, round(seconds)))
     return (trtllm.PROGRAM, "disaggregated", "-c", file, "-t", within, "-r", str(REQUEST_SECONDS))
 
 
 def file(host: str, port: int, prefill: Sequence[str], decode: Sequence[str]) -> str:
-    """Its file: where it listens, and where its servers are (`host:port`, each).
+    """The orchestrator's file: where it listens, and where its servers are (`host:port`, each).
 
-    It is YAML, of which JSON is a part.
+    It is JSON, which is also YAML.
     """
 
     def servers(urls: Sequence[str]) -> dict[str, Any]:
-        router = {"type": "load_balancing"}  # to whom fewest requests are open
+        router = {"type": "load_balancing"}  # to the one with the fewest open requests
         return {"num_instances": len(urls), "urls": list(urls), "router": router}
 
     lists = {"context_servers": servers(prefill), "generation_servers": servers(decode)}

@@ -25,7 +25,7 @@ LIBRARIES = (  # where the Dockerfile and NVIDIA's images keep what ldconfig may
 
 @dataclass(frozen=True)
 class Check:
-    """Something to find: a program's own words, or a library."""
+    """Something to look for: a program's own words, or a library."""
 
     name: str
     command: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ CHECKS = (
 
 
 def find(check: Check) -> str:
-    """What there is, in a few words; '' where it is missing."""
+    """What there is, in a few words; '' if it is missing."""
     if check.library:
         return find_library(check.library)
     if not shutil.which(check.command[0]):

@@ -17,7 +17,7 @@ from launch.engines.of_flags import words_of
 
 TITLE, PACKAGE, PROGRAM = "vLLM", "vllm", "vllm serve"
 IMAGE, VERSION = "docker.io/vllm/vllm-openai:latest", ""
-# What it compiles, minutes of a start.
+# What it compiles takes minutes of a start, so it is kept.
 CACHES: Mapping[str, str] = {"VLLM_CACHE_ROOT": "~/.cache/vllm"}
 LEADER = LEADER_MARK = ""
 METRICS = "/metrics"
@@ -35,7 +35,7 @@ OTHERS = ("--tp-size", "--tp", "--pp-size", "--pp", "--ep-size")  # other engine
 PP = ("--pipeline-parallel-size", "-pp")
 CP = ("--prefill-context-parallel-size", "-pcp")
 DP = ("--data-parallel-size", "-dp")
-# The groups of a data parallel deployment that the user spreads over launches; ours are here.
+# If the user spreads a data parallel deployment over launches, these are the groups of ours.
 LOCAL = ("--data-parallel-size-local", "-dpl")
 
 
@@ -58,7 +58,7 @@ def command(model: str, args: Sequence[str]) -> tuple[str, ...]:
 
 
 def check(args: Sequence[str]) -> tuple[str, World]:
-    """What the sizes are called, and the world that they make."""
+    """The sizes in words, and the world that they make."""
     words = words_of(args)
     for flag in OTHERS:  # it would say so itself, after half a minute of imports
         if given(words, flag) is not None:

@@ -1,4 +1,4 @@
-"""An engine without a container: a session of its own, to be signalled as one."""
+"""An engine without a container: it has a session of its own, to be signalled as one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launch.node.base import NOT_FOUND, STOPPED, Ends
 from launch.node.containers import set_interfaces
 from launch.node.inside import OUTLIVES
 
-HELD: list[subprocess.Popen[bytes]] = []  # their input is open for as long as we are
+HELD: list[subprocess.Popen[bytes]] = []  # their input stays open for as long as we live
 # MPI must not see Slurm's variables, or its spawning of workers inside a step fails.
 HIDDEN = re.compile("(SLURM|SLURMD|SBATCH|SALLOC|PMI|PMI2|PMIX|OMPI)_")
 
@@ -25,7 +25,7 @@ class Run:
     """Run the engine from PATH; its exit code is ours. Nothing of its session outlives it or us."""
 
     engine: list[str]
-    # Which of those that we see, by number; or in CUDA's own words. []: all.
+    # Which of the GPUs that we see, by number; or in CUDA's own words. []: all.
     gpus: list[int | str] = field(default_factory=list)
     ask_every: float = 60
 
@@ -50,7 +50,7 @@ class Run:
 
 
 def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    """In a session of its own. What is not there, or not to be run, is 127 or 126 as in a shell."""
+    """Start it in a session of its own. As in a shell, 127 means not found, 126 not executable."""
     null = subprocess.DEVNULL
     try:
         engine = subprocess.Popen(command, stdin=null, env=variables, start_new_session=True)
@@ -63,7 +63,7 @@ def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[byt
 
 
 def ends_with_us(session: int) -> None:
-    """Where Slurm knows processes by their parents, SIGKILL for us spares the engine's own."""
+    """Have the session killed with us: a Slurm that tracks processes by parents may miss it."""
     outlives = ["sh", "-c", OUTLIVES, "outlives", str(session)]
     attendant = subprocess.Popen(outlives, stdin=subprocess.PIPE, start_new_session=True)
     attendant.wait()
@@ -71,7 +71,7 @@ def ends_with_us(session: int) -> None:
 
 
 def some(gpus: list[int | str], visible: str) -> str:
-    """In CUDA's words, which need not be Slurm's: the first, third, ... of those that we see."""
+    """In CUDA's words, which need not be Slurm's: the first, third, ... of the GPUs that we see."""
     last = max((gpu for gpu in gpus if isinstance(gpu, int)), default=-1)
     every = visible.split(",") if visible else [str(gpu) for gpu in range(last + 1)]
     if last >= len(every):
@@ -81,13 +81,13 @@ def some(gpus: list[int | str], visible: str) -> str:
 
 
 def give_time(session: int) -> None:
-    """SIGTERM, and three seconds to end by itself."""
+    """Send SIGTERM, and give it three seconds to end by itself."""
     end(session, signal.SIGTERM)
     await_gone(session, 3)
 
 
 def kill(session: int) -> None:
-    """SIGKILL; what has many threads or much memory holds its port and GPUs for a moment yet."""
+    """Send SIGKILL, and wait: a large process holds its port and its GPUs a moment longer."""
     end(session, signal.SIGKILL)
     await_gone(session, 5)
 
@@ -99,7 +99,7 @@ def await_gone(session: int, seconds: float) -> None:
 
 
 def end(session: int, signum: int) -> bool:
-    """Signal every process of a session; whether there was one."""
+    """Signal every process of a session; whether there was any."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(session, signum)
         return True

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-TYPE_CHECKING = False  # as typing's own, whose import would cost every order 2 ms
+TYPE_CHECKING = False  # like typing's, whose import would cost every order 2 ms
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
@@ -28,13 +28,13 @@ NODE = os.environ.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0
 LABEL = "tensorrt-llm-serve"
 TIMED_OUT, NOT_FOUND = 124, 127  # the exit codes that a shell would give
 STOPPED = 143
-CLIENT_FAILED = 125  # docker's own: where the daemon went away, its container may live on
+CLIENT_FAILED = 125  # docker's own; if the daemon went away, the container may live on
 ESTABLISHED, LISTENING = "01", "0A"  # states of a socket, as /proc/net/tcp has them
-# What Slurm sends as a warning where the job asks for it (--signal=USR1@300); who does not expect
-# it dies of it.
+# Warnings that Slurm sends if the job asks for them (--signal=USR1@300). They kill a process that
+# does not expect them.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# Of a longer line srun passes on 1024 bytes at a time, and those of other nodes between them.
+# srun passes longer lines on 1024 bytes at a time, with other nodes' lines in between.
 LONGEST, PIECE = 1000, 400
 OVER = (
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
@@ -57,15 +57,15 @@ def line_of(kind: str, fields: dict[str, Any]) -> str:
 
 
 def put(line: str) -> None:
-    """A launcher that is gone must not stop a clean-up."""
+    """Write a line; a launcher that is gone must not stop a clean-up."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode() + b"\n")
 
 
 def ask(*argv: str, timeout: float = 10, **options: Any) -> tuple[int, str]:  # noqa: ANN401
-    """Exit code and output of a short command; of one that fails its errors, too.
+    """Exit code and output of a short command; its errors, too, but only if it fails.
 
-    Docker's client may have a warning beside each answer.
+    Otherwise they may be no more than a warning, which Docker's client has beside each answer.
     """
     null, pipe = subprocess.DEVNULL, subprocess.PIPE
     options.setdefault("stderr", pipe)
@@ -86,7 +86,7 @@ def shell_code(code: int) -> int:
 
 @dataclass
 class Ends:
-    """What ends an order: our input, a signal, Slurm's word on the job, or the process itself."""
+    """What ends an order: the end of our input, a signal, the job's end, or that of the process."""
 
     STOP = "stop"
     events: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
@@ -102,7 +102,7 @@ class Ends:
         threading.Thread(target=self._watch, args=(ask_every,), daemon=True).start()
 
     def _stop(self, signum: int, _: Any) -> None:  # noqa: ANN401
-        """It may be the job's --signal: our log says so, that nobody takes it for a failure."""
+        """Stop, and say so in our log: the job's --signal must not look like a failure."""
         with contextlib.suppress(OSError):
             os.write(2, f"{LABEL}: {NODE}: stopped by {signal.Signals(signum).name}\n".encode())
         self.events.put(self.STOP)
@@ -119,7 +119,7 @@ class Ends:
         self.events.put(self.STOP)
 
     def after(self, process: subprocess.Popen[Any]) -> None:
-        """The end of a process is an event, too: its exit code."""
+        """Make the end of a process an event, too: its exit code."""
         wait = lambda: self.events.put(shell_code(process.wait()))  # noqa: E731
         threading.Thread(target=wait, daemon=True).start()
 
@@ -130,16 +130,16 @@ class Ends:
         return None if code == self.STOP else int(code)
 
     def code_of_client(self, client: subprocess.Popen[Any]) -> int | None:
-        """The same of Docker's client, which may have ended by what is to stop us, too.
+        """The same for Docker's client, which may have been ended by what is to stop us, too.
 
-        A signal to our step is for both, and so is the end of the input.
+        A signal to our step reaches both, and so does the end of the input.
         """
         code = self.code_of(client)
         own = code is None or 0 < code < CLIENT_FAILED
         return code if own or not self.stop_within(0.1) else None
 
     def stop_within(self, seconds: float) -> bool:
-        """Wait so long: whether we are to stop."""
+        """Wait for at most so long; whether we are to stop."""
         with contextlib.suppress(queue.Empty):
             return bool(self.events.get(timeout=seconds) == self.STOP)
         return False
@@ -147,13 +147,13 @@ class Ends:
 
 @dataclass
 class Job:
-    """Our job, by its id; '' where there is none."""
+    """Our job, by its id; '' if there is none."""
 
     id: str
     known: bool = False  # Slurm has called it running
 
     def is_over(self) -> bool:
-        """Slurm says so, after it has said that the job runs; in no other case."""
+        """Whether Slurm says so, after it has once said that the job runs."""
         if not self.id:
             return False
         command = "squeue --all --local --noheader --states=all".split()
@@ -167,7 +167,7 @@ class Job:
 
 
 def unfiltered() -> dict[str, str]:
-    """Our environment for Slurm's programs: a filter must not make a job or step look ended."""
+    """Our environment for Slurm's programs, without filters that make jobs or steps look ended."""
     leaves = ("SQUEUE_", "SCANCEL_", "SLURM_CLUSTERS")
     return {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
 
@@ -178,13 +178,13 @@ def listening(port: int) -> set[str]:
 
 
 def sockets(port: int, state: str) -> list[list[str]]:
-    """The kernel's rows of a port of this node: [2] is the other end, [9] the socket's inode."""
+    """The kernel's rows for a port of this node: [2] is the other end, [9] the socket's inode."""
     pattern = re.compile(rf" [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]{{4}} {state} ")
     return [line.split() for line in tables_of_sockets() if pattern.search(line)]
 
 
 def ending_with_us(signum: int) -> Callable[[], None]:
-    """For a child about to start: the kernel sends it the signal when our thread is gone."""
+    """For a child that is about to start: the kernel sends it the signal when our thread ends."""
     import ctypes  # late: few orders need it
 
     libc, on_death_of_parent = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
@@ -197,7 +197,7 @@ def read(path: str, errors: str = "surrogateescape") -> str:
 
 
 def tables_of_sockets() -> list[str]:
-    """The kernel's rows, a socket each."""
+    """The kernel's tables of TCP sockets: a row for each socket."""
     lines = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -220,16 +220,16 @@ def read_order() -> Any:  # noqa: ANN401 (an order of one of the parts)
     lines: list[bytes] = []
     while (line := sys.stdin.buffer.readline()) != b"\n":
         if not line:
-            os._exit(STOPPED)  # whoever sent it was killed in the middle
+            os._exit(STOPPED)  # the sender was killed in the middle
         lines.append(line)
     [(name, fields)] = json.loads(b"".join(lines).decode(errors="surrogateescape")).items()
     return globals()[name](**fields)
 
 
 def main() -> NoReturn:
-    """Do what the launcher sent. Threads that still wait for something do not hold up the end."""
+    """Do what the launcher sent. Threads that still wait for something do not delay the end."""
     for signum in WARNINGS:
-        signal.signal(signum, signal.SIG_IGN)  # and so do all that we start
+        signal.signal(signum, signal.SIG_IGN)  # all that we start inherits this
     take_parts(sys.argv[2:])
     try:
         code = read_order()()

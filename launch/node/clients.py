@@ -1,4 +1,4 @@
-"""Who is connected to the server's port: whoever waits for an answer is."""
+"""Who is connected to the server's port, as everybody is who waits for an answer."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from launch.node.messages import Clients
 
 @dataclass
 class WatchClients:
-    """Tell whose connections to a port are open, again and again, until our input ends."""
+    """Tell who is connected to a port, again and again, until our input ends."""
 
     port: int
     every: float  # seconds

@@ -1,4 +1,4 @@
-"""An engine in a container of its own, and how nothing of it is left."""
+"""Runs an engine in a container of its own, and leaves nothing of it behind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from launch.node.inside import ATTENDED, OPEN_FILES
 from launch.node.messages import Left, Owner
 
 CREATES_WITHIN = 5  # seconds for a daemon to complete what its client no longer waits for
-GAVE_UP = (125, 130, 143)  # a client's exit codes that do not say that there was a container
-# Every address, and the loopback of its kind: what listens on :: by asyncio takes no IPv4.
+GAVE_UP = (125, 130, 143)  # client exit codes after which there may have been no container
+# Every address, and the loopback of its kind: an asyncio server on :: takes no IPv4.
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Interface, destination, gateway, flags, three counters and the mask; the best metric comes first.
 DEFAULT_ROUTE = r"^(\w\S*)\t0{8}(?:\t\w+){5}\t0{8}\t"
@@ -28,10 +28,10 @@ DEFAULT_ROUTE = r"^(\w\S*)\t0{8}(?:\t\w+){5}\t0{8}\t"
 class Serve:
     """Run the engine in a container; its exit code is ours. Whatever ends us, it is removed."""
 
-    name: str  # of the container, less the node's
-    launcher: str  # by which our containers are known
+    name: str  # of the container, without the node's name
+    launcher: str  # our containers have it as a label
     gpus: str  # auto, none, or docker's own words
-    shares: dict[str, str]  # the job's GPUs on nodes that it has not all of: {"n1": "0,1"}
+    shares: dict[str, str]  # the job's GPUs, on nodes where it has not all: {"n1": "0,1"}
     caches: list[str]  # directories to make first
     options: list[str]  # of docker run
     image: str
@@ -56,10 +56,10 @@ class Serve:
         return code
 
     def start(self, command: list[str], *options: str) -> subprocess.Popen[bytes]:
-        """Docker's client. What only the node knows is put before what was ordered.
+        """Start Docker's client. The options that only the node knows come before the ordered ones.
 
-        Each device is that device alone: EFA's verbs (RDMA between nodes) and gdrdrv (NCCL's
-        copies of small messages, GDRCopy), where they are; GPUs come with --gpus.
+        Only these devices are passed on: EFA's verbs (RDMA between nodes) and gdrdrv (GDRCopy, for
+        NCCL's small messages), if they are there; GPUs come with --gpus.
         """
         for path in self.caches:
             os.makedirs(path, exist_ok=True)
@@ -73,7 +73,7 @@ class Serve:
         return popen([*run, *label, *self.options, *command])
 
     def which_gpus(self) -> str:
-        """The job's, where it has not all of the node's; '' for none."""
+        """The job's GPUs, if it has not all of the node's; '' for none."""
         if self.gpus != "auto":
             return "" if self.gpus == "none" else self.gpus
         ours = self.shares.get(NODE)
@@ -83,7 +83,7 @@ class Serve:
 
 
 def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """A client that is not there, or not to be run, is 127, as a shell tells it."""
+    """Start a client. One that cannot be started ends with 127, as in a shell."""
     try:
         return subprocess.Popen(command, pass_fds=files)
     except OSError as error:
@@ -92,14 +92,14 @@ def popen(command: list[str], files: Sequence[int] = ()) -> subprocess.Popen[byt
 
 
 def set_interfaces() -> None:
-    """NCCL and Gloo: the interface that leads out of the node, unless the user names one."""
+    """Have NCCL and Gloo use the interface that leads out of the node, unless users name one."""
     if found := way_out():
         for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
             os.environ[name] = os.environ.get(name) or found
 
 
 def way_out(table: str = "/proc/net/route") -> str:
-    """The interface of the default route, by the kernel's table; '' where there is none."""
+    """The interface of the default route, by the kernel's table; '' if there is none."""
     with contextlib.suppress(OSError):
         if found := re.search(DEFAULT_ROUTE, read(table), re.M):
             return found[1]
@@ -107,9 +107,9 @@ def way_out(table: str = "/proc/net/route") -> str:
 
 
 def remove(launcher: str, replica: str) -> str | None:
-    """Remove this server's containers; why one may be there still, or ''. None where there is none.
+    """Remove this server's containers; return why one may be left, or ''. None if there was none.
 
-    Another launch of the job may have a container of the same name: ours has our label.
+    They go by our label: another launch of the job may have a container of the same name.
     """
     labels = [f"launcher={launcher}", *([f"replica={replica}"] if replica else [])]
     ours = [word for label in labels for word in ("--filter", f"label={LABEL}.{label}")]
@@ -124,7 +124,7 @@ def remove(launcher: str, replica: str) -> str | None:
 
 
 def keep_removing(launcher: str, replica: str, seconds: float, pause: float) -> str:
-    """Until it works, or so long: a daemon that is only restarted is back soon."""
+    """Try for so many seconds: a daemon that is only restarted is back soon."""
     deadline = time.monotonic() + seconds
     while (why := remove(launcher, replica)) and time.monotonic() < deadline:
         time.sleep(pause)
@@ -132,11 +132,11 @@ def keep_removing(launcher: str, replica: str, seconds: float, pause: float) -> 
 
 
 def stop(client: subprocess.Popen[bytes], launcher: str, replica: str) -> int:
-    """The container ends with its order, whoever asks: the launcher's end, scancel, a signal.
+    """End the container, whatever ended us: the launcher's end, scancel, a signal.
 
-    It is removed until the client has gone, too: before that a container may yet be created. After
-    that as well where none was seen: Slurm's signals end the client in the middle of a creation,
-    and the daemon completes it.
+    We keep removing it until the client has ended, since that may yet create it. If we saw none, we
+    go on for a while: Slurm's signals can end the client in the middle of a creation, and then the
+    daemon completes it.
     """
     deadline, seen = time.monotonic() + 12, False
     while time.monotonic() < deadline:
@@ -154,7 +154,7 @@ def stop(client: subprocess.Popen[bytes], launcher: str, replica: str) -> int:
 
 @dataclass
 class Remove:
-    """Remove a server's containers, should its own order not have done so; tell what is left."""
+    """Remove a server's containers, in case its own order did not; tell what is left."""
 
     launcher: str
     replica: str = ""  # '': all of the launch
@@ -181,7 +181,7 @@ class Reap:
 class AskOwner:
     """Tell whether our own engine listens on a port: one of its processes has that socket open.
 
-    And what it answers here, whatever is between us and the launcher.
+    Also tell what it answers on the node itself, where no firewall is in between.
     """
 
     host: str  # the engine's --host
@@ -193,7 +193,7 @@ class AskOwner:
         inside = ["docker", "exec", name, "sh", "-c", OPEN_FILES]
         code, files = ask(*inside, timeout=5) if self.container else (0, open_files())
         owned = any(f"socket:[{inode}]" in files for inode in listening(self.port))
-        known = not self.container or "/fd:" in files  # as ls heads each list
+        known = not self.container or "/fd:" in files  # ls prints this above each list
         why = "" if known else f"docker exec: {code} {files[-200:]}"
         tell(Owner(owned, why, health(self.host, self.port)))
         return 0

@@ -13,7 +13,7 @@ from launch.node.facts import Question, Survey, free_bytes
 from launch.node.messages import Facts
 from launch.node.squashfs import release_in, which, why_not
 
-HOOK = "/etc/enroot/hooks.d/*nvidia*"  # where it is, no container starts without its tool
+HOOK = "/etc/enroot/hooks.d/*nvidia*"  # if this is there, no container starts without its tool
 SHARED = "nfs nfs4 lustre gpfs beegfs ceph fuse.ceph wekafs".split()  # file systems of many nodes
 
 
@@ -37,7 +37,7 @@ class SurveyEnroot(Survey):
 
 
 def is_shared(path: str, table: str = "/proc/mounts") -> bool:
-    """Whether other nodes have it, too: the deepest mount that holds the path tells."""
+    """Whether other nodes have it, too, by the deepest mount that holds the path."""
     with open(table, errors="replace") as file:
         mounts = [line.split()[1:3] for line in file]
     above = [each for each in mounts if f"{path}/".startswith(f"{each[0].rstrip('/')}/")]

@@ -26,21 +26,21 @@ OURS = ("docker", "ps", "--all", "--filter", f"label={LABEL}.job", "--format",
         "{{.ID}} {{.Names}} " + LABELS)  # fmt: skip
 
 Question = subprocess.Popen[str]
-ELSEWHERE = "198.51.100.1"  # of a network that is nowhere (TEST-NET-2): the way out
+ELSEWHERE = "198.51.100.1"  # in a network that does not exist (TEST-NET-2), to find the way out
 ELSEWHERE_6 = "2001:db8::1"
 
 
 @dataclass
 class Survey:
-    """Tell what this node has, of what a launch wants."""
+    """Tell what this node has of what a launch wants."""
 
     runtime: str
     ports: list[int]
     tag: str
     program: str  # the engine's, for runtime bare
     paths: list[str] = field(default_factory=list)
-    packages: list[str] = field(default_factory=list)  # of engines: which is there, and its version
-    made: list[str] = field(default_factory=list)  # directories to be made where they are missing
+    packages: list[str] = field(default_factory=list)  # the engines': which is there, which version
+    made: list[str] = field(default_factory=list)  # directories to be made if they are missing
 
     def __call__(self) -> int:
         questions = self.begin()
@@ -61,11 +61,11 @@ class Survey:
         return 0
 
     def begin(self) -> Sequence[Question]:
-        """What takes longest: the rest is looked at meanwhile."""
+        """Start what takes longest; the rest is looked at meanwhile."""
         return ask_docker(self.tag) if self.runtime == "docker" else ()
 
     def look(self, facts: Facts, questions: Sequence[Question]) -> None:
-        """What the runtime needs."""
+        """Add what the runtime needs."""
         if self.runtime == "bare":
             facts.engine = shutil.which(self.program) or ""
         else:
@@ -85,7 +85,7 @@ def can_be_made(path: str) -> bool:
 
 
 def addresses() -> list[str]:
-    """Ours: that of the way to the launcher, that of the way out, then all of them in any order."""
+    """Our addresses: towards the launcher, then towards the outside, then all others."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
     every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
@@ -93,7 +93,7 @@ def addresses() -> list[str]:
 
 
 def source_towards(address: str) -> str:
-    """Our address where we talk to that one; '' where no way leads there. Nothing is sent."""
+    """Our address on the way to that one; '' if there is no way. Nothing is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
@@ -102,20 +102,20 @@ def source_towards(address: str) -> str:
 
 
 def network() -> str:
-    """This network, by the kernel's word: what listens on a loopback is reached within it."""
+    """An id of the network that we are in: only from within it can its loopback be reached."""
     boot = read("/proc/sys/kernel/random/boot_id").strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def count_gpus() -> int:
-    """By their devices; where there are none, as in some virtual machines, by NVIDIA's word."""
+    """Count the device files; if there are none, as in some virtual machines, ask nvidia-smi."""
     if devices := glob("/dev/nvidia[0-9]*"):
         return len(devices)
     return sum(line.startswith("GPU") for line in ask("nvidia-smi", "-L")[1].splitlines())
 
 
 def visible_gpus(runtime: str) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES leaves to an engine here, in its words; [] where that says nothing.
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to an engine here; [] if it says nothing.
 
     A container does not see the variable.
     """
@@ -129,19 +129,19 @@ def who_listen(ports: list[int]) -> dict[str, str]:
 
 
 def ports_in_use() -> set[int]:
-    """Those on which somebody listens."""
+    """The ports on which somebody listens."""
     rows = [line.split() for line in tables_of_sockets()]
     return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == LISTENING}
 
 
 def who_listens(port: int) -> str:
-    """The program that listens on the port; '' where its name is not ours to see."""
+    """The program that listens on the port; '' if we may not see its name."""
     said = ask("ss", "-Hltnp", f"sport = :{port}", stderr=subprocess.DEVNULL)[1]
     return said.partition("users:((")[2].partition(")")[0]
 
 
 def ask_docker(tag: str) -> Sequence[Question]:
-    """Three questions at once: a daemon that hangs costs the time of one."""
+    """Ask three questions at once: a daemon that hangs then costs the time of one."""
     if not shutil.which("docker"):
         return ()
     return [begin(command) for command in (DOCKER, (*IMAGE, tag), OURS)]
@@ -170,7 +170,7 @@ def note_docker(facts: Facts, questions: Sequence[Question]) -> None:
 
 
 def has_toolkit(runtimes: str) -> bool:
-    """Whether `docker run --gpus` can work; False only where nothing at all speaks for it."""
+    """Whether `docker run --gpus` can work; False only if nothing at all suggests it."""
     if "nvidia" in runtimes or glob("/etc/cdi/*nvidia*") + glob("/var/run/cdi/*nvidia*"):
         return True
     paths = paths_of_dockerd()
@@ -178,10 +178,10 @@ def has_toolkit(runtimes: str) -> bool:
 
 
 def paths_of_dockerd() -> list[str]:
-    """Where this node's dockerd looks for programs; [] where there is none to be seen.
+    """The PATH of each dockerd of this node; [] if we see none.
 
-    One of another network namespace is another machine's, as in the test cluster. One that we may
-    not look at has what systemd gives it, we suppose, or what we have.
+    One in another network namespace is another machine's, as in the test cluster. If we may not
+    look at one, we suppose that it has what systemd gives it, or what we have.
     """
     found = []
     for name in glob("/proc/[0-9]*/comm"):
@@ -205,7 +205,7 @@ def begin(command: tuple[str, ...]) -> Question:
 
 
 def answer(process: Question) -> str | None:
-    """What it printed; None where it failed, or did not answer within 10 s."""
+    """What it printed; None if it failed, or did not answer within 10 s."""
     try:
         said = process.communicate(timeout=10)[0]
     except subprocess.TimeoutExpired:

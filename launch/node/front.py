@@ -18,20 +18,20 @@ from launch.node.messages import Error, Listens
 
 Again = Callable[[], "subprocess.Popen[bytes]"]  # starts the next one
 
-SYSTEMS = "/usr/local/sbin:/usr/sbin"  # where packages put it, and few users have it in PATH
-MOST_FILES = 1 << 17  # open files; HAProxy prepares for as many as it may have, billions on some
-OWN_FILES = 28  # of them it needs itself; a stream takes two
+SYSTEMS = "/usr/local/sbin:/usr/sbin"  # where packages put it, though few users have that in PATH
+MOST_FILES = 1 << 17  # open files; HAProxy prepares for all that it may open, which can be billions
+OWN_FILES = 28  # of these it needs itself; a stream takes two
 WARNED = "warned"
 
 
 @dataclass
 class Front:
-    """Run HAProxy by the lines of its file; its exit code is ours.
+    """Run HAProxy with these lines as its file; its exit code is ours.
 
     However we end, SIGKILL included, the kernel ends it. It leaves no file: its own has no name.
     """
 
-    programs: list[str]  # the first of them that takes the file is run
+    programs: list[str]  # the first one that accepts the file is run
     lines: list[str]
     port: int
     ask_every: float = 60
@@ -46,7 +46,7 @@ class Front:
             if not program:
                 tell(Error(why))
                 return 1
-            # Before there is any thread, since a child is prepared in Python here.
+            # Before any thread starts, since the child runs Python code first (preexec_fn).
             first = self.start(program, file.fileno())
             self.ends.hold(self.ask_every)
             signal.signal(signal.SIGUSR1, lambda *_: self.ends.events.put(WARNED))
@@ -55,7 +55,7 @@ class Front:
             return self.attend(first, lambda: self.start(program, file.fileno()))
 
     def choose(self, file: int) -> tuple[str, str]:
-        """The first program that can be run and takes the file; else why none does."""
+        """The first program that runs and accepts the file; else why none does."""
         path, why = f"{os.environ.get('PATH', os.defpath)}:{SYSTEMS}", []
         for name in self.programs:
             program = shutil.which(name, path=path)
@@ -69,7 +69,7 @@ class Front:
         return "", "; ".join(why)
 
     def start(self, program: str, file: int) -> subprocess.Popen[bytes]:
-        """Returns when it listens, or has ended."""
+        """Return when it listens, or has ended."""
         before = listening(self.port)
         process = subprocess.Popen(
             [program, "-db", "-f", path_of(file)],
@@ -82,10 +82,10 @@ class Front:
         return process
 
     def attend(self, newest: subprocess.Popen[bytes], again: Again) -> int:
-        """Until we are to stop, or the newest ends.
+        """Wait until we are to stop, or the newest ends.
 
-        Slurm's warning (SIGUSR1) may be for all that a step runs. To HAProxy it means: take no
-        more connections, and end with the last. A second one beside it takes those.
+        Slurm's warning (SIGUSR1) may go to everything in a step. To HAProxy it means: take no more
+        connections, and end with the last one. Then a second HAProxy beside it takes new ones.
         """
         running = [newest]
         self.ends.after(newest)
@@ -102,7 +102,7 @@ class Front:
         return STOPPED if event == Ends.STOP else int(event)
 
     def is_given_up(self) -> bool:
-        """Whether nobody listens any more within a second."""
+        """Whether nobody listens any more; that may take up to a second."""
         deadline = time.monotonic() + 1
         while listening(self.port) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -110,7 +110,7 @@ class Front:
 
 
 def allow_files() -> int:
-    """Allow ourselves as many open files as we may; how many streams HAProxy can hold with them."""
+    """Raise our limit of open files as far as we may; how many streams HAProxy can hold with it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     with contextlib.suppress(OSError, ValueError):

@@ -21,7 +21,7 @@ from launch.node.release import release_of
 if TYPE_CHECKING:
     from typing import Any
 
-PIPE_BROKE = 128 + signal.SIGPIPE  # the unpacker's, where docker load has stopped reading
+PIPE_BROKE = 128 + signal.SIGPIPE  # the unpacker's, if docker load has stopped reading
 LOCK = "/run"  # a directory that every user may lock and nobody has to make
 UNPACKERS = {"gz": ("pigz", "gzip"), "zst": ("zstd",), "xz": ("xz",), "bz2": ("bzip2",)}
 
@@ -33,11 +33,11 @@ class Load:
     tarball: str
     tag: str
     ids: list[str]  # that `docker image inspect` may show for it
-    layers: str  # its diff ids, where a containerd store's id is not known
+    layers: str  # its diff ids, if a containerd store's id is not known
     codec: str
-    size: int = 0  # of the tarball, as the launcher has seen it; 0: it has not
-    diff_ids: str = ""  # what has just been loaded is known by these, too
-    packages: list[str] = field(default_factory=list)  # of engines: which one it holds, too
+    size: int = 0  # of the tarball, as the launcher saw it; 0: it did not
+    diff_ids: str = ""  # these, too, identify what has just been loaded
+    packages: list[str] = field(default_factory=list)  # the engines', to tell which it holds
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
@@ -73,9 +73,9 @@ class Load:
                 return False
 
     def known(self, layers: str) -> str:
-        """The image's id where the node has it; '' where it has none, or another by our tag.
+        """The image's id, if the node has it; '' if it has none, or another by our tag.
 
-        A containerd store may call it by an id that nobody told us: there its layers tell.
+        A containerd store may call it by an id that nobody told us: then its layers tell.
         """
         form = "{{.Id}} {{json .RootFS.Layers}}"
         code, said = ask("docker", "image", "inspect", "--format", form, self.tag)
@@ -88,7 +88,7 @@ class Load:
         return identity if "containerd" in store else ""
 
     def load(self, source: int, unpack: list[str]) -> int:
-        """Unpack into docker load, tell how far it is, and look whether the image came out of it.
+        """Unpack into docker load, tell the progress, and check that the image came out of it.
 
         The unpacker shares our open file: the offset of that file is the progress.
         """
@@ -134,7 +134,7 @@ def fail(why: str) -> int:
 
 
 def unpacker(codec: str) -> list[str]:
-    """The command that unpacks from its input to its output; [] where the node has none."""
+    """The command that unpacks from its input to its output; [] if the node has none."""
     if codec not in UNPACKERS:
         return ["cat"]
     found = next((name for name in UNPACKERS[codec] if shutil.which(name)), None)
@@ -142,7 +142,7 @@ def unpacker(codec: str) -> list[str]:
 
 
 def begin(command: list[str], **options: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401
-    """A process of its own session, to be killed with all that it has started."""
+    """Start a process in a session of its own, to be killed with all that it has started."""
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
@@ -154,9 +154,9 @@ def kill(*processes: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Pull:
-    """Pull from a registry. With a `login`, the password follows the order, a line of its own.
+    """Pull from a registry. With a `login`, the password follows the order, on a line of its own.
 
-    It is forgotten with its directory, whatever ends us.
+    The login is kept in a temporary directory, which is removed when we end.
     """
 
     reference: str
@@ -186,7 +186,7 @@ class Pull:
 
 
 def borrow(config: str) -> None:
-    """Of the user's own directory what leads to the daemon: contexts, certificates."""
+    """Link what leads to the daemon (contexts, certificates) from the user's Docker directory."""
     theirs = os.path.abspath(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"))
     with contextlib.suppress(OSError):
         for name in {*os.listdir(theirs)} - {"config.json"}:
@@ -202,7 +202,7 @@ def stopped_or(code: int, why: str) -> int:
 
 
 def run_held(ends: Ends, command: list[str], text: bytes = b"") -> tuple[int, str]:
-    """Exit code and words of a command; it is killed when we are to stop, with code STOPPED."""
+    """Exit code and output of a command; it is killed when we are to stop, with code STOPPED."""
     with tempfile.TemporaryFile() as words:
         process = begin(command, stdin=subprocess.PIPE, stdout=words, stderr=words)
         assert process.stdin
@@ -219,7 +219,7 @@ def run_held(ends: Ends, command: list[str], text: bytes = b"") -> tuple[int, st
 
 @dataclass
 class Forget:
-    """Take the tag off this node, so that it is loaded afresh; tell where that cannot be."""
+    """Take the tag off this node, so that it is loaded afresh; tell if that cannot be done."""
 
     tag: str
 

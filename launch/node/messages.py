@@ -10,10 +10,10 @@ class Facts:
     """What a node has. Sizes in bytes; `taken`: who listens on which of our ports."""
 
     rank: int = 0
-    addresses: list[str] = field(default_factory=list)  # first that of the way to the launcher
-    network: str = ""  # which loopback is ours
+    addresses: list[str] = field(default_factory=list)  # first the one on the way to the launcher
+    network: str = ""  # our loopback is reached only from within it
     gpus: int = 0
-    visible: list[str] = field(default_factory=list)  # of runtime bare: CUDA_VISIBLE_DEVICES
+    visible: list[str] = field(default_factory=list)  # for runtime bare: CUDA_VISIBLE_DEVICES
     efa: int = 0
     gdrdrv: bool = False
     taken: dict[str, str] = field(default_factory=dict)
@@ -23,23 +23,23 @@ class Facts:
     docker: str = ""  # its version
     no_docker: str = ""  # why it does not answer
     rootless: bool = False
-    podman: str = ""  # what `docker` is there instead, by its own word
-    toolkit: bool = True  # NVIDIA's container toolkit; True where nobody can say
-    enroot: str = ""  # its version; '' where it is not in PATH
+    podman: str = ""  # what `docker` says it is, if it is podman
+    toolkit: bool = True  # NVIDIA's container toolkit; True if nobody can say
+    enroot: str = ""  # its version; '' if it is not in PATH
     no_image: str = ""  # why the squashfs file cannot be used
-    data: str = ""  # where enroot unpacks; '' where it does not say
+    data: str = ""  # where enroot unpacks; '' if it does not say
     data_shared: bool = False  # other nodes have that, too
     memlock: int = -1  # bytes that a process may lock; -1: any number
     store: str = ""  # how Docker stores images, which decides what an image's id is
-    image: str = ""  # the id of what our tag names; of runtime pyxis the path of the file
+    image: str = ""  # the id of what our tag names; for runtime pyxis the path of the file
     layers: str = ""  # its diff ids, as Docker prints them
-    release: str = ""  # engine and version that it holds; of runtime bare the program's
+    release: str = ""  # engine and version that it holds; for runtime bare the program's
     free: int = 0
 
 
 @dataclass
 class Piece:
-    """Of the line of a message that is too long for srun to keep together."""
+    """A piece of a message whose line is too long for srun to keep together."""
 
     text: str
     last: bool
@@ -63,7 +63,7 @@ class Waiting:
 
 @dataclass
 class Progress:
-    """So many bytes of the tarball are read."""
+    """So many bytes of the tarball have been read."""
 
     bytes: int
 
@@ -77,7 +77,7 @@ class Present:
 
 @dataclass
 class Holds:
-    """Engine and version that the image holds, `package 1.2.1`; '' where it does not say."""
+    """Engine and version that the image holds, `package 1.2.1`; '' if it does not say."""
 
     release: str
 
@@ -95,7 +95,7 @@ class Kept(Error):
 
 @dataclass
 class Up:
-    """The container runs that ranks will run in."""
+    """The container in which ranks will run is up."""
 
 
 @dataclass
@@ -113,14 +113,14 @@ class Ended:
 
 
 class Left(Error):
-    """The farewell: why the node's container may be there still; '': it is gone."""
+    """The farewell: why the node's container may still be there; '': it is gone."""
 
 
 @dataclass
 class Owner:
-    """Whether our own engine listens on the port; `why`: it could not be found out.
+    """Whether our own engine listens on the port; `why` says why that is not known.
 
-    `answer`: what its /health says on the node itself, `200` where all is well.
+    `answer`: what its /health says on the node itself, `200` if all is well.
     """
 
     own: bool
@@ -130,14 +130,14 @@ class Owner:
 
 @dataclass
 class Clients:
-    """The other ends of the connections to a port that are open."""
+    """The other ends of the open connections to a port."""
 
     connections: list[str]
 
 
 @dataclass
 class Lingers:
-    """Connections of a server that has ended hold our port still."""
+    """Connections of a server that has ended still hold our port."""
 
 
 @dataclass

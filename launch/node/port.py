@@ -1,4 +1,4 @@
-"""Wait for a port on which a server has just ended."""
+"""Wait for a port whose server has just ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.node.messages import Lingers
 class AwaitPort:
     """Return when the port can be bound by an engine that does not ask to reuse it.
 
-    For a minute connections of a server that has ended hold it (TIME-WAIT). Where somebody listens
+    Connections of a server that has ended hold it for a minute (TIME-WAIT). If somebody listens
     there, it is for the engine to say so.
     """
 

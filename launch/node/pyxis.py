@@ -25,7 +25,7 @@ GRACE, ENDS_WITHIN = 4.0, 9.0  # seconds: until a step is cancelled; until we no
 
 @dataclass
 class Inside(Run):
-    """Run the engine in the step's container, once it is proven that this is one."""
+    """Run the engine in the step's container, once it is certain that we are in it."""
 
     proof: str = ""  # a directory that only the container has
     environ: dict[str, str] = field(default_factory=dict)  # for the engine
@@ -73,7 +73,7 @@ class PartInside(RankInside, Part):
 
 
 def is_inside(proof: str) -> bool:
-    """Where Slurm does not load the plug-in, a step runs on the bare node, without a word."""
+    """Whether we are in the container: without the plug-in, Slurm runs a step on the bare node."""
     if os.path.isdir(proof):
         return True
     without = "does not load the plug-in: this step runs on the bare node"
@@ -105,9 +105,9 @@ def commands_of(session: int) -> list[str]:
 
 @dataclass
 class Attend:
-    """Beside a step of pyxis, on each of its nodes: signs of life, and its end when ours comes.
+    """Beside a step of pyxis, on each of its nodes: give signs of life, and end the step with us.
 
-    While a container is being unpacked nobody in it hears that the launcher is gone.
+    While a container is being unpacked, nothing in it hears that the launcher is gone.
     """
 
     step: str  # its name
@@ -135,7 +135,7 @@ class Attend:
 
 @dataclass
 class EndSteps:
-    """End the steps of these names, should what attends them not have done so."""
+    """End the steps of these names, in case what attends them did not."""
 
     names: list[str]
 
@@ -147,7 +147,7 @@ class EndSteps:
 
 
 def end_step(name: str, grace: float = GRACE) -> str:
-    """Wait for a step, and cancel it where it does not end by itself; why it may be there still."""
+    """Wait for a step, and cancel it if it does not end by itself; why it may be left, or ''."""
     begun = time.monotonic()
     while step := find_step(name):
         if (waited := time.monotonic() - begun) > ENDS_WITHIN:
@@ -159,7 +159,7 @@ def end_step(name: str, grace: float = GRACE) -> str:
 
 
 def find_step(name: str) -> str:
-    """The id of our job's step of that name; '' where there is none."""
+    """The id of our job's step of that name; '' if there is none."""
     job = os.environ.get("SLURM_JOB_ID", "")
     command = "squeue --all --local --steps --noheader".split()
     said = ask(*command, f"--jobs={job}", "--format=%i %j", env=unfiltered())[1]

@@ -1,4 +1,4 @@
-"""Which engine an image holds, and its version: its label says so, else it is asked, once."""
+"""Which engine an image holds, and its version: by its label, or else by asking it once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import time
 from launch.node.base import TIMED_OUT, ask
 
 TITLE_LABEL, OUR_TITLE = "org.opencontainers.image.title", "tensorrt-llm-serve"  # our Dockerfile's
-VERSION_LABEL = "org.opencontainers.image.version"  # which a base image has, too: Ubuntu's
+VERSION_LABEL = "org.opencontainers.image.version"  # base images have it, too, such as Ubuntu's
 QUESTION = "import sys, importlib.metadata as m; " + (
     "[print(n, d.version) for n in sys.argv[1:] for d in m.distributions(name=n)]"
 )
-# No GPU, no network; the image's own entry point would say more than the answer. `void`: where
-# NVIDIA's runtime is Docker's default, it would look for a driver.
+# No GPU, no network, and not the image's own entry point, which would say more than the answer.
+# `void`: NVIDIA's runtime, if it is Docker's default, would look for a driver.
 ASK = "--rm --pull=never --net=none --env=NVIDIA_VISIBLE_DEVICES=void --entrypoint=python3".split()
-NO_ENGINE = "none 0"  # remembered of an image that has none
+NO_ENGINE = "none 0"  # remembered for an image that has none
 ASK_PATIENCE = 20.0  # seconds; a cold disk may take some of them
 
 
 def release_of(image: str, packages: list[str]) -> str:
-    """Engine and version, `package 1.2.1`, of the image with this id; '': it does not say.
+    """Engine and version, `package 1.2.1`, of the image with this id; '' if it does not say.
 
-    `packages` are those of the engines, that of our own image first.
+    `packages` are the engines', our own image's first.
     """
     inspect = ("docker", "image", "inspect", "--format", "{{json .Config.Labels}}", image)
     with contextlib.suppress(ValueError, AttributeError):
@@ -49,7 +49,7 @@ def release_of(image: str, packages: list[str]) -> str:
 
 
 def release_here(program: str, packages: list[str]) -> str:
-    """The same of a program of this node: a Python, or one whose first line names its Python."""
+    """The same for a program on this node: a Python, or one whose first line names its Python."""
     if os.path.basename(program).startswith("python"):
         return first_release(ask_python(packages, program)[1])
     with contextlib.suppress(OSError, ValueError), open(program, encoding="utf-8") as file:
@@ -70,7 +70,7 @@ def first_release(said: str) -> str:
 
 
 def remember(path: str, text: str) -> None:
-    """For the next launch: an image never changes its id. Without a home it is asked again."""
+    """Keep it for the next launch: an image never changes its id. Without a home, ask again."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         draft = f"{path}.{os.getpid()}"

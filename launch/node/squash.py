@@ -13,19 +13,19 @@ from launch.node.images import fail, run_held
 from launch.node.messages import Holds, Present, Waiting
 from launch.node.squashfs import checked, release_in, why_not
 
-OPTIONS = "-comp zstd -Xcompression-level 3 -b 1M"  # enroot's own leave the data as it is
+OPTIONS = "-comp zstd -Xcompression-level 3 -b 1M"  # enroot's own options do not compress
 
 
 @dataclass
 class Import:
     """Import an image from a registry into a file that all nodes see, unless it is there already.
 
-    Without a `reference` there is only the file. Nobody sees a file that is not whole.
+    Without a `reference` there is only the file. Nobody ever sees an incomplete file.
     """
 
     reference: str
     path: str
-    packages: list[str] = field(default_factory=list)  # of the engines: which one, it is asked
+    packages: list[str] = field(default_factory=list)  # the engines', to tell which it holds
     ends: Ends = field(default_factory=Ends)
 
     def __call__(self) -> int:
@@ -34,7 +34,7 @@ class Import:
             folder, name = os.path.split(self.path)
             if not self.has(open_to_all(f"{folder}/.{name}.lock")):
                 return STOPPED
-            if why_not(self.path) and (code := self.fetch()):  # still, after the wait
+            if why_not(self.path) and (code := self.fetch()):  # still so, after the wait
                 return code
         if why := why_not(self.path):
             return fail(why)
@@ -44,7 +44,7 @@ class Import:
         return 0
 
     def has(self, lock: int) -> bool:
-        """Wait for our turn; False when we are to stop first. No locks: Lustre without -o flock."""
+        """Wait for our turn; False if we are to stop first. Lustre may have no locks (-o flock)."""
         told = False
         while True:
             try:
@@ -63,7 +63,7 @@ class Import:
         os.environ.setdefault("ENROOT_SQUASH_OPTIONS", OPTIONS)
         part = f"{self.path}.part"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)  # of an import that was killed: enroot replaces no file
+            os.unlink(part)  # left by an import that was killed: enroot replaces no file
         try:
             code, said = run_held(self.ends, ["enroot", "import", "--output", part, self.reference])
             if code == STOPPED:
@@ -79,9 +79,9 @@ class Import:
 
 
 def open_to_all(path: str) -> int:
-    """An empty file that whoever may import here may lock, too, whatever our umask."""
+    """Open an empty file that all who may import here can lock, too, whatever our umask."""
     try:
-        return os.open(path, os.O_RDWR)  # the kernel may let nobody create what others have
+        return os.open(path, os.O_RDWR)  # no O_CREAT: the kernel may refuse it for others' files
     except FileNotFoundError:
         file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
     with contextlib.suppress(OSError):
@@ -90,7 +90,7 @@ def open_to_all(path: str) -> int:
 
 
 def first_error(said: str) -> str:
-    """enroot's own first word of an error; the rest only follows from it."""
+    """enroot's own first words on an error; the rest only follows from it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"\[ERROR\]|FATAL|curl:|.*No space left", line)]
     return (errors or lines[-1:] or ["it said nothing"])[0].replace("[ERROR] ", "")

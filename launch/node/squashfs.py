@@ -17,7 +17,7 @@ def which(program: str) -> str | None:
 
 
 def why_not(path: str) -> str:
-    """Why a file cannot be an image; '' where it can."""
+    """Why a file cannot be an image; '' if it can."""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -27,13 +27,13 @@ def why_not(path: str) -> str:
 
 
 def checked(path: str) -> str:
-    """What unsquashfs finds wrong with a file; ''."""
+    """What unsquashfs finds wrong with a file; '' if nothing."""
     code, said = ask(which("unsquashfs") or "unsquashfs", "-s", path)
     return said if code else ""
 
 
 def release_in(path: str, packages: list[str]) -> str:
-    """Engine and version by the names of its packages; '' where nobody can tell."""
+    """Engine and version, by the names of packages in the file; '' if nobody can tell."""
     if not (unsquashfs := which("unsquashfs")):
         return ""
     pattern = rf"/({'|'.join(packages)})-(\d[\w.+!]*)\.dist-info$"

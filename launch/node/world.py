@@ -1,4 +1,4 @@
-"""One model over several nodes: a container a node that waits, and a rank a GPU within it."""
+"""One model over several nodes: a waiting container per node, with a rank per GPU in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SERVES_WITHIN = 60  # seconds until rank 0's engine is looked for
 
 @dataclass
 class Hold(Serve):
-    """A container for ranks to run in, for as long as our input is open, and signs of life."""
+    """Run a container for ranks for as long as our input is open, and give signs of life."""
 
     beat_every: float = 2
 
@@ -43,26 +43,26 @@ class Hold(Serve):
         else:
             tell(Ended(code))
         beating.set()
-        # The launcher listens for a little longer to a node in trouble.
+        # The launcher listens a little longer than this, even to a node in trouble.
         tell(Left(keep_removing(self.launcher, self.replica, 2, 0.1)))
         return STOPPED if code is None else code
 
 
 def value_of(config: str, name: str) -> str:
-    """One of `scontrol show config`; '' where it is not there."""
+    """One value of `scontrol show config`; '' if it is not there."""
     found = re.search(rf"^{name} *= *(\S.*)$", config, re.M)
     return found[1].strip() if found else ""
 
 
 def mount_of_slurm(config: str) -> list[str]:
-    """PMIx's files are below slurmd's spool directory; the step that will use them is yet to be."""
+    """Mount slurmd's spool directory: PMIx's files are below it once the ranks' step has begun."""
     host = os.uname().nodename.partition(".")[0]
     spool = value_of(config, "SlurmdSpoolDir").replace("%n", NODE).replace("%h", host)
     return ["--mount", f"type=bind,source={spool},target={spool}"] if os.path.isdir(spool) else []
 
 
 def beat(port: int, every: float, over: threading.Event) -> None:
-    """Signs of life, and whether slurmd is there: a step outlives its slurmd."""
+    """Give signs of life, and tell whether slurmd is there: a step outlives its slurmd."""
     while not over.is_set():
         tell(Beat(bool(listening(port))))
         over.wait(every)
@@ -72,15 +72,15 @@ def beat(port: int, every: float, over: threading.Event) -> None:
 class Rank:
     """Run one rank in the node's container, by `docker exec`; its exit code is ours.
 
-    Some versions of the leader wait for ever when the engine itself has failed: rank 0 looks.
+    Some versions of the leader wait for ever when the engine itself has failed, so rank 0 looks.
     """
 
     LEFT = "left"
 
-    name: str  # of the container, less the node's
+    name: str  # of the container, without the node's name
     cwd: str
-    command: list[str]  # the leader and the engine it leads
-    leader: str = ""  # by which it is known among the container's processes
+    command: list[str]  # the leader and the engine that it leads
+    leader: str = ""  # what the leader is known by among the container's processes
     engine: str = ""
     look_every: float = 1
     ends: Ends = field(default_factory=Ends)
@@ -106,7 +106,7 @@ class Rank:
         return f"{self.name}-{NODE}"
 
     def start(self) -> subprocess.Popen[bytes]:
-        """The variables go by a pipe: no file is left when Slurm kills us with another rank."""
+        """Pass the variables by a pipe: no file is left when Slurm kills us with another rank."""
         reading, writing = os.pipe()
         os.set_inheritable(reading, True)
         ours = ((name, value) for name, value in os.environ.items() if TO_RANKS.match(name))
@@ -120,7 +120,7 @@ class Rank:
             client.kill()
 
     def look(self) -> None:
-        """Once the engine runs in the container, its end is the rank's."""
+        """Once the engine has run in the container, its end is the rank's."""
         for _ in range(SERVES_WITHIN):
             if self.is_serving():
                 break
@@ -131,7 +131,7 @@ class Rank:
         self.ends.events.put(self.LEFT)
 
     def is_serving(self) -> bool | None:
-        """Whether the engine is among the container's processes; None where nobody can say."""
+        """Whether the engine is among the container's processes; None if nobody can say."""
         code, processes = ask("docker", "top", self.container, "-eo", "pid,args")
         if code:
             return None
@@ -141,16 +141,16 @@ class Rank:
 
 @dataclass
 class Part(Rank):
-    """Run the one process of a server in the node's container; what is its own, it is told."""
+    """Run a server's one process on this node, with the arguments that are its own."""
 
-    parts: list[list[str]] = field(default_factory=list)  # a list of arguments a node
+    parts: list[list[str]] = field(default_factory=list)  # for each node, a list of arguments
 
     def __call__(self) -> int:
         self.command += self.parts[int(os.environ["SLURM_PROCID"])]
         return super().__call__()
 
     def look(self) -> None:
-        """It has no leader that could outlive it."""
+        """Nothing to look for: it has no leader that could outlive it."""
 
 
 def fill(pipe: int, text: str) -> None:

@@ -19,11 +19,11 @@ NAMES = sorted(module.name for module in iter_modules(__path__))
 
 
 class Runtime(Protocol):
-    """What the launcher asks of a runtime. An order that it does not have is None."""
+    """What the launcher asks of a runtime. For an order that it does not have, it returns None."""
 
     HAS_IMAGE: bool  # whether an image has to be on the nodes
     OVER_NODES: bool  # whether one server may lie over several nodes
-    ATTENDED: bool  # whether a server on one node, too, has a step beside it, which `hold` orders
+    ATTENDED: bool  # whether a server on one node, too, has a step beside it, which `hold` starts
 
     def find_image(self, asked: str, workspace: Path) -> Image: ...
     def check(self, plan: Plan) -> None: ...  # Failure for what it cannot do
@@ -35,8 +35,8 @@ class Runtime(Protocol):
     def ranks(self, plan: Plan, replica: Replica, log: Path) -> Command: ...
     def remove(self, plan: Plan, replica: Replica) -> Command | None: ...
     def ask_owner(self, plan: Plan, replica: Replica) -> Command: ...
-    def blames(self, code: int, said: str) -> str: ...  # who of it has ended, not the engine
-    def left(self, node: str, name: str, why: str) -> str: ...  # that it may be there still
+    def blames(self, code: int, said: str) -> str: ...  # which part of it ended, not the engine
+    def left(self, node: str, name: str, why: str) -> str: ...  # says that it may still be there
     def judge(self, node: Node, wanted: Wanted) -> Sequence[Finding]: ...
 
 

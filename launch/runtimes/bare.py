@@ -42,7 +42,7 @@ def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
 
 
 def which(plan: Plan, replica: Replica) -> list[int | str]:
-    """Its GPUs among those that its step sees; [] for all. Slurm shows a step the job's alone."""
+    """Its GPUs among those that its step sees (under Slurm, only the job's); [] for all."""
     if replica.gpus.isdecimal():
         return list(range(int(replica.gpus)))
     node = "".join(plan.place.allocation.nodes[replica.first : replica.first + 1])

@@ -1,4 +1,4 @@
-"""Docker: a container for each server on a node, or one a node for all the ranks of a server."""
+"""Docker: a container for each server on a node, or one per node for all the ranks of a server."""
 
 import csv
 import io
@@ -25,10 +25,10 @@ HAS_IMAGE = True
 ATTENDED = False
 LEAVE_OUT = "leave the node out (salloc --exclude)"
 OVER_NODES = True
-SHARES_NETWORK = [29, 5]  # from this version on a rootless Docker shares the node's
+SHARES_NETWORK = [29, 5]  # since this version, rootless Docker shares the node's network
 OF_DOCKER = re.compile(r"^docker: ", re.M)
 REMOTE = re.compile(r"(?:tcp|ssh|https?)://(?:[^@/]*@)?(\[[^\]]*\]|[^:/]*)")
-UNSTARTED = (126, 127)  # where docker speaks, it could not start anything in the container
+UNSTARTED = (126, 127)  # if docker says so, it could not start anything in the container
 
 
 def find_image(asked: str, workspace: Path) -> Image:
@@ -36,7 +36,7 @@ def find_image(asked: str, workspace: Path) -> Image:
 
 
 def check(plan: Plan) -> None:
-    """There is nothing that Docker cannot do; where it does it, an environment may decide."""
+    """Docker can do everything, but DOCKER_HOST may have it done elsewhere: say so."""
     given = os.environ.get("DOCKER_HOST", "")
     found = REMOTE.match(given)
     if found and not is_loopback(found[1].strip("[]")):
@@ -63,7 +63,7 @@ def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
 def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
     """All ranks, in blocks, each with a log of its own. The death of one ends all.
 
-    Of an engine that wires itself up there is one a node, and each is told its own place.
+    An engine that wires itself up has one process per node, and each is told its own place.
     """
     assert replica.spread
     spread, engine = replica.spread, plan.engine
@@ -78,7 +78,7 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
 
 
 def remove(plan: Plan, replica: Replica) -> Command | None:
-    """Removes this server's containers, and no others, should a node not have done so itself."""
+    """Remove this server's containers, and no others, in case a node did not do so itself."""
     where = plan.place.on(replica.nodes, first=replica.first)
     return Command(where, Remove(launcher(), replica.label))
 
@@ -90,7 +90,7 @@ def ask_owner(plan: Plan, replica: Replica) -> Command:
 
 
 def blames(code: int, said: str) -> str:
-    """Docker's client, where it is that which has ended, or could not start anything; ''."""
+    """Docker's client, if that has ended itself or could not start anything; else ''."""
     unstarted = code in UNSTARTED and OF_DOCKER.search(said)
     return "docker run" if code == CLIENT_FAILED or unstarted else ""
 
@@ -103,7 +103,7 @@ def left(node: str, name: str, why: str) -> str:
 
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
-    # Docker reads a list of GPUs as one only in quotes, which a shell or .env may have taken away.
+    # Docker needs a list of GPUs in quotes, which a shell or .env may have taken away.
     alone = re.fullmatch(r"['\"]?device=([\w.:,-]+)['\"]?", replica.gpus)
     devices = ",".join(replica.devices) or (alone[1] if alone else "")
     return kind(
@@ -135,7 +135,7 @@ def docker_options(plan: Plan, environ: Mapping[str, str]) -> list[str]:
         "--uts=host",                               # MPI and logs know a rank by its node's name
         "--ipc=host",                               # NCCL and MPI need more than 64 MB of shm
         "--net=host",                               # NCCL, EFA and MPI bind the node's interfaces
-        "--userns=host",                            # Docker that remaps users refuses that else
+        "--userns=host",                            # else Docker that remaps users refuses that
         "--ulimit=memlock=-1",                      # EFA and GPUDirect register (pin) memory
         "--ulimit=stack=67108864",                  # as NVIDIA's documentation starts its images
         *(["--privileged"] if plan.privileged else []),  # only where PRIVILEGED=1 asks for it
@@ -154,7 +154,7 @@ def mount_flag(path: str) -> str:
 
 
 def passed_on(environ: Mapping[str, str]) -> list[str]:
-    """Names of variables for the engine; a value in an argv would be there for all to read."""
+    """Names of variables for the engine, without values: everybody could read those in an argv."""
     ours = {each.name for each in SETTINGS} - {"HF_TOKEN"} | {"NCCL_SOCKET_IFNAME"}
     return sorted(n for n in environ if n.startswith(PASSED_ON) and n not in ours and environ[n])
 

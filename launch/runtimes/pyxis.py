@@ -1,7 +1,7 @@
-"""pyxis: Slurm's own steps in containers of enroot; a step is the server, and all of its ranks.
+"""pyxis: Slurm's own steps in enroot's containers; one step is the server with all its ranks.
 
-A container of Apptainer would be a sibling of this file: words before the engine's, where pyxis has
-flags for srun.
+Apptainer would be a sibling of this file, with words before the engine's where pyxis has flags for
+srun.
 """
 
 import os
@@ -31,11 +31,11 @@ OPTION = "--container-image"
 NO_DOCKER = "docker: not found in PATH"
 PROOF = "/.tensorrt-llm-serve"  # a directory that no node has
 PROVEN = f'[ -d {PROOF} ] || {{ echo "pyxis: not loaded here"; exit {NOT_INSIDE}; }}; exec "$@"'
-UNSAID = re.compile(r"[,:\"$`\n]")  # in a path: pyxis has no quotes, or lets a shell read it
-# PATH is for a node that runs a step on the bare host: the image's own counts more.
+UNSAID = re.compile(r"[,:\"$`\n]")  # not in a path: pyxis has no quotes, or lets a shell read it
+# PATH is for a step that runs on the bare host: in the container, the image's own counts.
 OF_HOST = re.compile("HOME|PATH|(?i:(https?|all|no|ftp)_proxy)")
 HOOKS = ("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "MELLANOX_VISIBLE_DEVICES")
-LOW = 1 << 30  # bytes; with less memory to lock EFA cannot work
+LOW = 1 << 30  # bytes; EFA cannot work with less memory to lock
 MEMLOCK = "PropagateResourceLimitsExcept=MEMLOCK in slurm.conf and LimitMEMLOCK=infinity for slurmd"
 
 
@@ -52,7 +52,7 @@ def is_known() -> bool:
 
 
 def is_instead_of_docker(nodes: Sequence[Node]) -> bool:
-    """Whether it is what these nodes have."""
+    """Whether these nodes have pyxis and no Docker."""
     return all(node.facts.no_docker == NO_DOCKER for node in nodes) and is_known()
 
 
@@ -80,7 +80,7 @@ def container(plan: Plan, replica: Replica, node: str) -> str | None:
 
 
 def step_name(plan: Plan, replica: Replica) -> str:
-    """By which the step is found among the job's; no other launch has it."""
+    """The name by which the step is found among the job's; no other launch has it."""
     return f"{plan.name_of(replica)}-{zlib.crc32(launcher().encode()):08x}"
 
 
@@ -95,7 +95,7 @@ def serve(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
 
 
 def hold(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Command:
-    """A plain step beside it, on each of its nodes."""
+    """A plain step beside the server, on each of its nodes."""
     prefix = plan.place.on(replica.nodes, first=replica.first)
     caches = [path for _, path in plan.caches]
     return Command(prefix, Attend(step_name(plan, replica), caches))
@@ -114,7 +114,7 @@ def ranks(plan: Plan, replica: Replica, log: Path) -> Command:
 def rank(plan: Plan, replica: Replica, spread: Spread) -> RankInside:
     """What each of the step's tasks does."""
     engine, name, command = plan.engine, plan.name_of(replica), list(plan.command(replica))
-    # The container has not the files of Slurm's own way to hand data to ranks.
+    # The container lacks the files by which Slurm otherwise hands data to ranks.
     environ = {"PMIX_MCA_gds": "hash", **variables(plan, replica)}
     if engine.LEADER:
         known = [engine.LEADER, *command], engine.LEADER_MARK, engine.PROGRAM
@@ -129,12 +129,12 @@ def remove(plan: Plan, replica: Replica) -> Command | None:
 
 
 def ask_owner(plan: Plan, replica: Replica) -> Command:
-    """The network and the processes of a container are the node's."""
+    """Ask on the node itself: a container shares its network and its processes."""
     return Command(plan.place.on(1, first=replica.first), AskOwner(replica.host, replica.port, ""))
 
 
 def gpus_of(plan: Plan, replica: Replica) -> int:
-    """How many GPUs the step asks Slurm for: the job's on its nodes; 0: none, or nobody counts."""
+    """How many GPUs the step asks Slurm for: the job's on its nodes; 0: none, or uncounted."""
     mine = range(replica.first, replica.first + replica.nodes)
     return 0 if replica.gpus == "none" else sum(map(plan.place.gpus, mine))
 
@@ -151,10 +151,10 @@ def flags(plan: Plan, replica: Replica, environ: Mapping[str, str]) -> list[str]
 def contained(
     image: str, mounts: Sequence[str], names: Sequence[str], environ: Mapping[str, str]
 ) -> list[str]:
-    """A step in a container. What a site may decide otherwise is said each time.
+    """srun's flags for a step in a container. What a site may set otherwise is given each time.
 
-    Of the environment only what is named gets in: of the rest some would break the image's own,
-    LD_LIBRARY_PATH and PYTHONPATH above all. What is named counts more than the image's.
+    Of the environment only named variables get in, and they override the image's. Others would
+    break the image's own, LD_LIBRARY_PATH and PYTHONPATH above all.
     """
     names = [*names, *HOOKS]
     host = sorted(name for name in environ if OF_HOST.fullmatch(name))
@@ -164,7 +164,7 @@ def contained(
         f"--container-env={','.join(names)}",
         f"{OPTION}={image}",
         f"--container-mounts={','.join([*pairs, f'{mounts[0]}:{PROOF}:ro'])}",
-        "--container-writable",                     # caches below $HOME; it goes with the step
+        "--container-writable",                     # for caches below $HOME; it goes with the step
         "--no-container-mount-home",
         "--no-container-remap-root",
         "--no-container-entrypoint",
@@ -172,13 +172,13 @@ def contained(
 
 
 def variables(plan: Plan, replica: Replica) -> dict[str, str]:
-    """What the engine gets besides; no secret, as it is a part of the order."""
+    """Further variables for the engine; no secrets, since they are part of the order."""
     asked = not replica.devices and re.search(r"device=([^\"]+)", replica.gpus)
     return {**dict(plan.caches), **({"CUDA_VISIBLE_DEVICES": asked[1]} if asked else {})}
 
 
 def hooks(gpus: bool, environ: Mapping[str, str]) -> list[str]:
-    """What comes before srun, for enroot's hooks: they find the job's value before the image's."""
+    """What comes before srun, for enroot's hooks: they prefer the job's values to the image's."""
     # The hook for Mellanox hides the devices that EFA needs.
     mellanox = environ.get("MELLANOX_VISIBLE_DEVICES") or "void"
     values = "all" if gpus else "void", "compute,utility", mellanox
@@ -186,7 +186,7 @@ def hooks(gpus: bool, environ: Mapping[str, str]) -> list[str]:
 
 
 def blames(code: int, said: str) -> str:
-    """Who of the runtime has ended, not the engine; ''."""
+    """The part of the runtime that has ended, not the engine; else ''."""
     return "the container of pyxis" if code == NOT_INSIDE or "error: pyxis: " in said else ""
 
 
