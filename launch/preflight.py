@@ -166,7 +166,7 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
             yield node.bad("paths", f"{path} is not there, or not readable", hint)
     for path in node.facts.unmade:
         hint = "set HF_HOME, or the variable that names it, to a directory of yours"
-        yield node.bad("paths", f"{path} is not there, and you may not make it", hint)
+        yield node.bad("paths", f"{path} is not a directory, and you cannot make it one", hint)
 
 
 @contextlib.contextmanager

@@ -253,11 +253,13 @@ def test_a_cache_that_cannot_be_made_is_told_before_anything_heavy(
     assert not survey.can_be_made(f"{tmp_path}/a/b") and asked == [str(tmp_path)]
     monkeypatch.undo()
     (tmp_path / "file").touch()
-    made = [str(tmp_path / "new/hf"), str(tmp_path), str(tmp_path / "file/hf")]
+    (tmp_path / "broken").symlink_to("/no/such/scratch")
+    made = [str(tmp_path / name) for name in ("new/hf", ".", "file/hf", "file", "broken")]
     found = ask(fakes, replace(bare(), made=tuple(made)))
-    assert found.facts.unmade == [made[2]]
+    assert found.facts.unmade == made[2:]
     [bad] = [f for f in judge([node(unmade=["/h/hf"])], wanted()) if f.state == "bad"]
-    assert bad.text == "/h/hf is not there, and you may not make it" and "HF_HOME" in bad.hint
+    assert bad.text == "/h/hf is not a directory, and you cannot make it one"
+    assert "HF_HOME" in bad.hint
 
 
 def test_a_node_without_the_container_toolkit_is_told() -> None:
