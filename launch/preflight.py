@@ -81,8 +81,7 @@ def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
                 return ask(command, "asking the nodes", left, begun=kills.append)
             except Failure as failure:
                 if how:
-                    what = "Slurm ended the job before its nodes have answered"
-                    die(f"{what}: job {place.job} {how[0]}", hint=slurm.SEE_NODES)
+                    die(f"job {place.job} {how[0]} before its nodes answered", hint=slurm.SEE_NODES)
                 if slurm.TIMED_OUT not in failure.message or time.monotonic() > deadline:
                     raise
             kills.clear()
