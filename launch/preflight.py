@@ -296,8 +296,11 @@ def ours_already(nodes: Sequence[Node], place: Place, gone: Sequence[str]) -> st
 
 
 def jobs_of(user: str) -> set[str] | None:
-    """The user's jobs that Slurm still holds, by id; None without Slurm, or when it is silent."""
-    done = squeue(f"--user={user}", "--format=%A")
+    """The jobs that Slurm still holds, by id: the user's, or everybody's ('').
+
+    None without Slurm, or when it is silent.
+    """
+    done = squeue(*([f"--user={user}"] if user else []), "--format=%A")
     return set(done.stdout.split()) if done and done.returncode == 0 else None
 
 

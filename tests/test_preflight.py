@@ -406,7 +406,8 @@ def test_slurm_is_asked_for_my_jobs(fakes: Fakes) -> None:
     assert preflight.jobs_of("me") == {"66", "77"}
     assert fakes.calls("squeue") == [["squeue", "--all", "--noheader", "--user=me", "--format=%A"]]
     fakes.set(jobs=[])
-    assert preflight.jobs_of("me") == set()
+    assert preflight.jobs_of("me") == preflight.jobs_of("") == set()
+    assert fakes.calls("squeue")[-1] == ["squeue", "--all", "--noheader", "--format=%A"]
 
 
 def test_a_silent_slurm_means_that_nobody_can_say(fakes: Fakes) -> None:
