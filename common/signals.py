@@ -40,9 +40,9 @@ def outlive_warnings() -> None:
 
 def on_warning(signum: int, _: FrameType | None) -> None:
     name = signal.Signals(signum).name
-    words = f"{name} is Slurm's warning before the time limit (--signal): the server goes on"
+    what = "is taken as Slurm's warning before the time limit (--signal)"  # `kill` sends it, too
     # In a thread, because the interrupted code may be in the middle of printing a line.
-    threading.Thread(target=say, args=(words,)).start()
+    threading.Thread(target=say, args=(f"{name} {what}: the server goes on",)).start()
 
 
 def on_signal(signum: int, _: FrameType | None) -> None:

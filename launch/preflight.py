@@ -81,8 +81,7 @@ def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
                 return ask(command, "asking the nodes", left, begun=kills.append)
             except Failure as failure:
                 if how:
-                    what = "Slurm ended the job before its nodes have answered"
-                    die(f"{what}: job {place.job} {how[0]}", hint=slurm.SEE_NODES)
+                    die(f"job {place.job} {how[0]} before its nodes answered", hint=slurm.SEE_NODES)
                 if slurm.TIMED_OUT not in failure.message or time.monotonic() > deadline:
                     raise
             kills.clear()
@@ -166,7 +165,7 @@ def judge_paths(node: Node, wanted: Wanted, *, several: bool) -> Iterator[Findin
             yield node.bad("paths", f"{path} is not there, or not readable", hint)
     for path in node.facts.unmade:
         hint = "set HF_HOME, or the variable that names it, to a directory of yours"
-        yield node.bad("paths", f"{path} is not there, and you may not make it", hint)
+        yield node.bad("paths", f"{path} is not a directory, and you cannot make it one", hint)
 
 
 @contextlib.contextmanager
@@ -297,8 +296,11 @@ def ours_already(nodes: Sequence[Node], place: Place, gone: Sequence[str]) -> st
 
 
 def jobs_of(user: str) -> set[str] | None:
-    """The user's jobs that Slurm still holds, by id; None without Slurm, or when it is silent."""
-    done = squeue(f"--user={user}", "--format=%A")
+    """The jobs that Slurm still holds, by id: the user's, or everybody's ('').
+
+    None without Slurm, or when it is silent.
+    """
+    done = squeue(*([f"--user={user}"] if user else []), "--format=%A")
     return set(done.stdout.split()) if done and done.returncode == 0 else None
 
 

@@ -195,12 +195,13 @@ def shown_as(folder: Path) -> int:
 
 def sweep(logs: Path) -> None:
     """Remove the records of launchers that were killed, and of jobs that have ended."""
-    jobs_by_owner = functools.cache(lambda owner: jobs_of(user_name(owner)))
+    jobs_by_owner = functools.cache(jobs_of)
     for path in (*logs.glob("run_*.json"), *logs.glob("fleet_*.json"), logs / "endpoint.json"):
         if not (record := read_record(path)):
             continue
         if record["alive"] is None and record["job"].isdecimal():
-            jobs, ours = jobs_by_owner(record["owner"]), os.geteuid() in (0, record["owner"])
+            who = "" if record["squashed"] else user_name(record["owner"])  # perhaps not ours
+            jobs, ours = jobs_by_owner(who), os.geteuid() in (0, record["owner"])
             # Another user's jobs may be hidden (PrivateData=jobs): an empty answer is no answer.
             if jobs is not None and (jobs or ours) and record["job"] not in jobs:
                 record["alive"] = False

@@ -1,12 +1,12 @@
 """What Slurm says about steps, jobs and nodes."""
 
 import contextlib
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from launch.node.base import unfiltered
 from launch.order import TOO_OLD
 
 SEE_NODES = "ask Slurm why: `sinfo -R`, `squeue`; leave a node out with salloc --exclude"
@@ -166,11 +166,6 @@ def without_python(text: str) -> str:
     old = [(node, "its python3 is older than 3.9") for node, code in said if code == TOO_OLD]
     none = [(node, "there is no python3") for node, code in said if code == 2 and missing]
     return by_node([*none, *old])
-
-
-def unfiltered() -> dict[str, str]:
-    """Our environment for squeue: a filter in it must not make a job look ended."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
 
 
 def squeue(*what: str) -> subprocess.CompletedProcess[str] | None:

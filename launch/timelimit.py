@@ -7,8 +7,9 @@ import time
 
 from common.signals import pause
 from common.talk import say
+from launch.node.base import unfiltered
 from launch.nodes import Place
-from launch.slurm import squeue, unfiltered
+from launch.slurm import squeue
 
 LOOK_EVERY = 2.0  # seconds between two questions whether the job is suspended
 NOTICE = 600.0  # seconds before the end at which we say so

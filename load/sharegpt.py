@@ -131,7 +131,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
                     if goes_on(e, text[start:]):
                         break  # the rest of it is in the next piece
                     if not found and text[start] != "{":
-                        die(f"{path} is no JSON: {what_is(path)}", hint=TAKEN)
+                        die(f"{path} is not JSON: {what_is(path)}", hint=TAKEN)
                     die(f"{path}: entry {number:,} (line {line + text.count(NEWLINE, 0, start):,}) "
                         f"is broken: {getattr(e, 'msg', e)}", hint="mend or remove it")  # fmt: skip
                 if isinstance(value, dict):
@@ -151,7 +151,7 @@ def encoding_of(path: Path) -> str:
 
 
 def what_is(path: Path) -> str:
-    """A file that is no JSON, by its first bytes."""
+    """A file that is not JSON, by its first bytes."""
     with path.open("rb") as file:
         head = file.read(60)
     packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")

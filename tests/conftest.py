@@ -632,7 +632,7 @@ SQUEUE = r"""
 if filters := [name for name in os.environ if name.startswith("SQUEUE_")]:
     fail(f"squeue: {filters} hide jobs", 64)
 match args:
-    case ["--all", "--noheader", user, "--format=%A"] if user.startswith("--user="):
+    case ["--all", "--noheader", *user, "--format=%A"] if all("--user=" in each for each in user):
         if "jobs" not in faults:
             fail("slurm_load_jobs error: Unable to contact slurm controller")
         print("\n".join(faults["jobs"]))

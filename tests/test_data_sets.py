@@ -149,8 +149,8 @@ BROKEN = {
         "entry 1 .*Expect",
     ),
     "a file that does not end": (LINES[:-9], r"is not whole: it ends in the middle of entry 3 \("),
-    "a table": ("question,answer\nwhat?,that!\n" * 9, "no JSON: it begins with 'question,answer'"),
-    "a quoted table": ('"a","b"\n0,that\n' * 9, 'no JSON: it begins with \'"a","b"\''),
+    "a table": ("question,answer\nwhat?,that!\n" * 9, "not JSON: it begins with 'question,answer'"),
+    "a quoted table": ('"a","b"\n0,that\n' * 9, 'not JSON: it begins with \'"a","b"\''),
     "nothing of use": ('[{"text": "one"}, {"text": "two"}]', "none of its 2 entries is a conver"),
     "nothing at all": ("", "none of its 0 entries"),
 }
@@ -176,7 +176,7 @@ PACKED = {
 
 @pytest.mark.parametrize("kind", PACKED)
 def test_what_else_a_file_is(kind: str) -> None:
-    with pytest.raises(Failure, match=f"data.json is no JSON: it is a {kind} file") as failed:
+    with pytest.raises(Failure, match=f"data.json is not JSON: it is a {kind} file") as failed:
         picked(PACKED[kind])
     assert "takes JSON or JSON Lines of conversations" in failed.value.hint
 

@@ -253,11 +253,13 @@ def test_a_cache_that_cannot_be_made_is_told_before_anything_heavy(
     assert not survey.can_be_made(f"{tmp_path}/a/b") and asked == [str(tmp_path)]
     monkeypatch.undo()
     (tmp_path / "file").touch()
-    made = [str(tmp_path / "new/hf"), str(tmp_path), str(tmp_path / "file/hf")]
+    (tmp_path / "broken").symlink_to("/no/such/scratch")
+    made = [str(tmp_path / name) for name in ("new/hf", ".", "file/hf", "file", "broken")]
     found = ask(fakes, replace(bare(), made=tuple(made)))
-    assert found.facts.unmade == [made[2]]
+    assert found.facts.unmade == made[2:]
     [bad] = [f for f in judge([node(unmade=["/h/hf"])], wanted()) if f.state == "bad"]
-    assert bad.text == "/h/hf is not there, and you may not make it" and "HF_HOME" in bad.hint
+    assert bad.text == "/h/hf is not a directory, and you cannot make it one"
+    assert "HF_HOME" in bad.hint
 
 
 def test_a_node_without_the_container_toolkit_is_told() -> None:
@@ -404,7 +406,8 @@ def test_slurm_is_asked_for_my_jobs(fakes: Fakes) -> None:
     assert preflight.jobs_of("me") == {"66", "77"}
     assert fakes.calls("squeue") == [["squeue", "--all", "--noheader", "--user=me", "--format=%A"]]
     fakes.set(jobs=[])
-    assert preflight.jobs_of("me") == set()
+    assert preflight.jobs_of("me") == preflight.jobs_of("") == set()
+    assert fakes.calls("squeue")[-1] == ["squeue", "--all", "--noheader", "--format=%A"]
 
 
 def test_a_silent_slurm_means_that_nobody_can_say(fakes: Fakes) -> None:
@@ -669,7 +672,7 @@ def test_the_end_of_the_job_is_the_end_of_waiting_for_its_nodes(
     os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
     threading.Timer(1, lambda: fakes.set(state=state)).start()
     begun = time.monotonic()
-    with pytest.raises(Failure, match=f"before its nodes have answered: job 77 .*{how}"):
+    with pytest.raises(Failure, match=f"job 77 .*{how}.* before its nodes answered"):
         preflight.ask_nodes(wanted(), slow(), 600)
     assert 1 < time.monotonic() - begun < 50
     fakes.nothing_is_left()

@@ -512,7 +512,7 @@ def test_a_signal_that_only_warns_is_told_and_ends_nothing(launch: Launcher) -> 
     started.until("stop it with")
     for name in ("USR1", "USR2", "ALRM", "XCPU"):
         started.process.send_signal(signal.Signals[f"SIG{name}"])
-        started.until(f"SIG{name} is Slurm's warning before the time limit (--signal)")
+        started.until(f"SIG{name} is taken as Slurm's warning before the time limit (--signal)")
     assert started.stop() == 130
 
 

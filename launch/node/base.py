@@ -157,7 +157,8 @@ class Job:
         if not self.id:
             return False
         command = "squeue --all --local --noheader --states=all".split()
-        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=unfiltered())[1]
+        env = unfiltered("SLURM_CLUSTERS")  # nodes have one
+        said = ask(*command, f"--jobs={self.id}", "--format=%A %T", timeout=5, env=env)[1]
         lines = said.splitlines()
         if f"{self.id} RUNNING" in lines:
             self.known = True
@@ -166,9 +167,9 @@ class Job:
         return self.known and (gone or any(f"{self.id} {state}" in lines for state in OVER))
 
 
-def unfiltered() -> dict[str, str]:
+def unfiltered(*more: str) -> dict[str, str]:
     """Our environment for Slurm's programs, without filters that make jobs or steps look ended."""
-    leaves = ("SQUEUE_", "SCANCEL_", "SLURM_CLUSTERS")
+    leaves = ("SQUEUE_", "SCANCEL_", *more)
     return {name: value for name, value in os.environ.items() if not name.startswith(leaves)}
 
 

@@ -77,11 +77,11 @@ class Survey:
 
 
 def can_be_made(path: str) -> bool:
-    """Whether a directory is there, or we may make it."""
+    """Whether a directory is there, or we may make it; a broken link would be in the way."""
     above = path
-    while not os.path.exists(above):
+    while not os.path.lexists(above):
         above = os.path.dirname(above)
-    return above == path or (os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK))
+    return os.path.isdir(above) and (above == path or os.access(above, os.W_OK | os.X_OK))
 
 
 def addresses() -> list[str]:

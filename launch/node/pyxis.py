@@ -153,7 +153,7 @@ def end_step(name: str, grace: float = GRACE) -> str:
         if (waited := time.monotonic() - begun) > ENDS_WITHIN:
             return f"it has not ended within {ENDS_WITHIN:g} s: scancel {step}"
         if waited >= grace:
-            ask("scancel", step, env=unfiltered())
+            ask("scancel", step, env=unfiltered("SLURM_CLUSTERS"))
         time.sleep(0.2)
     return ""
 
@@ -162,6 +162,6 @@ def find_step(name: str) -> str:
     """The id of our job's step of that name; '' if there is none."""
     job = os.environ.get("SLURM_JOB_ID", "")
     command = "squeue --all --local --steps --noheader".split()
-    said = ask(*command, f"--jobs={job}", "--format=%i %j", env=unfiltered())[1]
+    said = ask(*command, f"--jobs={job}", "--format=%i %j", env=unfiltered("SLURM_CLUSTERS"))[1]
     found = (line.split(" ", 1) for line in said.splitlines() if " " in line)
     return next((step for step, its in found if its.strip() == name), "")
