@@ -129,7 +129,14 @@ def test_without_stamps_from_the_kernel_it_says_so(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_closed_loop_keeps_its_number_of_streams() -> None:
-    with serving(lambda r: obedient(r, 0.01)) as server:
+    together = threading.Barrier(4)
+
+    def answer(request: Request) -> None:
+        if request.number <= 4:
+            together.wait(PATIENCE)
+        obedient(request, 0.01)
+
+    with serving(answer) as server:
         result = load_on(server, 20, 4)
     assert server.most_in_flight == 4
     assert server.connections == 4
@@ -212,11 +219,15 @@ def test_idle_connections_leave_a_servers_workers_to_the_others(
     monkeypatch.setattr(loop, "PREOPENED", 1)
     with serving(lambda r: obedient(r, 0.03)) as server:
         server.workers = threading.Semaphore(1)
-        result = load_on(server, count, streams, rate=rate, timeout=2.0)
+        result = load_on(server, count, streams, rate=rate, timeout=PATIENCE)
     assert [o.error for o in result.outcomes] == [""] * count
 
 
-def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
+def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "RETRY_WITHIN", 1000 * PATIENCE * MS)  # soon, here
+
     def answer(request: Request) -> None:
         if request.on_connection == 2:  # the request had been on its way when the server closed
             closed.append(time.time_ns())

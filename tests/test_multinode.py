@@ -424,6 +424,7 @@ def test_a_node_without_a_container_is_not_waited_for_for_ever(
     monkeypatch.setattr(world, "UP_WITHIN", 0.3)
     guard = holders(step("up n1; cat"))
     guard.start()
+    wait_until(lambda: guard.up)
     with pytest.raises(Failure, match=r"^n2: no container within 0\.3 s: no word from there$"):
         guard.await_up(threading.Event())
 
@@ -465,6 +466,7 @@ def test_a_node_in_trouble_is_not_waited_for_for_long(
     monkeypatch.setattr(world, "SHORT_FAREWELL", 0.3)
     guard = holders(step("left n1; exec sleep 1000"))
     guard.start()
+    wait_until(lambda: guard.left)
     guard.seen["n2"] = time.monotonic() - 20
     begun = time.monotonic()
     assert guard.await_farewell() == {"n2": "no sign of life for 8 s"}
@@ -771,7 +773,12 @@ SERVE = "(exec -a trtllm-serve /bin/sleep {})"
 
 
 def test_rank_0_ends_when_the_server_has_and_its_leader_has_not(ready: Fakes, rank: Start) -> None:
-    started = rank(f"echo up; {SERVE.format(0.5)}; echo down; /bin/sleep 100")
+    started = rank(f"echo up; {SERVE.format(100)}; echo down; /bin/sleep 100")
+    started.until_said("up")
+    asked = len(ready.calls("docker", "top"))
+    started.until(lambda: len(ready.calls("docker", "top")) > asked + 2)  # it has been seen
+    [engine] = [pid for pid, line in ready.processes().items() if line == "trtllm-serve 100 "]
+    os.kill(engine, signal.SIGTERM)
     started.until_said("down")
     assert started.code() == 1
     assert started.output.endswith("\ntrtllm-serve has ended, its leader has not\n")

@@ -547,7 +547,7 @@ def test_a_docker_that_hangs_costs_the_time_of_one_question(
     survey.note_docker(found, survey.ask_docker(TAG))
     assert found.no_docker == "no answer within 10 s"
     assert [each for each in waits if each] == [10]
-    assert fakes.processes() == {}
+    wait_until(lambda: not fakes.processes(), "the end of what was asked")
 
 
 def test_a_node_without_the_image_says_so(fakes: Fakes) -> None:
@@ -652,12 +652,16 @@ def test_a_job_that_is_suspended_or_over_is_not_taken_for_nodes_that_boot(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], state: str
 ) -> None:
     fakes.set(state=state)
-    monkeypatch.setattr(preflight, "PATIENCE", 0.5)
     monkeypatch.setattr("common.talk.HEARTBEAT", 0.1)
     os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
-    with pytest.raises(Failure):
-        preflight.ask_nodes(wanted(), slow())
-    said = capfd.readouterr().err
+    said = ""
+    for patience in (0.5, 2.0, 8.0):  # on a busy machine Slurm takes its time to answer
+        monkeypatch.setattr(preflight, "PATIENCE", patience)
+        with pytest.raises(Failure):
+            preflight.ask_nodes(wanted(), slow())
+        said += capfd.readouterr().err
+        if f"Slurm calls job 77 {state}" in said:
+            break
     assert f"Slurm calls job 77 {state}" in said and "Prolog" not in said
 
 
@@ -670,8 +674,8 @@ def test_the_end_of_the_job_is_the_end_of_waiting_for_its_nodes(
     """srun may try for minutes."""
     monkeypatch.setattr(preflight, "LOOK_EVERY", 0.1)
     os.environ.update(fakes.environment(SLURM_JOB_ID="77"))
-    threading.Timer(1, lambda: fakes.set(state=state)).start()
     begun = time.monotonic()
+    threading.Timer(1, lambda: fakes.set(state=state)).start()
     with pytest.raises(Failure, match=f"job 77 .*{how}.* before its nodes answered"):
         preflight.ask_nodes(wanted(), slow(), 600)
     assert 1 < time.monotonic() - begun < 50

@@ -564,8 +564,8 @@ def test_a_signal_while_the_image_is_loaded_stops_the_load(
     ("fault", "words"),
     [
         ("exit-loading:137", "exit code 137 (killed) before it was"),
-        ("exit-serving:139:1.5", "exit code 139 (segmentation fault) while serving"),
-        ("kill-serving:1.5", "exit code 137 (killed) while"),
+        ("exit-serving:139:3", "exit code 139 (segmentation fault) while serving"),
+        ("kill-serving:3", "exit code 137 (killed) while"),
     ],
 )
 def test_the_end_of_the_engine_is_told_and_fails(
@@ -736,7 +736,7 @@ def test_a_server_that_is_503_for_ever_fails(fakes: Fakes, launch: Launcher, too
         "health.HEALTH_EVERY, health.HEALTH_MISSES = 0.05, 3\n"
         "raise SystemExit(main.main(['m']))\n"
     )
-    started = launch(script=script, TRTLLM_SIM_FAULT="503:1.5")
+    started = launch(script=script, TRTLLM_SIM_FAULT="503:3")
     assert "no longer serves: 3 health checks in a row failed" in error(started)
     assert "the last: /health answered 503" in started.output
     assert left() == set()
@@ -774,7 +774,7 @@ def test_an_engine_that_hangs_behind_a_good_health_is_found(impatient: Launcher)
 
 
 def test_an_engine_that_fails_behind_a_good_health_is_found(impatient: Launcher) -> None:
-    started = impatient("m", patience=1, TRTLLM_SIM_FAULT="broken-engine:2")
+    started = impatient("m", PROBE_SECONDS="0.1", TRTLLM_SIM_FAULT="broken-engine:2")
     words = error(started)
     assert "no longer serves: 3 requests for one token in a row failed, the last: 400 " in words
     assert "illegal memory access" in words
@@ -849,7 +849,7 @@ def test_a_probe_that_hangs_does_not_delay_the_end(impatient: Launcher) -> None:
 
 
 def test_a_server_that_fails_is_started_anew(fakes: Fakes, impatient: Launcher) -> None:
-    started = impatient("m", "--restart", "2", TRTLLM_SIM_FAULT="exit-serving:139:1.5")
+    started = impatient("m", "--restart", "2", TRTLLM_SIM_FAULT="exit-serving:139:3")
     started.until("restarting (1 of 2)")
     assert left() == {f"run_{fakes_job(started)}.json"}
     words = error(started)
@@ -1484,7 +1484,8 @@ def test_a_closed_stream_does_not_stop_the_server(
     wrapper.write_text(f"import os; {close}; os.execv({sys.executable!r}, {words!r})")
     started = launch(script=wrapper)
     wait_until(Path("logs/endpoint.json").exists)
-    assert "READY" in next(Path("logs").glob("launch_*.log")).read_text()
+    [log] = Path("logs").glob("launch_*.log")
+    wait_until(lambda: "READY" in log.read_text(), "READY")
     assert started.stop() == 130
     assert left() == set()
 
@@ -1662,7 +1663,7 @@ def test_a_world_is_started_anew_as_a_whole(fakes: Fakes, spread: Launcher, tool
     started.until("restarting (1 of 1) in 2 s")
     assert fakes.containers() == [] and not Path("logs/endpoint.json").exists()
     wait_until(Path("logs/endpoint.json").exists)
-    assert started.output.count("] READY after") == 2
+    wait_until(lambda: started.output.count("] READY after") == 2, "the second READY")
     assert all((fakes.home / f"rank-{rank}").read_text() != before[rank] for rank in range(4))
     for rank in range(4):
         log = Path(f"logs/trtllm_server_77_rank{rank}.log").read_text()

@@ -351,14 +351,19 @@ def test_what_the_engine_does_is_told_on_one_line_of_a_terminal_else_now_and_the
 
 
 def test_of_a_fleet_it_is_told_on_one_line(
-    run_plan: Callable[..., server.Server], capfd: pytest.CaptureFixture[str]
+    run_plan: Callable[..., server.Server],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     running = [run_plan("bash", "-c", "sleep 100") for _ in range(4)]
+    now = time.monotonic()
     for label, each in enumerate(running):
         each.replica = replace(each.replica, label=f"r{label}")
         each.loading.phase, each.loading.far = "loading weights", f"{label} of 4"
-        each.started = time.monotonic() - 31
-    Progress(5).tell(running, 31)
+        each.started = now - 31
+    with monkeypatch.context() as still:
+        still.setattr(time, "monotonic", lambda: now)
+        Progress(5).tell(running, 31)
     told = "; ".join(f"r{label} loading weights {label} of 4, 31 s" for label in range(3))
     assert f"4 of 5 replicas load: {told}; 1 more\n" in capfd.readouterr().err
 

@@ -231,7 +231,8 @@ def test_a_fleet_is_ready_when_all_are(
     made = fleet()
     made.load("r0", "r1", "r2")
     wait_until(lambda: made.states == "ready ready ready loading")
-    said = capsys.readouterr().err
+    with made.launch.lock:  # until the last has said so
+        said = capsys.readouterr().err
     assert "r0: ready after 1.0 s: http://127.0.0.1:8001 on n1" in said and "READY" not in said
     assert not made.launch.endpoint.exists()
     made.load("r3")
@@ -322,7 +323,8 @@ def test_one_that_is_lost_leaves_the_others(
     made.fails["r1"] = [Failure("n1: it failed", "see there", passing=True)]
     wait_until(lambda: made.states == "ready lost ready ready")
     wait_until(lambda: made.listed() == ["r0", "r2", "r3"])
-    said = capsys.readouterr().err
+    with made.launch.lock:  # until all is said
+        said = capsys.readouterr().err
     assert "LOST r1: n1: it failed\n           next: see there" in said
     assert "3 of 4 replicas go on" in said
     assert made.starts.count("r1") == 1 and made.launch.ends.empty()
@@ -337,7 +339,8 @@ def test_one_that_is_lost_while_they_load_keeps_none_waiting(
     made.load("r0", "r1", "r2")
     made.fails["r3"] = [Failure("n1: it failed")]
     wait_until(lambda: made.launch.endpoint.exists())
-    assert "serves m with 3 of 4 replicas" in capsys.readouterr().err
+    with made.launch.lock:  # until it is said
+        assert "serves m with 3 of 4 replicas" in capsys.readouterr().err
 
 
 def test_one_that_fails_is_started_anew_while_the_others_serve(
