@@ -26,7 +26,7 @@ from launch.node import messages
 from launch.node.messages import Error, Present, Progress, Waiting
 from launch.nodes import Place
 from launch.provide import password_command
-from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed
+from tests.conftest import HOSTILE, TAG, Fakes, Script, archive, config_digest, packed, wait_until
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -455,7 +455,7 @@ def test_reading_leaves_no_process(fakes: Fakes, tmp_path: Path) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(packed(archive(), "gz"))
     read_tarball(path)
-    assert fakes.processes() == {}
+    wait_until(lambda: not fakes.processes(), "the end of what unpacked it")
 
 
 # The orders that a node is given

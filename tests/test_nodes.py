@@ -282,10 +282,10 @@ def test_a_stop_in_the_middle_ends_the_command_too(fakes: Fakes) -> None:
 
     os.environ.update(fakes.environment())
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            nodes.run(["sleep", "60"])
+            # Once it runs: to start it takes a busy machine a while.
+            nodes.run(["sleep", "60"], begun=lambda _: signal.setitimer(signal.ITIMER_REAL, 0.5))
     finally:
         signal.signal(signal.SIGALRM, before)
     fakes.nothing_is_left()

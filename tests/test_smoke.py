@@ -909,7 +909,7 @@ def test_an_address_that_drops_packets_times_out(run: Run) -> None:
 
 def test_a_silent_server_is_waited_for_once(run: Run) -> None:
     with serving(bad("health", hang)) as server:
-        code, document, _ = run("-H", server.url, "--timeout", "0.3")
+        code, document, _ = run("-H", server.url, "--timeout", "1.5")
     assert code == 1 and len(server.seen) == 1
     stopped_early(document)
 
