@@ -529,11 +529,11 @@ def test_a_container_waits_and_beats_are_told(ready: Fakes, hold: Start) -> None
 
 
 def test_a_node_is_up_when_its_container_runs(ready: Fakes, hold: Start) -> None:
-    ready.set(create_delay=0.4)
+    ready.set(create_delay=1)
     held = hold()
-    held.until(lambda: len(told(held, Beat)) > 1)
-    assert told(held, Up) == []
     until_up(ready, held)
+    kinds = [type(message) for message in held.told]
+    assert kinds[: kinds.index(Up)].count(Beat) > 1
     assert ready.containers() == [f"local/{NAME}"]
 
 

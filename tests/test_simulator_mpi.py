@@ -285,7 +285,7 @@ def test_world_of_the_wrong_size_is_refused(log: Path) -> None:
 
 
 def test_death_of_the_leader_leaves_a_server_that_is_unhealthy(log: Path) -> None:
-    with alone(log, FAULT="kill-rank:0:0.2") as server:
+    with alone(log, FAULT="kill-rank:0:2") as server:
         assert server.process.wait(timeout=PATIENCE) == 137
         eventually(lambda: health(server) == 503)
         with pytest.raises(requests.Timeout):
@@ -361,7 +361,7 @@ def test_a_message_is_read_only_with_its_key() -> None:
 SLOW_WORLDS: dict[str, tuple[int, bool, dict[str, str]]] = {  # ranks, --enable-recovery, settings
     "older": (3, False, {"FAULT": "exit-loading:4"}),
     "loading": (3, True, {"FAULT": "kill-rank:2"}),
-    "unhealthy": (4, True, {"FAULT": "kill-rank:2:0.5"}),
+    "unhealthy": (4, True, {"FAULT": "kill-rank:2:4"}),
     "newer": (3, True, {"FAULT": "kill-rank:2:0.2,exit-serving:6:7", "LAUNCH": "propagate"}),
 }
 
@@ -443,7 +443,7 @@ def test_ranks_on_two_hosts_must_lie_in_blocks(log: Path, host: str) -> None:
 
 @needs_mpi
 @pytest.mark.parametrize(
-    ("fault", "code"), [("exit-rank:2:7", 7), ("exit-rank:1:7:0.5", 7), ("kill-rank:2", 137)]
+    ("fault", "code"), [("exit-rank:2:7", 7), ("exit-rank:1:7:3", 7), ("kill-rank:2", 137)]
 )
 def test_death_of_a_rank_is_seen_by_whoever_started_it(log: Path, fault: str, code: int) -> None:
     with ranks(3, log, "--tp_size", "3", FAULT=fault) as server:
