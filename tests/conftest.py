@@ -194,7 +194,9 @@ def images():
     return json.loads(path.read_text()) if path.exists() else {}
 
 def keep(known):
-    (node / "images.json").write_text(json.dumps(known))
+    part = node / f"images-{os.getpid()}"
+    part.write_text(json.dumps(known))
+    part.replace(node / "images.json")
 
 def container(name):
     return node / f"container-{name}.json"
@@ -738,10 +740,10 @@ class Fakes:
         (self.bin / name).chmod(0o755)
 
     def set(self, **faults: object) -> None:
-        """Set what goes wrong, and what Slurm knows."""
-        (self.home / "faults.json").write_text(
-            json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults})
-        )
+        """Set what goes wrong, and what Slurm knows. A fake may start meanwhile, and reads it."""
+        new = self.home / "faults.json.new"
+        new.write_text(json.dumps({"nodes": ["localhost", "n2"], "jobs": ["77"], **faults}))
+        new.replace(self.home / "faults.json")
 
     def without(self, *names: str) -> None:
         for name in names:

@@ -223,11 +223,14 @@ def test_idle_connections_leave_a_servers_workers_to_the_others(
     assert [o.error for o in result.outcomes] == [""] * count
 
 
-def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(connection, "RETRY_WITHIN", 1000 * PATIENCE * MS)  # soon, here
+@pytest.fixture
+def closes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes its time to close a connection; it was closed before, all the same."""
+    monkeypatch.setattr(connection, "RETRY_WITHIN", 1000 * PATIENCE * MS)
 
+
+@pytest.mark.usefixtures("closes_late")
+def test_a_keep_alive_closed_under_a_request_costs_the_server_nothing() -> None:
     def answer(request: Request) -> None:
         if request.on_connection == 2:  # the request had been on its way when the server closed
             closed.append(time.time_ns())
@@ -349,6 +352,7 @@ def test_a_request_that_takes_too_long_fails_and_the_rest_goes_on() -> None:
     assert "within 1.5 s" in outcomes[0].error
 
 
+@pytest.mark.usefixtures("closes_late")
 def test_a_server_that_is_gone_between_two_requests() -> None:
     def answer(request: Request) -> None:
         server.listener.shutdown(socket.SHUT_RDWR)
@@ -401,12 +405,12 @@ def test_shards_share_one_schedule() -> None:
 
 
 def test_an_open_loop_sends_at_its_own_times() -> None:
-    with serving(lambda r: obedient(r, 0.2)) as server:
+    with serving(lambda r: obedient(r, 1.0)) as server:
         result = load_on(server, 30, None, rate=200.0)
     late = [(o.sent - o.intended) / MS for o in result.outcomes]
     assert not any(o.error for o in result.outcomes)
     assert server.most_in_flight > 15  # it did not wait for answers
-    assert statistics.median(late) < 200  # nor for a single one: 30 would take 6 s
+    assert statistics.median(late) < 1000  # nor for a single one: 30 would take 30 s
 
 
 def test_at_its_limit_of_streams_an_open_loop_is_late_and_says_so() -> None:
@@ -417,6 +421,7 @@ def test_at_its_limit_of_streams_an_open_loop_is_late_and_says_so() -> None:
     assert (last.sent - last.intended) / MS > 150
 
 
+@pytest.mark.usefixtures("closes_late")
 def test_an_open_loop_outlives_idle_connections_that_close() -> None:
     def answer(request: Request) -> None:
         request.send(stream())

@@ -430,6 +430,7 @@ def test_a_server_that_only_we_cannot_reach_is_told_as_that(
     monkeypatch.setattr(server, "UNREACHED", 0.1)
     running = run_plan("bash", "-c", f"echo {says}; sleep 100")
     unreached(running, serving)
+    wait_until(lambda: running.health.misses)
     words = (
         rf"^n1 serves on port {serving}, but http://127.0.0.1:1 cannot be reached from .*refused"
     )
@@ -477,7 +478,12 @@ def test_a_failure_of_a_suspended_job_is_waited_out(
     monkeypatch.setattr(timelimit, "LOOK_EVERY", 0.1)
     running = run_plan("bash", "-c", "sleep 100", place=Place("77", 1, ONE_NODE))
     fakes.set(state="SUSPENDED")
-    resume = threading.Timer(1, lambda: fakes.set(state="RUNNING"))
+
+    def when_seen() -> None:
+        wait_until(lambda: len(fakes.calls("squeue")) > 1)
+        fakes.set(state="RUNNING")
+
+    resume = threading.Thread(target=when_seen)
     resume.start()
     running.health.misses = running.probe.misses = 6
     with watch.patience(running):
