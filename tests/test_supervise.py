@@ -7,7 +7,6 @@ import json
 import signal
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,8 +132,9 @@ class Fleet:
         self.plan = replace(made, replicas=replicas)
         limit = TimeLimit(made.place)
         self.launch = supervise.Launch(self.plan, [Node("n1")], "http://n1:8000", args, limit)
-        self.loads = defaultdict[str, threading.Event](threading.Event)
-        self.fails = defaultdict[str, list[Failure]](list)
+        # Made before any thread asks for them: a defaultdict may make two for two who ask at once.
+        self.loads = {replica.label: threading.Event() for replica in replicas}
+        self.fails: dict[str, list[Failure]] = {replica.label: [] for replica in replicas}
         self.loading: set[str] = set()
         self.most_loading = 0
         self.starts: list[str] = []
