@@ -30,7 +30,19 @@ from common.settings import setting
 from common.signals import Stopped
 from common.talk import Failure, clean, counted, read_json, say, write_json
 from load import bench_place, check, endpoint, same, sharegpt
-from load.arguments import count, limit, numbers, path, port, positive, rates, streams, types, whole
+from load.arguments import (
+    count,
+    limit,
+    numbers,
+    path,
+    port,
+    positive,
+    rates,
+    streams,
+    types,
+    unfit,
+    whole,
+)
 from load.clients import Builtin, Client, Options, Record, die_if_silent, nothing
 from load.endpoint import Endpoint
 from load.matrix import MATRIX, SWEEP, Case, Overrides, cases, surprises
@@ -262,11 +274,9 @@ def add_options(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> 
 def contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.resume and not args.output:
         yield "--resume needs -o, the folder to go on in"
-    if len(dict(args.goodput)) < len(args.goodput):
-        yield "--goodput: a limit is named twice"
     planned = {case.output_len for case in cases(args.type, overrides(args))}
-    if "tpot" in dict(args.goodput) and (1 in args.output_len or planned == {1}):
-        yield "--goodput tpot: answers of one token have no TPOT; --output-len 2 or more"
+    for what, hint in unfit(args.goodput, one_token=1 in args.output_len or planned == {1}):
+        yield f"{what}; {hint}" if hint else what
     if args.client == "trtllm":
         given = {"--warmup": args.warmup is not None, "--shards": args.shards,
                  "--insecure": args.insecure}  # fmt: skip

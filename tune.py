@@ -39,7 +39,7 @@ from launch.nodes import Place, find_place
 from launch.plan import find_model, is_directory
 from launch.runtimes import runtime
 from load import bench_place
-from load.arguments import count, limit, numbers, path, positive
+from load.arguments import count, limit, numbers, path, positive, unfit
 from load.matrix import Case, too_few
 from search import answer, estimate, race
 from search.candidates import SIZES, Candidate, LeftOut, Space, expand, model_config
@@ -193,10 +193,8 @@ def folder_of(args: argparse.Namespace) -> Path:
 
 def check_load(args: argparse.Namespace, port: int) -> None:
     """Refuse what cannot be measured, and say which flags do less than one may think."""
-    if len(dict(args.goodput)) < len(args.goodput):
-        misused("--goodput: a limit is named twice")
-    if args.output_len == 1 and "tpot" in dict(args.goodput):
-        misused("--goodput tpot: answers of one token have no TPOT", hint="--output-len 2 or more")
+    for what, hint in unfit(args.goodput, one_token=args.output_len == 1):
+        misused(what, hint=hint)
     if port + PORTS_APART * TURNS > 65536:
         what = f"the port is {port}, and a search takes {PORTS_APART * TURNS} from there on"
         misused(what, hint=f"PORT={65536 - PORTS_APART * TURNS} or less")

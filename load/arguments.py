@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +66,17 @@ def limit(text: str) -> tuple[str, float]:
             f"{text}: write NAME:MS with one of {', '.join(GOODPUT_NAMES)}"
         )
     return name, positive(ms)
+
+
+def unfit(limits: Sequence[tuple[str, float]], *, one_token: bool) -> Iterator[tuple[str, str]]:
+    """Why these limits of --goodput cannot be judged, and a hint ('': none).
+
+    `one_token` says that answers have one token.
+    """
+    if len(dict(limits)) < len(limits):
+        yield "--goodput: a limit is named twice", ""
+    if one_token and "tpot" in dict(limits):
+        yield "--goodput tpot: answers of one token have no TPOT", "--output-len 2 or more"
 
 
 def count(text: str) -> int:
