@@ -43,23 +43,24 @@ class PreciseSelector(selectors.DefaultSelector):
         return super().select(timeout)
 
 
-def main() -> None:
+def main(began: float) -> None:
+    """Do what the command line says; `began` is when this process started (monotonic seconds)."""
     try:
         settings = Settings(os.environ)
     except Fatal as error:
         raise SystemExit(crash(error)) from None
-    commands = partial(serve, settings), partial(disaggregated, settings)
+    commands = partial(serve, settings, began), partial(disaggregated, settings)
     command_line(*commands, settings.version).main(prog_name="trtllm-serve")
 
 
-def serve(settings: Settings, **flags: Any) -> None:  # noqa: ANN401 (as click hands them over)
+def serve(settings: Settings, began: float, **flags: Any) -> None:  # noqa: ANN401 (as click hands them over)
     with _ending_as_the_real_one(settings.version):
         args = LlmArgs(flags, settings)
         cost = cost_of(settings.cost, args)  # Fatal if it does not fit
         sockets = _bind(settings.version, args.host, args.port)
         faults = Faults(settings.faults)
         faults.begin()
-        leader = _load(args, settings, faults)
+        leader = _load(args, settings, faults, began)
         import uvicorn
         from api import Api
 
@@ -112,14 +113,13 @@ def _bind(version: str, host: str, port: int) -> list[socket.socket] | None:
     return [bound]
 
 
-def _load(args: LlmArgs, settings: Settings, faults: Faults) -> Link | None:
-    """Take the configured time, and the ranks' time too where there are ranks to wait for."""
+def _load(args: LlmArgs, settings: Settings, faults: Faults, began: float) -> Link | None:
+    """Take the configured time since `began`, and the ranks' time too where there are ranks."""
     log("I", f"start MpiSession with {args.world_size} workers")
     leader = Link(os.environ) if is_proxied(os.environ) else None
     if leader:
         leader.join(args.world_size, args.gpus_per_node)
         leader.send({"op": "load", "model": args.model})
-    began = time.monotonic()
     steps = 2 * max(1, round(settings.load_seconds / 2))  # even, so that one of them is half way
     for step in range(1, steps + 1):  # a sign of life about once a second
         time.sleep(max(0.0, began + step * settings.load_seconds / steps - time.monotonic()))

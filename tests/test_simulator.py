@@ -406,6 +406,34 @@ def test_port_opens_only_after_the_load(log: Path) -> None:
         assert is_refused(server)
 
 
+WHEN_THE_LOAD_BEGAN = """
+import os, runpy, sys, time
+
+imported = []  # when `serve` was, which imports the libraries
+def note(event, args):
+    if event == "import" and args[0] == "serve":
+        imported.append(time.monotonic())
+ends = []  # of the parts of the load, a second each
+def sleep(seconds):
+    ends.append(time.monotonic() + seconds)
+    if len(ends) == 100:
+        print(ends[-1] - 100 < imported[0], flush=True)
+        os._exit(0)
+sys.addaudithook(note)
+time.sleep = sleep
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_what_the_libraries_take_is_part_of_the_load() -> None:
+    """So that a launch of 2 s takes 2 s: what is measured of a launcher is then its own."""
+    command = [sys.executable, "-c", WHEN_THE_LOAD_BEGAN, COMMAND[1], "serve", MODEL]
+    env = {**environment(LOAD_SECONDS="1000"), "PYTHONPATH": str(SIMULATOR)}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert said.stdout.splitlines()[-1] == "True", said
+
+
 def test_log_tells_what_it_is_and_when_it_is_ready(server: Server) -> None:
     lines = server.log.splitlines()
     assert "SIMULATOR" in lines[0]

@@ -492,7 +492,7 @@ class Cluster:
 
     def _share(self) -> None:
         """/fsx, in a mount namespace of this process; the machines inherit it."""
-        if not Path("/fsx").exists():
+        with contextlib.suppress(FileExistsError):  # another cluster may make it at the same time
             Path("/fsx").mkdir()
             self.made_fsx = True
         if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
