@@ -29,6 +29,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the imports are done, ^C just ends us
 
+import gc
 import os
 import subprocess
 import sys
@@ -99,6 +100,9 @@ if __name__ == "__main__":
     become_the_original()
     if missing():
         raise SystemExit(f"run_sbatch.py: {missing()} is missing: {advice()}")
+    gc.disable()  # until the imports are done, of which nothing is garbage
     from launch.main import main
 
+    gc.freeze()
+    gc.enable()
     raise SystemExit(main(description=__doc__))

@@ -11,7 +11,7 @@ from functools import partial
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey, outlive_warnings
 from common.talk import Failure, Record, complain, die, keep_ours, print_plainly, say
-from launch import allocation, disagg, fleet, image, preflight, provide, supervise
+from launch import allocation, disagg, fleet, image, preflight, provide
 from launch.address import url_of
 from launch.arguments import value_of
 from launch.cli import is_of_what_runs, parse
@@ -29,7 +29,7 @@ from launch.plan import (
     settled,
     wanted_of,
 )
-from launch.runtimes import pyxis, runtime
+from launch.runtimes import runtime
 from launch.spread import check_logs, expect_spread, find_spread
 from launch.spread import describe as describe_one
 from launch.timelimit import TimeLimit
@@ -93,6 +93,8 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
     announce(plan, request, nodes)
     if args.check:
         return 0
+
+    from launch import supervise  # late: see import_the_rest
 
     Record.open(args.workspace / f"logs/launch_{plan.place.job}.log")
     put_it = partial(put_image, plan, request.found, args) if put else lambda: plan
@@ -219,8 +221,8 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
     preflight.refuse_gpus_of_jobs(plan.place, wanted.gpus)
     with preflight.probe(args.workspace, plan.place) as probe:
         wanted = replace(wanted, probe=probe)
-        nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout)
-        if not args.asked_runtime and pyxis.is_instead_of_docker(nodes):
+        nodes = preflight.ask_nodes(wanted, plan.place, args.ready_timeout, import_the_rest)
+        if not args.asked_runtime and is_for_pyxis(nodes):
             say("the nodes have no Docker, but Slurm has pyxis: using --runtime pyxis")
             args.runtime = "pyxis"
             return nodes
@@ -233,6 +235,20 @@ def prepare_nodes(plan: Plan, wanted: Wanted, args: argparse.Namespace) -> list[
     preflight.say_notes(findings)
     say(preflight.summary(nodes))
     return nodes
+
+
+def import_the_rest() -> None:
+    """Import what only a launch needs whose nodes are fit for it: they take longer to answer."""
+    import launch.supervise  # noqa: F401
+
+
+def is_for_pyxis(nodes: Sequence[Node]) -> bool:
+    """Whether these nodes have pyxis and no Docker."""
+    if nodes[0].facts.docker:
+        return False
+    from launch.runtimes import pyxis  # late: few nodes have no Docker
+
+    return pyxis.is_instead_of_docker(nodes)
 
 
 def check_force(found: image.Image) -> None:

@@ -155,7 +155,10 @@ def ask_slurm(job: str) -> slurm.Allocation:
         known = run(["scontrol", "show", "node", "-o", nodes])
     except Failure as failure:  # PrivateData=nodes; the job's own GPUs are shown nevertheless
         why = failure.message
-    found = slurm.allocation_of(record, known, functools.cache(expand))
+    listed = re.findall(r"^NodeName=(\S+)", known, re.M)  # in the order of the job's list
+    whole = str(len(listed)) == slurm.value_in(record, "NumNodes")
+    names = functools.cache(lambda some: listed if whole and some == nodes else expand(some))
+    found = slurm.allocation_of(record, known, names)
     if why and not found.shares:
         say(f"Slurm does not show which GPUs of its nodes are the job's, if any: {why}")
     return found
@@ -193,11 +196,11 @@ def run(
         die(f"{argv[0]}: not found in PATH")
     except (ValueError, sh.ForkException) as error:  # a NUL; or longer than an argument may be
         die(f"{argv[0]} cannot be run: {slurm.last_words(str(error))}")
-    begun(process.kill)
     clock = threading.Timer(timeout, process.kill)  # sh's own timeout costs up to 0.1 s each time
     clock.daemon = True
     clock.start()
     try:
+        begun(process.kill)
         process.wait()
     except sh.ErrorReturnCode as error:
         if clock.finished.is_set():

@@ -43,14 +43,18 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
     return Command(place.every, kind(*what, asked, list(wanted.made)))
 
 
-def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
+def ask_nodes(
+    wanted: Wanted, place: Place, patience: float = 0, meanwhile: Callable[[], object] = int
+) -> list[Node]:
     """Ask every node; the head node comes first. Failure if one does not answer.
 
     A node that boots or runs a Prolog answers after minutes: Slurm's get `patience` seconds.
+    `meanwhile` is called once they have been asked.
     """
     patience = max(PATIENCE, patience if place.slurm else 0)
     with speaking(partial(say_waiting, place, patience)):
-        nodes = gather(ask_until(survey_command(wanted, place), place, time.monotonic() + patience))
+        deadline = time.monotonic() + patience
+        nodes = gather(ask_until(survey_command(wanted, place), place, deadline, meanwhile))
     for node in nodes:
         if share := place.allocation.shares.get(node.name):
             node.share = replace(share, of=share.of or max(share.count, node.facts.gpus))
@@ -61,7 +65,9 @@ def ask_nodes(wanted: Wanted, place: Place, patience: float = 0) -> list[Node]:
     return nodes
 
 
-def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
+def ask_until(
+    command: Command, place: Place, deadline: float, meanwhile: Callable[[], object] = int
+) -> list[Told]:
     """Ask again if srun has given up on a node that Slurm still takes to be well.
 
     The job is watched meanwhile, since srun may notice its end only after minutes.
@@ -74,11 +80,15 @@ def ask_until(command: Command, place: Place, deadline: float) -> list[Told]:
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 kills.pop()()
 
+    def begun(kill: Callable[[], None]) -> None:
+        kills.append(kill)
+        meanwhile()
+
     with speaking(look, LOOK_EVERY):
         while True:
             left = max(round(deadline - time.monotonic(), 1), 0.1)
             try:
-                return ask(command, "asking the nodes", left, begun=kills.append)
+                return ask(command, "asking the nodes", left, begun=begun)
             except Failure as failure:
                 if how:
                     die(f"job {place.job} {how[0]} before its nodes answered", hint=slurm.SEE_NODES)

@@ -609,6 +609,7 @@ match args:
         count = len(gpus.split(",")) if "-" not in gpus else 8
         gres = f"gpu:{count}(IDX:{gpus})" if gpus != "none" else ""
         print(f"JobId=77 JobName=x\n   JobState=RUNNING Reason=None\n   NodeList={listed}\n"
+              f"   NumNodes={len(faults['nodes'])} NumCPUs=2\n"
               "   Requeue=1 Restarts=0 BatchFlag=0 Reboot=0\n"
               f"     Nodes={listed} CPU_IDs=0 Mem=0 GRES={gres}\n")
     case ["show", "job", "-d", job]:

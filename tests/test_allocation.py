@@ -227,3 +227,13 @@ def test_a_list_of_nodes_is_slurms_to_expand(fakes: Fakes) -> None:
     assert expand("n1") == ["n1"]
     assert expand("localhost,n2") == ["localhost", "n2"]
     assert fakes.calls() == [["scontrol", "show", "hostnames", "localhost,n2"]]
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_names_of_the_nodes_are_asked_for_only_if_slurm_does_not_show_the_nodes(
+    fakes: Fakes, private: bool
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.set(nodes=["n1", "n2"], private=private)
+    assert find_place({"SLURM_JOB_ID": "77"}).allocation.nodes == ("n1", "n2")
+    assert ("hostnames" in [call[2] for call in fakes.calls()]) == private

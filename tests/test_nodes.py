@@ -291,6 +291,16 @@ def test_a_stop_in_the_middle_ends_the_command_too(fakes: Fakes) -> None:
     fakes.nothing_is_left()
 
 
+def test_a_stop_in_what_is_done_meanwhile_ends_the_command_too(fakes: Fakes) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    os.environ.update(fakes.environment())
+    with pytest.raises(KeyboardInterrupt):
+        nodes.run(["sleep", "60"], begun=stop)
+    fakes.nothing_is_left()
+
+
 def test_talk_to_a_terminal_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
     closed = Path(os.devnull).open("w")  # noqa: SIM115
