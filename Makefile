@@ -192,7 +192,8 @@ clean: ## Remove .venv and caches; logs, results, data sets and images stay
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv: apt-get install python3-venv (or your system's package)" >&2; exit 1; }
-	@$(PY) -m pip install -qq --disable-pip-version-check '.[dev]' || { echo "packages are missing: pip needs its index (behind a proxy: HTTPS_PROXY; a mirror: PIP_INDEX_URL)" >&2; exit 1; }
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-compile '.[dev]' || { echo "packages are missing: pip needs its index (behind a proxy: HTTPS_PROXY; a mirror: PIP_INDEX_URL)" >&2; exit 1; }
+	@$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # pip would do it on one core
 	@touch $@  # last, so that an interrupted install is made again
 
 .PHONY: help
