@@ -113,7 +113,16 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
         code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
         return replace(judge(text, at, said), bare=True)
-    return judge(text, at, said)
+    new = judge(text, at, said)
+    return new if new.kind else replace(new, kind=by_place(lines, at))
+
+
+def by_place(lines: Sequence[Line], at: int) -> Kind | None:
+    """What an exception means by the file that raised it, if a row names that file."""
+    frames = (shapes.FRAME.match(line.text) for line in reversed(lines[max(at - 6, 0) : at]))
+    frame = next(filter(None, frames), None)
+    kind = known(f"raised in {frame[1]}") if frame else None
+    return kind if kind and "^raised in" in kind.says.pattern else None
 
 
 def outside(new: Finding, where: str) -> Finding:
