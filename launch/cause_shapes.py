@@ -23,6 +23,7 @@ OUTSIDE = any_of(  # the exception that follows has ended no process
     r"--- Logging error ---",
 )
 FRAME = re.compile(r' *File "\S*?([^/"]*/[^/"]+)", line \d')  # with its last folder
+REFUSES = re.compile(r"(Value|Assertion|NotImplemented|Runtime)Error: ")  # what checks raise
 ENDS_MESSAGE = any_of(
     r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
     r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",

@@ -114,7 +114,8 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
         return replace(judge(text, at, said), bare=True)
     new = judge(text, at, said)
-    return new if new.kind else replace(new, kind=by_place(lines, at))
+    refused = not new.kind and shapes.REFUSES.match(text)
+    return replace(new, kind=by_place(lines, at)) if refused else new
 
 
 def by_place(lines: Sequence[Line], at: int) -> Kind | None:
