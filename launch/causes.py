@@ -262,7 +262,7 @@ class Reader:
         """Whether the traceback at `at` belongs to a warning, after which the speaker went on."""
         before, *after = (line for line in self.lines[max(at - 1, 0) : at + 60])
         quiet = before.loud is False and before.speaker == self.lines[at].speaker
-        says_so = quiet and not self.lines[at].headed and shapes.WARNS.search(before.text)
+        says_so = quiet and self.lines[at].loud is None and shapes.WARNS.search(before.text)
         return bool(says_so) and any(x.loud is False and x.speaker == before.speaker for x in after)
 
     def ending(self, new: Finding) -> Finding:
