@@ -22,6 +22,8 @@ OUTSIDE = any_of(  # the exception that follows has ended no process
     r"Error in (atexit|sys\.excepthook)",
     r"--- Logging error ---",
 )
+FRAME = re.compile(r' *File "\S*?([^/"]*/[^/"]+)", line \d')  # with its last folder
+REFUSES = re.compile(r"(Value|Assertion|NotImplemented|Runtime)Error: ")  # what checks raise
 ENDS_MESSAGE = any_of(
     r"Traceback|Exception |The above exception|During handling|[-=*]{5,}|File \"",
     r"frame #|Process \S+:|\[|/\S+:\d+: |srun:|\S+:\d+:\d+ \[|\d+ +0x",
@@ -35,7 +37,7 @@ PLAIN = any_of(  # lines that are the cause themselves
     r"\S*python\S*: (No module|can't open|Error while finding module)",
     r".*: (error while loading shared libraries|symbol lookup error):",
     r"Assertion failed: |Failed: \w+ error |(CUDA|cu\w+|CUTLASS) [Ee]rror( \(|: )",
-    r"DeepEP timeout|LLVM ERROR: |setting (mem|cpu)bind: ",
+    r"DeepEP timeout|LLVM ERROR: |libgomp: |OMP: Error |setting (mem|cpu)bind: ",
     r"(Scheduler w|W)atchdog timeout|\*\*\* (stack smashing|buffer overflow)",  # and glibc's:
     r".*(double free or corruption|corrupted (size|double)|munmap_chunk\(\): \w+ )",
     r".*(free|malloc|realloc)\(\): \w+ ",
@@ -65,11 +67,13 @@ WRAPS = any_of(  # text around the exception of another process
     r"(?<=RuntimeError: )(Dummy run failed: )?Worker failed with error '(?!')",
     r"', please check the stack trace above.*",
 )
+WARNS = re.compile(r"[Ff]ail|[Ee]rror|[Ee]xception|annot |[Cc]ould not|nable to")
+WENT_ON = "a warning"  # what `outside` says of the traceback of one
 CLEANING = re.compile(r"object has no attribute")  # from cleaning up what was never made
 NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
 UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
-UCX_FAILED = re.compile(r"MPI_INIT|PML add|MPI_Init|PMPI_|\bucp_|UCX_ERR|ucxx|nixl", re.IGNORECASE)
+UCX_FAILED = re.compile(r"(?i)MPI_INIT|PML add|PMPI_|\bucp_|UCX_ERR|ucxx|nixl|by remote peer")
 BUILD_WARNS = any_of(
     r"(nvcc|ptxas) fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:",
     r".*\b(nvcc|cicc|ptxas|gcc|g\+\+|ninja): (command )?not found",

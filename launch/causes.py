@@ -66,7 +66,7 @@ class Finding:
 def judge(text: str, at: int, rest: Sequence[str] = (), unknown: Weight = Weight.CRASH) -> Finding:
     """Weigh a line by the table; `rest` are the further lines of its message."""
     first = known(text)
-    if first and first.weight != Weight.ECHO:
+    if first and first.weight not in (Weight.CRASH, Weight.ECHO):
         return Finding(text, at, first.weight, first)
     for more in rest:
         if (found := known(more)) and found.weight < (first.weight if first else Weight.REPORT):
@@ -113,7 +113,17 @@ def exception(lines: Sequence[Line], at: int) -> Finding:
         code = lines[at - 1].text if re.search(r"\w", lines[at - 1].text) else lines[at - 2].text
         text = f"{text}: {code.strip()}" if at > 1 and code.startswith("    ") else text
         return replace(judge(text, at, said), bare=True)
-    return judge(text, at, said)
+    new = judge(text, at, said)
+    refused = not new.kind and shapes.REFUSES.match(text)
+    return replace(new, kind=by_place(lines, at)) if refused else new
+
+
+def by_place(lines: Sequence[Line], at: int) -> Kind | None:
+    """What an exception means by the file that raised it, if a row names that file."""
+    frames = (shapes.FRAME.match(line.text) for line in reversed(lines[max(at - 6, 0) : at]))
+    frame = next(filter(None, frames), None)
+    kind = known(f"raised in {frame[1]}") if frame else None
+    return kind if kind and "^raised in" in kind.says.pattern else None
 
 
 def outside(new: Finding, where: str) -> Finding:
@@ -122,7 +132,8 @@ def outside(new: Finding, where: str) -> Finding:
     One that ended a request concerns only that request, unless it is about the GPU.
     """
     remote = new.kind and new.kind.group == "The model"  # such as usage reports that are sent home
-    if where.startswith("Exception in thread") and new.weight != Weight.ROOT and not remote:
+    thread = where.startswith("Exception in thread") and new.weight != Weight.ROOT and not remote
+    if thread or where == shapes.WENT_ON:
         return replace(new, weight=max(new.weight, Weight.ECHO))
     if where.startswith("Exception in ASGI") and not (new.kind and "GPU" in new.kind.group):
         return replace(new, weight=Weight.REPORT)
@@ -238,12 +249,21 @@ class Reader:
                 self.outside.pop(speaker, None)
         elif shapes.OUTSIDE.match(text):
             self.outside[speaker] = text
+        elif text.startswith("Traceback") and self.goes_on(at):
+            self.outside[speaker] = shapes.WENT_ON
         elif text.startswith(shapes.LINKED):
             self.linked.add(speaker)
         elif shapes.EXCEPTION.match(text):
             self.take_exception(exception(self.lines, at), speaker)
         else:
             self.found += self.others(at, line)
+
+    def goes_on(self, at: int) -> bool:
+        """Whether the traceback at `at` belongs to a warning, after which the speaker went on."""
+        before, *after = (line for line in self.lines[max(at - 1, 0) : at + 60])
+        quiet = before.loud is False and before.speaker == self.lines[at].speaker
+        says_so = quiet and self.lines[at].loud is None and shapes.WARNS.search(before.text)
+        return bool(says_so) and any(x.loud is False and x.speaker == before.speaker for x in after)
 
     def ending(self, new: Finding) -> Finding:
         """Mark what ends the process; rows about loading do not explain a serving server's end."""
