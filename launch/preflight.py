@@ -15,7 +15,7 @@ from pathlib import Path
 from common.talk import Failure, aligned, counted, die, say, speaking
 from launch import slurm
 from launch.engines import packages
-from launch.findings import Finding, Node, Wanted, gpus_of, usable
+from launch.findings import Finding, Node, Wanted, gpus_of, named, usable
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
@@ -193,7 +193,11 @@ def probe(workspace: Path, place: Place) -> Iterator[str]:
 def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
     if wanted.gpus == "none":
         return node.ok("gpus", "not asked for")
-    none = "GPUS=none is for an engine without GPUs"
+    none, there = "GPUS=none is for an engine without GPUs", node.facts.gpus
+    absent = [gpu for gpu in named(wanted.gpus) if gpu.isdecimal() and int(gpu) >= there > 0]
+    if absent and is_head:
+        text = f"GPUS={wanted.gpus} names GPU {absent[0]}, and there are only 0 to {there - 1}"
+        return node.bad("gpus", text, "see nvidia-smi -L there")
     if node.gpus and node.share:
         return judge_share(node, node.share, wanted.gpus)
     if node.gpus or not is_head:

@@ -115,10 +115,20 @@ def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -
         ("all", 1, share("0,1", of=7), "bad", "GPUS=all takes GPUs that the job does not have"),
         ("2", 8, share("0,1"), "bad", "GPUS=2 takes GPUs that the job does not have"),
         ("all", 8, share("0,1,2,3,4,5,6,7"), "ok", "8"),
+        (
+            "device=7,8",
+            8,
+            share("0,1,2,3,4,5,6,7"),
+            "bad",
+            "GPUS=device=7,8 names GPU 8, and there",
+        ),
+        ("device=8", 8, None, "bad", "GPUS=device=8 names GPU 8, and there are only 0 to 7"),
+        ("device=0", 0, share("0,1,2,3,4,5,6,7"), "ok", "8"),  # a machine that shows no devices
+        ("device=MIG-8,7:1,7", 8, None, "ok", "8"),
     ],
 )
 def test_no_gpu_of_somebody_else_is_taken(
-    asked: str, there: int, share: Share, state: str, text: str
+    asked: str, there: int, share: Share | None, state: str, text: str
 ) -> None:
     found = judge([replace(node(gpus=there), share=share)], wanted(gpus=asked))
     assert states(found)["gpus"][0] == state

@@ -187,6 +187,12 @@ def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
         ([], {"PRIVILEGED": "true"}, "PRIVILEGED is 'true', neither 0 nor 1"),
         ([], {"GPUS": "yes"}, "GPUS is 'yes', not auto, none, or what docker's --gpus takes"),
+        (
+            [],
+            {"GPUS": "0,1"},
+            "GPUS is '0,1', not auto, none, or what docker's --gpus takes, such as",
+        ),
+        ([], {"GPUS": "all,4"}, "GPUS is 'all,4', not auto"),
         (["--image", ""], {}, "--image is empty"),
         (["--container-mount="], {}, "--container-mount is empty"),
         (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),

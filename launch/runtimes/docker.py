@@ -104,7 +104,7 @@ def left(node: str, name: str, why: str) -> str:
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
     # Docker needs a list of GPUs in quotes, which a shell or .env may have taken away.
-    alone = re.fullmatch(r"['\"]?device=([\w.:,-]+)['\"]?", replica.gpus)
+    alone = re.fullmatch(r"['\"]?device=([\w.:,/-]+)['\"]?", replica.gpus)
     devices = ",".join(replica.devices) or (alone[1] if alone else "")
     return kind(
         name=plan.name_of(replica),
