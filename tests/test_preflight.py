@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,12 @@ def test_a_node_tells_what_it_has(fakes: Fakes) -> None:
         Container("er-strangers", "strangers", "", "", ""),
         Container("container-x", "x", "66", "l:1:2", "me"),
     ]
+
+
+def test_a_node_without_hostname_tells_the_addresses_of_its_routes_alone(fakes: Fakes) -> None:
+    fakes.without("hostname")
+    for each in ask(fakes, wanted()).facts.addresses:
+        assert ip_address(each)
 
 
 def test_where_the_room_is_not_known_there_is_none() -> None:

@@ -88,8 +88,8 @@ def addresses() -> list[str]:
     """Our addresses: towards the launcher, then towards the outside, then all others."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
-    every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
-    return list(dict.fromkeys([*filter(None, routed), *every]))
+    code, said = ask("hostname", "-I", stderr=subprocess.DEVNULL)  # small systems have none
+    return list(dict.fromkeys([*filter(None, routed), *([] if code else said.split())]))
 
 
 def source_towards(address: str) -> str:
