@@ -475,6 +475,25 @@ def test_a_node_without_hostname_tells_the_addresses_of_its_routes_alone(fakes: 
         assert ip_address(each)
 
 
+@pytest.mark.parametrize(
+    ("store", "config", "where"),
+    [
+        ("overlay2", "", "docker"),
+        ("io.containerd.snapshotter.v1", "", "containerd"),
+        ("io.containerd.snapshotter.v1", "version = 3\nroot = '{}'\n", "moved"),
+        ("io.containerd.snapshotter.v1", "root = '/no/such'\n", "docker"),
+    ],
+)
+def test_the_room_for_images_is_where_dockers_store_keeps_them(
+    tmp_path: Path, store: str, config: str, where: str
+) -> None:
+    for name in ("docker", "containerd", "moved"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.toml").write_text(config.format(tmp_path / "moved"))
+    system = str(tmp_path / "config.toml"), str(tmp_path / "containerd")
+    assert survey.place_of_images(str(tmp_path / "docker"), store, *system) == str(tmp_path / where)
+
+
 def test_where_the_room_is_not_known_there_is_none() -> None:
     assert survey.free_bytes("/no/such") == 0
 
