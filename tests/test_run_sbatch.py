@@ -1845,6 +1845,19 @@ def test_a_spooled_copy_of_a_link_finds_the_original(
     assert done.code() == 0, done.output
 
 
+def test_a_copy_that_sbatch_has_read_from_its_input_goes_on_in_its_folder(
+    fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path
+) -> None:
+    """`sbatch < run_sbatch.py`: Slurm knows no name, only where it was said."""
+    fakes.set(job=JOB.format(command="(null)", workdir=toolset))
+    done = launch("m", "--dry-run", script=spooled, slurm=True)
+    assert done.code() == 0, done.output
+    fakes.set(job=JOB.format(command="(null)", workdir="/elsewhere"))
+    failed = launch("m", "--dry-run", script=spooled, slurm=True)
+    assert failed.code() == 1
+    assert failed.output.endswith("submit it by its path, which the node has to see\n")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_copy_whose_original_is_gone_says_so(
     fakes: Fakes, launch: Launcher, spooled: Path, known: bool
