@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
 from common.talk import Failure
+from launch import slurm
 from launch.nodes import Place, expand, find_place
 from launch.plan import Replica
 from launch.preflight import refuse_gpus_of_jobs
@@ -187,6 +189,19 @@ def test_a_job_that_does_not_run_is_a_sentence(
     with pytest.raises(Failure, match=words) as failure:
         find_place({"SLURM_JOB_ID": job})
     assert "SLURM_JOB_ID" in failure.value.hint
+
+
+@pytest.mark.parametrize(
+    "said", ["Unable to contact slurm controller (connect failure)", slurm.TIMED_OUT]
+)
+def test_a_controller_that_does_not_answer_is_not_blamed_on_the_job(
+    fakes: Fakes, said: str
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", f"import sys; sys.exit('slurm_load_jobs error: {said}')")
+    with pytest.raises(Failure, match="asking Slurm about job 77 .*" + re.escape(said)) as failure:
+        find_place({"SLURM_JOB_ID": "77"})
+    assert "scontrol ping" in failure.value.hint and "SLURM_JOB_ID" not in failure.value.hint
 
 
 SHOW = "import os; print('NodeName=' + os.uname().nodename.partition('.')[0], {!r})"
