@@ -212,11 +212,14 @@ def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
     """Failure if we are in no job, on a machine whose GPUs Slurm has given to jobs."""
     if place.slurm or asked == "none" or "device=" in asked:
         return
-    name = os.uname().nodename.partition(".")[0]
-    try:
-        said = run(["scontrol", "show", "node", "-d", "-o", name], timeout=10)
-    except Failure:  # it is no node of Slurm's
-        return
+    name, said = os.uname().nodename.partition(".")[0], ""
+    show = partial(run, timeout=10)
+    with contextlib.suppress(Failure):  # it is no node of Slurm's
+        try:
+            said = show(["scontrol", "show", "node", "-d", "-o", name])
+        except Failure:  # or Slurm calls it otherwise
+            if alias := show(["scontrol", "show", "aliases", name]).strip():
+                said = show(["scontrol", "show", "node", "-d", "-o", alias])
     used = re.search(r" GresUsed=(\S+)", said)
     if used and share_of(used[1], "").count:
         what = f"Slurm has given GPUs of {name} to jobs ({used[1]}), and you are not in a job"

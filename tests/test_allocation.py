@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 
@@ -235,6 +236,24 @@ def test_outside_of_a_job_the_gpus_of_jobs_are_not_taken(
     assert "salloc" in failure.value.hint
     fakes.without("scontrol")
     refuse_gpus_of_jobs(here, asked)
+
+
+@pytest.mark.parametrize("alias", ["gpu-st-1", ""])
+def test_slurm_may_call_this_machine_by_another_name(fakes: Fakes, alias: str) -> None:
+    """As in clouds, whose machines have names of their own (NodeHostname)."""
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", f"""import os, sys
+name = os.uname().nodename.partition(".")[0]
+match sys.argv[1:]:
+    case ["show", "aliases", asked] if asked == name:
+        print({alias!r})
+    case ["show", "node", "-d", "-o", "gpu-st-1"]:
+        print("NodeName=gpu-st-1 Gres=gpu:8 GresUsed=gpu:2(IDX:0-1)")
+    case ["show", "node", "-d", "-o", asked]:
+        sys.exit(f"Node {{asked}} not found")
+""")  # fmt: skip
+    with pytest.raises(Failure) if alias else contextlib.nullcontext():
+        refuse_gpus_of_jobs(Place("local1", 1, ()), "auto")
 
 
 def test_a_list_of_nodes_is_slurms_to_expand(fakes: Fakes) -> None:
