@@ -77,6 +77,10 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         from launch import manage  # late: a launch does not need it
 
         return manage.act(args)
+    task = os.environ.get("SLURM_JOB_ID") and os.environ.get("SLURM_PROCID")
+    if task not in (None, "", "0"):
+        say(f"srun starts several launchers: task 0 goes on, task {task} ends; leave srun out")
+        return 0
     request = read(args, rest)
     if args.dry_run:
         plan = request.plan if request.plan.release else settled(request.plan, {})

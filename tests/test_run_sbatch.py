@@ -1200,6 +1200,19 @@ def test_what_cannot_work_is_told_before_anything_is_started(
     assert fakes.calls("docker", "run") == []
 
 
+def test_of_several_launchers_that_srun_starts_the_first_alone_goes_on(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    """`salloc -N2 srun run_sbatch.py`: both would serve, and each would blame the other."""
+    second = launch("m", "--check", slurm=True, SLURM_PROCID="1")
+    assert second.code() == 0, second.output
+    assert "task 1 ends" in second.output and "leave srun out" in second.output
+    assert fakes.calls() == []
+    for here in ({"slurm": True, "SLURM_PROCID": "0"}, {"SLURM_PROCID": "1"}):  # or a leftover
+        first = launch("m", "--dry-run", **here)
+        assert first.code() == 0 and "trtllm-serve" in first.output
+
+
 def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
     fakes: Fakes, launch: Launcher
 ) -> None:
