@@ -91,6 +91,7 @@ def test_a_step_in_a_heterogeneous_job_names_its_component(
     fakes.program("scontrol", f"import sys; print({HET!r} if 'job' in sys.argv else {NODES!r})")
     place = find_place({"SLURM_JOB_ID": job, "SLURM_HET_SIZE": "2"})
     assert place.allocation.shares == {node: share}
+    assert place.allocation.name == f"7+{which}"  # as squeue shows it, for make stop
     clean = ["env", "-u", "SLURM_HET_SIZE", "srun"]
     assert place.every[:6] == [*clean, "--jobid=7", f"--het-group={which}"]
 
