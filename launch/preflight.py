@@ -99,12 +99,14 @@ def ask_until(
 
 
 def say_waiting(place: Place, patience: float, seconds: float) -> None:
-    names = os.environ.get("SLURM_JOB_NODELIST", "the nodes")
+    nodes = place.allocation.nodes
+    names = ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if nodes[4:] else "")
     waited = f"after {seconds:.0f} s of at most {patience:.0f}"
-    why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
+    why = "booting, in a Prolog, or kept by another step (`squeue --steps`)?"
+    state = state_of(place.job) if place.slurm else ""
     if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say that, and tries again
         why = f"Slurm calls job {place.job} {state}"
-    say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
+    say(f"no answer yet from {names or 'the nodes'} {waited} (--ready-timeout): {why}")
 
 
 def gather(told: Iterable[Told]) -> list[Node]:

@@ -670,13 +670,14 @@ def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
     first = f"mkdir {tmp_path}/once && echo '{gives_up} send/recv operation' >&2 && exit 1"
     monkeypatch.setattr(preflight, "PATIENCE", 0.1)
     monkeypatch.setattr("common.talk.HEARTBEAT", 0.1)
-    os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]"))
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="another-job's"))
     script = f'{first}; sleep 1; exec "$@"'
+    allocation = Allocation("77", nodes=("n1", "n2", "n3", "n4", "n5", "n6"))
     [node] = preflight.ask_nodes(
-        wanted(), Place("77", 1, ("bash", "-c", WITHOUT + script, "srun")), 60
+        wanted(), Place("77", 1, ("bash", "-c", WITHOUT + script, "srun"), allocation), 60
     )
     assert node.name == "local"
-    line = r"no answer yet from n\[1-2\] after \d+ s of at most 60 \(--ready-timeout\)"
+    line = r"no answer yet from n1, n2, n3, n4 and 2 more after \d+ s of at most 60 \(--ready-timeout\)"
     assert len(re.findall(line, capfd.readouterr().err)) > 1
     with pytest.raises(Failure, match="asking the nodes did not end within") as failure:
         preflight.ask_nodes(wanted(), slow(), 0.3)
