@@ -18,7 +18,7 @@ from launch.runtimes import NAMES as RUNTIMES
 from launch.squash import is_squash
 
 GPU_WORDS = re.compile(
-    "auto|none|(all|-1|[0-9]+)(,[\"']?\\w+=.*)?|"
+    "auto|none|(all|-1|[1-9][0-9]*)(,[\"']?\\w+=.*)?|"
     "[\"']?(driver|count|device|capabilities|options)=.+",
     re.S,
 )

@@ -193,6 +193,7 @@ def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
             "GPUS is '0,1', not auto, none, or what docker's --gpus takes, such as",
         ),
         ([], {"GPUS": "all,4"}, "GPUS is 'all,4', not auto"),
+        ([], {"GPUS": "0"}, "GPUS is '0', not auto"),  # which GPU, not how many
         (["--image", ""], {}, "--image is empty"),
         (["--container-mount="], {}, "--container-mount is empty"),
         (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
