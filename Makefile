@@ -19,7 +19,7 @@ GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULT
 GIVEN += CONFIGS GOODPUT
 GIVEN += REPLICA PREFILL DECODE PREFILL_CONFIG DECODE_CONFIG
 GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER CLUSTER HOURS LOG JOB
-# Shells that export HOST mean their own machine: only `make test HOST=...` counts.
+# Shells that export HOST mean their own machine: only `make serve HOST=...` counts.
 ifneq ($(origin HOST),command line)
 HOST :=
 endif
@@ -79,8 +79,8 @@ sqsh: $(READY) ## Save the image for pyxis and enroot (IMAGE= FILE=)
 
 ##@ Serve
 .PHONY: serve
-serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= PORT= IMAGE= REPLICAS= PREFILL= DECODE= EXTRA_ARGS=)
-	$(PY) run_sbatch.py $(call flag,MODEL,) $(POOLS) $(EXTRA_ARGS) $(OR_STOPPED)
+serve: $(READY) ## Serve a model here, or in this Slurm allocation (MODEL= TP= ENGINE= HOST= PORT= IMAGE= REPLICAS= PREFILL= DECODE= EXTRA_ARGS=)
+	$(PY) run_sbatch.py $(call flag,MODEL,) $(call flag,HOST,--host) $(POOLS) $(EXTRA_ARGS) $(OR_STOPPED)
 
 .PHONY: stop
 stop: $(READY) ## Stop what was started from this workspace, or only one job (JOB=)

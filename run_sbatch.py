@@ -65,6 +65,7 @@ def original_directory() -> Path:
         show = ""
     fields = dict(line.strip().partition("=")[::2] for line in show.splitlines())
     command, workdir = fields.get("Command", ""), fields.get("WorkDir", "")
+    command = command.replace("(null)", "run_sbatch.py")  # sbatch has read it from its input
     # Command= includes the arguments. A path may hold spaces, too, so every prefix is tried.
     for path in accumulate(command.split(" "), "{} {}".format):
         script = Path(workdir, path).resolve()
@@ -72,7 +73,8 @@ def original_directory() -> Path:
             return script.parent
     raise SystemExit(
         f"run_sbatch.py: the folder launch/ is not beside it, nor beside {command or '(unknown)'}"
-        f" which job {job or '(none)'} was submitted as"
+        f" which job {job or '(none)'} was submitted as: submit it by its path, which the node has"
+        " to see"
     )
 
 

@@ -47,8 +47,7 @@ SQUASH = "-comp zstd -Xcompression-level 3 -b 1M".split()  # enroot's own do not
 OF_TAR = "-tar -no-progress -quiet -all-root -root-mode 755 -wildcards -e dev/* .dockerenv".split()
 # As in enroot's images: pyxis puts into rc.local what runs in place of the entrypoint.
 RC = 'cd "{}" && unset OLDPWD || exit; [ ! -s /etc/rc.local ] || . /etc/rc.local; exec {} "$@"\n'
-CHUNK = 1 << 20
-SMALL = 16 << 20  # a larger file is no manifest or sidecar
+CHUNK, SMALL = 1 << 20, 16 << 20  # bytes; a file larger than SMALL is no manifest or sidecar
 Json = Any  # anything that a document may hold
 Sink = Callable[[bytes], object]
 Side = tuple[Callable[..., object], ...]  # a stream's reader, and the sinks that see its chunks
@@ -250,13 +249,14 @@ def unpack(tarball: Path, verb: str, left: Side, right: Side) -> str:
 def inspect(image: str) -> Json:
     with Child("docker", "image", "inspect", "--", image, stdout=PIPE) as docker:
         answer = docker.stdout.read()
-        if docker.wait() and "no such image" in docker.words().lower():
+        if docker.wait() and re.search("(?i)no such image|image not known", docker.words()):
             die(f"image {image} is not in the local Docker", hint="build it with `make docker`")
         docker.finish()
     try:
         (found,) = json.loads(answer)
         layers, config = found["RootFS"]["Layers"], found.get("Config") or {}
-        return {"id": found["Id"], "layers": layers, "size": found["Size"], "config": config}
+        name = f"sha256:{found['Id'].removeprefix('sha256:')}"  # podman's lacks that
+        return {"id": name, "layers": layers, "size": found["Size"], "config": config}
     except (TypeError, ValueError, LookupError, AttributeError):
         die(f"docker image inspect {image} gave an answer that cannot be read")
 

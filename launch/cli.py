@@ -18,8 +18,11 @@ from launch.runtimes import NAMES as RUNTIMES
 from launch.squash import is_squash
 
 GPU_WORDS = re.compile(
-    "auto|none|(all|-1|[0-9]+)(,.*)?|[\"']?(driver|count|device|capabilities|options)=.+", re.S
+    "auto|none|(all|-1|[1-9][0-9]*)(,[\"']?\\w+=.*)?|"
+    "[\"']?(driver|count|device|capabilities|options)=.+",
+    re.S,
 )
+OF_DOCKER = "what docker's --gpus takes, such as device=0,1"
 GIVEN = """image workspace container_mount engine ready_timeout restart runtime replicas
     load_at_once stop""".split()
 EVERY = "*"  # a --stop without a JOB
@@ -166,7 +169,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if (privileged := setting("PRIVILEGED")) not in ("0", "1"):
         parser.error(f"PRIVILEGED is {privileged!r}, neither 0 nor 1")
     if not GPU_WORDS.fullmatch(gpus := setting("GPUS")):
-        parser.error(f"GPUS is {gpus!r}, not auto, none, or what docker's --gpus takes")
+        parser.error(f"GPUS is {gpus!r}, not auto, none, or {OF_DOCKER}")
     if not is_directory(args.workspace):
         parser.error(f"--workspace: {args.workspace} is not a directory")
     if not is_of_what_runs(args):

@@ -102,7 +102,8 @@ def read_tarball(path: Path) -> Image:
     try:
         path = path.expanduser().resolve()
         if not path.is_file():
-            die(f"the image tarball {path} does not exist", hint=GET_ONE)
+            what = "is not a file" if path.exists() else "does not exist"
+            die(f"the image tarball {path} {what}", hint=GET_ONE)
         codec, size = codec_of(path), path.stat().st_size
     except OSError as error:
         die(f"cannot read the image tarball {path}: {error.strerror}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from common.settings import load_env_files, setting
 from common.signals import SIGNALS, Stopped, obey, outlive_warnings
@@ -23,8 +24,10 @@ from launch.nodes import find_place
 from launch.plan import (
     Plan,
     Replica,
+    check_links,
     find_model,
     make_plan,
+    paths_of,
     release_known,
     settled,
     wanted_of,
@@ -74,6 +77,10 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         from launch import manage  # late: a launch does not need it
 
         return manage.act(args)
+    task = os.environ.get("SLURM_JOB_ID") and os.environ.get("SLURM_PROCID")
+    if task not in (None, "", "0"):
+        say(f"srun starts several launchers: task 0 goes on, task {task} ends; leave srun out")
+        return 0
     request = read(args, rest)
     if args.dry_run:
         plan = request.plan if request.plan.release else settled(request.plan, {})
@@ -141,6 +148,8 @@ def fitted(request: Request, nodes: Sequence[Node], args: argparse.Namespace) ->
     """The plan laid over these nodes, with their devices. Failure if they are not fit for it."""
     plan = lay_out(request.plan, request, nodes, args)
     plan = replace(plan, device_files=device_files(nodes[: plan.nodes]))
+    if plan.tag:
+        check_links(paths_of(plan), [*map(Path, plan.mounts)])
     preflight.stop_if_bad(preflight.judge_replicas(nodes, plan))
     return plan
 

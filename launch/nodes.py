@@ -145,7 +145,9 @@ def ask_slurm(job: str) -> slurm.Allocation:
     try:
         said = run(["scontrol", "show", "job", "-d", job], what=f"asking Slurm about job {job}")
     except Failure as failure:
-        die(failure.message, hint=hint)
+        silent = re.search(f"Unable to contact|did not end|{slurm.TIMED_OUT}", failure.message)
+        again = "Slurm's controller does not answer (`scontrol ping`): try again when it does"
+        die(failure.message, hint=again if silent else hint)
     record = slurm.record_of(job, said)
     state, nodes = slurm.value_in(record, "JobState"), slurm.value_in(record, "NodeList")
     if state in (*OVER, "PENDING") or nodes in ("", "(null)"):

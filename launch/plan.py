@@ -234,12 +234,28 @@ def local_paths(model: str, config: str | None) -> list[Path]:
 
 def check_mounted(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
     for path in paths:
-        # Both name and target have to be: a link from outside does not exist inside.
-        called = any(path.is_relative_to(m) for m in mounts)
-        if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
-            these = ", ".join(map(str, mounts)) + (" are" if mounts[1:] else " is")
-            hint = "move it into one of them, or mount its directory with --container-mount"
-            die(f"{path} is not mounted into the container; only {these}", hint=hint)
+        check_seen(path, mounts, f"{path} is")
+
+
+def check_links(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
+    """The same for the files of a model that are links, as those of a download may be."""
+    for path in paths:
+        files: list[str] = []
+        with contextlib.suppress(OSError), os.scandir(real(str(path))) as found:
+            files = [each.path for each in found if each.is_symlink() and each.is_file()]
+        for file in map(Path, files):
+            by_name = os.path.isabs(os.readlink(file))  # noqa: PTH115, PTH117
+            what = f"{file} leads to {led_to(file)}, which is"
+            check_seen(led_to(file), mounts, what, by_name=by_name)
+
+
+def check_seen(path: Path, mounts: Sequence[Path], what: str, *, by_name: bool = True) -> None:
+    # Both name and target have to be: a link from outside does not exist inside.
+    called = not by_name or any(path.is_relative_to(m) for m in mounts)
+    if not (called and any(path.resolve().is_relative_to(m.resolve()) for m in mounts)):
+        these = ", ".join(map(str, mounts)) + (" are" if mounts[1:] else " is")
+        hint = "move it into one of them, or mount its directory with --container-mount"
+        die(f"{what} not mounted into the container; only {these}", hint=hint)
 
 
 def make_plan(

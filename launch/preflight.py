@@ -15,7 +15,7 @@ from pathlib import Path
 from common.talk import Failure, aligned, counted, die, say, speaking
 from launch import slurm
 from launch.engines import packages
-from launch.findings import Finding, Node, Wanted, gpus_of, usable
+from launch.findings import Finding, Node, Wanted, gpus_of, named, usable
 from launch.identity import is_alive
 from launch.image import Image, is_pulled_anew
 from launch.node.containers import Reap
@@ -99,12 +99,14 @@ def ask_until(
 
 
 def say_waiting(place: Place, patience: float, seconds: float) -> None:
-    names = os.environ.get("SLURM_JOB_NODELIST", "the nodes")
+    nodes = place.allocation.nodes
+    names = ", ".join(nodes[:4]) + (f" and {len(nodes) - 4} more" if nodes[4:] else "")
     waited = f"after {seconds:.0f} s of at most {patience:.0f}"
-    why, state = "booting, or in a Prolog?", state_of(place.job) if place.slurm else ""
+    why = "booting, in a Prolog, or kept by another step (`squeue --steps`)?"
+    state = state_of(place.job) if place.slurm else ""
     if state not in ("", "RUNNING", "CONFIGURING"):  # srun does not say that, and tries again
         why = f"Slurm calls job {place.job} {state}"
-    say(f"no answer yet from {names} {waited} (--ready-timeout): {why}")
+    say(f"no answer yet from {names or 'the nodes'} {waited} (--ready-timeout): {why}")
 
 
 def gather(told: Iterable[Told]) -> list[Node]:
@@ -193,7 +195,11 @@ def probe(workspace: Path, place: Place) -> Iterator[str]:
 def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
     if wanted.gpus == "none":
         return node.ok("gpus", "not asked for")
-    none = "GPUS=none is for an engine without GPUs"
+    none, there = "GPUS=none is for an engine without GPUs", node.facts.gpus
+    absent = [gpu for gpu in named(wanted.gpus) if gpu.isdecimal() and int(gpu) >= there > 0]
+    if absent and is_head:
+        text = f"GPUS={wanted.gpus} names GPU {absent[0]}, and there are only 0 to {there - 1}"
+        return node.bad("gpus", text, "see nvidia-smi -L there")
     if node.gpus and node.share:
         return judge_share(node, node.share, wanted.gpus)
     if node.gpus or not is_head:
@@ -208,11 +214,14 @@ def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
     """Failure if we are in no job, on a machine whose GPUs Slurm has given to jobs."""
     if place.slurm or asked == "none" or "device=" in asked:
         return
-    name = os.uname().nodename.partition(".")[0]
-    try:
-        said = run(["scontrol", "show", "node", "-d", "-o", name], timeout=10)
-    except Failure:  # it is no node of Slurm's
-        return
+    name, said = os.uname().nodename.partition(".")[0], ""
+    show = partial(run, timeout=10)
+    with contextlib.suppress(Failure):  # it is no node of Slurm's
+        try:
+            said = show(["scontrol", "show", "node", "-d", "-o", name])
+        except Failure:  # or Slurm calls it otherwise
+            if alias := show(["scontrol", "show", "aliases", name]).strip():
+                said = show(["scontrol", "show", "node", "-d", "-o", alias])
     used = re.search(r" GresUsed=(\S+)", said)
     if used and share_of(used[1], "").count:
         what = f"Slurm has given GPUs of {name} to jobs ({used[1]}), and you are not in a job"

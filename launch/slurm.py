@@ -49,7 +49,7 @@ class Share:
 class Allocation:
     """What Slurm says of a job."""
 
-    name: str = ""  # what names it alone: 41_3, since 41 is a whole array and one task of it
+    name: str = ""  # as squeue shows it: 41_3, since 41 is a whole array and one task of it; 41+1
     restarts: int = 0
     nodes: tuple[str, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out
@@ -85,6 +85,7 @@ def allocation_of(record: str, known: str, expand: Callable[[str], Iterable[str]
     managed = {node: share for node, share in shares.items() if share.of or node in silent}
     het = re.match(r"\s*JobId=\d+ HetJobId=(\d+) HetJobOffset=(\d+) ", record)
     component = (het[1], het[2]) if het else None
+    name = "+".join(component) if component else name
     return Allocation(name, int(restarts[1]) if restarts else 0, nodes, managed, component)
 
 

@@ -87,7 +87,7 @@ def spread_over(world: World, gpus: Sequence[int], mpi: str) -> Spread:
     if len(set(gpus)) > 1:
         found = f"the nodes have unequal numbers of GPUs ({', '.join(map(str, gpus))})"
         why = "and the engine maps ranks to GPUs by one number"
-        die(f"{found}, {why}", hint="allocate nodes of one kind")
+        die(f"{found}, {why}", hint="allocate nodes of one kind, with --gpus-per-node")
     each, why = gpus[0], f"which does not fill nodes of {gpus[0]} GPUs evenly"
     if world.size % each:
         die(f"the world size is {world}, {why}", hint=f"choose a multiple of {each}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 
 import pytest
 
 from common.talk import Failure
+from launch import slurm
 from launch.nodes import Place, expand, find_place
 from launch.plan import Replica
 from launch.preflight import refuse_gpus_of_jobs
@@ -88,6 +91,7 @@ def test_a_step_in_a_heterogeneous_job_names_its_component(
     fakes.program("scontrol", f"import sys; print({HET!r} if 'job' in sys.argv else {NODES!r})")
     place = find_place({"SLURM_JOB_ID": job, "SLURM_HET_SIZE": "2"})
     assert place.allocation.shares == {node: share}
+    assert place.allocation.name == f"7+{which}"  # as squeue shows it, for make stop
     clean = ["env", "-u", "SLURM_HET_SIZE", "srun"]
     assert place.every[:6] == [*clean, "--jobid=7", f"--het-group={which}"]
 
@@ -189,6 +193,19 @@ def test_a_job_that_does_not_run_is_a_sentence(
     assert "SLURM_JOB_ID" in failure.value.hint
 
 
+@pytest.mark.parametrize(
+    "said", ["Unable to contact slurm controller (connect failure)", slurm.TIMED_OUT]
+)
+def test_a_controller_that_does_not_answer_is_not_blamed_on_the_job(
+    fakes: Fakes, said: str
+) -> None:
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", f"import sys; sys.exit('slurm_load_jobs error: {said}')")
+    with pytest.raises(Failure, match="asking Slurm about job 77 .*" + re.escape(said)) as failure:
+        find_place({"SLURM_JOB_ID": "77"})
+    assert "scontrol ping" in failure.value.hint and "SLURM_JOB_ID" not in failure.value.hint
+
+
 SHOW = "import os; print('NodeName=' + os.uname().nodename.partition('.')[0], {!r})"
 
 
@@ -220,6 +237,24 @@ def test_outside_of_a_job_the_gpus_of_jobs_are_not_taken(
     assert "salloc" in failure.value.hint
     fakes.without("scontrol")
     refuse_gpus_of_jobs(here, asked)
+
+
+@pytest.mark.parametrize("alias", ["gpu-st-1", ""])
+def test_slurm_may_call_this_machine_by_another_name(fakes: Fakes, alias: str) -> None:
+    """As in clouds, whose machines have names of their own (NodeHostname)."""
+    os.environ.update(fakes.environment())
+    fakes.program("scontrol", f"""import os, sys
+name = os.uname().nodename.partition(".")[0]
+match sys.argv[1:]:
+    case ["show", "aliases", asked] if asked == name:
+        print({alias!r})
+    case ["show", "node", "-d", "-o", "gpu-st-1"]:
+        print("NodeName=gpu-st-1 Gres=gpu:8 GresUsed=gpu:2(IDX:0-1)")
+    case ["show", "node", "-d", "-o", asked]:
+        sys.exit(f"Node {{asked}} not found")
+""")  # fmt: skip
+    with pytest.raises(Failure) if alias else contextlib.nullcontext():
+        refuse_gpus_of_jobs(Place("local1", 1, ()), "auto")
 
 
 def test_a_list_of_nodes_is_slurms_to_expand(fakes: Fakes) -> None:

@@ -368,6 +368,7 @@ def test_the_cache_is_made_and_arguments_of_any_name_arrive(
         ('"device=1,2"', None, '"device=1,2"'),
         ("device=1,2", None, '"device=1,2"'),  # .env takes a pair of quotes away
         ("'device=MIG-a,0:1'", None, '"device=MIG-a,0:1"'),
+        ("device=MIG-GPU-a/1/0,MIG-GPU-a/2/0", None, '"device=MIG-GPU-a/1/0,MIG-GPU-a/2/0"'),
         ("device=0,driver=nvidia", None, "device=0,driver=nvidia"),
         ("2", None, "2"),
     ],

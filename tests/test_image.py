@@ -374,6 +374,8 @@ def test_every_suffix_that_save_image_writes_names_a_tarball(tmp_path: Path) -> 
     for suffix in (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"):
         with pytest.raises(Failure, match=r"the image tarball .* does not exist"):
             find_image(f"x{suffix}", tmp_path)
+    with pytest.raises(Failure, match=f"the image tarball {tmp_path} is not a file"):
+        find_image(str(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("codec", SUFFIX)

@@ -71,6 +71,12 @@ def test_values_arrive_intact_from_the_environment(checkout: Path, value: str) -
     assert make(checkout, "save", IMAGE=value, FILE=value) == ["save_image.py", "--output", value]
 
 
+def test_a_host_is_where_the_server_listens(checkout: Path) -> None:
+    """Only --host 127.0.0.1 keeps others out: it must not be lost."""
+    words = make(checkout, "serve", "MODEL=m", "HOST=127.0.0.1", HOST="x86_64-conda-linux-gnu")
+    assert words == ["run_sbatch.py", "m", "--host", "127.0.0.1"]
+
+
 def test_of_a_fleet(checkout: Path) -> None:
     assert make(checkout, "logs", "REPLICA=r2") == ["run_sbatch.py", "--logs", "r2"]
     pools = {"PREFILL": "1", "DECODE": "2", "PREFILL_CONFIG": "a b.yaml", "DECODE_CONFIG": "c.yaml"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from common.talk import Failure
 from launch.engines import engine
 from launch.engines.trtllm import config_of
 from launch.plan import (
+    check_links,
     check_mounted,
     find_caches,
     find_mounts,
@@ -150,6 +152,28 @@ def test_what_the_container_would_not_see_is_refused(tmp_path: Path, path: str, 
     with pytest.raises(Failure, match="is not mounted into the container") as failure:
         check_mounted([tmp_path / path], [fsx])
     assert "--container-mount" in failure.value.hint
+
+
+def test_a_file_of_a_model_that_leads_out_of_the_mounts_is_refused(tmp_path: Path) -> None:
+    """As in a folder that a colleague has downloaded to, whose files are in their own cache."""
+    fsx, model, theirs = tmp_path / "fsx", tmp_path / "fsx/real/m", tmp_path / "theirs"
+    for made in (fsx / "real/blobs", model, theirs):
+        made.mkdir(parents=True)
+    for blob in (fsx / "real/blobs/1", theirs / "2"):
+        blob.touch()
+    (fsx / "m").symlink_to("real/m")
+    (model / "config.json").symlink_to("../blobs/1")  # as in a cache's snapshots
+    (model / "folder").symlink_to(theirs)
+    (model / "gone").symlink_to("/no/such")
+    check_links([fsx / "m", fsx / "c.yaml", Path("/no/such")], [fsx])
+    (model / "model.safetensors").symlink_to(theirs / "2")
+    words = f"{model}/model.safetensors leads to {theirs}/2, which is not mounted into the"
+    with pytest.raises(Failure, match=re.escape(words)) as failure:
+        check_links([fsx / "m"], [fsx])
+    assert "--container-mount" in failure.value.hint
+    check_links([fsx / "m"], [fsx, theirs])
+    (tmp_path / "scratch").symlink_to(fsx)  # what is mounted by another name
+    check_links([fsx / "m"], [tmp_path / "scratch", theirs])
 
 
 def test_a_cache_behind_a_link_is_seen(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,20 @@ def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -
         ("all", 1, share("0,1", of=7), "bad", "GPUS=all takes GPUs that the job does not have"),
         ("2", 8, share("0,1"), "bad", "GPUS=2 takes GPUs that the job does not have"),
         ("all", 8, share("0,1,2,3,4,5,6,7"), "ok", "8"),
+        (
+            "device=7,8",
+            8,
+            share("0,1,2,3,4,5,6,7"),
+            "bad",
+            "GPUS=device=7,8 names GPU 8, and there",
+        ),
+        ("device=8", 8, None, "bad", "GPUS=device=8 names GPU 8, and there are only 0 to 7"),
+        ("device=0", 0, share("0,1,2,3,4,5,6,7"), "ok", "8"),  # a machine that shows no devices
+        ("device=MIG-8,7:1,7", 8, None, "ok", "8"),
     ],
 )
 def test_no_gpu_of_somebody_else_is_taken(
-    asked: str, there: int, share: Share, state: str, text: str
+    asked: str, there: int, share: Share | None, state: str, text: str
 ) -> None:
     found = judge([replace(node(gpus=there), share=share)], wanted(gpus=asked))
     assert states(found)["gpus"][0] == state
@@ -458,6 +469,31 @@ def test_a_node_tells_what_it_has(fakes: Fakes) -> None:
     ]
 
 
+def test_a_node_without_hostname_tells_the_addresses_of_its_routes_alone(fakes: Fakes) -> None:
+    fakes.without("hostname")
+    for each in ask(fakes, wanted()).facts.addresses:
+        assert ip_address(each)
+
+
+@pytest.mark.parametrize(
+    ("store", "config", "where"),
+    [
+        ("overlay2", "", "docker"),
+        ("io.containerd.snapshotter.v1", "", "containerd"),
+        ("io.containerd.snapshotter.v1", "version = 3\nroot = '{}'\n", "moved"),
+        ("io.containerd.snapshotter.v1", "root = '/no/such'\n", "docker"),
+    ],
+)
+def test_the_room_for_images_is_where_dockers_store_keeps_them(
+    tmp_path: Path, store: str, config: str, where: str
+) -> None:
+    for name in ("docker", "containerd", "moved"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "config.toml").write_text(config.format(tmp_path / "moved"))
+    system = str(tmp_path / "config.toml"), str(tmp_path / "containerd")
+    assert survey.place_of_images(str(tmp_path / "docker"), store, *system) == str(tmp_path / where)
+
+
 def test_where_the_room_is_not_known_there_is_none() -> None:
     assert survey.free_bytes("/no/such") == 0
 
@@ -634,13 +670,14 @@ def test_nodes_that_boot_or_run_a_prolog_are_waited_for(
     first = f"mkdir {tmp_path}/once && echo '{gives_up} send/recv operation' >&2 && exit 1"
     monkeypatch.setattr(preflight, "PATIENCE", 0.1)
     monkeypatch.setattr("common.talk.HEARTBEAT", 0.1)
-    os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="n[1-2]"))
+    os.environ.update(fakes.environment(SLURM_JOB_ID="77", SLURM_JOB_NODELIST="another-job's"))
     script = f'{first}; sleep 1; exec "$@"'
+    allocation = Allocation("77", nodes=("n1", "n2", "n3", "n4", "n5", "n6"))
     [node] = preflight.ask_nodes(
-        wanted(), Place("77", 1, ("bash", "-c", WITHOUT + script, "srun")), 60
+        wanted(), Place("77", 1, ("bash", "-c", WITHOUT + script, "srun"), allocation), 60
     )
     assert node.name == "local"
-    line = r"no answer yet from n\[1-2\] after \d+ s of at most 60 \(--ready-timeout\)"
+    line = r"no answer yet from n1, n2, n3, n4 and 2 more after \d+ s of at most 60 "
     assert len(re.findall(line, capfd.readouterr().err)) > 1
     with pytest.raises(Failure, match="asking the nodes did not end within") as failure:
         preflight.ask_nodes(wanted(), slow(), 0.3)

@@ -187,6 +187,13 @@ def test_a_file_may_be_named_from_home_behind_an_equals_sign() -> None:
         ([], {"RUNTIME": "podman"}, "RUNTIME is 'podman'"),
         ([], {"PRIVILEGED": "true"}, "PRIVILEGED is 'true', neither 0 nor 1"),
         ([], {"GPUS": "yes"}, "GPUS is 'yes', not auto, none, or what docker's --gpus takes"),
+        (
+            [],
+            {"GPUS": "0,1"},
+            "GPUS is '0,1', not auto, none, or what docker's --gpus takes, such as",
+        ),
+        ([], {"GPUS": "all,4"}, "GPUS is 'all,4', not auto"),
+        ([], {"GPUS": "0"}, "GPUS is '0', not auto"),  # which GPU, not how many
         (["--image", ""], {}, "--image is empty"),
         (["--container-mount="], {}, "--container-mount is empty"),
         (["--restart", ""], {"RESTART": "1"}, "--restart is empty"),
@@ -1194,6 +1201,19 @@ def test_what_cannot_work_is_told_before_anything_is_started(
     assert fakes.calls("docker", "run") == []
 
 
+def test_of_several_launchers_that_srun_starts_the_first_alone_goes_on(
+    fakes: Fakes, launch: Launcher
+) -> None:
+    """`salloc -N2 srun run_sbatch.py`: both would serve, and each would blame the other."""
+    second = launch("m", "--check", slurm=True, SLURM_PROCID="1")
+    assert second.code() == 0, second.output
+    assert "task 1 ends" in second.output and "leave srun out" in second.output
+    assert fakes.calls() == []
+    for here in ({"slurm": True, "SLURM_PROCID": "0"}, {"SLURM_PROCID": "1"}):  # or a leftover
+        first = launch("m", "--dry-run", **here)
+        assert first.code() == 0 and "trtllm-serve" in first.output
+
+
 def test_a_world_that_the_allocation_has_no_gpus_for_is_refused(
     fakes: Fakes, launch: Launcher
 ) -> None:
@@ -1837,6 +1857,19 @@ def test_a_spooled_copy_of_a_link_finds_the_original(
     clusters = {"SLURM_CLUSTERS": "all", "SLURM_CLUSTER_NAME": "b"}  # the job is this one's
     done = launch("m", "--dry-run", script=spooled, slurm=True, **clusters)
     assert done.code() == 0, done.output
+
+
+def test_a_copy_that_sbatch_has_read_from_its_input_goes_on_in_its_folder(
+    fakes: Fakes, launch: Launcher, toolset: Path, spooled: Path
+) -> None:
+    """`sbatch < run_sbatch.py`: Slurm knows no name, only where it was said."""
+    fakes.set(job=JOB.format(command="(null)", workdir=toolset))
+    done = launch("m", "--dry-run", script=spooled, slurm=True)
+    assert done.code() == 0, done.output
+    fakes.set(job=JOB.format(command="(null)", workdir="/elsewhere"))
+    failed = launch("m", "--dry-run", script=spooled, slurm=True)
+    assert failed.code() == 1
+    assert failed.output.endswith("submit it by its path, which the node has to see\n")
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -460,6 +460,21 @@ def test_containerd_id_is_recorded_and_packed_layers_noted(box: Box) -> None:
     assert box.sidecar("x.tar.gz")["manifest_digest"] == image.manifest
 
 
+def test_podman_in_dockers_place_is_understood(box: Box, classic: Image) -> None:
+    """Its ids lack what Docker's begin with, and it has words of its own for an unknown image."""
+    box.hold(classic, image_id=classic.config.removeprefix("sha256:"))
+    box.state |= {"asked": "tensorrt_llm 1.1.0\n", "loads": box.state["images"][TAG]}
+    done = box.run()
+    assert done.returncode == 0, done.stderr
+    sidecar = box.sidecar(done.stdout.strip())
+    assert (sidecar["config_digest"], sidecar["manifest_digest"]) == (classic.config, None)
+    done = box.run("--load", done.stdout.strip())
+    assert (done.returncode, done.stdout) == (0, f"{TAG}\n"), done.stderr
+    text = FAKE_DOCKER.replace('"Error: No such image: " + name', "name + ': image not known'")
+    box.program("docker", text)
+    assert "image no:latest is not in the local Docker\nnext: " in box.run("no").stderr
+
+
 def test_nothing_that_is_written_may_be_changed_by_everybody(box: Box, classic: Image) -> None:
     box.hold(classic)
     mask = os.umask(0)

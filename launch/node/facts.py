@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -88,8 +89,8 @@ def addresses() -> list[str]:
     """Our addresses: towards the launcher, then towards the outside, then all others."""
     launcher = os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
     routed = (source_towards(there) for there in (launcher, ELSEWHERE, ELSEWHERE_6) if there)
-    every = ask("hostname", "-I", stderr=subprocess.DEVNULL)[1].split()
-    return list(dict.fromkeys([*filter(None, routed), *every]))
+    code, said = ask("hostname", "-I", stderr=subprocess.DEVNULL)  # small systems have none
+    return list(dict.fromkeys([*filter(None, routed), *([] if code else said.split())]))
 
 
 def source_towards(address: str) -> str:
@@ -164,7 +165,7 @@ def note_docker(facts: Facts, questions: Sequence[Question]) -> None:
     facts.toolkit = has_toolkit("".join(rest[2:]))
     facts.rootless = "name=rootless" in "".join(rest[2:])
     facts.image, _, facts.layers = (answer(image) or "").strip().partition(" ")
-    facts.free = free_bytes(root)
+    facts.free = free_bytes(root if facts.rootless else place_of_images(root, facts.store))
     for line in (answer(ours) or "").splitlines():
         tell(Container(*([*line.split(" ", 4), "", "", "", ""][:5])))
 
@@ -224,6 +225,24 @@ def why_silent(code: int) -> str:
         return "no answer within 10 s"
     code, said = ask("docker", "version", "--format", "{{.Server.Version}}")
     return said or "no answer within 10 s"
+
+
+def place_of_images(
+    root: str,
+    store: str,
+    config: str = "/etc/containerd/config.toml",
+    usual: str = "/var/lib/containerd",
+) -> str:
+    """Where images are kept: below Docker's data-root, or in containerd's, if that has the store.
+
+    A containerd that dockerd has started itself is below the data-root, too.
+    """
+    if "containerd" not in store:
+        return root
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^root *= *[\"']([^\"']+)", read(config), re.M):
+            usual = found[1]
+    return usual if os.path.isdir(usual) else root
 
 
 def free_bytes(path: str) -> int:

@@ -15,7 +15,7 @@ from launch.plan import Plan, Replica
 HAS_IMAGE = False
 OVER_NODES = False
 ATTENDED = False
-GPUS = re.compile(r"auto|none|all|\d+|(\"?)device=[\w.:,-]+\1")
+GPUS = re.compile(r"auto|none|all|\d+|(\"?)device=[\w.:,/-]+\1")
 
 
 def find_image(asked: str, workspace: Path) -> Image:

@@ -104,7 +104,7 @@ def left(node: str, name: str, why: str) -> str:
 def order_of(kind: type[Serve], plan: Plan, replica: Replica, environ: Mapping[str, str]) -> Serve:
     shares = plan.place.allocation.shares
     # Docker needs a list of GPUs in quotes, which a shell or .env may have taken away.
-    alone = re.fullmatch(r"['\"]?device=([\w.:,-]+)['\"]?", replica.gpus)
+    alone = re.fullmatch(r"['\"]?device=([\w.:,/-]+)['\"]?", replica.gpus)
     devices = ",".join(replica.devices) or (alone[1] if alone else "")
     return kind(
         name=plan.name_of(replica),
@@ -197,7 +197,8 @@ def judge_image(node: Node, image: Image) -> list[Finding]:
     row = Finding(node.name, "image", "note", text)
     if free < image.room:
         text = f"{giga(free)} free for Docker, {giga(image.room)} needed to load {image.tag}"
-        hint = "run docker image prune there, or move Docker's data-root"
+        where = "containerd's root" if "containerd" in node.facts.store else "Docker's data-root"
+        hint = f"run docker image prune there, or move {where}"
         return [row, node.bad("disk", f"not enough disk space: {text}", hint)]
     return [row, node.ok("disk", f"{giga(free)} free")]
 
