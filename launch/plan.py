@@ -22,6 +22,7 @@ from launch.spread import Spread
 PREFILL, DECODE, ORCHESTRATOR = "prefill", "decode", "orchestrator"  # roles
 MOST = 64  # at most so many replicas' ports are asked for on a node
 CACHE = re.compile(r"HF_\w*CACHE")  # Hugging Face's caches beside HF_HOME, or instead of it
+READ_BY_ENGINES = (".safetensors", ".bin", ".json", ".model", ".py", ".jinja")  # files of a model
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,8 @@ def check_links(paths: Sequence[Path], mounts: Sequence[Path]) -> None:
     for path in paths:
         files: list[str] = []
         with contextlib.suppress(OSError), os.scandir(real(str(path))) as found:
-            files = [each.path for each in found if each.is_symlink() and each.is_file()]
+            read = (each for each in found if each.name.endswith(READ_BY_ENGINES))
+            files = [each.path for each in read if each.is_symlink() and each.is_file()]
         for file in map(Path, files):
             by_name = os.path.isabs(os.readlink(file))  # noqa: PTH115, PTH117
             what = f"{file} leads to {led_to(file)}, which is"

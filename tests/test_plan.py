@@ -165,6 +165,7 @@ def test_a_file_of_a_model_that_leads_out_of_the_mounts_is_refused(tmp_path: Pat
     (model / "config.json").symlink_to("../blobs/1")  # as in a cache's snapshots
     (model / "folder").symlink_to(theirs)
     (model / "gone").symlink_to("/no/such")
+    (model / "README.md").symlink_to(theirs / "2")  # no engine reads it
     check_links([fsx / "m", fsx / "c.yaml", Path("/no/such")], [fsx])
     (model / "model.safetensors").symlink_to(theirs / "2")
     words = f"{model}/model.safetensors leads to {theirs}/2, which is not mounted into the"
