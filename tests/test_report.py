@@ -544,6 +544,31 @@ def test_what_another_client_left_is_no_repeat() -> None:
     assert "latency-in128-out128-c1 (trtllm, org/model, 100 requests)" in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"metadata": {"client": "builtin", "backend": "openai-chat"}}, "API openai-chat)"),
+        ({"metadata": {"client": "builtin", "world_size": 4}}, "GPUs 4)"),
+        ({"data_set": {"file": "b.json", "sha256": "b1"}}, "data set {'file': 'b.json'"),
+    ],
+)  # fmt: skip
+def test_what_was_measured_in_another_way_is_no_repeat(facts: dict[str, Any], words: str) -> None:
+    """Such as two folders whose files were put into one."""
+    like: dict[str, Any] = {"metadata": {"client": "builtin"}}
+    text = report.table([record(LATENCY, 10.0, **like), record(LATENCY, 90.0, **{**like, **facts})])
+    assert "±" not in text
+    assert f"(builtin, org/model, 100 requests, {words}" in text
+
+
+def test_a_copy_of_a_result_is_no_repeat(tmp_path: Path) -> None:
+    folder = put(tmp_path / "a", record(LATENCY), record(SECOND, 11.0))
+    copy = folder / f"{LATENCY.name} (1).json"
+    copy.write_bytes((folder / f"{LATENCY.name}.json").read_bytes())
+    found = results.load(folder)
+    assert len(found.records) == 2
+    assert "is left out: a copy of another file here" in found.left_out[0]
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
 def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(words) == 1
