@@ -17,8 +17,9 @@ BOM = b"\xef\xbb\xbf"
 BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\]|data:)[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
-FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
-FIELDS = (b"", b"event", b"id", b"retry")  # besides data; '' is a comment, to stay connected
+FINISH = re.compile(rb'"finish_reason"\s*:\s*"([\w .:-]+)"')
+EMPTY = re.compile(rb'"delta"\s*:\s*\{\s*\}')
+FIELDS = (b"id", b"retry")  # besides data and event, and comments, which begin with a colon
 TEXT_KEYS = (
     "text content reasoning_content reasoning reasoning_details thinking refusal "
     "tool_calls function_call token_ids"
@@ -35,18 +36,21 @@ class Event(NamedTuple):
 
     def read(self) -> Json:
         """Its JSON document; None for [DONE] and for events without one, such as heartbeats."""
-        data, name, strays = [], b"", []
+        data, name, strays, comments = [], b"", [], []
         for line in self.text.removeprefix(BOM).replace(b"\r", b"\n").split(b"\n"):
             field, _, value = line.partition(b":")
             if field == b"data":
                 data.append(value.strip().removeprefix(b"data:"))  # some gateways wrap it twice
             elif field == b"event":
                 name = value.strip()
+            elif not field:
+                comments.append(value)
             elif field not in FIELDS:
                 strays.append(line)
         said = b"\n".join(data).strip()
         if name == b"error" or (strays and not said):  # its text may lack `data:`
-            raise Malformed(f"error from the server: {error_message(said or b' '.join(strays))}")
+            words = said or b" ".join(strays or comments)  # Dynamo's is in a comment
+            raise Malformed(f"error from the server: {error_message(words)}")
         if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # such as `event: ping`
             return None
         try:
@@ -126,6 +130,8 @@ def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> lis
         return silent[: wanted or None]
     last = next(i for i in reversed(range(len(events))) if says(events[i].read()))
     found = list(events[first : last + 1])
+    if len(found) < (wanted or 0):  # several tokens an event; some heartbeats look like an event
+        found = [event for event in found if not EMPTY.search(event.text)]
     before, after = list(events[: 0 if chat else first]), list(events[last + 1 :])
     missing = (wanted or 0) - len(found)
     if missing < 0 and wanted:
