@@ -191,7 +191,7 @@ def test_half_a_surrogate_pair_is_sent_as_a_text_that_every_server_can_read() ->
 
 def test_a_chinese_sentence_is_not_too_short() -> None:
     """A character of it is most of a token, and not a quarter of one."""
-    question, answer = "今天天气怎么样？", "今天天气很好。"
+    question, answer = "今天天气怎么样呢", "今天天气很好。"
     entry = {"messages": [{"role": "user", "content": question}, {"content": answer}]}
     assert picked(json.dumps([entry]).encode()) == [question]
 
