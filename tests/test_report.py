@@ -451,6 +451,16 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(
     assert capsys.readouterr().out.splitlines()[0].split() == ["load", *names]
 
 
+def test_two_folders_of_one_name_are_told_apart_on_their_page(tmp_path: Path) -> None:
+    folders = [tmp_path / side / "run" for side in ("old", "new")]
+    for folder in folders:
+        folder.parent.mkdir()
+        put(folder, *everything())
+    assert command.main(["compare", *map(str, folders)]) == 0
+    page = (folders[1] / "compare-run.html").read_text()
+    assert "Before: old/run. After: new/run." in page
+
+
 def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
     return [record(LATENCY, first, **facts), record(SECOND, second, **facts)]
 
@@ -627,6 +637,15 @@ def test_a_broken_file_costs_no_other_run_its_report(
     assert "x.json is left out" in (folder / "report.html").read_text()
     assert command.main(["compare", str(folder), str(folder)]) == 0
     assert "x.json is left out" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_costs_no_run_its_report(tmp_path: Path) -> None:
+    """Editors on Windows write one."""
+    folder = put(tmp_path / "a", record(LATENCY))
+    path = folder / f"{LATENCY.name}.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    found = results.load(folder)
+    assert len(found.records) == 1 and not found.left_out
 
 
 @pytest.mark.usefixtures("pictures")
