@@ -110,8 +110,9 @@ def mixed_pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
 def says(document: Json) -> bool:
     """Does this answer, or piece of one, carry any output?"""
     for choice in document.get("choices") or ():
-        holder = choice.get("delta") or choice.get("message") or choice
-        if any(holder.get(key) for key in TEXT_KEYS):
+        held = (choice.get(name) for name in ("delta", "message"))  # some repeat the whole message
+        holder = next((each for each in held if isinstance(each, dict)), choice)
+        if choice.get("text") or any(holder.get(key) for key in TEXT_KEYS):
             return True
     return False
 

@@ -410,6 +410,22 @@ def test_a_heartbeat_that_looks_like_an_event_is_no_token() -> None:
     assert (out.error, out.events, list(out.gaps)) == ("", 3, [2.0, 2.0])
 
 
+def test_an_event_may_repeat_the_whole_message_so_far() -> None:
+    """Perplexity's do; the last one adds nothing to it."""
+
+    def said(delta: dict[str, str], text: str) -> bytes:
+        return event({"choices": [{"delta": delta, "message": {"content": text}}]})
+
+    pieces = (
+        said({"content": "a"}, "a"),
+        said({"content": "b"}, "ab"),
+        said({}, "ab"),
+        usage(4, 2),
+    )
+    out = read(HEAD, *map(chunk, pieces), chunk(DONE) + LAST, chat=True)
+    assert (out.error, out.events) == ("", 2)
+
+
 def test_a_finish_reason_may_be_more_than_a_word() -> None:
     assert read(HEAD, chunk(token(finish="max-tokens")), LAST).finish == "max-tokens"
 
