@@ -215,7 +215,8 @@ def load(folder: Path) -> Found:
     if not folder.is_dir():
         die(f"{folder}: no such folder")
     records, left_out = [], []
-    for path in sorted(folder.glob("[!.]*.json")):
+    # `NAME (1).json` is the copy, and not NAME.json.
+    for path in sorted(folder.glob("[!.]*.json"), key=lambda path: (len(path.name), path.name)):
         if path.name == SUMMARY:
             continue
         try:
