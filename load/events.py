@@ -131,15 +131,17 @@ def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> lis
         return silent[: wanted or None]
     last = next(i for i in reversed(range(len(events))) if says(events[i].read()))
     found = list(events[first : last + 1])
-    if len(found) < (wanted or 0):  # several tokens an event; some heartbeats look like an event
-        found = [event for event in found if not EMPTY.search(event.text)]
     before, after = list(events[: 0 if chat else first]), list(events[last + 1 :])
     missing = (wanted or 0) - len(found)
     if missing < 0 and wanted:
         return [event for event in found if says(event.read())]
     if missing and after and missing in (1, len(before) + 1):  # the last one, a special token
         found, missing = [*found, after[0]], missing - 1
-    return [*before[-missing:], *found] if 0 < missing <= len(before) else found
+    if 0 < missing <= len(before):
+        return [*before[-missing:], *found]
+    if missing > 0:  # an event holds several tokens, and one that holds nothing is a heartbeat
+        return [event for event in found if not EMPTY.search(event.text)]
+    return found
 
 
 def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:

@@ -410,6 +410,13 @@ def test_a_heartbeat_that_looks_like_an_event_is_no_token() -> None:
     assert (out.error, out.events, list(out.gaps)) == ("", 3, [2.0, 2.0])
 
 
+def test_half_a_character_that_is_left_out_is_a_token_if_the_count_says_so() -> None:
+    word, half = (event({"choices": [{"delta": said}]}) for said in ({"content": "a"}, {}))
+    end = event({"choices": [{"delta": {}, "finish_reason": "stop"}]})  # a special token
+    pieces = map(chunk, (word, half, word, end, usage(4, 4)))
+    assert read(HEAD, *pieces, chunk(DONE) + LAST, chat=True).events == 4
+
+
 def test_an_event_may_repeat_the_whole_message_so_far() -> None:
     """Perplexity's do; the last one adds nothing to it."""
 
