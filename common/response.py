@@ -87,7 +87,9 @@ def read_head(text: str, end: int) -> Head:
     length = fields.get("content-length")
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")
-    connection = [word.strip() for word in fields.get("connection", "").lower().split(",")]
+    # There may be several of these lines, from the server and from a proxy.
+    lines = re.findall("^connection:(.*)", text.lower(), re.MULTILINE)
+    connection = [word.strip() for word in ",".join(lines).split(",")]
     return Head(
         status=int(line[2]),
         end=end,

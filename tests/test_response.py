@@ -313,6 +313,7 @@ def test_the_host_is_written_as_browsers_do(host: str, port: int, tls: bool, sai
         (b"HTTP/1.1 200 OK\r\n\r\n", False),
         (b"HTTP/1.1 200 OK\r\nConnection: Close\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\nConnection: Keep-Alive, close\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nConnection: Keep-Alive\r\n\r\n", True),
         (b"HTTP/1.0 200 OK\r\n\r\n", True),
         (b"HTTP/1.0 200 OK\r\nConnection: TE, Keep-Alive\r\n\r\n", False),
     ],
