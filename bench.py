@@ -92,6 +92,8 @@ class Bench:
         try:
             record = sound(read_json(path))
             why = self.unlike(record, case) or ("" if record["valid"] is True else "was invalid")
+            if self.client.options.detailed and "ttfts" not in record:
+                why = why or "has no details of its requests"
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             why = "the file cannot be read"
         if why:

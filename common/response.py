@@ -22,7 +22,7 @@ ERROR_LENGTH = 300
 COMPRESSIONS = re.compile(r"gzip|deflate|\bbr\b|zstd|compress")  # `none` is no compression
 HEAD_LIMIT = 1 << 16  # bytes; no real header is nearly as long
 INTERIMS = 9
-WORDS = ("error", "message", "detail", "msg", "text")  # where servers put an error's text
+WORDS = ("error", "message", "detail", "msg", "text", "errors")  # where servers put an error's text
 PROTOCOLS = {  # what else may listen on a port, by the first bytes it sends
     b"\x15\x03": "it speaks TLS: write https://",
     b"\x16\x03": "it speaks TLS: write https://",
@@ -87,7 +87,9 @@ def read_head(text: str, end: int) -> Head:
     length = fields.get("content-length")
     if length is not None and not re.fullmatch("[0-9]{1,18}", length):
         raise Malformed(f"bad Content-Length {length[:20]!r}")
-    connection = [word.strip() for word in fields.get("connection", "").lower().split(",")]
+    # There may be several of these lines, from the server and from a proxy.
+    lines = re.findall("^connection:(.*)", text.lower(), re.MULTILINE)
+    connection = [word.strip() for word in ",".join(lines).split(",")]
     return Head(
         status=int(line[2]),
         end=end,
@@ -209,6 +211,7 @@ def error_message(body: bytes) -> str:
         document = json.loads(text[start : end + 1])
         words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
         found = next(words, text)
+        found = found[0] if isinstance(found, list) and found else found  # Cloudflare's errors
         text = str((found.get("message") or text) if isinstance(found, dict) else found)
     except (ValueError, RecursionError, AttributeError):
         page = re.search(r"<title[^>]*>(.*?)</title>", text[:4096], re.IGNORECASE | re.DOTALL)

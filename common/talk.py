@@ -208,7 +208,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     if not path.is_file():
         raise OSError(f"{path.name} is not a file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

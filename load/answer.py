@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -38,7 +39,8 @@ from load.events import (
 
 LATE = 1.5  # times the usual pace
 TOGETHER = 0.2  # ms: faster than any engine makes tokens for one request
-ABORTED = ("error", "abort", "cancelled", "timeout")  # finish reasons
+# Finish reasons of a server that gave up, such as DeepSeek's insufficient_system_resource.
+ABORTED = re.compile("error|abort|cancel|timeout|fail|insufficient", re.IGNORECASE)
 # What was odd about a complete answer, phrased to follow `N answers`.
 NO_DONE = "ended without [DONE]; the finish reason and the transfer's end show they are complete"
 NO_END = "ended with [DONE], but without the end of the transfer: the connection closed before it"
@@ -146,8 +148,9 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
         outcome.quirks += (f"were event streams, though sent as {kind}",)
     tokens, others = split_events(body.data)
     end = tokens[-1].end if tokens else 0
+    done = next((event.end for event in others if b"[DONE]" in event.text), len(body.data))
     for event in others:
-        _note(event.read(), outcome, followed=event.end < end)
+        _note(event.read(), outcome, aside=event.end < end or event.end > done)
     for event in tokens if b'"error"' in body.data else ():  # from a gateway that lost its server
         if b'"error"' in event.text:
             _note(event.read(), outcome)
@@ -167,7 +170,7 @@ def _read_stream(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> None
 def _check_end(body: Body, others: Sequence[Event], outcome: Outcome) -> None:
     """Check that the answer is complete: [DONE], or a finish reason and the end of the transfer."""
     done = any(b"[DONE]" in event.text for event in others)
-    if outcome.finish in ABORTED:
+    if ABORTED.search(outcome.finish):
         raise Told(f"the server ended the answer: finish_reason {outcome.finish!r}")
     if not done and not body.whole:
         raise Malformed(BROKEN_OFF)
@@ -222,16 +225,16 @@ def count_blurred(brought: Counter[int], stamps: Sequence[int]) -> int:
     return sum(events - 1 for wait, events in steps if wait > LATE * usual)
 
 
-def _note(document: Json, outcome: Outcome, followed: bool = False) -> None:
+def _note(document: Json, outcome: Outcome, aside: bool = False) -> None:
     """Keep the model's name from a document or event; Told if it holds an error.
 
-    A document with only a message is a heartbeat if a token follows.
+    A message alone is no error before a token (a heartbeat) and after [DONE] (a farewell).
     """
     if not isinstance(document, dict):
         return
     # FastChat sends `error_code`; a document with only a message is an error, too.
     kinds = (document.get("error"), document.get("error_code"), document.get("object") == "error")
     words = document.get("message") or document.get("detail")
-    if any(kinds) or (words and not followed and not document.get("choices")):
+    if any(kinds) or (words and not aside and not document.get("choices")):
         raise Told(f"error from the server: {error_message(json.dumps(document).encode())}")
     outcome.model = shown(str(document.get("model") or outcome.model))

@@ -265,6 +265,10 @@ def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     if dialect.chat and case.input_len is not None:
         notes.append("a chat's prompt has as many words as tokens were asked for; only the server "
                      "knows its exact length")  # fmt: skip
+    counted = record["total_input_tokens"] / max(record["completed"], 1)
+    if dialect.text and 0 < counted < (case.input_len or 0):  # a word is a token, if not more
+        notes.append(f"the server counts {counted:,.0f} tokens in a prompt of {case.input_len:,} "
+                     "words: it cuts prompts short, or leaves some of them uncounted")  # fmt: skip
     if case.input_len is None:
         notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
                      "token counts are the server's")  # fmt: skip

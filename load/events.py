@@ -17,8 +17,9 @@ BOM = b"\xef\xbb\xbf"
 BEAT = re.compile(rb"data:[ \t]*(?!\[DONE\]|data:)[^{\s][^\r\n]*\s*\Z")
 STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
-FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w+)"')
-FIELDS = (b"", b"event", b"id", b"retry")  # besides data; '' is a comment, to stay connected
+FINISH = re.compile(rb'"finish_reason"\s*:\s*"([\w .:-]+)"')
+EMPTY = re.compile(rb'"delta"\s*:\s*\{\s*\}')
+FIELDS = (b"id", b"retry")  # besides data and event, and comments, which begin with a colon
 TEXT_KEYS = (
     "text content reasoning_content reasoning reasoning_details thinking refusal "
     "tool_calls function_call token_ids"
@@ -35,18 +36,21 @@ class Event(NamedTuple):
 
     def read(self) -> Json:
         """Its JSON document; None for [DONE] and for events without one, such as heartbeats."""
-        data, name, strays = [], b"", []
+        data, name, strays, comments = [], b"", [], []
         for line in self.text.removeprefix(BOM).replace(b"\r", b"\n").split(b"\n"):
             field, _, value = line.partition(b":")
             if field == b"data":
                 data.append(value.strip().removeprefix(b"data:"))  # some gateways wrap it twice
             elif field == b"event":
                 name = value.strip()
+            elif not field:
+                comments.append(value)
             elif field not in FIELDS:
                 strays.append(line)
         said = b"\n".join(data).strip()
         if name == b"error" or (strays and not said):  # its text may lack `data:`
-            raise Malformed(f"error from the server: {error_message(said or b' '.join(strays))}")
+            words = said or b" ".join(strays or comments)  # Dynamo's is in a comment
+            raise Malformed(f"error from the server: {error_message(words)}")
         if not said or said == b"[DONE]" or (name and said[:1] != b"{"):  # such as `event: ping`
             return None
         try:
@@ -106,8 +110,9 @@ def mixed_pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
 def says(document: Json) -> bool:
     """Does this answer, or piece of one, carry any output?"""
     for choice in document.get("choices") or ():
-        holder = choice.get("delta") or choice.get("message") or choice
-        if any(holder.get(key) for key in TEXT_KEYS):
+        held = (choice.get(name) for name in ("delta", "message"))  # some repeat the whole message
+        holder = next((each for each in held if isinstance(each, dict)), choice)
+        if choice.get("text") or any(holder.get(key) for key in TEXT_KEYS):
             return True
     return False
 
@@ -132,7 +137,11 @@ def token_events(events: Sequence[Event], chat: bool, wanted: int | None) -> lis
         return [event for event in found if says(event.read())]
     if missing and after and missing in (1, len(before) + 1):  # the last one, a special token
         found, missing = [*found, after[0]], missing - 1
-    return [*before[-missing:], *found] if 0 < missing <= len(before) else found
+    if 0 < missing <= len(before):
+        return [*before[-missing:], *found]
+    if missing > 0:  # an event holds several tokens, and one that holds nothing is a heartbeat
+        return [event for event in found if not EMPTY.search(event.text)]
+    return found
 
 
 def usage(events: Sequence[Event]) -> tuple[int | None, int | None, int | None]:

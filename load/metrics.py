@@ -117,7 +117,7 @@ def summarise(
 def cached_prompts(good: Sequence[Outcome], tokens_in: int) -> dict[str, Any]:
     """The cached share by the answers' usage. vLLM leaves it out if it is 0, or altogether."""
     said = [o.cached_tokens for o in good if o.cached_tokens is not None]
-    if not said or not tokens_in:
+    if not said or not 0 < tokens_in >= sum(said):  # some do not count cached ones as the prompt's
         return {"cached_share": None, "cached_source": None}
     return {"cached_share": sum(said) / tokens_in, "cached_source": "usage in the answers"}
 

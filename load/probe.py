@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from common.response import ERROR_LENGTH
+from common.response import ERROR_LENGTH, shown
 from common.talk import Failure, say
 from load.answer import Outcome
 from load.endpoint import Endpoint, at, models
@@ -120,9 +120,10 @@ def explore(endpoint: Endpoint, chat: bool, timeout: float) -> Found:
     if too_long(answer, ask.output):
         dialect, ignored = with_the_other_length(ask, dialect)
         notes += ignored
-    name = ask.names.pop() if len(ask.names) == 1 else endpoint.model
-    if name != endpoint.model:
-        notes.append(f"the answers name {name}, not {endpoint.model} as asked: taken as the "
+    asked = shown(endpoint.model)
+    name = ask.names.pop() if len(ask.names) == 1 else asked
+    if name != asked:
+        notes.append(f"the answers name {name}, not {asked} as asked: taken as the "
                      "model behind that name")  # fmt: skip
     return Found(dialect, name, ask.sent, tuple(notes))
 

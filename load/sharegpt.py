@@ -1,7 +1,7 @@
 """The ShareGPT conversations: found by path, downloaded if missing, picked by the usual rules.
 
 The client has no tokenizer. So benchmark_serving's rules on what is too short or too long use
-lengths estimated from characters; the lengths that are reported come from the server.
+lengths estimated from bytes; the lengths that are reported come from the server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ URL = (
     "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main/"
     "ShareGPT_V3_unfiltered_cleaned_split.json"
 )
-CHARACTERS_A_TOKEN = 4
+BYTES_A_TOKEN = 4  # a letter is a byte, a Chinese character is three
 PIECE = 1 << 20
 LONGEST = 64 << 20  # characters of one conversation; more is no conversation
 LONGEST_WORD = 16  # characters of a JSON word or escape, which the end of a piece may cut
@@ -49,6 +49,8 @@ def provide(path: Path) -> None:
 
     Failure if an entry is broken (it is named), or if nothing in it can be used.
     """
+    if path.exists() and not path.is_file():  # a pipe, such as <(zcat FILE)
+        die(f"{path} is not a file, which can be read again for each run", hint="name a file")
     if not path.exists():
         download(URL, path)
     pick(path, 1, 0)
@@ -112,7 +114,7 @@ def words(holder: dict[str, Any], names: tuple[str, ...]) -> str:
 
 
 def tokens(text: str) -> int:
-    return -(-len(text) // CHARACTERS_A_TOKEN)
+    return -(-len(text.encode()) // BYTES_A_TOKEN)
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:

@@ -62,21 +62,20 @@ def side_by_side(first: Path, second: Path) -> int:
     print(comparison(before.records, after.records))
     for words in (*before.left_out, *after.left_out):
         say(words)
-    names = (first.resolve().name, second.resolve().name)
-    page = second / page_name(names[:1])
-    write_page(names, before, after, page)
+    one, other = names_of((first, second))
+    page = second / page_name([first.resolve().name])
+    write_page((one, other), before, after, page)
     say(f"{page}")
     return 0
 
 
 def compare_several(folders: Sequence[Path]) -> int:
     """The same for more than two, each against the first; the page is in the last one."""
-    found, own = [load(folder) for folder in folders], [each.resolve().name for each in folders]
-    names = own if len(set(own)) == len(own) else told_apart(folders)
+    found, names = [load(folder) for folder in folders], names_of(folders)
     print(several(names, [each.records for each in found]))
     for words in (words for each in found for words in each.left_out):
         say(words)
-    page = folders[-1] / page_name(own[:-1])
+    page = folders[-1] / page_name([each.resolve().name for each in folders[:-1]])
     write_several(names, found, page)
     say(f"{page}")
     return 0
@@ -90,10 +89,12 @@ def page_name(names: Sequence[str]) -> str:
     return f"compare-{words}.html"
 
 
-def told_apart(folders: Sequence[Path]) -> list[str]:
-    """The paths of the folders, without what they have in common."""
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or if two are alike their paths, without what those have in common."""
     whole = [each.resolve() for each in folders]
-    common = os.path.commonpath(whole)
+    if len({each.name for each in whole}) == len(whole):
+        return [each.name for each in whole]
+    common = os.path.commonpath([each.parent for each in whole])
     return [str(each.relative_to(common)) for each in whole]
 
 

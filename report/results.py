@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,16 +170,34 @@ def load_of(group: Group) -> tuple[float, float]:
     return float(group.case["rate"]), float(group.case["concurrency"] or math.inf)
 
 
+LIKE = {"backend": "API", "server_version": "version", "world_size": "GPUs", "replicas": "replicas",
+        "burstiness": "burstiness", "goodput": "limits"}  # fmt: skip
+
+
 def groups(records: Iterable[Record]) -> list[Group]:
-    """Records grouped by load; those of another client are not repeats."""
-    together: dict[tuple[str, str], list[Record]] = {}
+    """Records grouped by load; those measured in another way are not repeats."""
+    together: dict[str, dict[tuple[str, ...], list[Record]]] = {}
     for record in records:
-        known, case = record.get("metadata", {}), record["case"]
-        how = f"{known.get('client')}, {record['model_id']}, {case['num_prompts']} requests"
-        together.setdefault((case["label"], how), []).append(record)
-    ways = Counter(label for label, _ in together)
-    return [Group(label if ways[label] == 1 else f"{label} ({how})", tuple(found))
-            for (label, how), found in together.items()]  # fmt: skip
+        ways = together.setdefault(record["case"]["label"], {})
+        ways.setdefault(how(record), []).append(record)
+    return [Group(named(label, way, ways), tuple(found))
+            for label, ways in together.items() for way, found in ways.items()]  # fmt: skip
+
+
+def how(record: Record) -> tuple[str, ...]:
+    """How a load was measured, in words: repeats have all of this in common."""
+    known, requests = record.get("metadata", {}), f"{record['case']['num_prompts']} requests"
+    rest = {word: known.get(name) for name, word in LIKE.items()}
+    rest["data set"] = record.get("data_set")
+    return (str(known.get("client")), record["model_id"], requests,
+            *(f"{word} {value}" for word, value in rest.items()))  # fmt: skip
+
+
+def named(label: str, way: tuple[str, ...], ways: Collection[tuple[str, ...]]) -> str:
+    """A load's label; where it was measured in several ways, with what is special about this."""
+    shared = set(way).intersection(*ways)
+    special = [part for part in way if part in way[:3] or part not in shared]
+    return label if len(ways) == 1 else f"{label} ({', '.join(special)})"
 
 
 # --- from files -----------------------------------------------------------------------------------
@@ -198,11 +215,15 @@ def load(folder: Path) -> Found:
     if not folder.is_dir():
         die(f"{folder}: no such folder")
     records, left_out = [], []
-    for path in sorted(folder.glob("[!.]*.json")):
+    # `NAME (1).json` is the copy, and not NAME.json.
+    for path in sorted(folder.glob("[!.]*.json"), key=lambda path: (len(path.name), path.name)):
         if path.name == SUMMARY:
             continue
         try:
-            records.append(without_details(sound(read_json(path))))
+            record = without_details(sound(read_json(path)))
+            if record in records:
+                raise ValueError("a copy of another file here, and no repeat of it")
+            records.append(record)
         except (OSError, ValueError) as e:
             left_out.append(f"{clean(path.name)} is left out: {clean(reason(e))}")
     if not records:

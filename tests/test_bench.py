@@ -328,6 +328,15 @@ def test_details_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0.03 <= ttft < run.seconds for ttft in record["ttfts"])
 
 
+def test_resume_measures_again_what_lacks_the_details_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["-t", "throughput", *QUICK]
+    said = calls(capsys, args, [*args, "--save-detailed"])
+    assert "measured again: has no details of its requests" in said
+    assert "measured again" not in calls(capsys, [*args, "--save-detailed"], args)
+
+
 # --- what makes a run invalid ---------------------------------------------------------------------
 
 

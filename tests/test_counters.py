@@ -226,6 +226,13 @@ def test_answers_that_do_not_say_what_was_cached(details: object) -> None:
     assert " cached" not in done.said
 
 
+def test_more_cached_tokens_than_the_prompt_has_are_no_share_of_it() -> None:
+    """Some gateways do not count cached tokens as the prompt's."""
+    done = run(lambda _: {}, prompt_tokens_details={"cached_tokens": 10 * PROMPT})
+    assert done.record["cached_share"] is None
+    assert "cached 1" not in done.said
+
+
 def test_an_answer_with_no_cached_prompt_is_no_mark() -> None:
     done = run(lambda _: {}, prompt_tokens_details={"cached_tokens": 0})
     assert done.record["cached_share"] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,20 @@ def test_half_a_surrogate_pair_is_sent_as_a_text_that_every_server_can_read() ->
     entry["conversations"][0]["value"] += "\ud83d" * 4 + "\U0001f600"
     (prompt,) = picked(json.dumps([entry]).encode())
     assert prompt.encode().decode() == question(1) + "????\U0001f600"
+
+
+def test_a_chinese_sentence_is_not_too_short() -> None:
+    """A character of it is most of a token, and not a quarter of one."""
+    question, answer = "今天天气怎么样呢", "今天天气很好。"
+    entry = {"messages": [{"role": "user", "content": question}, {"content": answer}]}
+    assert picked(json.dumps([entry]).encode()) == [question]
+
+
+def test_a_pipe_cannot_be_read_again() -> None:
+    """As in --sharegpt <(zcat FILE)."""
+    os.mkfifo(DATA)
+    with pytest.raises(Failure, match="is not a file, which can be read again"):
+        sharegpt.provide(DATA)
 
 
 def test_a_broken_data_set_is_found_before_the_first_run() -> None:

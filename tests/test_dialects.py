@@ -233,10 +233,33 @@ def test_an_output_that_the_server_cut_short_is_none() -> None:
     assert said.run["problems"] == ["4 outputs are not 8 tokens long (one has 5)"]
 
 
-def test_an_output_that_the_server_gave_up_is_an_error() -> None:
-    """TensorRT-LLM calls it so."""
-    said, _ = run(Kind(pieces=ends_at(5, "timeout")))
-    assert "the server ended the answer: finish_reason 'timeout'" in said.run["problems"][0]
+@pytest.mark.parametrize("finish", ["timeout", "insufficient_system_resource"])
+def test_an_output_that_the_server_gave_up_is_an_error(finish: str) -> None:
+    """TensorRT-LLM and DeepSeek call it so."""
+    said, _ = run(Kind(pieces=ends_at(5, finish)))
+    assert f"the server ended the answer: finish_reason {finish!r}" in said.run["problems"][0]
+
+
+def test_a_prompt_that_is_cut_short_is_a_note() -> None:
+    """Ollama does so in silence, when a prompt is longer than its context."""
+
+    def pieces(ask: Ask) -> Iterator[Piece]:
+        body = {**ask.body, "messages": [{"content": "only four words left"}]}
+        cut = replace(ask, request=replace(ask.request, body=body))
+        return usual(cut)
+
+    said, _ = run(Kind(pieces=pieces), "--backend", "openai-chat")
+    assert said.code == 0, said.said
+    assert "counts 4 tokens in a prompt of 16 words" in said.notes
+
+
+def test_a_name_that_is_shown_in_part_is_no_alias() -> None:
+    name = "a  very " + "long" * 99
+    with running(
+        Kind(models={"data": [{"id": name}]}, pieces=answers_as(lambda _: name).pieces)
+    ) as s:
+        found = explore(Endpoint(f"http://127.0.0.1:{s.port}", name, name), False, 60.0)
+    assert not found.error and not found.notes
 
 
 # --- the model's name -----------------------------------------------------------------------------

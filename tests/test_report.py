@@ -451,6 +451,16 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(
     assert capsys.readouterr().out.splitlines()[0].split() == ["load", *names]
 
 
+def test_two_folders_of_one_name_are_told_apart_on_their_page(tmp_path: Path) -> None:
+    folders = [tmp_path / side / "run" for side in ("old", "new")]
+    for folder in folders:
+        folder.parent.mkdir()
+        put(folder, *everything())
+    assert command.main(["compare", *map(str, folders)]) == 0
+    page = (folders[1] / "compare-run.html").read_text()
+    assert "Before: old/run. After: new/run." in page
+
+
 def twice(first: float, second: float, **facts: Any) -> list[dict[str, Any]]:
     return [record(LATENCY, first, **facts), record(SECOND, second, **facts)]
 
@@ -544,6 +554,32 @@ def test_what_another_client_left_is_no_repeat() -> None:
     assert "latency-in128-out128-c1 (trtllm, org/model, 100 requests)" in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"metadata": {"client": "builtin", "backend": "openai-chat"}}, "API openai-chat)"),
+        ({"metadata": {"client": "builtin", "world_size": 4}}, "GPUs 4)"),
+        ({"data_set": {"file": "b.json", "sha256": "b1"}}, "data set {'file': 'b.json'"),
+    ],
+)  # fmt: skip
+def test_what_was_measured_in_another_way_is_no_repeat(facts: dict[str, Any], words: str) -> None:
+    """Such as two folders whose files were put into one."""
+    like: dict[str, Any] = {"metadata": {"client": "builtin"}}
+    text = report.table([record(LATENCY, 10.0, **like), record(LATENCY, 90.0, **{**like, **facts})])
+    assert "±" not in text
+    assert f"(builtin, org/model, 100 requests, {words}" in text
+
+
+def test_a_copy_of_a_result_is_no_repeat(tmp_path: Path) -> None:
+    folder = put(tmp_path / "a", record(LATENCY), record(SECOND, 11.0))
+    copy = folder / f"{LATENCY.name} (1).json"
+    copy.write_bytes((folder / f"{LATENCY.name}.json").read_bytes())
+    found = results.load(folder)
+    assert len(found.records) == 2
+    (said,) = found.left_out
+    assert said.startswith(f"{copy.name} is left out: a copy of another file here")
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "nowhere", "nowhere"]])
 def test_a_folder_that_is_not_there(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(words) == 1
@@ -602,6 +638,15 @@ def test_a_broken_file_costs_no_other_run_its_report(
     assert "x.json is left out" in (folder / "report.html").read_text()
     assert command.main(["compare", str(folder), str(folder)]) == 0
     assert "x.json is left out" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_costs_no_run_its_report(tmp_path: Path) -> None:
+    """Editors on Windows write one."""
+    folder = put(tmp_path / "a", record(LATENCY))
+    path = folder / f"{LATENCY.name}.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    found = results.load(folder)
+    assert len(found.records) == 1 and not found.left_out
 
 
 @pytest.mark.usefixtures("pictures")

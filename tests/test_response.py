@@ -188,6 +188,7 @@ def test_an_output_without_any_text_is_seen() -> None:
         ((HEAD + chunk(token()), LAST), "without [DONE]"),
         ((HEAD + chunk(DONE) + LAST,), "no token"),
         ((HEAD + chunk(b"data: {broken\n\n" + DONE) + LAST,), "unreadable"),
+        ((HEAD + chunk(token() + b'event: error\n: "stream ended"\n\n') + LAST,), '"stream ended"'),
     ],
 )  # fmt: skip
 def test_errors_in_the_stream(pieces: tuple[bytes, ...], words: str) -> None:
@@ -200,6 +201,7 @@ def test_errors_in_the_stream(pieces: tuple[bytes, ...], words: str) -> None:
         (b'{"object":"error","message":"flat words","code":400}', "flat words"),
         (b'{"error":{"message":"nested words"}}', "nested words"),
         (b'{"detail":"Not Found"}', "Not Found"),
+        (b'{"success":false,"errors":[{"code":10000,"message":"not yours"}]}', "not yours"),
         (b"<h1>Bad gateway</h1>", "<h1>Bad gateway</h1>"),
         (b"", "(empty body)"),
     ],
@@ -311,6 +313,7 @@ def test_the_host_is_written_as_browsers_do(host: str, port: int, tls: bool, sai
         (b"HTTP/1.1 200 OK\r\n\r\n", False),
         (b"HTTP/1.1 200 OK\r\nConnection: Close\r\n\r\n", True),
         (b"HTTP/1.1 200 OK\r\nConnection: Keep-Alive, close\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nConnection: Keep-Alive\r\n\r\n", True),
         (b"HTTP/1.0 200 OK\r\n\r\n", True),
         (b"HTTP/1.0 200 OK\r\nConnection: TE, Keep-Alive\r\n\r\n", False),
     ],
@@ -388,6 +391,51 @@ def test_a_heartbeat_may_have_words_before_a_token() -> None:
     assert (out.error, out.output_tokens, out.first) == ("", 1, 2 * MS)
     out = read(HEAD, *map(chunk, (token(), beat)), chunk(DONE) + LAST)
     assert out.error == "error from the server: queued"
+
+
+def test_what_is_said_after_done_is_a_farewell_unless_it_is_an_error() -> None:
+    said = [HEAD, *map(chunk, (token(finish="length"), usage(4, 1), DONE))]
+    out = read(*said, chunk(b"event: close\n" + event({"message": "bye"})) + LAST)
+    assert (out.error, out.output_tokens) == ("", 1)
+    out = read(*said, chunk(event({"error": {"message": "too late"}})) + LAST)
+    assert out.error == "error from the server: too late"
+
+
+def test_a_heartbeat_that_looks_like_an_event_is_no_token() -> None:
+    said, beat = (
+        event({"choices": [{"delta": {"content": "a b"}}]}),
+        event({"choices": [{"delta": {}}]}),
+    )
+    pieces = map(chunk, (said, beat, said, beat, said, usage(4, 6)))
+    out = read(HEAD, *pieces, chunk(DONE) + LAST, chat=True)
+    assert (out.error, out.events, list(out.gaps)) == ("", 3, [2.0, 2.0])
+
+
+def test_half_a_character_that_is_left_out_is_a_token_if_the_count_says_so() -> None:
+    word, half = (event({"choices": [{"delta": said}]}) for said in ({"content": "a"}, {}))
+    end = event({"choices": [{"delta": {}, "finish_reason": "stop"}]})  # a special token
+    pieces = map(chunk, (word, half, word, end, usage(4, 4)))
+    assert read(HEAD, *pieces, chunk(DONE) + LAST, chat=True).events == 4
+
+
+def test_an_event_may_repeat_the_whole_message_so_far() -> None:
+    """Perplexity's do; the last one adds nothing to it."""
+
+    def said(delta: dict[str, str], text: str) -> bytes:
+        return event({"choices": [{"delta": delta, "message": {"content": text}}]})
+
+    pieces = (
+        said({"content": "a"}, "a"),
+        said({"content": "b"}, "ab"),
+        said({}, "ab"),
+        usage(4, 2),
+    )
+    out = read(HEAD, *map(chunk, pieces), chunk(DONE) + LAST, chat=True)
+    assert (out.error, out.events) == ("", 2)
+
+
+def test_a_finish_reason_may_be_more_than_a_word() -> None:
+    assert read(HEAD, chunk(token(finish="max-tokens")), LAST).finish == "max-tokens"
 
 
 def test_events_that_were_wrapped_twice() -> None:
