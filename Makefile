@@ -19,7 +19,7 @@ GIVEN += MPI NODELIST TRTLLM_VERSION FILE COMPRESS BENCH_TYPE BENCH_IMAGE RESULT
 GIVEN += CONFIGS GOODPUT
 GIVEN += REPLICA PREFILL DECODE PREFILL_CONFIG DECODE_CONFIG
 GIVEN += HOST RESTART REPLICAS LOAD_AT_ONCE PROBE_SECONDS PROBE_TIMEOUT ENGINE FOLDER CLUSTER HOURS LOG JOB
-# Shells that export HOST mean their own machine: only `make serve HOST=...` counts.
+# Shells that export HOST mean their own machine: only HOST=... on make's command line counts.
 ifneq ($(origin HOST),command line)
 HOST :=
 endif

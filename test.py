@@ -37,7 +37,7 @@ PARTS = re.compile(r'"text": "([^"]+)')  # texts of a content that is a list, as
 DECIMAL = re.compile(rb'(_tokens"\s*:\s*\d+)\.0\b')  # some write 8.0
 DONE = re.compile(rb"(?:\A|[\r\n])(?:data: ?){1,2}\[DONE\]")  # some gateways wrap it twice
 BUFFERED_MS = 100.0  # an engine this slow to the first token also takes time for the others
-ABORTED, CUT_OFF = "$|.*(error|abort|cancel|timeout|fail|insufficient)", ("length", "max_tokens")
+ABORTED, CUT_OFF = "(?i)^$|error|abort|cancel|timeout|fail|insufficient", ("length", "max_tokens")
 SHOWN = 500  # characters of a wrong answer that are worth reading
 Facts = dict[str, Any]
 
@@ -159,7 +159,7 @@ def judge(reply: object, ask: Facts) -> Facts:
 def judge_choice(choice: Facts, ask: Facts, silent: bool) -> None:
     text = text_of(choice, "message" if "messages" in ask else "")
     end, stop = choice.get("finish_reason"), ask.get("stop")
-    if not isinstance(end, str) or re.match(ABORTED, end):
+    if not isinstance(end, str) or re.search(ABORTED, end):
         raise Wrong(f"finish_reason is {end!r} instead of 'stop' or 'length'")
     if not text.strip() and not silent and not (stop and end not in CUT_OFF):
         raise Wrong("the text is empty")

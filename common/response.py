@@ -209,7 +209,7 @@ def error_message(body: bytes) -> str:
     start, end = text.find("{"), text.rfind("}")  # `data:` may come before it
     try:
         document = json.loads(text[start : end + 1])
-        words = (document[key] for key in WORDS if document.get(key) not in (None, "", True))
+        words = (document[key] for key in WORDS if document.get(key) not in (None, "", True, []))
         found = next(words, text)
         found = found[0] if isinstance(found, list) and found else found  # Cloudflare's errors
         text = str((found.get("message") or text) if isinstance(found, dict) else found)

@@ -73,7 +73,7 @@ CLEANING = re.compile(r"object has no attribute")  # from cleaning up what was n
 NCCL_WARNS = re.compile(r".*?(transport/nvls\S+ )?NCCL WARN (.+)")
 NCCL_FAILED = re.compile(r"NCCL error|nccl\w*Error|DistBackendError|NCCL operation")
 UCX_WARNS = any_of(r".*UCX +ERROR", r"\[\S+:\d+\] pml_ucx")
-UCX_FAILED = re.compile(r"(?i)MPI_INIT|PML add|PMPI_|\bucp_|UCX_ERR|ucxx|nixl|by remote peer")
+UCX_FAILED = re.compile(r"(?i)MPI_INIT|PML add|PMPI_|\bucp_|UCX_ERR|ucxx|nixl|reset by remote peer")
 BUILD_WARNS = any_of(
     r"(nvcc|ptxas) fatal|Could not load library|\S*ld: cannot find|.*fatal error: \S+\.h:",
     r".*\b(nvcc|cicc|ptxas|gcc|g\+\+|ninja): (command )?not found",

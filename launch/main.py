@@ -79,7 +79,8 @@ def go(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return manage.act(args)
     task = os.environ.get("SLURM_JOB_ID") and os.environ.get("SLURM_PROCID")
     if task not in (None, "", "0"):
-        say(f"srun starts several launchers: task 0 goes on, task {task} ends; leave srun out")
+        say(f"srun started this as task {task} of a step, of which only task 0 serves: leave srun "
+            "out, or SLURM_PROCID if this is the only launcher")  # fmt: skip
         return 0
     request = read(args, rest)
     if args.dry_run:

@@ -44,7 +44,10 @@ def survey_command(wanted: Wanted, place: Place) -> Command:
 
 
 def ask_nodes(
-    wanted: Wanted, place: Place, patience: float = 0, meanwhile: Callable[[], object] = int
+    wanted: Wanted,
+    place: Place,
+    patience: float = 0,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> list[Node]:
     """Ask every node; the head node comes first. Failure if one does not answer.
 
@@ -66,7 +69,7 @@ def ask_nodes(
 
 
 def ask_until(
-    command: Command, place: Place, deadline: float, meanwhile: Callable[[], object] = int
+    command: Command, place: Place, deadline: float, meanwhile: Callable[[], object] = lambda: None
 ) -> list[Told]:
     """Ask again if srun has given up on a node that Slurm still takes to be well.
 
@@ -198,8 +201,8 @@ def judge_gpus(node: Node, wanted: Wanted, *, is_head: bool) -> Finding:
     none, there = "GPUS=none is for an engine without GPUs", node.facts.gpus
     absent = [gpu for gpu in named(wanted.gpus) if gpu.isdecimal() and int(gpu) >= there > 0]
     if absent and is_head:
-        text = f"GPUS={wanted.gpus} names GPU {absent[0]}, and there are only 0 to {there - 1}"
-        return node.bad("gpus", text, "see nvidia-smi -L there")
+        text = f"GPUS={wanted.gpus} names GPU {absent[0]}, and there are {there} devices"
+        return Finding(node.name, "gpus", "note", text, "see nvidia-smi -L there")
     if node.gpus and node.share:
         return judge_share(node, node.share, wanted.gpus)
     if node.gpus or not is_head:
@@ -219,7 +222,9 @@ def refuse_gpus_of_jobs(place: Place, asked: str) -> None:
     with contextlib.suppress(Failure):  # it is no node of Slurm's
         try:
             said = show(["scontrol", "show", "node", "-d", "-o", name])
-        except Failure:  # or Slurm calls it otherwise
+        except Failure as failure:  # or Slurm calls it otherwise
+            if "did not end" in failure.message:
+                raise
             if alias := show(["scontrol", "show", "aliases", name]).strip():
                 said = show(["scontrol", "show", "node", "-d", "-o", alias])
     used = re.search(r" GresUsed=(\S+)", said)

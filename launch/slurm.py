@@ -49,7 +49,7 @@ class Share:
 class Allocation:
     """What Slurm says of a job."""
 
-    name: str = ""  # as squeue shows it: 41_3, since 41 is a whole array and one task of it; 41+1
+    name: str = ""  # as squeue shows it: 41_3, as 41 is a whole array, too; 41+1
     restarts: int = 0
     nodes: tuple[str, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)  # of nodes whose GPUs Slurm hands out

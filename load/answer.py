@@ -128,7 +128,7 @@ def _read_document(reply: Reply, body: Body, outcome: Outcome, chat: bool) -> No
         raise Malformed(BROKEN_OFF)
     if not (isinstance(document, dict) and document.get("choices")):
         raise Malformed(f"the answer holds no choices: {error_message(body.data)}")
-    outcome.has_text = says(document)
+    outcome.has_text = says(document, whole=True)
     outcome.first = outcome.last = reply.stamps[-1]
     said = usage_of(document)
     outcome.prompt_tokens = counted(said.get("prompt_tokens"))

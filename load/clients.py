@@ -268,7 +268,7 @@ def notes_for(case: Case, record: Record, dialect: Dialect) -> list[str]:
     counted = record["total_input_tokens"] / max(record["completed"], 1)
     if dialect.text and 0 < counted < (case.input_len or 0):  # a word is a token, if not more
         notes.append(f"the server counts {counted:,.0f} tokens in a prompt of {case.input_len:,} "
-                     "words: it cuts prompts short, or leaves some of them uncounted")  # fmt: skip
+                     "words: it cuts prompts, or does not count all of their tokens")  # fmt: skip
     if case.input_len is None:
         notes.append("conversations were picked by estimated lengths (no tokenizer on the client); "
                      "token counts are the server's")  # fmt: skip

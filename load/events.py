@@ -19,7 +19,7 @@ STREAM = re.compile(rb"\s*(?:data|event|id|retry)?:")
 USAGE = re.compile(rb'"usage"\s*:\s*\{')
 FINISH = re.compile(rb'"finish_reason"\s*:\s*"([\w .:-]+)"')
 EMPTY = re.compile(rb'"delta"\s*:\s*\{\s*\}')
-FIELDS = (b"id", b"retry")  # besides data and event, and comments, which begin with a colon
+FIELDS = (b"id", b"retry")  # say nothing; data, event and comments are read
 TEXT_KEYS = (
     "text content reasoning_content reasoning reasoning_details thinking refusal "
     "tool_calls function_call token_ids"
@@ -107,10 +107,11 @@ def mixed_pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
 # --- which of them are tokens ---------------------------------------------------------------------
 
 
-def says(document: Json) -> bool:
-    """Does this answer, or piece of one, carry any output?"""
+def says(document: Json, *, whole: bool = False) -> bool:
+    """Does this piece of an answer, or a `whole` one, carry any output?"""
+    names = ("message", "delta") if whole else ("delta", "message")  # some pieces have both
     for choice in document.get("choices") or ():
-        held = (choice.get(name) for name in ("delta", "message"))  # some repeat the whole message
+        held = map(choice.get, names)
         holder = next((each for each in held if isinstance(each, dict)), choice)
         if choice.get("text") or any(holder.get(key) for key in TEXT_KEYS):
             return True

@@ -26,7 +26,7 @@ URL = (
     "https://huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered/resolve/main/"
     "ShareGPT_V3_unfiltered_cleaned_split.json"
 )
-BYTES_A_TOKEN = 4  # a letter is a byte, a Chinese character is three
+BYTES_A_TOKEN = 4  # an English letter is a byte, a Chinese character is three
 PIECE = 1 << 20
 LONGEST = 64 << 20  # characters of one conversation; more is no conversation
 LONGEST_WORD = 16  # characters of a JSON word or escape, which the end of a piece may cut

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from report.results import COMPARED, Column, Group, Record, columns_of, groups, in_words
+from report.results import COMPARED, Column, Group, Record, columns_of, groups, how, in_words
 
 NOTICED = 0.03  # a smaller change means nothing, however certain it is
 # Student's t, two-sided, 99 %, for 1, 2, ... degrees of freedom: how many standard errors apart two
@@ -152,20 +152,12 @@ def differences(before: Sequence[Record], after: Sequence[Record]) -> list[str]:
 def conditions(group: Group) -> Record:
     """What two measurements should have in common, besides the load."""
     record = group.records[0]
-    known = record.get("metadata", {})
+    alike = {name: value for name, value in how(record).items() if name != "version"}
     requests = record.get("completed") or 1
-    data_set = record.get("data_set")
     return {
-        "client": known.get("client"),
-        "API": known.get("backend"),
-        "model": known.get("served_model") or record["model_id"],
-        "GPUs": known.get("world_size"),
-        "replicas": known.get("replicas"),
-        "burstiness": known.get("burstiness"),
-        "goodput limits": known.get("goodput"),
-        "data set": data_set.get("sha256") if isinstance(data_set, dict) else None,
+        **alike,
+        "model": record.get("metadata", {}).get("served_model") or record["model_id"],
         "prompts from the cache": cached(group),
-        "requests": record["case"]["num_prompts"],
         "input tokens a request": round((record.get("total_input_tokens") or 0) / requests),
         "output tokens a request": round((record.get("total_output_tokens") or 0) / requests),
     }

@@ -21,6 +21,7 @@ from report.results import (
     Record,
     groups,
     known,
+    plain,
 )
 from report.words import in_short
 
@@ -187,14 +188,8 @@ def conditions(record: Record) -> dict[str, str]:
         "time stamps": client.get("stamps"),
         "client processes": client.get("shards"),
     }
-    return {key.replace("_", " "): in_words(v) for key, v in facts.items() if not is_empty(v)}
+    return {key.replace("_", " "): plain(v) for key, v in facts.items() if not is_empty(v)}
 
 
 def is_empty(value: Any) -> bool:  # noqa: ANN401
     return value is None or value in ("", [], {})
-
-
-def in_words(value: Any) -> str:  # noqa: ANN401
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {part}" for key, part in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

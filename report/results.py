@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,34 +170,50 @@ def load_of(group: Group) -> tuple[float, float]:
     return float(group.case["rate"]), float(group.case["concurrency"] or math.inf)
 
 
-LIKE = {"backend": "API", "server_version": "version", "world_size": "GPUs", "replicas": "replicas",
-        "burstiness": "burstiness", "goodput": "limits"}  # fmt: skip
-
-
 def groups(records: Iterable[Record]) -> list[Group]:
     """Records grouped by load; those measured in another way are not repeats."""
     together: dict[str, dict[tuple[str, ...], list[Record]]] = {}
     for record in records:
         ways = together.setdefault(record["case"]["label"], {})
-        ways.setdefault(how(record), []).append(record)
+        ways.setdefault(tuple(words_for(how(record))), []).append(record)
     return [Group(named(label, way, ways), tuple(found))
             for label, ways in together.items() for way, found in ways.items()]  # fmt: skip
 
 
-def how(record: Record) -> tuple[str, ...]:
-    """How a load was measured, in words: repeats have all of this in common."""
-    known, requests = record.get("metadata", {}), f"{record['case']['num_prompts']} requests"
-    rest = {word: known.get(name) for name, word in LIKE.items()}
-    rest["data set"] = record.get("data_set")
-    return (str(known.get("client")), record["model_id"], requests,
-            *(f"{word} {value}" for word, value in rest.items()))  # fmt: skip
+def how(record: Record) -> Record:
+    """What repeats of a load have in common, besides the load."""
+    known, data_set = record.get("metadata", {}), record.get("data_set")
+    return {
+        "client": known.get("client"),
+        "model": record["model_id"],
+        "requests": record["case"]["num_prompts"],
+        "API": known.get("backend"),
+        "version": known.get("server_version"),
+        "GPUs": known.get("world_size"),
+        "replicas": known.get("replicas"),
+        "burstiness": known.get("burstiness"),
+        "goodput limits": known.get("goodput"),
+        "data set": str(data_set.get("sha256"))[:8] if isinstance(data_set, dict) else None,
+    }
 
 
 def named(label: str, way: tuple[str, ...], ways: Collection[tuple[str, ...]]) -> str:
     """A load's label; where it was measured in several ways, with what is special about this."""
     shared = set(way).intersection(*ways)
-    special = [part for part in way if part in way[:3] or part not in shared]
+    special = [*way[:3], *(part for part in way[3:] if part not in shared)]
     return label if len(ways) == 1 else f"{label} ({', '.join(special)})"
+
+
+def words_for(how: Record) -> Iterator[str]:
+    bare = {"client": "{}", "model": "{}", "requests": "{} requests"}
+    yield from (bare.get(name, f"{name} {{}}").format(plain(how[name])) for name in how)
+
+
+def plain(value: Any) -> str:  # noqa: ANN401
+    """A value of any kind, without brackets."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {part}" for key, part in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 # --- from files -----------------------------------------------------------------------------------

@@ -120,10 +120,10 @@ def test_the_gpus_of_the_job_count(gpus: int, share: Share | None, count: int) -
             "device=7,8",
             8,
             share("0,1,2,3,4,5,6,7"),
-            "bad",
+            "note",
             "GPUS=device=7,8 names GPU 8, and there",
         ),
-        ("device=8", 8, None, "bad", "GPUS=device=8 names GPU 8, and there are only 0 to 7"),
+        ("device=8", 8, None, "note", "GPUS=device=8 names GPU 8, and there are 8 devices"),
         ("device=0", 0, share("0,1,2,3,4,5,6,7"), "ok", "8"),  # a machine that shows no devices
         ("device=MIG-8,7:1,7", 8, None, "ok", "8"),
     ],

@@ -559,7 +559,7 @@ def test_what_another_client_left_is_no_repeat() -> None:
     [
         ({"metadata": {"client": "builtin", "backend": "openai-chat"}}, "API openai-chat)"),
         ({"metadata": {"client": "builtin", "world_size": 4}}, "GPUs 4)"),
-        ({"data_set": {"file": "b.json", "sha256": "b1"}}, "data set {'file': 'b.json'"),
+        ({"data_set": {"file": "b.json", "sha256": "b1"}}, "data set b1)"),
     ],
 )  # fmt: skip
 def test_what_was_measured_in_another_way_is_no_repeat(facts: dict[str, Any], words: str) -> None:

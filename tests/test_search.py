@@ -351,7 +351,7 @@ def kept(folder: Path, *streams: int, repeats: int = 2) -> None:
     for load in streams:
         for repeat, record in enumerate(group(*[100.0] * repeats).records):
             case = record["case"] | {"concurrency": load, "label": f"c{load}", "name": "c"}
-            whole = record | {"case": case, "date": "20260101-000000", "model_id": "m"}
+            whole = record | {"case": case, "date": f"20260101-00000{repeat}", "model_id": "m"}
             write_json(folder / f"c{load}-{repeat}.json", whole)
 
 

@@ -237,7 +237,7 @@ def place_of_images(
 
     A containerd that dockerd has started itself is below the data-root, too.
     """
-    if "containerd" not in store:
+    if "containerd" not in store or os.path.isdir(f"{root}/containerd/daemon"):
         return root
     with contextlib.suppress(OSError):
         if found := re.search(r"^root *= *[\"']([^\"']+)", read(config), re.M):
