@@ -1207,7 +1207,7 @@ def test_of_several_launchers_that_srun_starts_the_first_alone_goes_on(
     """`salloc -N2 srun run_sbatch.py`: both would serve, and each would blame the other."""
     second = launch("m", "--check", slurm=True, SLURM_PROCID="1")
     assert second.code() == 0, second.output
-    assert "task 1 ends" in second.output and "leave srun out" in second.output
+    assert "as task 1 of a step" in second.output and "leave srun out" in second.output
     assert fakes.calls() == []
     for here in ({"slurm": True, "SLURM_PROCID": "0"}, {"SLURM_PROCID": "1"}):  # or a leftover
         first = launch("m", "--dry-run", **here)
