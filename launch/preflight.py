@@ -69,7 +69,7 @@ def ask_nodes(
 
 
 def ask_until(
-    command: Command, place: Place, deadline: float, meanwhile: Callable[[], object] = lambda: None
+    command: Command, place: Place, deadline: float, meanwhile: Callable[[], object]
 ) -> list[Told]:
     """Ask again if srun has given up on a node that Slurm still takes to be well.
 
@@ -241,9 +241,9 @@ def judge_share(node: Node, share: Share, asked: str) -> Finding:
     ours, agree = share.each, node.facts.gpus in (0, share.of)
     hint = "name the job's as docker does, as in GPUS='\"device=0,1\"'; see nvidia-smi -L there"
     if asked != "auto":
-        named = re.findall(r"[^,=\"]+", asked.partition("device=")[2].partition('"')[0])
-        theirs = [gpu for gpu in named if agree and gpu.isdecimal() and gpu not in ours]
-        if not share.is_whole and (theirs or not named):
+        given = named(asked)
+        theirs = [gpu for gpu in given if agree and gpu.isdecimal() and gpu not in ours]
+        if not share.is_whole and (theirs or not given):
             text = f"GPUS={asked} takes GPUs that the job does not have: it has {share.ids}"
             return node.bad("gpus", text, "GPUS=auto takes the job's")
     elif not agree:

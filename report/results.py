@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,7 +175,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
     together: dict[str, dict[tuple[str, ...], list[Record]]] = {}
     for record in records:
         ways = together.setdefault(record["case"]["label"], {})
-        ways.setdefault(tuple(words_for(how(record))), []).append(record)
+        ways.setdefault(words_for(how(record)), []).append(record)
     return [Group(named(label, way, ways), tuple(found))
             for label, ways in together.items() for way, found in ways.items()]  # fmt: skip
 
@@ -204,9 +204,9 @@ def named(label: str, way: tuple[str, ...], ways: Collection[tuple[str, ...]]) -
     return label if len(ways) == 1 else f"{label} ({', '.join(special)})"
 
 
-def words_for(how: Record) -> Iterator[str]:
-    bare = {"client": "{}", "model": "{}", "requests": "{} requests"}
-    yield from (bare.get(name, f"{name} {{}}").format(plain(how[name])) for name in how)
+def words_for(way: Record) -> tuple[str, ...]:
+    forms = {"client": "{}", "model": "{}", "requests": "{} requests"}
+    return tuple(forms.get(name, f"{name} {{}}").format(plain(way[name])) for name in way)
 
 
 def plain(value: Any) -> str:  # noqa: ANN401

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.talk import Failure, die, say
 from launch import squash
-from launch.findings import Finding, Node, Wanted
+from launch.findings import Finding, Node, Wanted, named
 from launch.identity import launcher
 from launch.image import Image
 from launch.node.containers import AskOwner
@@ -173,8 +173,8 @@ def contained(
 
 def variables(plan: Plan, replica: Replica) -> dict[str, str]:
     """Further variables for the engine; no secrets, since they are part of the order."""
-    asked = not replica.devices and re.search(r"device=([^\"]+)", replica.gpus)
-    return {**dict(plan.caches), **({"CUDA_VISIBLE_DEVICES": asked[1]} if asked else {})}
+    asked = "" if replica.devices else ",".join(named(replica.gpus))
+    return {**dict(plan.caches), **({"CUDA_VISIBLE_DEVICES": asked} if asked else {})}
 
 
 def hooks(gpus: bool, environ: Mapping[str, str]) -> list[str]:
